@@ -1,0 +1,37 @@
+"""nanofed: pretrain the nanochat GPT on one cluster with Lightning, or across sites that come and go with Flower."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanofed.api import evaluate, federate, fit, generate, load
+    from nanofed.model import GPT, GPTConfig
+    from nanofed.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it: torch, lightning and flwr load only when a name is first used.
+_PUBLIC = {
+    "fit": "nanofed.api",
+    "federate": "nanofed.api",
+    "load": "nanofed.api",
+    "evaluate": "nanofed.api",
+    "generate": "nanofed.api",
+    "GPT": "nanofed.model",
+    "GPTConfig": "nanofed.model",
+    "Tokenizer": "nanofed.tokenizer",
+}
+
+__all__ = ["GPT", "GPTConfig", "Tokenizer", "__version__", "evaluate", "federate", "fit", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'nanofed' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

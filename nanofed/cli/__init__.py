@@ -1,0 +1,65 @@
+"""The command line: a lazy table of commands. Each command parses its options and calls the API; no logic lives here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Command -> (module with `main(argv) -> int | None`, one line of help). A module is imported only when its command runs.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("nanofed.cli.fit", "train on one machine or cluster with Lightning"),
+    "validate": ("nanofed.cli.fit", "bits per byte of a checkpoint on the validation shard"),
+    "federate": ("nanofed.cli.federate", "train across clients with Flower"),
+    "data": ("nanofed.cli.data", "download, build, list and verify parquet shards"),
+    "tokenizer": ("nanofed.cli.tokenizer", "train and evaluate the BPE tokenizer"),
+    "generate": ("nanofed.cli.generate", "sample text from a checkpoint"),
+    "info": ("nanofed.cli.info", "what this machine has: devices, caches, data, versions"),
+}
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: nanofed COMMAND [options]\n\n"
+        "Pretrain the nanochat GPT on one cluster with Lightning, or across sites with Flower.\n\n"
+        f"commands:\n{rows}\n\n"
+        "nanofed COMMAND --help lists a command's options. Start with: nanofed federate"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names and return its exit code.
+
+    0 done, 1 failed, 2 usage or configuration, 3 data or network unavailable, 130 and 143 on SIGINT and SIGTERM.
+    """
+    from nanofed.errors import NanofedError
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        from nanofed import __version__
+
+        print(f"nanofed {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        print(f"nanofed: there is no command {args[0]!r}{hint} (nanofed --help lists them)", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[args[0]][0])
+    try:
+        return int(module.main(args) or 0)
+    except NanofedError as error:
+        print(f"nanofed {args[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"nanofed {args[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (head, say) has gone: not an error of ours
+        return 0
