@@ -1,0 +1,7 @@
+"""Muon and AdamW in one optimizer, its parameter groups and its schedule."""
+
+from nanofed.optim.groups import parameter_groups
+from nanofed.optim.optimizer import MuonAdamW
+from nanofed.optim.schedule import Clock, Schedule
+
+__all__ = ["Clock", "MuonAdamW", "Schedule", "parameter_groups"]

@@ -1,0 +1,99 @@
+"""How learning rate and momentum follow the run's progress, and the clock that says where the run is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanofed.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and Muon momentum as pure functions of global progress; the defaults are October nanochat's.
+
+    Attributes:
+        warmup_ratio: Part of the run over which the rate rises linearly from 0.
+        warmdown_ratio: Part of the run over which it falls linearly at the end.
+        final_lr_frac: What is left of it when the run ends.
+        muon_momentum_start: Momentum of Muon's first step.
+        muon_momentum: Momentum after `muon_momentum_steps` steps, reached linearly.
+        muon_momentum_steps: Optimizer steps that takes.
+
+    Raises:
+        ConfigError: a value is out of its range, or warm-up and warm-down overlap.
+    """
+
+    warmup_ratio: float = 0.0
+    warmdown_ratio: float = 0.2
+    final_lr_frac: float = 0.0
+    muon_momentum_start: float = 0.85
+    muon_momentum: float = 0.95
+    muon_momentum_steps: int = 300
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"schedule: {name} must lie in [0, 1], not {getattr(self, name)!r}")
+        for name in ("muon_momentum_start", "muon_momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"schedule: {name} must lie in [0, 1), not {getattr(self, name)!r}")
+        if self.warmup_ratio + self.warmdown_ratio > 1.0:
+            raise ConfigError(
+                "schedule: warmup_ratio + warmdown_ratio exceed 1: the rate would have to rise and fall at once"
+            )
+        if self.muon_momentum_steps < 0:
+            raise ConfigError(f"schedule: muon_momentum_steps must not be negative, not {self.muon_momentum_steps!r}")
+
+    def lr_multiplier(self, progress: float) -> float:
+        """Return what every group's initial learning rate is multiplied by at `progress` in [0, 1] of the run."""
+        if progress < self.warmup_ratio:
+            return progress / self.warmup_ratio
+        left = 1.0 - progress
+        if left >= self.warmdown_ratio:
+            return 1.0
+        fraction = left / self.warmdown_ratio
+        return fraction + (1.0 - fraction) * self.final_lr_frac
+
+    def momentum(self, step: int) -> float:
+        """Return Muon's momentum at an optimizer step, counted from 0."""
+        fraction = min(step / self.muon_momentum_steps, 1.0) if self.muon_momentum_steps else 1.0
+        return (1.0 - fraction) * self.muon_momentum_start + fraction * self.muon_momentum
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Where the run is. The optimizer moves it with every step; whoever drives the training may set it.
+
+    `step` and `tokens` are saved with the optimizer; `step_tokens` and `horizon_tokens` belong to the run that is being
+    driven (participants come and go, a horizon may be extended), so a checkpoint does not bring them back.
+
+    Attributes:
+        step: Optimizer steps so far.
+        tokens: Tokens so far, over all participants.
+        step_tokens: Tokens that one optimizer step adds to `tokens`: batch tokens × participants.
+        horizon_tokens: Tokens of the whole run.
+
+    Raises:
+        ConfigError: a step or the horizon has no tokens.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    step_tokens: int
+    horizon_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.step_tokens < 1 or self.horizon_tokens < 1:
+            raise ConfigError(
+                f"clock: step_tokens ({self.step_tokens}) and horizon_tokens ({self.horizon_tokens}) must be positive"
+            )
+
+    @property
+    def progress(self) -> float:
+        """Tokens so far over the horizon, at most 1."""
+        return min(self.tokens / self.horizon_tokens, 1.0)
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+        self.tokens += self.step_tokens
