@@ -1,0 +1,168 @@
+"""The demo corpus: real text on a machine without a network, from the running Python's standard library.
+
+Documentation strings become prose, the code without them becomes source documents (so that no text of the validation
+shard stands in a training shard as well), and the language reference that `help()` shows is added. The same Python
+with the same pyarrow gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import logging
+import platform
+import random
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from nanofed.data.manifest import Manifest, read_manifest
+from nanofed.data.shards import Dataset, check_output, open_dataset, verify_shard, write_shards
+from nanofed.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+RECIPE = 1  # goes up when the same Python would give another corpus
+SEED = 1337
+GROUPS_PER_SHARD = 8
+_MIN_CHARACTERS = 100
+_SOURCE_CHARACTERS = 8192  # a source file longer than this becomes several documents, cut between statements
+# Not text to learn from (tables, tests), not of the library itself, or different on every machine.
+_SKIPPED_FOLDERS = frozenset(
+    {"__pycache__", "dist-packages", "idle_test", "lib-dynload", "pydoc_data", "site-packages", "test", "tests"}
+)
+_SKIPPED_FILES = ("_sysconfigdata", "config-", "encodings/cp", "encodings/iso8859", "encodings/mac_", "encodings/koi8")
+
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def build_demo_corpus(output: Path, *, num_shards: int = 8, max_bytes: int = 20_000_000) -> Dataset:
+    """Build the demo corpus, or return it where it is there already and intact.
+
+    Args:
+        output: The folder; demo shards of another Python or other arguments in it are replaced.
+        num_shards: Training shards; one more is for validation.
+        max_bytes: Leave out documents beyond so many bytes of UTF-8 (the library of Python 3.11 gives 10.6 MB).
+
+    Raises:
+        DataError: `output` holds something else, or this Python has no sources.
+    """
+    provenance = {
+        "source": "demo: the standard library of Python",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "demo": {"recipe": RECIPE, "num_shards": num_shards, "max_bytes": max_bytes},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.parent / f".{output.name}.lock"):
+        check_output(output, replace=True)
+        manifest = read_manifest(output) if output.exists() else None
+        if manifest is None and output.exists() and any(output.iterdir()):
+            raise DataError(f"{output} holds shards that are not the demo corpus: choose another folder")
+        if manifest is not None:
+            if manifest.provenance.get("source") != provenance["source"]:
+                raise DataError(f"{output} holds shards from elsewhere ({manifest.provenance.get('source')})")
+            if manifest.provenance == provenance and _intact(output, manifest):
+                return open_dataset(output)
+            logger.info("%s: replacing the demo corpus of another Python, recipe or size", output)
+        documents = _select(max_bytes)
+        rows = -(-len(documents) // ((num_shards + 1) * GROUPS_PER_SHARD))
+        return write_shards(
+            documents, output, num_shards=num_shards, rows_per_group=rows, provenance=provenance, replace=True
+        )
+
+
+def _intact(output: Path, manifest: Manifest) -> bool:
+    return all(verify_shard(output / name, recorded) is None for name, recorded in manifest.shards.items())
+
+
+def _select(max_bytes: int) -> list[str]:
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = list(dict.fromkeys(_documents(library)))  # in order, each once
+    if len(documents) < 100:
+        raise DataError(
+            f"this Python has no sources of its standard library in {library}; "
+            "pack text of your own with `nanofed data pack PATH --output DIR`"
+        )
+    random.Random(SEED).shuffle(documents)
+    kept, size = [], 0
+    for text in documents:
+        size += len(text.encode())
+        if size > max_bytes:
+            break
+        kept.append(text)
+    return kept
+
+
+def _documents(library: Path) -> Iterator[str]:
+    yield from _reference()
+    for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
+        relative = path.relative_to(library)
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and not relative.as_posix().startswith(_SKIPPED_FILES):
+            yield from _of_module(path, relative)
+
+
+def _reference() -> Iterator[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError:  # some distributions package it apart
+        return
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _of_module(path: Path, relative: Path) -> Iterator[str]:
+    content = path.read_bytes()
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        source = io.TextIOWrapper(io.BytesIO(content), encoding).read()  # \r\n becomes \n, as Python reads it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd escapes in old sources
+            tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError):  # samples of broken code
+        return
+    module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+    yield from _docstrings(tree, module)
+    yield from _code(tree, source, relative)
+
+
+def _docstrings(tree: ast.Module, module: str) -> Iterator[str]:
+    """Yield the module's own text, and one document for every top-level function or class with what is in it."""
+    own = [f"module {module}\n\n{text}"] if (text := ast.get_docstring(tree)) else []
+    documents = [own, *(list(_described(node, module)) for node in tree.body if isinstance(node, _Documented))]
+    for parts in documents:
+        if len(document := "\n\n".join(parts)) >= _MIN_CHARACTERS:
+            yield document
+
+
+def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str) -> Iterator[str]:
+    name = f"{prefix}.{node.name}"
+    if text := ast.get_docstring(node, clean=False):
+        heading = f"class {name}" if isinstance(node, ast.ClassDef) else f"{name}({ast.unparse(node.args)})"
+        yield f"{heading}\n\n{inspect.cleandoc(text)}"
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _described(child, name)
+
+
+def _code(tree: ast.Module, source: str, relative: Path) -> Iterator[str]:
+    """Yield the source without its documentation strings, cut between top-level statements."""
+    lines: list[str | None] = list(source.split("\n"))
+    for node in ast.walk(tree):
+        if isinstance(node, _Documented) and ast.get_docstring(node, clean=False) is not None:
+            text = node.body[0]
+            first, last = text.lineno - 1, (text.end_lineno or text.lineno) - 1
+            before, after = (lines[first] or "").encode(), (lines[last] or "").encode()  # columns count bytes
+            if not before[: text.col_offset].strip() and not after[text.end_col_offset :].strip():
+                lines[first : last + 1] = [None] * (last + 1 - first)
+    start = 0
+    for end in [*((node.end_lineno or node.lineno) for node in tree.body[:-1]), len(lines)]:
+        piece = "\n".join(line for line in lines[start:end] if line is not None).strip("\n")
+        if len(piece) >= _SOURCE_CHARACTERS or end == len(lines):
+            if len(piece) >= _MIN_CHARACTERS:
+                yield f"# {relative.as_posix()}\n{piece}\n"
+            start = end
