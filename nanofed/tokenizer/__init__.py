@@ -1,0 +1,43 @@
+"""Byte-level BPE: trained with rustbpe, encoded with tiktoken, saved for Hugging Face tools too."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
+    from nanofed.tokenizer.measure import Compression, measure_compression
+    from nanofed.tokenizer.storage import check_writable
+    from nanofed.tokenizer.training import SPECIAL_TOKENS, SPLIT_PATTERN, train_tokenizer
+    from nanofed.tokenizer.vocabulary import Vocabulary
+
+_PUBLIC = {
+    "Tokenizer": "bpe",
+    "load_tokenizer": "bpe",
+    "Compression": "measure",
+    "measure_compression": "measure",
+    "check_writable": "storage",
+    "SPECIAL_TOKENS": "training",
+    "SPLIT_PATTERN": "training",
+    "train_tokenizer": "training",
+    "Vocabulary": "vocabulary",
+}
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "SPLIT_PATTERN",
+    "Compression",
+    "Tokenizer",
+    "Vocabulary",
+    "check_writable",
+    "load_tokenizer",
+    "measure_compression",
+    "train_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"nanofed.tokenizer.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'nanofed.tokenizer' has no attribute {name!r}")
