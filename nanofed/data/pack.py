@@ -26,7 +26,7 @@ def pack(
     output: Path,
     *,
     num_shards: int | None = None,
-    rows_per_group: int = 1024,
+    rows_per_group: int = 256,
     key: str = "text",
     shuffle_buffer: int = 10_000,
     seed: int = 0,

@@ -1,0 +1,222 @@
+"""`nanofed data`: download, build, list and verify the parquet shards that training reads."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanofed import runtime
+from nanofed.errors import DataError
+
+if TYPE_CHECKING:
+    from nanofed.data.shards import Dataset, Shard
+
+
+def main(argv: list[str]) -> int:
+    """Run `nanofed data COMMAND`."""
+    args = _parser().parse_args(argv[1:])
+    # On a terminal the progress bar tells; in a log every finished shard does.
+    level = logging.WARNING if sys.stderr.isatty() else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    return int(args.run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("nanofed data", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    download = commands.add_parser("download", help="shards of FineWeb-Edu", description="Download FineWeb-Edu shards.")
+    download.add_argument(
+        "-n",
+        "--num_shards",
+        type=int,
+        required=True,
+        help="training shards of about 100 MB (the one for validation comes too); -1: all 1,822",
+    )
+    download.add_argument("--output", type=Path, help="folder (default: base_data under NANOCHAT_BASE_DIR)")
+    download.add_argument("--base_url", help="address that holds the shards (default: the dataset at HF_ENDPOINT)")
+    download.add_argument("--workers", type=int, default=4, help="files at a time (default: %(default)s)")
+    download.add_argument("--background", action="store_true", help="go on detached and write a log")
+    download.set_defaults(run=_download)
+
+    demo = commands.add_parser(
+        "demo", help="an offline corpus", description="Build a corpus from this Python's standard library."
+    )
+    demo.add_argument("--output", type=Path, help="folder (default: demo/data under NANOCHAT_BASE_DIR)")
+    demo.add_argument("-n", "--num_shards", type=int, default=8, help="training shards (default: %(default)s)")
+    demo.add_argument("--max_bytes", type=int, default=20_000_000, help="most bytes of text (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    pack = commands.add_parser(
+        "pack", help="shards from your own text", description="Pack txt, md, jsonl and parquet files into shards."
+    )
+    pack.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, and folders to search for them")
+    pack.add_argument("--output", type=Path, required=True, help="folder for the shards")
+    pack.add_argument(
+        "-n", "--num_shards", type=int, help="training shards (default: one for every 200 MB, at least 8)"
+    )
+    pack.add_argument("--rows_per_group", type=int, default=256, help="documents of a row group (default: %(default)s)")
+    pack.add_argument("--key", default="text", help="key of the text in jsonl objects (default: %(default)s)")
+    pack.add_argument(
+        "--shuffle_buffer",
+        type=int,
+        default=10_000,
+        help="documents to draw from at random; 0: keep the order (default: %(default)s)",
+    )
+    pack.add_argument("--seed", type=int, default=0, help="of that draw (default: %(default)s)")
+    pack.add_argument("--force", action="store_true", help="replace the shards in the output folder")
+    pack.set_defaults(run=_pack)
+
+    listing = commands.add_parser("list", help="shards, rows, bytes", description="List the shards of a dataset.")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.set_defaults(run=_list)
+    verify = commands.add_parser(
+        "verify", help="read everything and compare hashes", description="Verify every shard; exit 3 if any is bad."
+    )
+    verify.set_defaults(run=_verify)
+    for command in (listing, verify):
+        command.add_argument(
+            "--data", default="fineweb-edu", metavar="NAME", help="demo, fineweb-edu or a folder (default: %(default)s)"
+        )
+    return parser
+
+
+def _download(args: argparse.Namespace) -> int:
+    from nanofed.data.download import download, source_at, wanted_shards
+
+    if args.background:
+        wanted_shards(args.num_shards), source_at(args.base_url)  # a mistake shows here, not in the log
+        return _in_background(args)
+    dataset = download(args.num_shards, output=args.output, base_url=args.base_url, workers=args.workers)
+    print(_summary(dataset))
+    return 0
+
+
+def _in_background(args: argparse.Namespace) -> int:
+    folder = (args.output or runtime.dataset_dir("fineweb-edu")).absolute()
+    command = [sys.executable, "-m", "nanofed", "data", "download", f"--num_shards={args.num_shards}"]
+    command += [f"--output={folder}", f"--workers={args.workers}"]
+    command += [f"--base_url={args.base_url}"] if args.base_url else []
+    log = folder / "download.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+    except OSError as error:
+        raise DataError(f"cannot write {log}: {error.strerror or error}") from error
+    print(f"downloading in the background as process {process.pid}; log: {log}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from nanofed.data.demo import build_demo_corpus
+
+    output = args.output or runtime.dataset_dir("demo")
+    print(_summary(build_demo_corpus(output, num_shards=args.num_shards, max_bytes=args.max_bytes)))
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from nanofed.data.pack import pack
+
+    dataset = pack(
+        args.paths,
+        args.output,
+        num_shards=args.num_shards,
+        rows_per_group=args.rows_per_group,
+        key=args.key,
+        shuffle_buffer=args.shuffle_buffer,
+        seed=args.seed,
+        force=args.force,
+    )
+    print(_summary(dataset))
+    return 0
+
+
+def _summary(dataset: Dataset) -> str:
+    shards = (*dataset.train, dataset.validation)
+    rows, text = sum(s.num_rows for s in shards), sum(s.text_bytes for s in shards)
+    return (
+        f"{dataset.path}: {len(dataset.train)} training shards and {dataset.validation.name} for validation, "
+        f"{rows:,} documents, {text / 1e6:,.1f} MB of text"
+    )
+
+
+def _list(args: argparse.Namespace) -> int:
+    from nanofed.data.shards import open_dataset
+
+    dataset = open_dataset(runtime.dataset_dir(args.data))
+    shards = sorted((*dataset.train, dataset.validation), key=lambda shard: shard.name)
+    print(_as_json(dataset, shards) if args.json else _as_table(dataset, shards))
+    return 0
+
+
+def _as_json(dataset: Dataset, shards: list[Shard]) -> str:
+    import json
+
+    rows = [
+        {
+            "name": shard.name,
+            "rows": shard.num_rows,
+            "row_groups": len(shard.row_group_rows),
+            "bytes": shard.num_bytes,
+            "text_bytes": shard.text_bytes,
+            "validation": shard == dataset.validation,
+        }
+        for shard in shards
+    ]
+    content = {"path": str(dataset.path.absolute()), "fingerprint": dataset.fingerprint(), "shards": rows}
+    return json.dumps(content, indent=1)
+
+
+def _as_table(dataset: Dataset, shards: list[Shard]) -> str:
+    header = ("shard", "rows", "row groups", "bytes", "text bytes", "")
+    rows = [
+        (
+            shard.name,
+            f"{shard.num_rows:,}",
+            f"{len(shard.row_group_rows):,}",
+            f"{shard.num_bytes:,}",
+            f"{shard.text_bytes:,}",
+            "validation" if shard == dataset.validation else "",
+        )
+        for shard in shards
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:5], strict=True)), use]
+        )
+        for name, *cells, use in (header, *rows)
+    ]
+    return "\n".join([*(line.rstrip() for line in lines), "", _summary(dataset)])
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from nanofed.data.manifest import read_manifest
+    from nanofed.data.shards import open_dataset, shard_names, verify_shard
+
+    folder = runtime.dataset_dir(args.data)
+    if not folder.is_dir() or not (names := shard_names(folder)):
+        open_dataset(folder)  # says what is missing and what to do
+        raise DataError(f"{folder} holds no shards")
+    manifest = read_manifest(folder)
+    recorded = manifest.shards if manifest else {}
+    names = sorted({*names, *recorded})
+    problems = []
+    for name in names:
+        if problem := verify_shard(folder / name, recorded.get(name)):
+            problems.append(name)
+            print(f"BAD  {problem}")
+        else:
+            print(f"ok   {name}" + ("" if name in recorded else "  (readable; no hash is recorded of it)"))
+    if problems:
+        raise DataError(f"{len(problems)} of {len(names)} shards in {folder} are bad: {', '.join(problems)}")
+    print(f"{len(names)} shards in {folder} are as they should be")
+    return 0

@@ -1,0 +1,253 @@
+"""Shards of FineWeb-Edu, the corpus of nanochat, over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from nanofed import runtime
+from nanofed.data.manifest import Manifest, Recorded, read_manifest
+from nanofed.data.shards import Dataset, open_dataset, read_shard, record, shard_names, verify_shard
+from nanofed.data.transfer import TIMEOUT, Bearer, Retry, Transfer, length, reason
+from nanofed.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+DATASET = "karpathy/fineweb-edu-100b-shuffle"
+LAST_SHARD = 1822  # the one for validation, as in nanochat
+_SAMPLE = 8  # shards whose size is asked for to estimate the whole
+_PROBES = 3
+_OFFLINE = "without a network build a corpus with `nanofed data demo` or `nanofed data pack PATH --output DIR`"
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard_{index:05d}.parquet"
+
+
+def download(
+    num_shards: int,
+    *,
+    output: Path | None = None,
+    base_url: str | None = None,
+    workers: int = 4,
+    retry: Retry | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """Download the first `num_shards` training shards and the validation shard, those that are not there already.
+
+    Partial files are resumed; another download into the same folder is waited for. A file counts only when it has the
+    announced length and hash and can be read as a shard; when all do, `dataset.json` is written with their hashes.
+
+    Args:
+        num_shards: Training shards; -1 for all 1,822.
+        output: The folder; by default nanochat's, `<base>/base_data`.
+        base_url: The address that holds the shards; by default the dataset's at `HF_ENDPOINT`.
+        workers: Files at a time.
+        retry: How often and when to try again.
+        progress: Show a progress bar where stderr is a terminal.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        DataError: no network, no space, a shard that is not there or damaged, or `output` holds something else.
+    """
+    wanted = wanted_shards(num_shards)
+    if not 1 <= workers <= 64:
+        raise ConfigError(f"workers is {workers}; it has to be from 1 to 64")
+    source = source_at(base_url)
+    folder = output or runtime.dataset_dir("fineweb-edu")
+    with _locked(folder):
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.provenance.get("source") != DATASET:
+            raise DataError(f"{folder} holds shards from elsewhere ({manifest.provenance.get('source')})")
+        known = dict(manifest.shards) if manifest else {}
+        missing = [name for name in wanted if not _have(folder / name, known.get(name))]
+        fetched: dict[str, Recorded] = {}
+        if missing:
+            estimate = _estimate(source, missing, retry or Retry())
+            _check_space(folder, missing, estimate)
+            fetched = _fetch(source, folder, missing, workers, retry or Retry(), estimate, progress)
+        shards = _record_all(folder, {**known, **fetched})
+        Manifest(shard_name(LAST_SHARD), shards, {"source": DATASET, "base_url": source.base}).write(folder)
+    return open_dataset(folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An address that holds shards."""
+
+    base: str
+    auth: Bearer | None
+
+    def url(self, name: str) -> str:
+        """Return the address of one shard."""
+        return f"{self.base}/{name}"
+
+
+def source_at(base_url: str | None = None) -> Source:
+    """Return where shards come from, by default the dataset at `HF_ENDPOINT`, with the token if it is that host's."""
+    endpoint = runtime.huggingface_endpoint()
+    base = (base_url or f"{endpoint}/datasets/{DATASET}/resolve/main").rstrip("/")
+    address = urlsplit(base)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ConfigError(f"{base!r} is no http or https address (base_url, or HF_ENDPOINT)")
+    token = runtime.huggingface_token()
+    # The token belongs to the hub that is configured, not to any mirror that a command line names.
+    if not token or urlsplit(endpoint)[:2] != address[:2]:
+        return Source(base, None)
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise ConfigError("HF_TOKEN has characters that no token has")  # never shown: it is a secret
+    return Source(base, Bearer(token))
+
+
+def wanted_shards(num_shards: int) -> list[str]:
+    """Return the names of the validation shard and the first training shards (-1: all)."""
+    if num_shards == -1:
+        num_shards = LAST_SHARD
+    if not 1 <= num_shards <= LAST_SHARD:
+        raise ConfigError(f"{num_shards} shards cannot be downloaded: from 1 to {LAST_SHARD}, or -1 for all")
+    # The one for validation first: a folder that is still filling must not take another for it.
+    return [shard_name(LAST_SHARD), *map(shard_name, range(num_shards))]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".download.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("another download into %s is running: waiting for it", folder)
+            lock.acquire()
+    except OSError as error:
+        raise DataError(f"cannot write into {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _have(path: Path, recorded: Recorded | None) -> bool:
+    if not path.exists():
+        return False
+    try:
+        shard = read_shard(path)
+    except DataError as error:
+        logger.warning("%s: it does not count as a shard", error)
+        return False
+    if recorded is None or (shard.num_bytes, shard.num_rows) == (recorded.bytes, recorded.rows):
+        return True
+    logger.warning("%s is not what dataset.json records: it does not count as a shard", path)
+    return False
+
+
+def _record_all(folder: Path, known: dict[str, Recorded]) -> dict[str, Recorded]:
+    """Return the entries of all shards of this dataset that are in the folder, whoever put them there."""
+    ours = {shard_name(index) for index in range(LAST_SHARD + 1)}
+    entries = {}
+    for name in shard_names(folder):
+        if name in ours and _have(folder / name, known.get(name)):
+            entries[name] = known.get(name) or record(folder / name)
+    return entries
+
+
+def _estimate(source: Source, names: Sequence[str], retry: Retry) -> int | None:
+    """Return about how many bytes the shards have, None where the server does not say."""
+    sizes = []
+    with requests.Session() as session:
+        for name in names[:: -(-len(names) // _SAMPLE)]:
+            answer = _probe(session, source, name, retry)
+            linked = [hop.headers.get("X-Linked-Size", "") for hop in answer.history]
+            size = next((int(value) for value in linked if value.isdecimal()), length(answer))
+            if answer.ok and size is not None:
+                sizes.append(size)
+    return round(statistics.fmean(sizes) * len(names)) if sizes else None
+
+
+def _probe(session: requests.Session, source: Source, name: str, retry: Retry) -> requests.Response:
+    for failures in range(1, _PROBES + 1):
+        try:
+            headers = {"Accept-Encoding": "identity"}
+            return session.head(
+                source.url(name), headers=headers, auth=source.auth, allow_redirects=True, timeout=TIMEOUT
+            )
+        except requests.RequestException as error:
+            if failures == _PROBES:
+                raise DataError(f"cannot reach {source.base} ({reason(error)}); {_OFFLINE}") from error
+            time.sleep(retry.wait(failures, None))
+    raise AssertionError("unreachable")
+
+
+def _check_space(folder: Path, names: Sequence[str], estimate: int | None) -> None:
+    parts = [folder / f"{name}.part" for name in names]
+    needed = (estimate or 0) - sum(part.stat().st_size for part in parts if part.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"{folder} has {free / 1e9:.1f} GB free, {len(names)} shards need about {needed / 1e9:.1f} GB: free some, "
+            "ask for fewer with -n, or choose another disk with --output or NANOCHAT_BASE_DIR"
+        )
+
+
+def _fetch(
+    source: Source,
+    folder: Path,
+    names: Sequence[str],
+    workers: int,
+    retry: Retry,
+    estimate: int | None,
+    progress: bool,
+) -> dict[str, Recorded]:
+    stop, counting = threading.Event(), threading.Lock()
+    disable = None if progress else True  # None: no bar where stderr is no terminal
+    with tqdm(total=estimate, unit="B", unit_scale=True, desc=f"{len(names)} shards", disable=disable) as bar:
+
+        def advance(size: int) -> None:
+            with counting:
+                bar.update(size)
+
+        def fetch(name: str) -> Recorded:
+            target = folder / name
+            Transfer(
+                source.url(name),
+                target,
+                check=verify_shard,
+                advance=advance,
+                stop=stop,
+                retry=retry,
+                auth=source.auth,
+            ).run()
+            return record(target)
+
+        return _in_parallel(fetch, names, workers, stop)
+
+
+def _in_parallel(
+    fetch: Callable[[str], Recorded], names: Sequence[str], workers: int, stop: threading.Event
+) -> dict[str, Recorded]:
+    """Run `fetch` on every name; the first failure, or Ctrl-C, stops the others, which keep what they have."""
+    done: dict[str, Recorded] = {}
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="download")
+    try:
+        futures = {executor.submit(fetch, name): name for name in names}
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
+            logger.info("%s is there (%d of %d)", futures[future], len(done), len(names))
+    finally:
+        stop.set()
+        executor.shutdown(wait=True, cancel_futures=True)
+    return done
