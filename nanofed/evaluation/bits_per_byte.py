@@ -1,0 +1,84 @@
+"""Bits per byte: the loss by which runs with different tokenizers can be compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor, nn
+
+from nanofed.errors import DataError
+
+
+class BitsPerByte(torchmetrics.Metric):
+    """Sum of losses over sum of bytes, each over all batches and ranks, never a mean of means.
+
+    Targets of no bytes (special tokens) and ignored ones (-1) count in neither sum. Before anything counted it is NaN.
+
+    Args:
+        token_bytes: UTF-8 length of every token (vocab,), 0 for special tokens.
+        **kwargs: For `torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+
+    token_bytes: Tensor
+    sum_nats: Tensor
+    sum_bytes: Tensor
+
+    def __init__(self, token_bytes: Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("token_bytes", token_bytes.to(torch.int64), persistent=False)
+        self.add_state("sum_nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sum_bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, targets: Tensor) -> None:
+        """Add losses in nats (N,) and their targets, of N elements; nothing waits for the device."""
+        targets = targets.flatten()
+        lengths = self.token_bytes[targets.clamp(min=0)] * (targets >= 0)
+        # where, not a product: a loss that is not finite must not leak out of a position that does not count
+        self.sum_nats += torch.where(lengths > 0, nats.detach().flatten().double(), 0.0).sum()
+        self.sum_bytes += lengths.sum()
+
+    def compute(self) -> Tensor:
+        """Return bits per byte, a float64 scalar; NaN where no byte was counted."""
+        return self.sum_nats / (math.log(2) * self.sum_bytes)
+
+
+@torch.no_grad()
+def evaluate_bits_per_byte(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    metric: BitsPerByte,
+    device: torch.device | str,
+) -> float:
+    """Score a model on batches, over all ranks where there are several, and leave its training mode as it was.
+
+    Args:
+        model: Called as `model(inputs, targets, reduction="none")`.
+        batches: Pairs of inputs and targets (B, T), a finite number of them.
+        metric: Is reset first and holds the sums afterwards.
+        device: Where model, batches and metric go together.
+
+    Raises:
+        DataError: there was no byte to score.
+    """
+    metric.to(device)
+    metric.reset()
+    training = model.training
+    model.eval()
+    try:
+        for inputs, targets in batches:
+            inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            metric.update(model(inputs, targets, reduction="none"), targets)
+    finally:
+        model.train(training)
+    value = float(metric.compute()) if metric.update_called else math.nan
+    if math.isnan(value) and not metric.sum_bytes:
+        raise DataError("evaluation: the batches hold no text to score; check the validation shard and max_batches")
+    return value

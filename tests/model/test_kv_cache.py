@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanofed.errors import ConfigError
+from nanofed.model import GPT, KVCache
+
+
+@pytest.mark.parametrize("chunks", [(1,) * 20, (12, 1, 1, 1, 1, 1, 1, 1, 1), (7, 6, 7), (20,)])
+def test_reading_in_chunks_gives_the_logits_of_reading_at_once(
+    model: GPT, ids: Tensor, chunks: tuple[int, ...]
+) -> None:
+    cache = KVCache(model.config, batch_size=2, length=20)
+    with torch.no_grad():
+        pieces = [model(piece, kv_cache=cache) for piece in torch.split(ids, list(chunks), dim=1)]
+        expected = model(ids)
+    assert cache.position == 20
+    assert torch.allclose(torch.cat(pieces, dim=1), expected, atol=2e-6)
+
+
+def test_a_full_cache_refuses_more(model: GPT, ids: Tensor) -> None:
+    cache = KVCache(model.config, batch_size=2, length=19)
+    with torch.no_grad(), pytest.raises(ConfigError, match="20 tokens do not fit into the 19"):
+        model(ids, kv_cache=cache)
+
+
+def test_positions_before_the_chunk_count_against_the_tables(model: GPT) -> None:
+    cache = KVCache(model.config, batch_size=1, length=400)
+    with torch.no_grad():
+        model(torch.zeros(1, 320, dtype=torch.long), kv_cache=cache)
+        with pytest.raises(ConfigError, match="321 tokens"):
+            model(torch.zeros(1, 1, dtype=torch.long), kv_cache=cache)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nanofed.errors import ConfigError
+from nanofed.optim import Clock, Schedule
+
+
+@pytest.mark.parametrize(
+    ("progress", "multiplier"),
+    [(0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (0.85, 0.75), (0.9, 0.5), (0.99, 0.05), (1.0, 0.0)],
+)
+def test_october_keeps_the_rate_and_then_falls_to_zero(progress: float, multiplier: float) -> None:
+    assert Schedule().lr_multiplier(progress) == pytest.approx(multiplier)
+
+
+@pytest.mark.parametrize(
+    ("progress", "multiplier"), [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.5, 1.0), (0.75, 0.6), (1.0, 0.2)]
+)
+def test_warmup_and_a_floor(progress: float, multiplier: float) -> None:
+    schedule = Schedule(warmup_ratio=0.1, warmdown_ratio=0.5, final_lr_frac=0.2)
+    assert schedule.lr_multiplier(progress) == pytest.approx(multiplier)
+
+
+def test_without_warmdown_the_rate_stays() -> None:
+    assert Schedule(warmdown_ratio=0.0).lr_multiplier(1.0) == 1.0
+
+
+@pytest.mark.parametrize(("step", "momentum"), [(0, 0.85), (150, 0.90), (300, 0.95), (10_000, 0.95)])
+def test_muon_momentum_rises_over_300_steps(step: int, momentum: float) -> None:
+    assert Schedule().momentum(step) == pytest.approx(momentum)
+
+
+def test_momentum_without_a_ramp() -> None:
+    assert Schedule(muon_momentum_steps=0).momentum(0) == 0.95
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"warmup_ratio": -0.1},
+        {"warmdown_ratio": 1.1},
+        {"final_lr_frac": 2.0},
+        {"warmup_ratio": 0.6, "warmdown_ratio": 0.6},
+        {"muon_momentum": 1.0},
+        {"muon_momentum_start": -0.1},
+        {"muon_momentum_steps": -1},
+    ],
+)
+def test_impossible_schedules_are_refused(override: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(override))):
+        Schedule(**override)
+
+
+def test_clock_counts_tokens_of_all_and_stops_at_the_horizon() -> None:
+    clock = Clock(step_tokens=30, horizon_tokens=100)
+    seen = []
+    for _ in range(5):
+        seen.append(clock.progress)
+        clock.advance()
+    assert seen == [0.0, 0.3, 0.6, 0.9, 1.0]
+    assert (clock.step, clock.tokens) == (5, 150)
+
+
+@pytest.mark.parametrize("override", [{"step_tokens": 0}, {"horizon_tokens": 0}])
+def test_a_clock_needs_tokens(override: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        Clock(**{"step_tokens": 1, "horizon_tokens": 1, **override})
