@@ -57,8 +57,12 @@ def build_demo_corpus(output: Path, *, num_shards: int = 8, max_bytes: int = 20_
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "demo": {"recipe": RECIPE, "num_shards": num_shards, "max_bytes": max_bytes},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.parent / f".{output.name}.lock"):
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        acquired = FileLock(output.parent / f".{output.name}.lock").acquire()
+    except OSError as error:
+        raise DataError(f"{output} cannot be written: {error.strerror}") from error
+    with acquired:
         check_output(output, replace=True)
         manifest = read_manifest(output) if output.exists() else None
         if manifest is None and output.exists() and any(output.iterdir()):

@@ -122,6 +122,8 @@ def _restore(manifest: Manifest) -> str:
 def _open_recorded(path: Path, recorded: Recorded | None) -> Shard:
     if recorded is None:
         return read_shard(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
     if (size := path.stat().st_size) != recorded.bytes:
         raise DataError(f"{path} has {size:,} bytes, {MANIFEST} says {recorded.bytes:,}: it is damaged or was replaced")
     shard = read_shard(path)
@@ -184,15 +186,17 @@ def read_texts(shard: Shard, row_group: int) -> list[str]:
     Raises:
         DataError: naming file and row group: damaged, changed since it was opened, or with nulls (naming the row).
     """
-    if shard.sha256 is not None:
-        state = shard.path.stat()
-        _check_hash(shard.path, state.st_size, state.st_mtime_ns, shard.sha256)
     texts: list[str] = []
     try:
+        if shard.sha256 is not None:
+            state = shard.path.stat()
+            _check_hash(shard.path, state.st_size, state.st_mtime_ns, shard.sha256)
         for texts_of_batch in _batches(shard.path, row_group):
             texts += texts_of_batch
     except DataError as error:
         raise DataError(f"row group {row_group}: {error}") from error
+    except OSError as error:
+        raise DataError(f"row group {row_group}: {shard.path} cannot be read: {error.strerror}") from error
     if len(texts) != shard.row_group_rows[row_group]:
         expected = shard.row_group_rows[row_group]
         raise DataError(f"{shard.path}: row group {row_group} has {len(texts)} rows instead of {expected}: damaged")
@@ -202,6 +206,8 @@ def read_texts(shard: Shard, row_group: int) -> list[str]:
 def _batches(path: Path, row_group: int) -> Iterator[list[str]]:
     rows = size = 0
     with _parquet(path) as (file, column):
+        if row_group >= file.metadata.num_row_groups:
+            raise DataError(f"{path} has only {file.metadata.num_row_groups} row groups: damaged or replaced")
         declared = file.metadata.row_group(row_group).column(column).total_uncompressed_size
         if declared > MAX_GROUP_BYTES:
             raise DataError(f"{path} declares {declared:,} bytes of text there, more than {MAX_GROUP_BYTES:,}")
@@ -235,8 +241,8 @@ def verify_shard(path: Path, recorded: Recorded | None = None) -> str | None:
             read_texts(shard, group)
     except DataError as error:
         return str(error)
-    except FileNotFoundError:
-        return f"{path} does not exist"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
     return None
 
 
@@ -263,7 +269,7 @@ def write_shards(
         replace: Take the place of the shards that are in `output`.
 
     Raises:
-        DataError: `output` holds other things, or there are fewer than 2 documents.
+        DataError: `output` holds other things or cannot be written, or there are fewer than 2 documents.
         ConfigError: `num_shards` or `rows_per_group` is out of range.
     """
     if not 1 <= num_shards <= MAX_SHARDS_WRITTEN:
@@ -271,8 +277,11 @@ def write_shards(
     if rows_per_group < 1:
         raise ConfigError(f"rows_per_group is {rows_per_group}; it has to be at least 1")
     check_output(output, replace=replace)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    except OSError as error:
+        raise DataError(f"{output} cannot be written: {error.strerror}") from error
     try:
         building.chmod(0o755)
         names = _write(iter(documents), building, num_shards + 1, rows_per_group)
@@ -283,6 +292,8 @@ def write_shards(
             _swap(building, output)
         else:
             building.rename(output)
+    except OSError as error:
+        raise DataError(f"{output} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return open_dataset(output)
