@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
     from nanofed.tokenizer.measure import Compression, measure_compression
     from nanofed.tokenizer.storage import check_writable
-    from nanofed.tokenizer.training import SPECIAL_TOKENS, SPLIT_PATTERN, train_tokenizer
-    from nanofed.tokenizer.vocabulary import Vocabulary
+    from nanofed.tokenizer.training import train_tokenizer
+    from nanofed.tokenizer.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
 
 _PUBLIC = {
     "Tokenizer": "bpe",
@@ -18,8 +18,8 @@ _PUBLIC = {
     "Compression": "measure",
     "measure_compression": "measure",
     "check_writable": "storage",
-    "SPECIAL_TOKENS": "training",
-    "SPLIT_PATTERN": "training",
+    "SPECIAL_TOKENS": "vocabulary",
+    "SPLIT_PATTERN": "vocabulary",
     "train_tokenizer": "training",
     "Vocabulary": "vocabulary",
 }

@@ -32,20 +32,17 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_writable(folder: Path, *, force: bool = False) -> None:
-    """Make a folder for a tokenizer if it is missing, and refuse one that has a tokenizer unless forced.
+    """Refuse a folder that has a tokenizer, unless forced, or that cannot be written; it need not exist yet.
 
     Raises:
         ConfigError: the folder has a tokenizer already and `force` is false.
-        DataError: the folder cannot be made or written into.
+        DataError: the folder, or the one that it is to be made in, cannot be written.
     """
     if has_tokenizer(folder) and not force:
         raise ConfigError(f"{folder} has a tokenizer already: choose another folder, or replace it with --force")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"the folder {folder} cannot be written into")
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise DataError(f"cannot write a tokenizer to {folder}: {existing} is not a folder that can be written")
 
 
 def to_json(vocabulary: Vocabulary) -> str:
@@ -129,7 +126,7 @@ def read_json(path: Path) -> Vocabulary:
 
 
 def write_json(vocabulary: Vocabulary, folder: Path) -> Path:
-    """Write `tokenizer.json` into a folder, all of it or nothing; returns its path.
+    """Write `tokenizer.json` into a folder, made if it is missing, all of it or nothing; returns its path.
 
     Raises:
         DataError: the file cannot be written.
@@ -139,6 +136,7 @@ def write_json(vocabulary: Vocabulary, folder: Path) -> Path:
     path = folder / TOKENIZER_JSON
     temporary = None
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=folder, prefix=f".{path.name}.", suffix=".tmp", delete=False
         ) as file:

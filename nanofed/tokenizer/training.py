@@ -8,28 +8,9 @@ from itertools import chain
 
 from nanofed.errors import ConfigError, DataError
 from nanofed.tokenizer.bpe import Tokenizer
-from nanofed.tokenizer.storage import to_json
-from nanofed.tokenizer.vocabulary import Vocabulary
+from nanofed.tokenizer.vocabulary import DOC_CAP, MAX_CHARS, SPECIAL_TOKENS, SPLIT_PATTERN, VOCAB_SIZE, Vocabulary
 
 logger = logging.getLogger(__name__)
-
-# The first starts every document; the others mark the turns of a conversation and its use of tools.
-SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
-
-# GPT-4's pattern, but numbers in groups of two digits rather than three: smaller vocabularies do better so (nanochat).
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 
 # One of everything that a split pattern may forget: it has to match all of a text, for the rest is lost.
 _PROBE = (
@@ -41,9 +22,9 @@ _PROBE = (
 def train_tokenizer(
     texts: Iterable[str],
     *,
-    vocab_size: int = 65_536,
-    max_chars: int = 10_000_000_000,
-    doc_cap: int = 10_000,
+    vocab_size: int = VOCAB_SIZE,
+    max_chars: int = MAX_CHARS,
+    doc_cap: int = DOC_CAP,
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     split_pattern: str = SPLIT_PATTERN,
 ) -> Tokenizer:
@@ -113,24 +94,23 @@ def _merged_tokens(documents: Iterator[str], count: int, split_pattern: str) -> 
 
 
 def _check_pattern(split_pattern: str, special_tokens: tuple[str, ...]) -> None:
-    """Refuse a pattern before the training: it has to match all of a text, and Hugging Face tools have to split alike."""
-    import tokenizers
+    """Refuse a pattern before the training: it has to match all of a text, and Hugging Face tools to split alike."""
+    from tokenizers import Regex, pre_tokenizers
 
     try:
-        # Enough merges to make one token of every piece, so that ids tell where the text was split.
+        # Enough merges to make one token of every piece, so that the tokens tell where the text was split.
         tokens = _merged_tokens(iter([_PROBE]), 256 + len(_PROBE.encode()), split_pattern)
         tokenizer = Tokenizer(Vocabulary(tokens, special_tokens, split_pattern))
     except ValueError as error:
         raise ConfigError(f"special_tokens or split_pattern cannot be used: {error}") from error
-    ids = tokenizer.encode(_PROBE)
-    if tokenizer.decode(ids) != _PROBE:
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(_PROBE)]
+    if "".join(pieces) != _PROBE:
         raise ConfigError(
             "split_pattern does not match every character, and what it leaves out of a text would be lost"
         )
     try:
-        twin = tokenizers.Tokenizer.from_str(to_json(tokenizer.vocabulary))
+        split = pre_tokenizers.Split(Regex(split_pattern), "isolated")
     except Exception as error:  # tokenizers raises no narrower type
         raise ConfigError(f"split_pattern is not a regular expression that Hugging Face tools take: {error}") from error
-    twin.encode_special_tokens = True
-    if twin.encode(_PROBE, add_special_tokens=False).ids != ids:
+    if [piece for piece, _ in split.pre_tokenize_str(_PROBE)] != pieces:
         raise ConfigError("split_pattern means something else to Hugging Face tools, whose ids would differ")

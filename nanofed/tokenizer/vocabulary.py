@@ -7,6 +7,29 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
+# What nanochat trained its tokenizer with (October 2025).
+VOCAB_SIZE = 65_536
+MAX_CHARS = 10_000_000_000
+DOC_CAP = 10_000  # characters of one document
+
+# The first starts every document; the others mark the turns of a conversation and its use of tools.
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+
+# GPT-4's pattern, but numbers in groups of two digits rather than three: smaller vocabularies do better so (nanochat).
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
 
 @dataclass(frozen=True)
 class Vocabulary:

@@ -1,0 +1,146 @@
+"""`nanofed tokenizer train | eval`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanofed import runtime
+from nanofed.tokenizer.vocabulary import DOC_CAP, MAX_CHARS, SPECIAL_TOKENS, SPLIT_PATTERN, VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from nanofed.data.shards import Shard
+
+SAMPLE_CHARS = 5_000_000  # seconds of encoding, and bytes per token to about three digits
+
+
+def main(argv: list[str]) -> None:
+    """Run `nanofed tokenizer`; argv[0] is the command's name."""
+    args = _parser().parse_args(argv[1:])
+    if args.action == "train":
+        _train(args)
+    else:
+        _evaluate(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanofed tokenizer", description="Train and evaluate the BPE tokenizer.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="train | eval")
+    train = actions.add_parser("train", help="train one on a dataset's training shards")
+    evaluate = actions.add_parser("eval", help="bytes per token, against GPT-2's where it is to be had")
+    for action in (train, evaluate):
+        action.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+        action.add_argument("--data", default="fineweb-edu", help="demo, fineweb-edu or a folder of parquet shards")
+    train.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="tokens, the special ones included")
+    train.add_argument("--max_chars", type=int, default=MAX_CHARS, help="characters to train on, at most")
+    train.add_argument("--doc_cap", type=int, default=DOC_CAP, help="characters used of one document, at most")
+    train.add_argument(
+        "--special_tokens", nargs="+", default=SPECIAL_TOKENS, metavar="TOKEN", help="the first starts every document"
+    )
+    train.add_argument(
+        "--split_pattern",
+        default=argparse.SUPPRESS,
+        help="regular expression whose matches are merged one by one (default: nanochat's)",
+    )
+    train.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)")
+    train.add_argument("--force", action="store_true", help="replace a tokenizer that is in the folder")
+    evaluate.add_argument(
+        "--tokenizer", type=Path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)"
+    )
+    evaluate.add_argument(
+        "--max_chars",
+        type=int,
+        default=SAMPLE_CHARS,
+        help="characters to encode of validation and of training, at most",
+    )
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from nanofed.data.shards import open_dataset
+    from nanofed.tokenizer import Tokenizer, check_writable, measure_compression, train_tokenizer
+
+    folder: Path = getattr(args, "output", runtime.tokenizer_dir(args.data)).expanduser()
+    dataset = open_dataset(runtime.dataset_dir(args.data))
+    check_writable(folder, force=args.force)
+    started = time.monotonic()
+    tokenizer: Tokenizer = train_tokenizer(
+        _with_progress(dataset.train, args.max_chars),
+        vocab_size=args.vocab_size,
+        max_chars=args.max_chars,
+        doc_cap=args.doc_cap,
+        special_tokens=args.special_tokens,
+        split_pattern=getattr(args, "split_pattern", SPLIT_PATTERN),
+    )
+    seconds = time.monotonic() - started
+    tokenizer.save(folder, force=args.force)
+    short = f", not the {args.vocab_size:,} asked for: the text gives no more" * (
+        tokenizer.vocab_size < args.vocab_size
+    )
+    print(f"vocabulary       {tokenizer.vocab_size:,} tokens{short}")
+    print(f"training time    {seconds:.1f} seconds")
+    compression = measure_compression(tokenizer, _sample([dataset.validation], SAMPLE_CHARS))
+    print(f"bytes per token  {compression.bytes_per_token:.3f} on {dataset.validation.name}")
+    print(f"saved            {folder}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from nanofed.data.shards import open_dataset
+    from nanofed.errors import ConfigError, DataError
+    from nanofed.tokenizer import Tokenizer, measure_compression
+
+    if args.max_chars < 1:
+        raise ConfigError(f"max_chars is {args.max_chars:,}; it has to be at least 1")
+    folder: Path = getattr(args, "tokenizer", runtime.tokenizer_dir(args.data)).expanduser()
+    dataset = open_dataset(runtime.dataset_dir(args.data))
+    tokenizers = {"this": Tokenizer.load(folder)}
+    try:
+        tokenizers["gpt2"] = Tokenizer.gpt2()
+        missing = None
+    except DataError as error:
+        missing = str(error)
+    print(f"tokenizer {folder}, {tokenizers['this'].vocab_size:,} tokens")
+    print(f"{'bytes per token':<18}" + "".join(f"{name:>10}" for name in tokenizers))
+    for name, shards in (("validation", [dataset.validation]), ("train", dataset.train)):
+        found = [
+            measure_compression(tokenizer, _sample(shards, args.max_chars)).bytes_per_token
+            for tokenizer in tokenizers.values()
+        ]
+        gain = f"  {found[0] / found[1] - 1:+.1%} against gpt2" if len(found) == 2 and found[1] else ""
+        print(f"{name:<18}" + "".join(f"{value:>10.3f}" for value in found) + gain)
+    if missing:
+        print(f"no comparison: {missing}")
+
+
+def _texts(shards: Sequence[Shard]) -> Iterator[str]:
+    from nanofed.data.shards import read_texts
+
+    for shard in shards:
+        for row_group in range(len(shard.row_group_rows)):
+            yield from read_texts(shard, row_group)
+
+
+def _with_progress(shards: Sequence[Shard], max_chars: int) -> Iterator[str]:
+    from tqdm import tqdm
+
+    total = min(sum(shard.text_bytes for shard in shards), max_chars)
+    with tqdm(total=total, unit="char", unit_scale=True, desc="reading", disable=None) as bar:
+        for text in _texts(shards):
+            yield text
+            bar.update(len(text))
+        bar.set_description("merging")
+
+
+def _sample(shards: Sequence[Shard], max_chars: int) -> Iterator[str]:
+    """Yield the first documents of every shard, in turn, until so many characters have been read."""
+    share = max(1, max_chars // max(1, len(shards)))
+    for shard in shards:
+        left = share
+        for text in _texts([shard]):
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                break
