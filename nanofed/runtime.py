@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_STREAMS = 8
 
@@ -35,14 +38,9 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
 
 
-def world_size() -> int:
-    """Return the number of ranks that a launcher such as torchrun announced, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Return this process's rank among `world_size()`, 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+def is_first_rank() -> bool:
+    """Tell whether this process is the first one of a run: what a launcher (torchrun, Lightning) announces, else yes."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
 
 
 def huggingface_endpoint() -> str:
@@ -66,3 +64,35 @@ def default_compute_dtype(device: torch.device | str) -> torch.dtype:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # type: ignore[no-untyped-call]
         return torch.bfloat16 if native else torch.float32
     return torch.float32
+
+
+def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
+    """Decide whether to compile: as asked, and under `auto` where a compiler for the device is found.
+
+    Says so in one line (a warning) where there is none, since an eager model is several times slower.
+    """
+    import torch
+
+    if wanted != "auto":
+        return bool(wanted)
+    kind = torch.device(device).type
+    if kind == "meta":
+        return False
+    if kind == "cuda" or has_compiler():
+        return True
+    logger.warning("no C++ compiler found: the model runs eager, which is slower (install g++ to compile it)")
+    return False
+
+
+# Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def peak_flops(device: torch.device | str) -> float | None:
+    """Return the device's bf16 peak in FLOP/s, None where it is not known (CPUs among them)."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)

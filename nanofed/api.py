@@ -1,0 +1,156 @@
+"""fit, federate, load, evaluate, generate: what notebooks import and what commands call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanofed.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanofed.model import GPT
+    from nanofed.tokenizer import Tokenizer
+    from nanofed.training.run import Summary
+
+logger = logging.getLogger(__name__)
+
+
+def arguments(config: str | Path | None, overrides: dict[str, Any]) -> list[str]:
+    """Turn a config file and keyword overrides into the command line that means the same."""
+    import json
+
+    args = ["--config", str(config)] if config is not None else []
+    for key, value in overrides.items():
+        args.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return args
+
+
+def fit(
+    config: str | Path | None = None, *, args: Sequence[str] = (), overrides: dict[str, Any] | None = None
+) -> Summary:
+    """Train on this machine or cluster with Lightning and return what the run came to.
+
+    Args:
+        config: YAML file such as `configs/tiny.yaml`.
+        args: further command-line arguments, as `nanofed fit` takes them.
+        overrides: dotted keys and values, such as `{"model.recipe.num_steps": 100}`.
+
+    Raises:
+        ConfigError: a wrong option, or a run of that name is there already.
+        DataError: no shards or no tokenizer.
+    """
+    from nanofed.training.config import FitCLI
+    from nanofed.training.fit import run_fit
+
+    return run_fit(FitCLI([*arguments(config, overrides or {}), *args]))
+
+
+def validate(
+    config: str | Path | None = None, *, args: Sequence[str] = (), overrides: dict[str, Any] | None = None
+) -> float:
+    """Return bits per byte of a checkpoint (`ckpt_path`, of either path) on the validation shard of the config's data."""
+    from nanofed.training.config import FitCLI
+    from nanofed.training.fit import run_validate
+
+    return run_validate(FitCLI([*arguments(config, overrides or {}), *args], validate_only=True))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with its tokenizer."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    path: Path
+
+
+def load(checkpoint: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
+    """Load model and tokenizer from a run folder (its newest checkpoint) or from one checkpoint, of either path.
+
+    Raises:
+        ConfigError: nothing there.
+        CheckpointError: it is damaged.
+    """
+    import torch
+
+    from nanofed import runtime
+    from nanofed.model import GPT
+    from nanofed.tokenizer import Tokenizer
+    from nanofed.training.checkpoint import TOKENIZER, find_checkpoint, read_manifest, read_weights
+
+    path = find_checkpoint(checkpoint)
+    manifest = read_manifest(path)
+    with torch.device("meta"):
+        model = GPT(manifest.model, compute_dtype=runtime.default_compute_dtype(device))
+    model.to_empty(device=device)
+    model.load_state_dict(read_weights(path), strict=True)
+    return Loaded(model.eval(), Tokenizer.load(path / TOKENIZER), path)
+
+
+def generate(
+    checkpoint: str | Path | Loaded,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    seed: int = 42,
+    device: str | torch.device = "cpu",
+) -> Iterator[str]:
+    """Yield pieces of text that go on from `prompt`; temperature 0 takes the likeliest token each time."""
+    from nanofed.generation.text import generate as stream
+
+    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, device=device)
+    return stream(
+        loaded.model, loaded.tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str = "demo",
+    *,
+    eval_tokens: int = 1_048_576,
+    device_batch_size: int = 8,
+    device: str | torch.device = "cpu",
+) -> float:
+    """Return bits per byte of a checkpoint on the validation shard of a dataset (`demo`, `fineweb-edu` or a folder)."""
+    import torch
+
+    from nanofed.data.datamodule import TokenDataModule
+    from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
+    from nanofed.training.checkpoint import TOKENIZER
+
+    loaded = load(checkpoint, device=device)
+    module = TokenDataModule(
+        data,
+        str(loaded.path / TOKENIZER),
+        device_batch_size=device_batch_size,
+        sequence_len=loaded.model.config.sequence_len,
+        eval_tokens=eval_tokens,
+    )
+    metric = BitsPerByte(torch.as_tensor(loaded.tokenizer.token_bytes)).to(device)
+    batches = ((batch.inputs, batch.targets) for batch in module.validation_loader())
+    return evaluate_bits_per_byte(loaded.model, batches, metric, device)
+
+
+def federate(
+    config: str | Path | None = None, *, args: Sequence[str] = (), overrides: dict[str, Any] | None = None
+) -> Summary:
+    """Train the same model across clients with Flower and return what the run came to.
+
+    Args:
+        config: YAML file; by default the packaged tiny federation on the demo corpus, building what is missing.
+        args: further command-line arguments, as `nanofed federate` takes them.
+        overrides: dotted keys and values.
+
+    Raises:
+        ConfigError: a wrong option, or a run of that name is there already.
+        DataError: no shards or no tokenizer.
+    """
+    raise ConfigError("not yet")

@@ -1,0 +1,20 @@
+"""How the library's log lines reach a person at a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+
+def show_progress() -> None:
+    """Print nanofed's log lines as they are, and keep what other libraries say about themselves out of them."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("nanofed")
+    ours.handlers[:] = [handler]
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")

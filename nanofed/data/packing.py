@@ -1,0 +1,170 @@
+"""From documents to rows of `sequence_len + 1` tokens: pure packers over one stream, whose state is a few document names.
+
+A packer never stores tokens in its state: it names the documents that it still holds (`pending`) and where in the first
+one it stands (`offset`). Tokenizing them again gives the same buffer, so a state fits into every batch and every message.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nanofed.data.rows import Row
+
+Tokens = npt.NDArray[np.int32]
+Read = Callable[[Row], Tokens]  # the tokens of a document, begin-of-sequence token first
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where one stream stands.
+
+    Attributes:
+        position: the next row to look at; None before the first.
+        pending: documents read but not used up, in the order they arrived.
+        offset: tokens of the first pending document that are used up (contiguous packing).
+    """
+
+    position: Row | None = None
+    pending: tuple[Row, ...] = ()
+    offset: int = 0
+
+
+class Exhausted(Exception):
+    """The stream's rows cannot fill another row of tokens: a lease came to its end."""
+
+
+class Packer(Protocol):
+    """Turns one stream of documents into rows of tokens."""
+
+    state: StreamState
+    cropped_tokens: int
+    delivered_tokens: int
+
+    def next_row(self) -> Tokens:
+        """Return the next row, shape (sequence_len + 1,), or raise `Exhausted` and leave the state as it was."""
+
+
+class ContiguousPacker:
+    """Lay documents end to end and cut rows from them (nanochat, October 2025): no token is lost.
+
+    Consecutive rows share one token: the last target of a row is the first input of the next.
+    """
+
+    def __init__(self, rows: Iterator[Row], read: Read, state: StreamState, sequence_len: int) -> None:
+        self.state = state
+        self.cropped_tokens = 0
+        self.delivered_tokens = 0
+        self._rows = rows
+        self._read = read
+        self._length = sequence_len
+        self._documents: deque[tuple[Row, Tokens]] = deque((row, read(row)) for row in state.pending)
+        self._available = sum(len(tokens) for _, tokens in self._documents) - state.offset
+
+    def next_row(self) -> Tokens:
+        """Return the next row, shape (sequence_len + 1,)."""
+        position = self.state.position
+        while self._available < self._length + 1:
+            row = next(self._rows, None)
+            if row is None:
+                raise Exhausted
+            tokens = self._read(row)
+            self._documents.append((row, tokens))
+            self._available += len(tokens)
+            position = row._replace(row=row.row + 1)
+            # Kept even if the next document is missing: what was read is pending, nothing is lost or read twice.
+            self.state = replace(self.state, position=position, pending=(*self.state.pending, row))
+        out = np.empty(self._length + 1, np.int32)
+        filled, offset = 0, self.state.offset
+        for _, tokens in self._documents:
+            part = tokens[offset : offset + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled, offset = filled + len(part), 0
+            if filled == len(out):
+                break
+        offset = self.state.offset + self._length
+        while offset >= len(self._documents[0][1]):
+            offset -= len(self._documents.popleft()[1])
+        self._available -= self._length
+        self.delivered_tokens += self._length
+        self.state = StreamState(position, tuple(row for row, _ in self._documents), offset)
+        return out
+
+
+class BestFitPacker:
+    """Start every row with a whole document and fill it with the largest that still fit; crop one when none does.
+
+    The packing of today's nanochat: no row begins in the middle of a document, at the price of the cropped tokens, which are
+    counted in `cropped_tokens`.
+
+    Args:
+        buffer_size: documents to choose from.
+    """
+
+    def __init__(
+        self, rows: Iterator[Row], read: Read, state: StreamState, sequence_len: int, *, buffer_size: int = 128
+    ) -> None:
+        self.state = state
+        self.cropped_tokens = 0
+        self.delivered_tokens = 0
+        self._rows = rows
+        self._read = read
+        self._length = sequence_len
+        self._buffer_size = buffer_size
+        self._arrivals = 0
+        self._by_length: list[tuple[int, int]] = []  # (tokens, arrival), sorted: best fit is a bisection
+        self._documents: dict[int, tuple[Row, Tokens]] = {}  # in order of arrival
+        for row in state.pending:
+            self._add(row)
+
+    def _add(self, row: Row) -> None:
+        tokens = self._read(row)
+        self._documents[self._arrivals] = (row, tokens)
+        bisect.insort(self._by_length, (len(tokens), self._arrivals))
+        self._arrivals += 1
+
+    def _refill(self) -> None:
+        while len(self._documents) < self._buffer_size:
+            row = next(self._rows, None)
+            if row is None:
+                return
+            self._add(row)
+            self.state = replace(self.state, position=row._replace(row=row.row + 1), pending=(*self.state.pending, row))
+
+    def next_row(self) -> Tokens:
+        """Return the next row, shape (sequence_len + 1,)."""
+        self._refill()
+        room = self._length + 1
+        if sum(size for size, _ in self._by_length) < room:
+            raise Exhausted
+        out = np.empty(room, np.int32)
+        while room:
+            # The longest document that fits; of equal ones the first to arrive.
+            index = bisect.bisect_left(self._by_length, (room + 1, -1)) - 1
+            if index >= 0:
+                index = bisect.bisect_left(self._by_length, (self._by_length[index][0], -1))
+            else:
+                index = 0  # none fits: crop the shortest
+            size, arrival = self._by_length.pop(index)
+            _, tokens = self._documents.pop(arrival)
+            used = min(size, room)
+            out[len(out) - room : len(out) - room + used] = tokens[:used]
+            self.cropped_tokens += size - used
+            room -= used
+            if room:
+                self._refill()
+        self.delivered_tokens += self._length
+        self.state = replace(self.state, pending=tuple(row for row, _ in self._documents.values()))
+        return out
+
+
+PACKERS: dict[str, type[ContiguousPacker] | type[BestFitPacker]] = {
+    "contiguous": ContiguousPacker,
+    "best_fit": BestFitPacker,
+}

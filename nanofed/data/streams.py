@@ -1,0 +1,198 @@
+"""The run's fixed streams and the batches made from them: the same global batches at any number of ranks.
+
+A run has S streams (the canonical nodes of MosaicML Streaming). Row g of the run comes from stream g mod S, and rank k of W
+takes the rows g with g mod W = k; as W divides S, a rank owns whole streams and nobody else reads them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from nanofed.data.packing import PACKERS, Exhausted, Packer, StreamState, Tokens
+from nanofed.data.rows import Row, RowPlan
+from nanofed.data.shards import Shard, read_texts
+from nanofed.errors import ConfigError
+
+
+class Encoder(Protocol):
+    """What streams need of a tokenizer."""
+
+    bos_token_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
+
+
+@dataclass(frozen=True)
+class DataState:
+    """Where the data of a run stands: rows made so far over all ranks, and the state of every stream (of this rank)."""
+
+    rows: int
+    streams: Mapping[int, StreamState]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return lists, numbers and strings only: for JSON, and for checkpoints that load with `weights_only`."""
+        return {
+            "rows": self.rows,
+            "streams": [
+                [stream, list(state.position) if state.position else None, [list(r) for r in state.pending], state.offset]
+                for stream, state in sorted(self.streams.items())
+            ],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> DataState:
+        """Rebuild a state from `to_plain`'s output."""
+        return cls(
+            int(plain["rows"]),
+            {
+                int(stream): StreamState(Row(*position) if position else None, tuple(Row(*r) for r in pending), int(offset))
+                for stream, position, pending, offset in plain["streams"]
+            },
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[DataState]) -> DataState:
+        """Join the states of all ranks, taken at the same optimizer step, into the one of the run."""
+        return cls(parts[0].rows, {stream: state for part in parts for stream, state in part.streams.items()})
+
+
+@dataclass
+class Batch:
+    """A micro-batch: `inputs` and `targets` (device_batch_size, sequence_len), and where the data stands after it."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    state: DataState
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """Move the tensors to a device."""
+        inputs = self.inputs.to(device, non_blocking=non_blocking)
+        return Batch(inputs, self.targets.to(device, non_blocking=non_blocking), self.state)
+
+
+class DocumentReader:
+    """Reads documents as tokens, and keeps the row groups that the streams are in: they sit close together."""
+
+    def __init__(self, shards: Mapping[str, Shard], tokenizer: Encoder, cached_row_groups: int) -> None:
+        self._shards = shards
+        self._tokenizer = tokenizer
+        self._size = cached_row_groups
+        self._cache: OrderedDict[tuple[str, int], list[str]] = OrderedDict()
+        self._ends = {name: np.cumsum(shard.row_group_rows) for name, shard in shards.items()}
+
+    def __call__(self, row: Row) -> Tokens:
+        """Return the tokens of one document, shape (n + 1,), begin-of-sequence token first."""
+        ends = self._ends[row.shard]
+        group = int(np.searchsorted(ends, row.row, side="right"))
+        key = (row.shard, group)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        else:
+            self._cache[key] = read_texts(self._shards[row.shard], group)
+            if len(self._cache) > self._size:
+                self._cache.popitem(last=False)
+        text = self._cache[key][row.row - (int(ends[group - 1]) if group else 0)]
+        return np.array([self._tokenizer.bos_token_id, *self._tokenizer.encode(text)], np.int32)
+
+
+class TokenLoader:
+    """An endless (or, over a lease, finite) iterable of this rank's micro-batches.
+
+    Args:
+        plan: the rows to read.
+        tokenizer: encodes the documents.
+        sequence_len: tokens a row.
+        device_batch_size: rows a micro-batch on this rank.
+        streams: fixed streams of the run.
+        rank: this rank, of `world_size`.
+        world_size: number of ranks; must divide `streams`.
+        packing: `contiguous` or `best_fit`.
+
+    Raises:
+        ConfigError: the ranks do not divide the streams, or the packing is unknown.
+    """
+
+    def __init__(
+        self,
+        plan: RowPlan,
+        tokenizer: Encoder,
+        *,
+        sequence_len: int,
+        device_batch_size: int,
+        streams: int,
+        rank: int = 0,
+        world_size: int = 1,
+        packing: str = "contiguous",
+    ) -> None:
+        if streams % world_size:
+            fits = [w for w in range(1, streams + 1) if streams % w == 0]
+            nearest = sorted(fits, key=lambda w: abs(w - world_size))[:2]
+            raise ConfigError(
+                f"data.streams={streams} cannot be shared by {world_size} ranks: use {' or '.join(map(str, sorted(nearest)))} "
+                f"ranks, or data.streams={streams // world_size * world_size or world_size}"
+            )
+        if packing not in PACKERS:
+            raise ConfigError(f"data.packing={packing!r} is unknown: choose {' or '.join(PACKERS)}")
+        plan.check_streams(streams)
+        self.sequence_len = sequence_len
+        self.device_batch_size = device_batch_size
+        self._plan = plan
+        self._streams = streams
+        self._rank = rank
+        self._world_size = world_size
+        self._packing = packing
+        self._reader = DocumentReader(plan.shards, tokenizer, cached_row_groups=streams // world_size + 2)
+        own = range(rank, streams, world_size)
+        self.state = DataState(0, {stream: StreamState() for stream in own})
+        self.packers: dict[int, Packer] = {}
+
+    def load_state(self, state: DataState) -> None:
+        """Go on where `state` (of the whole run, or of this rank) stands; documents that the plan lost are dropped."""
+        own = {}
+        for stream in self.state.streams:
+            saved = state.streams.get(stream)
+            if saved is None:
+                raise ConfigError(
+                    f"the saved data position has no stream {stream}: it was made with data.streams={len(state.streams)}, "
+                    f"this run has data.streams={self._streams}"
+                )
+            pending = tuple(row for row in saved.pending if self._plan.holds(row))
+            offset = saved.offset if pending[:1] == saved.pending[:1] else 0
+            own[stream] = StreamState(saved.position, pending, offset)
+        self.state = DataState(state.rows, own)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.packers = {
+            stream: PACKERS[self._packing](
+                iter(self._plan.walk(stream, self._streams, state.position)), self._reader, state, self.sequence_len
+            )
+            for stream, state in self.state.streams.items()
+        }
+        while True:
+            batch = self._next_batch()
+            if batch is None:
+                return
+            yield batch
+
+    def _next_batch(self) -> Batch | None:
+        first = self.state.rows + self._rank
+        stop = first + self.device_batch_size * self._world_size
+        block = np.empty((self.device_batch_size, self.sequence_len + 1), np.int64)
+        try:
+            for index, row in enumerate(range(first, stop, self._world_size)):
+                block[index] = self.packers[row % self._streams].next_row()
+        except Exhausted:
+            return None  # a part of a micro-batch is not delivered: its rows stay pending in the last state
+        self.state = DataState(
+            self.state.rows + self.device_batch_size * self._world_size,
+            {stream: packer.state for stream, packer in self.packers.items()},
+        )
+        data = torch.from_numpy(block)
+        return Batch(data[:, :-1].contiguous(), data[:, 1:].contiguous(), self.state)

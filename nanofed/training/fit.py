@@ -1,0 +1,64 @@
+"""The vanilla path: hand module, data and Trainer to each other, and train."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from nanofed.errors import ConfigError
+from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
+from nanofed.training.module import GPTModule
+from nanofed.training.recipe import accumulation_steps
+from nanofed.training.run import SUMMARY, Summary, resume_checkpoint
+
+if TYPE_CHECKING:
+    from nanofed.training.config import FitCLI
+
+logger = logging.getLogger(__name__)
+
+
+def run_fit(cli: FitCLI) -> Summary:
+    """Train what the CLI has built: validate, fit, save, validate."""
+    module: GPTModule = cli.model
+    data, trainer, options = cli.datamodule, cli.trainer, cli.run_options
+    assert cli.run_folder is not None and cli.dashboard is not None
+    accumulation = accumulation_steps(
+        module.recipe.batch_tokens,
+        device_batch_size=data.device_batch_size,
+        sequence_len=data.sequence_len,
+        world_size=trainer.world_size,
+    )
+    trainer.accumulate_grad_batches = accumulation
+    trainer.val_check_interval = options.eval_every * accumulation  # Lightning counts micro-batches
+    trainer.fit_loop.epoch_loop.max_steps = module.num_steps
+    resume = resume_checkpoint(cli.run_folder, options.ckpt_path)
+    if resume is None:
+        if options.init_from:
+            start_from(module, options.init_from)
+        trainer.validate(module, datamodule=data, verbose=False)
+    else:
+        logger.info("resuming from %s", resume)
+        if (cli.run_folder / SUMMARY).is_file():
+            cli.dashboard.summary = Summary.read(cli.run_folder)
+    trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
+    summary = cli.dashboard.summary
+    if not summary.curve or summary.curve[-1].step != module.clock.step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    return summary
+
+
+def run_validate(cli: FitCLI) -> float:
+    """Return bits per byte of the checkpoint that `--ckpt_path` names."""
+    if cli.run_options.ckpt_path is None:
+        raise ConfigError("name what to validate: --ckpt_path RUN_OR_CHECKPOINT")
+    start_from(cli.model, cli.run_options.ckpt_path)
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    return float(cli.trainer.callback_metrics["val/bpb"])
+
+
+def start_from(module: GPTModule, where: str) -> None:
+    """Give the module the weights of a run or checkpoint of either path; optimizer and data start anew."""
+    path = find_checkpoint(where)
+    check_model(read_manifest(path), module.config, path)
+    module.configure_model()
+    module.gpt.load_state_dict(read_weights(path), strict=True)

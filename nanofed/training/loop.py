@@ -1,0 +1,118 @@
+"""The Fabric loop: the same steps as `Trainer.fit`, driven until a number of steps or a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Fabric
+
+from nanofed.data.streams import Batch, DataState
+from nanofed.training.module import GPTModule
+
+
+class Stopwatch:
+    """Measures a budget in seconds of the machine's monotonic clock, divided by `speed`.
+
+    With `speed` 1 it is real time. A client of speed 0.5 is a machine half as fast as this one: its seconds pass twice as
+    quickly, so a budget holds half the steps.
+    """
+
+    def __init__(self, speed: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._speed = speed
+        self._start = clock()
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start on this watch."""
+        return (self._clock() - self._start) / self._speed
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What a stretch of training did.
+
+    Attributes:
+        steps: full optimizer steps.
+        tokens: tokens of those steps, over all ranks.
+        seconds: time on the stopwatch.
+        losses: mean loss of every step, nats a token.
+        exhausted: the data ended before the budget did.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: tuple[float, ...]
+    exhausted: bool
+
+
+def train_steps(
+    fabric: Fabric,
+    module: Any,
+    optimizer: Any,
+    batches: Iterable[Batch],
+    *,
+    accumulation: int,
+    step_tokens: int,
+    num_steps: int | None = None,
+    seconds: float | None = None,
+    stopwatch: Stopwatch | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> LoopResult:
+    """Train for `num_steps` optimizer steps, or until the next one would end after `seconds`; at least one step.
+
+    A half accumulation is never flushed as a full step: if the data ends in it, its gradients are dropped and the module's
+    `data_state` goes back to the last full step.
+
+    Args:
+        fabric: set up and launched.
+        module: the GPTModule as `fabric.setup` returned it.
+        optimizer: likewise.
+        batches: this rank's micro-batches, on the CPU.
+        accumulation: micro-batches an optimizer step.
+        step_tokens: tokens a step over all ranks.
+        num_steps: steps to take.
+        seconds: budget on `stopwatch`.
+        stopwatch: started already; by default real time from now on.
+        on_step: called after every step with their number.
+    """
+    watch = stopwatch or Stopwatch()
+    inner: GPTModule = module.module if hasattr(module, "module") else module
+    module.train()
+    iterator: Iterator[Batch] = iter(batches)
+    losses: list[torch.Tensor] = []
+    begin = watch.elapsed()
+    committed: DataState | None = inner.data_state
+    exhausted = False
+    inner.pop_losses()
+    while num_steps is None or len(losses) < num_steps:
+        spent = watch.elapsed()
+        mean_step = (spent - begin) / max(1, len(losses))
+        if seconds is not None and losses and spent + mean_step > seconds:
+            break
+        for micro in range(accumulation):
+            batch = next(iterator, None)
+            if batch is None:
+                exhausted = True
+                break
+            # The reducer, where there is one, moves gradients once a step.
+            with fabric.no_backward_sync(module, enabled=micro < accumulation - 1):
+                loss = module.training_step(batch.to(fabric.device), micro)
+                fabric.backward(loss / accumulation)
+        if exhausted:
+            optimizer.zero_grad()
+            inner.data_state = committed
+            inner.pop_losses()
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        committed = inner.data_state
+        losses.append(torch.stack(inner.pop_losses()).mean())
+        if on_step is not None:
+            on_step(len(losses))
+    values = tuple(torch.stack(losses).tolist()) if losses else ()  # waits for the device: the time below is real
+    return LoopResult(len(values), len(values) * step_tokens, watch.elapsed(), values, exhausted)

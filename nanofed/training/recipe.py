@@ -1,0 +1,108 @@
+"""From one dial to every hyper-parameter: depth -> width, heads, learning rates, batch in tokens, horizon, FLOPs.
+
+Pure functions. The defaults are nanochat's of October 2025 (karpathy/nanochat at 2e93853).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanofed.errors import ConfigError
+from nanofed.model import GPTConfig
+from nanofed.optim import Schedule
+
+TOKENS_PER_PARAMETER = 20.0  # Chinchilla (Hoffmann et al. 2022, arXiv:2203.15556), as nanochat uses it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained, whatever drives the training.
+
+    Attributes:
+        batch_tokens: tokens an optimizer step, over all ranks (of one client, in a federation).
+        num_steps: horizon in optimizer steps of `batch_tokens`.
+        horizon_tokens: horizon in tokens.
+        tokens_per_parameter: horizon as a ratio; 20 when no horizon is given at all.
+        horizon_flops: horizon in floating-point operations.
+        embedding_lr: AdamW's rate for the embedding, scaled by (width/768)^-0.5.
+        head_lr: AdamW's rate for the head, scaled likewise.
+        matrix_lr: Muon's rate for the matrices, scaled by max(1, rows/columns)^0.5.
+        lr_scale: multiplies all three.
+        weight_decay: decoupled decay of the AdamW groups.
+        warmup_ratio: part of the horizon over which the rates rise from 0.
+        warmdown_ratio: last part of the horizon over which they fall linearly.
+        final_lr_frac: where they fall to, as a fraction.
+        clip: largest global gradient norm; 0 switches clipping off.
+    """
+
+    batch_tokens: int = 524_288
+    num_steps: int | None = None
+    horizon_tokens: int | None = None
+    tokens_per_parameter: float | None = None
+    horizon_flops: float | None = None
+    embedding_lr: float = 0.2
+    head_lr: float = 0.004
+    matrix_lr: float = 0.02
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.0
+    warmdown_ratio: float = 0.2
+    final_lr_frac: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with."""
+        given = [
+            name
+            for name in ("num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")
+            if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise ConfigError(f"model.recipe gives the horizon {len(given)} times ({', '.join(given)}): keep one")
+        if given and getattr(self, given[0]) <= 0:
+            raise ConfigError(f"model.recipe.{given[0]} must be positive, not {getattr(self, given[0])}")
+        if self.batch_tokens <= 0:
+            raise ConfigError(f"model.recipe.batch_tokens must be positive, not {self.batch_tokens}")
+        if self.warmup_ratio + self.warmdown_ratio > 1:
+            raise ConfigError("model.recipe: warmup_ratio and warmdown_ratio together are more than the whole horizon")
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning-rate and momentum schedule over global progress."""
+        return Schedule(
+            warmup_ratio=self.warmup_ratio, warmdown_ratio=self.warmdown_ratio, final_lr_frac=self.final_lr_frac
+        )
+
+    def steps(self, config: GPTConfig) -> int:
+        """Return the number of optimizer steps of `batch_tokens` to the horizon, at least 1."""
+        if self.num_steps is not None:
+            return self.num_steps
+        if self.horizon_tokens is not None:
+            tokens = float(self.horizon_tokens)
+        elif self.horizon_flops is not None:
+            tokens = self.horizon_flops / config.flops_per_token()
+        else:
+            tokens = (self.tokens_per_parameter or TOKENS_PER_PARAMETER) * config.num_parameters
+        return max(1, int(tokens) // self.batch_tokens)
+
+    def horizon(self, config: GPTConfig) -> int:
+        """Return the horizon in tokens: whole steps of `batch_tokens`."""
+        return self.steps(config) * self.batch_tokens
+
+
+def accumulation_steps(batch_tokens: int, *, device_batch_size: int, sequence_len: int, world_size: int) -> int:
+    """Return the micro-batches an optimizer step, so that few ranks train exactly as many would ("8 GPUs on 1").
+
+    Raises:
+        ConfigError: the batch is no whole number of micro-batches over all ranks; names the nearest batches that are.
+    """
+    per_micro_batch = device_batch_size * sequence_len * world_size
+    if batch_tokens % per_micro_batch == 0:
+        return batch_tokens // per_micro_batch
+    below = batch_tokens // per_micro_batch * per_micro_batch
+    nearest = [n for n in (below, below + per_micro_batch) if n]
+    raise ConfigError(
+        f"model.recipe.batch_tokens={batch_tokens:,} is no multiple of {world_size} ranks x {device_batch_size} rows x "
+        f"{sequence_len} tokens = {per_micro_batch:,}: use {' or '.join(f'{n:,}' for n in nearest)}, or change "
+        "data.device_batch_size"
+    )
