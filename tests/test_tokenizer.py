@@ -298,6 +298,12 @@ def test_what_is_saved_is_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["tokenizer.json"]
 
 
+def test_it_travels_to_worker_processes(tokenizer: Tokenizer) -> None:
+    twin = pickle.loads(pickle.dumps(tokenizer))
+    assert twin.encode(CORPUS[2]) == tokenizer.encode(CORPUS[2])
+    assert twin.fingerprint == tokenizer.fingerprint
+
+
 def test_a_tokenizer_is_replaced_only_by_force(tokenizer: Tokenizer, tmp_path: Path) -> None:
     other = train_tokenizer(CORPUS, vocab_size=300)
     tokenizer.save(tmp_path)
