@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = (10.0, 30.0)  # seconds to connect, and between two pieces of the answer
 MAX_BYTES = 8 << 30  # of a file whose length the server does not tell
-_CHUNK = 1 << 16  # what a broken connection may lose
+_CHUNK = 1 << 14  # what a broken connection may lose
 _RETRIED = frozenset({408, 425, 429})  # and every 5xx; the other 4xx are final
 _IMPOSSIBLE = (
     requests.exceptions.InvalidURL,

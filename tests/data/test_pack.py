@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanofed.data.manifest import file_sha256, read_manifest
+from nanofed.data.pack import pack
+from nanofed.data.shards import Dataset, open_dataset, read_texts
+from nanofed.errors import ConfigError, DataError
+
+
+def texts(dataset: Dataset) -> list[str]:
+    shards = (*dataset.train, dataset.validation)
+    return [text for s in shards for group in range(len(s.row_group_rows)) for text in read_texts(s, group)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    (folder / "deep" / ".git").mkdir(parents=True)
+    (folder / "a.txt").write_bytes("\ufeffplain text\r\nof two lines".encode())
+    (folder / "deep" / "b.MD").write_text("# Überschrift\n")
+    (folder / "deep" / "blank.txt").write_text(" \n")
+    (folder / "deep" / ".git" / "c.txt").write_text("hidden")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    lines = [json.dumps({"text": f"line {i}", "id": i}) for i in range(50)]
+    (folder / "d.jsonl").write_text("\n".join([*lines[:20], "", *lines[20:]]))
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(30)]}), folder / "e.parquet", row_group_size=7)
+    return folder
+
+
+EXPECTED = {
+    "plain text\r\nof two lines",
+    "# Überschrift\n",
+    *(f"line {i}" for i in range(50)),
+    *(f"row {i}" for i in range(30)),
+}
+
+
+def test_every_document_once(source: Path, tmp_path: Path) -> None:
+    dataset = pack([source, source / "a.txt", source / "deep"], tmp_path / "out", num_shards=3, rows_per_group=5)
+    assert sorted(texts(dataset)) == sorted(EXPECTED)
+    assert [shard.num_rows for shard in (*dataset.train, dataset.validation)] == [21, 21, 20, 20]
+    assert dataset.train[0].row_group_rows == (5, 5, 5, 5, 1)
+    manifest = read_manifest(dataset.path)
+    assert manifest is not None
+    assert manifest.provenance["source"] == "packed: source, a.txt, deep"
+    assert str(tmp_path) not in (dataset.path / "dataset.json").read_text()  # no path of this machine
+    assert {name: entry.sha256 for name, entry in manifest.shards.items()}.items() <= hashes(dataset.path).items()
+
+
+def test_same_files_same_bytes(source: Path, tmp_path: Path) -> None:
+    first = pack([source], tmp_path / "one", num_shards=2)
+    assert hashes(pack([source], tmp_path / "two", num_shards=2).path) == hashes(first.path)
+    assert hashes(pack([source], tmp_path / "three", num_shards=2, seed=1).path) != hashes(first.path)
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 7, 10_000])
+def test_shuffling(source: Path, tmp_path: Path, buffer: int) -> None:
+    dataset = pack([source / "d.jsonl"], tmp_path / "out", num_shards=1, shuffle_buffer=buffer)
+    found = texts(dataset)
+    assert sorted(found) == sorted(f"line {i}" for i in range(50))
+    in_order = found == [f"line {i}" for i in [*range(0, 50, 2), *range(1, 50, 2)]]  # dealt to two shards in turn
+    assert in_order == (buffer <= 1)
+
+
+def test_another_key(source: Path, tmp_path: Path) -> None:
+    (source / "f.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    assert sorted(texts(pack([source / "f.jsonl"], tmp_path / "out", key="body"))) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"fine\nnot \xff fine", r"x\.txt, line 2: not UTF-8 \(byte 0xff at offset 9\)"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl, line 2: not JSON"),
+        ("x.jsonl", b'{"text": "a"}\n\n["text"]', r"x\.jsonl, line 3: not a JSON object"),
+        ("x.jsonl", b'{"body": "a"}', r"x\.jsonl, line 1: there is no key 'text' \(its keys: 'body'\)"),
+        ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: 'text' is not a string but int"),
+        ("x.jsonl", b'{"text": null}', r"x\.jsonl, line 1: 'text' is not a string but NoneType"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"x\.jsonl, line 2: not UTF-8"),
+        ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl, line 1: 'text' has half of a surrogate pair"),
+        ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: not JSON"),
+        ("x.parquet", b"PAR1", r"x\.parquet is truncated, damaged or not a parquet file"),
+        ("x.docx", b"PK", r"x\.docx: cannot pack this kind of file"),
+    ],
+)
+def test_bad_input_leaves_nothing(source: Path, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    bad = tmp_path / "bad" / name
+    bad.parent.mkdir()
+    bad.write_bytes(content)
+    (tmp_path / "results").mkdir()
+    with pytest.raises(DataError, match=message):
+        pack([source, bad], tmp_path / "results" / "out")
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_parquet_without_text_or_with_nulls(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has no `text` column"):
+        pack([tmp_path / "a.parquet"], tmp_path / "out")
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet has a null instead of a text in row 1"):
+        pack([tmp_path / "b.parquet"], tmp_path / "out")
+
+
+def test_nothing_to_pack(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="absent does not exist"):
+        pack([tmp_path / "absent"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no files of the kinds"):
+        pack([tmp_path / "empty"], tmp_path / "out")
+    (tmp_path / "empty" / "x.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match=r"x\.txt is no regular file"):
+        pack([tmp_path / "empty"], tmp_path / "out")
+    with pytest.raises(DataError, match="1 documents make no dataset"):
+        pack([source / "a.txt"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="nothing to pack"):
+        pack([], tmp_path / "out")
+    with pytest.raises(ConfigError, match="shuffle_buffer"):
+        pack([source], tmp_path / "out", shuffle_buffer=-1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_taken(source: Path, tmp_path: Path) -> None:
+    first = pack([source], tmp_path / "out", num_shards=2)
+    with pytest.raises(DataError, match=r"holds shards already.*--force"):
+        pack([source / "d.jsonl"], first.path)
+    assert open_dataset(first.path) == first
+    second = pack([source / "d.jsonl"], first.path, num_shards=1, force=True)
+    assert sorted(texts(second)) == sorted(f"line {i}" for i in range(50))
+    with pytest.raises(DataError, match="line 1: there is no key"):
+        pack([source / "d.jsonl"], first.path, force=True, key="other")
+    assert open_dataset(first.path) == second  # a failure leaves what was there
+
+
+def test_output_inside_the_input(source: Path, tmp_path: Path) -> None:
+    first = pack([source], source / "packed", num_shards=2)
+    again = pack([source], source / "packed", num_shards=2, force=True)
+    assert again.fingerprint() == first.fingerprint()  # the shards of before were no input
+    with pytest.raises(DataError, match="into itself"):
+        pack([source / "packed"], source / "packed", force=True)
+
+
+def test_real_text(shared_data: Path, tmp_path: Path) -> None:
+    dataset = pack([shared_data / "rust-rfcs"], tmp_path / "out", num_shards=3, rows_per_group=32)
+    assert sum(shard.num_rows for shard in (*dataset.train, dataset.validation)) == 647
