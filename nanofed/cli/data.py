@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import subprocess
 import sys
@@ -28,8 +29,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("nanofed data", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add = functools.partial(commands.add_parser, allow_abbrev=False)
 
-    download = commands.add_parser("download", help="shards of FineWeb-Edu", description="Download FineWeb-Edu shards.")
+    download = add("download", help="shards of FineWeb-Edu", description="Download FineWeb-Edu shards.")
     download.add_argument(
         "-n",
         "--num_shards",
@@ -43,15 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("--background", action="store_true", help="go on detached and write a log")
     download.set_defaults(run=_download)
 
-    demo = commands.add_parser(
-        "demo", help="an offline corpus", description="Build a corpus from this Python's standard library."
-    )
+    demo = add("demo", help="an offline corpus", description="Build a corpus from this Python's standard library.")
     demo.add_argument("--output", type=Path, help="folder (default: demo/data under NANOCHAT_BASE_DIR)")
     demo.add_argument("-n", "--num_shards", type=int, default=8, help="training shards (default: %(default)s)")
     demo.add_argument("--max_bytes", type=int, default=20_000_000, help="most bytes of text (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
-    pack = commands.add_parser(
+    pack = add(
         "pack", help="shards from your own text", description="Pack txt, md, jsonl and parquet files into shards."
     )
     pack.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, and folders to search for them")
@@ -71,10 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--force", action="store_true", help="replace the shards in the output folder")
     pack.set_defaults(run=_pack)
 
-    listing = commands.add_parser("list", help="shards, rows, bytes", description="List the shards of a dataset.")
+    listing = add("list", help="shards, rows, bytes", description="List the shards of a dataset.")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=_list)
-    verify = commands.add_parser(
+    verify = add(
         "verify", help="read everything and compare hashes", description="Verify every shard; exit 3 if any is bad."
     )
     verify.set_defaults(run=_verify)

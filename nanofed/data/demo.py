@@ -156,7 +156,7 @@ def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, pref
 def _code(tree: ast.Module, source: str, relative: Path) -> Iterator[str]:
     """Yield the source without its documentation strings, cut between top-level statements."""
     lines: list[str | None] = list(source.split("\n"))
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, _Documented) and ast.get_docstring(node, clean=False) is not None:
             text = node.body[0]
             first, last = text.lineno - 1, (text.end_lineno or text.lineno) - 1
@@ -170,3 +170,11 @@ def _code(tree: ast.Module, source: str, relative: Path) -> Iterator[str]:
             if len(piece) >= _MIN_CHARACTERS:
                 yield f"# {relative.as_posix()}\n{piece}\n"
             start = end
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk a tree like `ast.walk` but not into expressions, where nearly all of its nodes are."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
+            yield from _statements(child)
