@@ -111,19 +111,18 @@ def test_a_fresh_model_costs_the_entropy_of_its_vocabulary() -> None:
     assert value == pytest.approx(math.log2(64) / 3)
 
 
-def score_a_share(rank: int, address: str, results: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    # rank 0 has one batch of 4 bytes, rank 1 three batches of 1 byte
-    batches = (
-        [(torch.tensor([[8]]), torch.tensor([[3]]))] if rank == 0 else [(torch.tensor([[1]]), torch.tensor([[1]]))] * 3
-    )
+def score_a_share(rank: int, shares: list[list[int]], folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # token 1 is 1 byte and costs 1 nat here, token 3 is 4 bytes and costs 3
+    batches = [(torch.tensor([[token]]), torch.tensor([[token]])) for token in shares[rank]]
     value = evaluate_bits_per_byte(Recorder(), batches, BitsPerByte(TOKEN_BYTES), "cpu")
-    Path(results, str(rank)).write_text(repr(value))
+    Path(folder, str(rank)).write_text(repr(value))
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_ranks_add_up_nats_and_bytes(tmp_path: Path) -> None:
-    spawn(score_a_share, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize(("shares", "nats", "length"), [([[3], [1, 1, 1]], 6, 7), ([[], [3, 1]], 4, 5)])
+def test_ranks_add_up_nats_and_bytes(tmp_path: Path, shares: list[list[int]], nats: int, length: int) -> None:
+    spawn(score_a_share, args=(shares, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
     for rank in range(2):
-        assert float((tmp_path / str(rank)).read_text()) == pytest.approx(11 / (7 * math.log(2)))
+        assert float((tmp_path / str(rank)).read_text()) == pytest.approx(nats / (length * math.log(2)))

@@ -78,7 +78,9 @@ def evaluate_bits_per_byte(
             metric.update(model(inputs, targets, reduction="none"), targets)
     finally:
         model.train(training)
-    value = float(metric.compute()) if metric.update_called else math.nan
+    if not metric.update_called:  # a rank without batches still has to meet the others in compute()
+        metric.update(torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device))
+    value = float(metric.compute())
     if math.isnan(value) and not metric.sum_bytes:
         raise DataError("evaluation: the batches hold no text to score; check the validation shard and max_batches")
     return value

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.model import GPT, GPTConfig
 
@@ -177,7 +177,7 @@ class TestRotaryTables:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.skipif(not runtime.has_compiler(), reason="torch.compile needs a C++ compiler on CPU")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_compiles_in_place_without_a_graph_break(model: GPT, ids: Tensor) -> None:
     names = list(model.state_dict())
