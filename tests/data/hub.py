@@ -37,7 +37,7 @@ class Hub:
     faults: defaultdict[str, deque[str]] = field(default_factory=lambda: defaultdict(deque))
     always: str = ""
     redirect_to: str | None = None
-    linked: bool = False
+    linked: tuple[str, ...] = ()
     etags: bool = True
     head_length: int | None = None
     retry_after: str | None = None
@@ -98,8 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _redirect(self, name: str) -> None:
         self.send_response(302)
         self.send_header("Location", f"{self.hub.redirect_to}/{name}")
-        if self.hub.linked:
+        if "hash" in self.hub.linked:
             self.send_header("X-Linked-ETag", '"' + hashlib.sha256(self.hub.files[name]).hexdigest() + '"')
+        if "size" in self.hub.linked:
             self.send_header("X-Linked-Size", str(len(self.hub.files[name])))
         self.send_header("Content-Length", "0")
         self.end_headers()

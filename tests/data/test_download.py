@@ -114,6 +114,18 @@ def test_a_server_that_cannot_resume(hub: Hub, tmp_path: Path, second: str) -> N
     hub.faults[FIRST] = deque(["drop", second])
     get(hub, tmp_path / "data")
     assert_whole(tmp_path / "data", hub)
+    ranges = [r.headers.get("Range") for r in hub.gets(FIRST)]
+    assert ranges[0] is None
+    assert ranges[1] is not None
+    assert ranges[2:] == ([] if second == "ignore range" else [None])  # from the start, once
+
+
+def test_a_resumed_part_that_is_cut_short_is_resumed_again(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[FIRST] = deque(["drop", "short length"])
+    get(hub, tmp_path / "data")
+    assert_whole(tmp_path / "data", hub)
+    offsets = [int(r.headers.get("Range", "bytes=0-")[6:-1]) for r in hub.gets(FIRST)]
+    assert offsets[0] == 0 < offsets[1] < offsets[2]
 
 
 @pytest.mark.parametrize("etags", [True, False])
@@ -192,14 +204,20 @@ def test_a_stalled_connection_times_out(hub: Hub, tmp_path: Path, monkeypatch: p
         get(hub, tmp_path / "data", 1, Retry(attempts=1, backoff=0.01))
 
 
-def test_the_announced_hash_is_checked(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
-    """The hub tells the sha256 where it redirects to its storage: another whole, readable shard is not taken for it."""
-    with serving(Hub(dict(files))) as front:
-        front.redirect_to, front.linked = hub.url, True
+@pytest.mark.parametrize(
+    ("linked", "message"),
+    [("hash", "sha256 is not the one that the server announced"), ("size", r"announced [\d,]+ bytes and then")],
+)
+def test_what_the_hub_announces_is_checked(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path, linked: str, message: str
+) -> None:
+    """The hub tells hash and size where it redirects to its storage: another whole shard is not taken for the one."""
+    with serving(Hub(dict(files), redirect_to=hub.url, linked=(linked,))) as front:
         get(front, tmp_path / "good")
         assert_whole(tmp_path / "good", hub)
         hub.files[FIRST] = hub.files["shard_00001.parquet"]
-        with pytest.raises(DataError, match=r"(sha256 is not the one that the server announced|announced .* bytes)"):
+        assert len(hub.files[FIRST]) != len(front.files[FIRST])
+        with pytest.raises(DataError, match=message):
             get(front, tmp_path / "bad")
         assert not (tmp_path / "bad" / FIRST).exists()
 
