@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanofed.errors import ConfigError
-
 if TYPE_CHECKING:
     import torch
 
@@ -153,4 +151,6 @@ def federate(
         ConfigError: a wrong option, or a run of that name is there already.
         DataError: no shards or no tokenizer.
     """
-    raise ConfigError("not yet")
+    from nanofed.federated.run import Federation, run_in_process
+
+    return run_in_process(Federation.from_args([*arguments(config, overrides or {}), *args]))

@@ -85,7 +85,15 @@ def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
 
 
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+_PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
 
 
 def peak_flops(device: torch.device | str) -> float | None:

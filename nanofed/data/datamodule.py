@@ -12,6 +12,7 @@ import torch
 from lightning import LightningDataModule
 
 from nanofed import runtime
+from nanofed.data.prepare import prepare_demo
 from nanofed.data.rows import RowPlan
 from nanofed.data.shards import Dataset, open_dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader
@@ -62,16 +63,20 @@ class TokenDataModule(LightningDataModule):
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The shards, opened on first use."""
+        """The shards, opened on first use; the demo corpus is built if it is not there."""
+        if self.path == "demo":
+            prepare_demo(tokenizer=False)
         return open_dataset(
             runtime.dataset_dir(self.path), validation=self.validation_shard, num_shards=self.num_shards
         )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded on first use."""
+        """The tokenizer, loaded on first use; the demo's is trained if it is not there."""
         if self.tokenizer_name == "gpt2":
             return Tokenizer.gpt2()
+        if self.path == "demo" and self.tokenizer_name is None:
+            prepare_demo()
         folder = Path(self.tokenizer_name).expanduser() if self.tokenizer_name else runtime.tokenizer_dir(self.path)
         if self.tokenizer_name and not folder.is_dir():
             raise DataError(

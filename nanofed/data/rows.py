@@ -70,7 +70,9 @@ class RowPlan:
 
     def check_streams(self, streams: int) -> None:
         """Refuse a repeating plan that gives some stream nothing: it would search for ever."""
-        served = {row % streams for part in self.ranges for row in range(part.start, min(part.stop, part.start + streams))}
+        served = {
+            row % streams for part in self.ranges for row in range(part.start, min(part.stop, part.start + streams))
+        }
         if self.repeat and len(served) < streams:
             raise DataError(
                 f"the dataset has too few rows for {streams} streams (streams {sorted(set(range(streams)) - served)} would "

@@ -41,7 +41,12 @@ class DataState:
         return {
             "rows": self.rows,
             "streams": [
-                [stream, list(state.position) if state.position else None, [list(r) for r in state.pending], state.offset]
+                [
+                    stream,
+                    list(state.position) if state.position else None,
+                    [list(r) for r in state.pending],
+                    state.offset,
+                ]
                 for stream, state in sorted(self.streams.items())
             ],
         }
@@ -52,7 +57,9 @@ class DataState:
         return cls(
             int(plain["rows"]),
             {
-                int(stream): StreamState(Row(*position) if position else None, tuple(Row(*r) for r in pending), int(offset))
+                int(stream): StreamState(
+                    Row(*position) if position else None, tuple(Row(*r) for r in pending), int(offset)
+                )
                 for stream, position, pending, offset in plain["streams"]
             },
         )
@@ -154,7 +161,7 @@ class TokenLoader:
         self.packers: dict[int, Packer] = {}
 
     def load_state(self, state: DataState) -> None:
-        """Go on where `state` (of the whole run, or of this rank) stands; documents that the plan lost are dropped."""
+        """Go on where `state` (of the whole run, or of this rank) stands; what the plan lost is dropped."""
         own = {}
         for stream in self.state.streams:
             saved = state.streams.get(stream)
@@ -165,7 +172,8 @@ class TokenLoader:
                 )
             pending = tuple(row for row in saved.pending if self._plan.holds(row))
             offset = saved.offset if pending[:1] == saved.pending[:1] else 0
-            own[stream] = StreamState(saved.position, pending, offset)
+            found = saved.position is not None and self._plan.locate(saved.position) is not None
+            own[stream] = StreamState(saved.position if found else None, pending, offset)
         self.state = DataState(state.rows, own)
 
     def __iter__(self) -> Iterator[Batch]:

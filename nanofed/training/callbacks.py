@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from nanofed import runtime
 from nanofed.errors import NanofedError
 from nanofed.generation.text import generate
-from nanofed.training.checkpoint import checkpoints
+from nanofed.training.checkpoint import prune_checkpoints
 from nanofed.training.module import GPTModule
 from nanofed.training.run import Point, Summary
 
@@ -235,6 +234,5 @@ class SaveCheckpoint(Callback):
             return
         trainer.save_checkpoint(self._folder / f"step_{step:08d}")
         self._saved_step = step
-        if trainer.is_global_zero and self._keep > 0:
-            for old in checkpoints(self._run)[: -self._keep]:
-                shutil.rmtree(old, ignore_errors=True)
+        if trainer.is_global_zero:
+            prune_checkpoints(self._run, self._keep)

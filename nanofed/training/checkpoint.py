@@ -1,10 +1,10 @@
 """One checkpoint format for both paths: a directory of weights, state, tokenizer, and a manifest with hashes written last.
 
-    step_00000400/
-      model.safetensors   the GPT's weights under nanochat's names, fp32
-      state.pt            everything else (optimizer, data position, clocks); loads with `weights_only`
-      tokenizer/          the tokenizer, so that a checkpoint can be sampled from and validated anywhere
-      manifest.json       format_version, model, progress, and size and SHA-256 of every file
+step_00000400/
+model.safetensors   the GPT's weights under nanochat's names, fp32
+state.pt            everything else (optimizer, data position, clocks); loads with `weights_only`
+tokenizer/          the tokenizer, so that a checkpoint can be sampled from and validated anywhere
+manifest.json       format_version, model, progress, and size and SHA-256 of every file
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     for name, entry in manifest.files.items() if verify else ():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{file} is missing or has another size than {MANIFEST} says: the checkpoint is damaged")
+            raise CheckpointError(
+                f"{file} is missing or has another size than {MANIFEST} says: the checkpoint is damaged"
+            )
         if _sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file} is not what was saved (SHA-256 differs): the checkpoint is damaged")
     return manifest
@@ -149,6 +151,12 @@ def checkpoints(run: Path) -> list[Path]:
     folder = run / "checkpoints"
     found = [path for path in folder.glob("*_*") if (path / MANIFEST).is_file() and not path.name.startswith(".")]
     return sorted(found, key=lambda path: path.name)
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of a run; 0 keeps all."""
+    for old in checkpoints(run)[:-keep] if keep else ():
+        shutil.rmtree(old)
 
 
 def find_checkpoint(where: str | Path) -> Path:

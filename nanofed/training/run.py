@@ -97,7 +97,9 @@ def open_run(runs_dir: str, name: str, *, overwrite: bool, resume: bool) -> Path
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise NanofedError(f"the run folder {run} cannot be written: {error.strerror}; choose another --runs_dir") from error
+        raise NanofedError(
+            f"the run folder {run} cannot be written: {error.strerror}; choose another --runs_dir"
+        ) from error
     return run
 
 

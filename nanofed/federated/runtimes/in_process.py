@@ -1,0 +1,90 @@
+"""Flower's app in one process: no sockets, no Ray, clients one after another, each with its full budget."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import uuid
+from collections.abc import Iterable, Sequence
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+logger = logging.getLogger(__name__)
+
+CLIENT_FAILED = 1
+SERVER_NODE = 0
+
+
+class InProcessGrid(Grid):
+    """A Grid whose nodes are contexts of one ClientApp: a message is handled when its reply is pulled, one a call.
+
+    So at most one client's weights are in memory beside the server's, and a round's clients share one machine without
+    sharing its clock.
+
+    Args:
+        app: the ClientApp.
+        names: of the clients; the n-th is node n + 1.
+    """
+
+    def __init__(self, app: ClientApp, names: Sequence[str]) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE  # Message() reads them
+        self._app = app
+        self._run = Run.create_empty(run_id=1)
+        self._contexts = {
+            node: Context(run_id=1, node_id=node, node_config={"name": name}, state=RecordDict(), run_config={})
+            for node, name in enumerate(names, start=1)
+        }
+        self._inbox: dict[str, Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        """Keep the run that Flower describes."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Build a message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return all nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Take messages in and return their ids."""
+        ids = []
+        for message in messages:
+            message_id = uuid.uuid4().hex
+            message.metadata.__dict__["_message_id"] = message_id  # as Flower's own grids do
+            self._inbox[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Let the next client handle its message, and return its reply."""
+        for message_id in message_ids:
+            message = self._inbox.pop(message_id, None)
+            if message is not None:
+                return [self._handle(message)]
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and return their replies."""
+        return [reply for message_id in self.push_messages(messages) for reply in self.pull_messages([message_id])]
+
+    def _handle(self, message: Message) -> Message:
+        context = self._contexts[message.metadata.dst_node_id]
+        try:
+            return self._app(message, context)
+        except Exception as error:  # as on a real site, a client's failure is a reply
+            logger.debug("client %s: %s", context.node_config["name"], traceback.format_exc())
+            return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)

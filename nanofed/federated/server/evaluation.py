@@ -1,0 +1,48 @@
+"""Bits per byte of the global weights on the server's validation shard."""
+
+from __future__ import annotations
+
+import torch
+
+from nanofed.data.datamodule import TokenDataModule
+from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
+from nanofed.federated.wire.codec import Weights
+from nanofed.generation.text import generate
+from nanofed.training.module import GPTModule
+
+
+class Evaluator:
+    """A model of the server's own that takes the global weights to be measured.
+
+    Args:
+        module: the GPTModule; configured here if it is not yet.
+        data: the shards and tokenizer.
+        device: where to evaluate.
+    """
+
+    def __init__(self, module: GPTModule, data: TokenDataModule, device: torch.device) -> None:
+        with torch.device(device):
+            module.configure_model()
+        self._gpt = module.gpt
+        self._data = data
+        self._device = device
+        self._metric = BitsPerByte(torch.tensor(data.tokenizer.token_bytes)).to(device)
+
+    def bits_per_byte(self, weights: Weights) -> float:
+        """Return bits per byte of `weights` on the validation shard."""
+        self._load(weights)
+        batches = ((batch.inputs, batch.targets) for batch in self._data.validation_loader())
+        return evaluate_bits_per_byte(self._gpt, batches, self._metric, self._device)
+
+    def sample(self, weights: Weights, prompt: str, max_tokens: int = 48) -> str:
+        """Return what the model with `weights` says after a prompt, the likeliest token each time."""
+        self._load(weights)
+        return prompt + "".join(
+            generate(self._gpt, self._data.tokenizer, prompt, max_tokens=max_tokens, temperature=0.0)
+        )
+
+    def _load(self, weights: Weights) -> None:
+        parameters = self._gpt.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, array in weights.items():
+                parameters[name].copy_(torch.from_numpy(array))

@@ -1,0 +1,242 @@
+"""Who may read which rows: leases, least-progressed shard first, committed with the merge.
+
+Every row of a shard is, in each epoch, free, on lease to one client, or merged; so a training row is merged at most once an
+epoch. A client that goes on keeps reading where it stands; one that leaves gives back what is not merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanofed.data.rows import Row, RowRange
+from nanofed.data.shards import Shard
+from nanofed.data.streams import DataState
+
+FREE, LEASED, MERGED = 0, 1, 2
+MIN_TEXT_BYTES_PER_TOKEN = (
+    2.0  # a careful guess before a client has shown its own: a lease is rather too long than too short
+)
+
+
+@dataclass
+class _Client:
+    ranges: list[RowRange] = field(default_factory=list)  # in reading order; merged ones leave from the front only
+    reached: int = 0  # index of the last range that a stream has reached: those after it are unread
+
+
+class Ledger:
+    """The rows of all training shards and the clients that hold them.
+
+    Args:
+        shards: the training shards.
+        streams: streams of every client: stream s reads the rows r with r mod streams = s.
+    """
+
+    def __init__(self, shards: Iterable[Shard], streams: int) -> None:
+        self._shards = {shard.name: shard for shard in shards}
+        self._streams = streams
+        self._rows: dict[tuple[int, str], npt.NDArray[np.uint8]] = {}  # opened (epoch, shard) -> state of every row
+        self._epoch = dict.fromkeys(self._shards, 0)  # newest epoch opened, or to be opened, of every shard
+        self._clients: dict[str, _Client] = {}
+
+    @property
+    def total_tokens(self) -> float:
+        """Tokens in all shards, at `MIN_TEXT_BYTES_PER_TOKEN`: rather too many than too few."""
+        return sum(shard.text_bytes for shard in self._shards.values()) / MIN_TEXT_BYTES_PER_TOKEN
+
+    def progress(self, shard: str) -> float:
+        """Return how often a shard has been merged: 1.25 is once, and a quarter of the second epoch."""
+        epoch = self._epoch[shard]
+        rows = self._rows.get((epoch, shard))
+        return epoch + (0.0 if rows is None else float((rows == MERGED).mean()))
+
+    def merged_rows(self) -> int:
+        """Return the rows merged so far, over all epochs."""
+        closed = sum(epoch * self._shards[name].num_rows for name, epoch in self._epoch.items())
+        unmerged = sum(
+            int((rows != MERGED).sum()) for (epoch, name), rows in self._rows.items() if epoch < self._epoch[name]
+        )
+        current = sum(
+            int((rows == MERGED).sum()) for (epoch, name), rows in self._rows.items() if epoch == self._epoch[name]
+        )
+        return closed - unmerged + current
+
+    def lease(self, client: str, tokens: int, *, spare_rows: int = 0) -> tuple[RowRange, ...]:
+        """Return the rows that a client may read, in order, with text that nobody else reads.
+
+        Args:
+            client: who is to read.
+            tokens: about how many tokens it will train on.
+            spare_rows: rows beyond them, for streams that read ahead and do not advance evenly.
+        """
+        held = self._clients.setdefault(client, _Client())
+        mean = sum(shard.text_bytes for shard in self._shards.values()) / sum(s.num_rows for s in self._shards.values())
+        wanted = tokens * MIN_TEXT_BYTES_PER_TOKEN + spare_rows * mean
+        have = sum(self._text_bytes(part) for part in held.ranges)
+        while len(held.ranges) - 1 > held.reached and have - self._text_bytes(held.ranges[-1]) >= wanted:
+            unread = held.ranges.pop()  # leased before the client's speed was known: more than it needs
+            have -= self._text_bytes(unread)
+            self._part(unread)[:] = FREE
+        while have < wanted:
+            part = self._extend(held, wanted - have)
+            have += self._text_bytes(part)
+        return tuple(held.ranges)
+
+    def _text_bytes(self, part: RowRange) -> float:
+        rows = self._rows[(part.epoch, part.shard)][part.start : part.stop]
+        return float((rows != MERGED).sum()) * self._bytes_per_row(part.shard)
+
+    def _bytes_per_row(self, shard: str) -> float:
+        return max(1.0, self._shards[shard].text_bytes / self._shards[shard].num_rows)
+
+    def _extend(self, held: _Client, text_bytes: float) -> RowRange:
+        """Lease one more stretch of rows: on from where the client reads, else from the least-progressed shard."""
+        last = held.ranges[-1] if held.ranges else None
+        start = last.stop if last is not None else 0
+        if last is not None and self._is_free(last.epoch, last.shard, start):
+            epoch, shard = last.epoch, last.shard
+        else:
+            epoch, shard = self._least_progressed()
+            start = int(np.argmax(self._open(epoch, shard) == FREE))
+        rows = self._open(epoch, shard)
+        # Whole turns of the streams, so that each gets its share.
+        count = -(-int(text_bytes / self._bytes_per_row(shard) + 1) // self._streams) * self._streams
+        taken = np.flatnonzero(rows[start : start + count] != FREE)
+        stop = start + int(taken[0]) if len(taken) else min(start + count, len(rows))
+        rows[start:stop] = LEASED
+        if last is not None and (last.epoch, last.shard, last.stop) == (epoch, shard, start):
+            held.ranges[-1] = RowRange(shard, last.start, stop, epoch)
+        else:
+            held.ranges.append(RowRange(shard, start, stop, epoch))
+        return RowRange(shard, start, stop, epoch)
+
+    def _is_free(self, epoch: int, shard: str, row: int) -> bool:
+        rows = self._rows.get((epoch, shard))
+        return rows is not None and row < len(rows) and rows[row] == FREE
+
+    def _least_progressed(self) -> tuple[int, str]:
+        """Return the shard, among those with free rows, of which the least is merged or on lease; ties go by name.
+
+        A shard without a free row in its newest epoch counts with its next one, which is opened when its turn comes.
+        """
+
+        def taken(name: str) -> tuple[float, str]:
+            rows = self._rows.get((self._epoch[name], name))
+            return self._epoch[name] + (0.0 if rows is None else float((rows != FREE).mean())), name
+
+        shard = min(self._shards, key=taken)
+        rows = self._rows.get((self._epoch[shard], shard))
+        if rows is not None and not (rows == FREE).any():
+            self._epoch[shard] += 1
+        return self._epoch[shard], shard
+
+    def _open(self, epoch: int, shard: str) -> npt.NDArray[np.uint8]:
+        return self._rows.setdefault((epoch, shard), np.zeros(self._shards[shard].num_rows, np.uint8))
+
+    def clients(self) -> tuple[str, ...]:
+        """Return the clients that hold rows."""
+        return tuple(self._clients)
+
+    def held(self, client: str) -> tuple[RowRange, ...]:
+        """Return the rows that a client holds."""
+        return tuple(self._clients[client].ranges) if client in self._clients else ()
+
+    def commit(self, client: str, state: DataState) -> int:
+        """Mark as merged what a client has read to its last token, and return the number of rows.
+
+        Args:
+            client: who held the rows.
+            state: its streams' positions; the rows before them are merged, except those still pending.
+        """
+        held = self._clients[client]
+        pending = {row for stream in state.streams.values() for row in stream.pending}
+        merged = 0
+        for stream, at in state.streams.items():
+            if at.position is None:
+                continue
+            index = self._locate(held.ranges, at.position)
+            if index is None:
+                continue
+            held.reached = max(held.reached, index)
+            for number, part in enumerate(held.ranges[: index + 1]):
+                stop = part.stop if number < index else min(part.stop, at.position.row)
+                first = part.start + (stream - part.start) % self._streams
+                if first >= stop:
+                    continue
+                rows = self._rows[(part.epoch, part.shard)]
+                read = np.arange(first, stop, self._streams)
+                kept = [r.row for r in pending if (r.epoch, r.shard) == (part.epoch, part.shard)]
+                read = read[(rows[read] == LEASED) & ~np.isin(read, kept)]
+                rows[read] = MERGED
+                merged += len(read)
+        # From the front only: a stream that stands behind a range that left must find the next one first in its plan.
+        while held.ranges and (self._part(held.ranges[0]) == MERGED).all():
+            held.ranges.pop(0)
+            held.reached = max(0, held.reached - 1)
+        self._close()
+        return merged
+
+    @staticmethod
+    def _locate(ranges: list[RowRange], position: Row) -> int | None:
+        for index, part in enumerate(ranges):
+            if (part.epoch, part.shard) == (position.epoch, position.shard) and part.start <= position.row <= part.stop:
+                return index
+        return None
+
+    def _part(self, part: RowRange) -> npt.NDArray[np.uint8]:
+        return self._rows[(part.epoch, part.shard)][part.start : part.stop]
+
+    def _close(self) -> None:
+        """Forget the rows of an epoch that is merged whole."""
+        for epoch, name in [key for key, rows in self._rows.items() if (rows == MERGED).all()]:
+            if any(part.shard == name and part.epoch == epoch for c in self._clients.values() for part in c.ranges):
+                continue  # its place in a client's plan still counts
+            del self._rows[(epoch, name)]
+            self._epoch[name] = max(self._epoch[name], epoch + 1)
+
+    def release(self, client: str) -> int:
+        """Take back what a client holds and has not merged, and return the number of rows."""
+        held = self._clients.pop(client, None)
+        returned = 0
+        for part in held.ranges if held else ():
+            rows = self._part(part)
+            returned += int((rows == LEASED).sum())
+            rows[rows == LEASED] = FREE
+        self._close()
+        return returned
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ledger as plain values: runs of equal rows, and the clients' ranges."""
+        return {
+            "epoch": dict(self._epoch),
+            "rows": [[epoch, name, _runs(rows)] for (epoch, name), rows in self._rows.items()],
+            "clients": {
+                name: [c.reached, [[p.shard, p.start, p.stop, p.epoch] for p in c.ranges]]
+                for name, c in self._clients.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved ledger over the same shards."""
+        if set(state["epoch"]) != set(self._shards):
+            raise ValueError("the saved ledger is over other shards than data.path holds now")
+        self._epoch = {name: int(epoch) for name, epoch in state["epoch"].items()}
+        self._rows = {
+            (int(epoch), name): np.repeat(*np.array(runs, np.int64).reshape(-1, 2).T).astype(np.uint8)
+            for epoch, name, runs in state["rows"]
+        }
+        self._clients = {
+            name: _Client([RowRange(shard, start, stop, epoch) for shard, start, stop, epoch in ranges], reached)
+            for name, (reached, ranges) in state["clients"].items()
+        }
+
+
+def _runs(rows: npt.NDArray[np.uint8]) -> list[list[int]]:
+    """Return runs of equal values as [value, length]."""
+    ends = np.append(np.flatnonzero(np.diff(rows)) + 1, len(rows))
+    return [[int(rows[end - 1]), int(length)] for end, length in zip(ends, np.diff(ends, prepend=0), strict=True)]

@@ -1,0 +1,74 @@
+"""Who is who: clients by name, checked before their first round."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import fields
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from nanofed.federated.wire.codec import WireError
+from nanofed.federated.wire.messages import Hello
+
+logger = logging.getLogger(__name__)
+
+HELLO_SECONDS = 120.0  # a fresh Ray actor imports torch before it answers
+
+
+class Roster:
+    """Flower's node ids and the clients behind them.
+
+    Args:
+        grid: the connection to the nodes.
+        expected: what every client must say of itself, but for its name.
+    """
+
+    def __init__(self, grid: Grid, expected: Hello) -> None:
+        self._grid = grid
+        self._expected = expected
+        self._names: dict[int, str] = {}
+        self.refused: dict[str, str] = {}  # client (or node) -> why
+
+    def connected(self) -> dict[str, int]:
+        """Return client name -> node id of those connected now; new nodes are asked who they are first."""
+        nodes = set(self._grid.get_node_ids())
+        self._names = {node: name for node, name in self._names.items() if node in nodes}
+        new = [node for node in sorted(nodes) if node not in self._names]
+        for node, name in self._ask(new).items():
+            if name in self._names.values():
+                self._refuse(name, f"another node ({node}) already goes by that name")
+            else:
+                self._names[node] = name
+        return {name: node for node, name in sorted(self._names.items(), key=lambda item: item[1])}
+
+    def _ask(self, nodes: Iterable[int]) -> dict[int, str]:
+        content = RecordDict({"getpropertiesins.config": ConfigRecord({})})
+        messages = [Message(content, node, "get_properties", ttl=HELLO_SECONDS, group_id="hello") for node in nodes]
+        names: dict[int, str] = {}
+        for reply in self._grid.send_and_receive(messages, timeout=HELLO_SECONDS) if messages else ():
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                self._refuse(f"node {node}", f"it does not answer a hello: {reply.error.reason}")
+                continue
+            try:
+                hello = Hello.from_config(reply.content.config_records.get("getpropertiesres.properties"))
+            except WireError as error:
+                self._refuse(f"node {node}", str(error))
+                continue
+            differing = [
+                f"{f.name} {getattr(hello, f.name)} there, {getattr(self._expected, f.name)} here"
+                for f in fields(Hello)
+                if f.name != "name" and getattr(hello, f.name) != getattr(self._expected, f.name)
+            ]
+            if differing:
+                self._refuse(hello.name, "; ".join(differing))
+            else:
+                names[node] = hello.name
+        return names
+
+    def _refuse(self, client: str, reason: str) -> None:
+        if self.refused.get(client) != reason:
+            logger.warning("client %s is refused: %s", client, reason)
+        self.refused[client] = reason

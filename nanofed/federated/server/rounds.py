@@ -1,0 +1,395 @@
+"""The round loop: who is here, lease, send, validate, fold, step, commit, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from nanofed.errors import ConfigError, NanofedError
+from nanofed.federated.config import FederationConfig
+from nanofed.federated.server.board import Board
+from nanofed.federated.server.evaluation import Evaluator
+from nanofed.federated.server.ledger import Ledger
+from nanofed.federated.server.merge import MeanAccumulator
+from nanofed.federated.server.outer import OuterNesterov
+from nanofed.federated.server.roster import Roster
+from nanofed.federated.server.validation import Refused, Update, check_reply
+from nanofed.federated.wire.codec import CODECS, Array, hash_weights, payload_bytes
+from nanofed.federated.wire.messages import Hello, Instructions, code_hash
+from nanofed.training.checkpoint import (
+    check_model,
+    checkpoints,
+    prune_checkpoints,
+    read_manifest,
+    read_state,
+    read_weights,
+    write_checkpoint,
+)
+from nanofed.training.config import RunOptions
+from nanofed.training.module import GPTModule
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+SPARE_ROWS = {"contiguous": 8, "best_fit": 160}  # rows a stream reads ahead, beyond what it trains on
+
+
+@dataclass
+class Clock:
+    """Where the run is: rounds committed, tokens merged, and optimizer steps along one client's path."""
+
+    round: int = 0
+    tokens: int = 0
+    step: int = 0
+
+
+class RoundLoop:
+    """Trains a model over the clients of a grid.
+
+    Args:
+        grid: the connection to the clients.
+        module: gives model, recipe and seed; the server evaluates with it.
+        data: the shards, whose training rows are leased and whose validation rows the server reads.
+        config: of the federation.
+        options: of the run.
+        run: the run's folder.
+        board: where figures go.
+        device: where the server evaluates.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        module: GPTModule,
+        data: Any,
+        config: FederationConfig,
+        options: RunOptions,
+        run: Path,
+        board: Board,
+        device: torch.device,
+    ) -> None:
+        self._grid = grid
+        self._module = module
+        self._data = data
+        self._config = config
+        self._options = options
+        self._run = run
+        self.board = board
+        self._evaluator = Evaluator(module, data, device)
+        self._ledger = Ledger(data.dataset.train, data.streams)
+        self._outer = OuterNesterov(config.outer_lr, config.outer_momentum)
+        self._clock = Clock()
+        self._horizon = module.recipe.horizon(module.config)
+        self._rates: dict[str, float] = {}  # client -> tokens a second, as measured in its last round
+        self._margin: dict[str, float] = {}  # client -> how much more it is leased than it should need
+        self._refusals = 0
+        self._bytes_down = 0
+        self._last_bpb: float | None = None
+        self.run_id = uuid.uuid4().hex
+        self.weights: dict[str, Array] = {
+            name: tensor.detach().cpu().numpy().copy() for name, tensor in module.gpt.state_dict().items()
+        }
+        hello = Hello(
+            "",
+            code_hash(),
+            vars(module.config).copy(),
+            data.tokenizer.fingerprint,
+            data.dataset.fingerprint(),
+            data.streams,
+        )
+        self._roster = Roster(grid, hello)
+
+    # --- the run
+
+    def train(self) -> None:
+        """Run rounds until the horizon or the last round."""
+        failed = 0
+        if self._clock.round == 0:
+            self._evaluate()
+        while self._clock.tokens < self._horizon and self._clock.round < (self._config.rounds or 1 << 62):
+            if self._round(self._clock.round + 1):
+                failed = 0
+                continue
+            failed += 1
+            if failed >= self._config.max_failed_rounds:
+                raise NanofedError(f"{failed} rounds in a row brought no update that could be merged ({self._why()})")
+        if self._saved_round() != self._clock.round:
+            self._save()
+
+    def _round(self, number: int) -> bool:
+        """Run one round and tell whether it changed the model."""
+        started = time.monotonic()
+        present = self._available(self._wait_for_clients(), number)
+        for client in set(self._ledger.clients()) - set(present):
+            self._ledger.release(client)  # who is not here gives back what is not merged
+        if not present:
+            logger.info("round %3d  nobody takes part", number)
+            self._clock.round = number
+            return True
+        instructions = self._instruct(number, list(present))
+        accumulator = MeanAccumulator(self.weights)
+        accepted: dict[str, Update] = {}
+        norms: dict[str, float] = {}
+        for update in self._exchange(present, instructions):
+            client = update.report.client
+            weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
+            norms[client] = accumulator.fold(update.weights, weight)
+            accepted[client] = replace(update, weights={})  # folded: the arrays may go
+        if not accepted:
+            logger.warning("round %d: no client's update could be merged; the model stays as it is", number)
+            return False
+        self._commit(number, accumulator, accepted, instructions)
+        seconds = time.monotonic() - started
+        self._report(number, accepted, norms, asked=len(present), round_seconds=seconds)
+        if number % self._options.eval_every == 0 or self._finished():
+            self._evaluate()
+        if (self._options.save_every and number % self._options.save_every == 0) or self._finished():
+            self._save()
+        return True
+
+    def _finished(self) -> bool:
+        return self._clock.tokens >= self._horizon or self._clock.round == self._config.rounds
+
+    def _wait_for_clients(self) -> dict[str, int]:
+        """Return the clients connected now; where there is none, wait for one as long as for a message."""
+        deadline = time.monotonic() + self._config.message_timeout
+        while not (connected := self._roster.connected()):
+            if time.monotonic() > deadline:
+                raise NanofedError(
+                    f"no client was there for {self._config.message_timeout:.0f} s ({self._why()}); the run goes on from "
+                    "its last checkpoint with --ckpt_path last"
+                )
+            time.sleep(POLL_SECONDS)
+        return connected
+
+    def _why(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in self._roster.refused.items()) or "none was refused"
+
+    def _available(self, connected: Mapping[str, int], number: int) -> dict[str, int]:
+        """Draw who takes part: each with its chance, the same draw for the same seed, round and name."""
+        chance = self._config.availability
+        return {
+            name: node
+            for name, node in connected.items()
+            if chance >= 1 or random.Random(f"{self._module.seed}/{number}/{name}").random() < chance
+        }
+
+    # --- one round
+
+    def _instruct(self, number: int, clients: list[str]) -> dict[str, Instructions]:
+        config, recipe = self._config, self._module.recipe
+        batch_tokens = recipe.batch_tokens
+        if config.global_batch_tokens is not None:
+            batch_tokens, rest = divmod(config.global_batch_tokens, len(clients))
+            if rest:
+                raise ConfigError(
+                    f"federation.global_batch_tokens={config.global_batch_tokens} cannot be split over {len(clients)} clients"
+                )
+        left = -(-(self._horizon - self._clock.tokens) // (batch_tokens * len(clients)))
+        max_steps = min(left, config.round_steps) if config.round_steps else left
+        base = hash_weights(self.weights)
+        out = {}
+        for client in clients:
+            tokens = max_steps * batch_tokens
+            if config.round_steps is None:
+                rate = self._rates.get(client)  # not known before the first round: then an equal share of all there is
+                share = int(self._ledger.total_tokens / len(clients))
+                tokens = min(tokens, int(rate * config.round_seconds * 1.25) if rate else share)
+            spare = SPARE_ROWS[self._data.packing] * self._data.streams
+            lease = self._ledger.lease(client, int(tokens * self._margin.get(client, 1.0)), spare_rows=spare)
+            out[client] = Instructions(
+                run=self.run_id,
+                round=number,
+                client=client,
+                base_hash=base,
+                codec=config.codec,
+                max_steps=max_steps,
+                seconds=None if config.round_steps else config.round_seconds,
+                participants=len(clients),
+                batch_tokens=batch_tokens,
+                clock_step=self._clock.step,
+                clock_tokens=self._clock.tokens,
+                horizon_tokens=self._horizon,
+                lease=lease,
+            )
+        return out
+
+    def _exchange(self, nodes: Mapping[str, int], instructions: Mapping[str, Instructions]) -> Iterator[Update]:
+        """Send the round to its clients and yield accepted updates as they arrive, one at a time."""
+        arrays = CODECS[self._config.codec].encode(self.weights)
+        self._bytes_down = payload_bytes(arrays) * len(nodes)
+        budget = (self._config.round_seconds if not self._config.round_steps else 0.0) + self._config.message_timeout
+        waiting: dict[str, str] = {}  # message id -> client
+        for client, node in nodes.items():
+            content = RecordDict(
+                {
+                    "fitins.parameters": ArrayRecord(arrays),
+                    "fitins.config": ConfigRecord(instructions[client].to_config()),
+                }
+            )
+            message = Message(content, node, MessageType.TRAIN, ttl=budget, group_id=str(instructions[client].round))
+            waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
+        deadline = time.monotonic() + budget
+        while waiting and time.monotonic() < deadline:
+            replies = list(self._grid.pull_messages(list(waiting)))
+            for reply in replies:
+                client = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if client is None:
+                    continue  # a duplicate, or an answer to another round
+                try:
+                    yield check_reply(reply, instructions[client], self.weights)
+                    self._roster.refused.pop(client, None)
+                except Refused as refusal:
+                    self._refuse(client, instructions[client].round, str(refusal))
+            if not replies and waiting:
+                time.sleep(POLL_SECONDS)
+        for client in waiting.values():
+            self._refuse(client, instructions[client].round, f"no answer within {budget:.0f} s")
+
+    def _refuse(self, client: str, number: int, reason: str) -> None:
+        logger.warning("round %d: client %s is not merged: %s", number, client, reason)
+        self._roster.refused[client] = reason
+        self._refusals += 1
+        self._ledger.release(client)
+
+    def _commit(
+        self,
+        number: int,
+        accumulator: MeanAccumulator,
+        accepted: Mapping[str, Update],
+        instructions: Mapping[str, Instructions],
+    ) -> None:
+        reports = [update.report for update in accepted.values()]
+        asked = next(iter(instructions.values()))
+        fraction = 1.0
+        if self._config.round_steps:
+            fraction = asked.max_steps / self._config.round_steps  # below 1 only where the horizon cut the round short
+        elif all(report.steps == asked.max_steps for report in reports):
+            fraction = min(1.0, max(report.seconds for report in reports) / self._config.round_seconds)
+        self.weights = self._outer.step(self.weights, accumulator.mean(), fraction=fraction)
+        for report in reports:
+            self._ledger.commit(report.client, report.data)
+            self._rates[report.client] = report.tokens / report.seconds if report.seconds > 0 else 0.0
+            if report.exhausted:
+                self._margin[report.client] = 2 * self._margin.get(report.client, 1.0)
+        self._clock.round = number
+        self._clock.tokens += sum(report.tokens for report in reports)
+        self._clock.step += round(sum(report.steps for report in reports) / len(reports))
+
+    def _report(
+        self,
+        number: int,
+        accepted: Mapping[str, Update],
+        norms: Mapping[str, float],
+        *,
+        asked: int,
+        round_seconds: float,
+    ) -> None:
+        reports = [update.report for update in accepted.values()]
+        summary = self.board.summary
+        summary.tokens = self._clock.tokens
+        summary.seconds += max(
+            report.seconds for report in reports
+        )  # clients train at the same time, on their own clocks
+        loss = sum(report.loss_last for report in reports) / len(reports)
+        rate = sum(report.tokens / report.seconds for report in reports if report.seconds > 0)
+        values = {
+            "train/loss": loss,
+            "train/tok_per_sec": rate,
+            "train/tokens": float(self._clock.tokens),
+            "train/seconds": summary.seconds,
+            "fed/round": float(number),
+            "fed/clients_asked": float(asked),
+            "fed/clients_merged": float(len(accepted)),
+            "fed/refused_total": float(self._refusals),
+            "fed/steps_mean": sum(report.steps for report in reports) / len(reports),
+            "fed/bytes_up": float(sum(update.payload_bytes for update in accepted.values())),
+            "fed/bytes_down": float(self._bytes_down),
+            "fed/round_seconds": round_seconds,
+            "fed/train_seconds": max(report.seconds for report in reports),
+            "fed/update_norm_mean": sum(norms.values()) / len(norms),
+            "fed/update_norm_max": max(norms.values()),
+            "fed/rows_merged": float(self._ledger.merged_rows()),
+        }
+        self.board.scalars(values, self._clock.step)
+        logger.info(
+            "round %3d  %d of %d clients  %8.2f M tokens  %s steps  train loss %.3f  %7.1f s",
+            number,
+            len(accepted),
+            asked,
+            self._clock.tokens / 1e6,
+            "+".join(str(report.steps) for report in reports),
+            loss,
+            summary.seconds,
+        )
+
+    # --- between rounds
+
+    def _evaluate(self) -> None:
+        bpb = self._evaluator.bits_per_byte(self.weights)
+        self._last_bpb = bpb
+        number, step, tokens = self._clock.round, self._clock.step, self._clock.tokens
+        self.board.validation(round_number=number, step=step, tokens=tokens, bpb=bpb)
+        logger.info("round %3d  %21.2f M tokens  val %.4f bits per byte", number, tokens / 1e6, bpb)
+        if self._options.sample_every and number % self._options.sample_every == 0:
+            for prompt in self._options.sample_prompts:
+                self.board.text(prompt, self._evaluator.sample(self.weights, prompt), step)
+
+    def _saved_round(self) -> int | None:
+        found = checkpoints(self._run)
+        return int(found[-1].name.removeprefix("round_")) if found else None
+
+    def _save(self) -> None:
+        write_checkpoint(
+            self._run / "checkpoints" / f"round_{self._clock.round:08d}",
+            kind="federated",
+            weights={name: torch.from_numpy(array) for name, array in self.weights.items()},
+            state={
+                "run": self.run_id,
+                "clock": vars(self._clock).copy(),
+                "outer": self._outer.state_dict(),
+                "ledger": self._ledger.state_dict(),
+                "rates": self._rates,
+                "margin": self._margin,
+            },
+            config=self._module.config,
+            tokenizer=self._data.tokenizer,
+            step=self._clock.step,
+            tokens=self._clock.tokens,
+            metrics={} if self._last_bpb is None else {"val/bpb": self._last_bpb},
+        )
+        prune_checkpoints(self._run, self._options.keep_checkpoints)
+
+    def resume(self, path: Path) -> None:
+        """Take up a saved round: weights, outer state, ledger and clock.
+
+        Raises:
+            ConfigError: it is of the vanilla path, or of another model.
+        """
+        manifest = read_manifest(path)
+        check_model(manifest, self._module.config, path)
+        if manifest.kind != "federated":
+            raise ConfigError(f"{path} is a {manifest.kind} checkpoint: start from its weights with --init_from")
+        state = read_state(path)
+        self.load_weights(path)
+        self._outer.load_state_dict(state["outer"])
+        self._ledger.load_state_dict(state["ledger"])
+        self._clock = Clock(**state["clock"])
+        self._rates, self._margin = dict(state["rates"]), dict(state["margin"])
+        self.run_id = state["run"]
+        logger.info("resuming after round %d from %s", self._clock.round, path)
+
+    def load_weights(self, path: Path) -> None:
+        """Take the global weights from a checkpoint of either path."""
+        saved = read_weights(path)
+        self.weights = {name: saved[name].numpy() for name in self.weights}

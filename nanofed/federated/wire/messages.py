@@ -1,0 +1,158 @@
+"""What server and site say to each other beside the weights: plain dataclasses that travel as one JSON string."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import nanofed
+from nanofed.data.rows import RowRange
+from nanofed.data.streams import DataState
+from nanofed.federated.wire.codec import WireError
+
+KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries
+MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
+
+
+@cache
+def code_hash() -> str:
+    """Return the SHA-256 over the sources of the nanofed package that is running: both sides must run the same code."""
+    root = Path(nanofed.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Note:
+    """A dataclass that travels as JSON; unknown and missing fields are refused by name."""
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the dictionary that Flower carries."""
+        return {KEY: json.dumps(self._plain())}
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Rebuild from what Flower carried.
+
+        Raises:
+            WireError: no JSON, too much of it, or other fields than this nanofed has.
+        """
+        text = config.get(KEY) if hasattr(config, "get") else None
+        if not isinstance(text, str) or len(text) > MAX_JSON:
+            raise WireError(f"a {cls.__name__} must be one JSON string of at most {MAX_JSON} bytes under {KEY!r}")
+        try:
+            plain = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"a {cls.__name__} is no JSON: {error}") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(plain, dict) or set(plain) != names:
+            got = sorted(plain) if isinstance(plain, dict) else type(plain).__name__
+            raise WireError(f"a {cls.__name__} has the fields {got}, not {sorted(names)}")
+        try:
+            return cls._build(plain)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise WireError(f"a {cls.__name__} has a field of the wrong kind: {error}") from error
+
+    def _plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def _build(cls, plain: dict[str, Any]) -> Self:
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class Hello(_Note):
+    """What a client says of itself before its first round; what differs from the server's own is refused."""
+
+    name: str
+    code: str
+    model: dict[str, int]
+    tokenizer: str
+    dataset: str
+    streams: int
+
+
+@dataclass(frozen=True)
+class Instructions(_Note):
+    """What a client is to do in a round.
+
+    Attributes:
+        run: id of the run.
+        round: number of the round, from 1.
+        client: name of the client, so that a reply cannot be taken for another's.
+        base_hash: of the weights sent along.
+        codec: of the weights both ways.
+        max_steps: optimizer steps at most (the round's, or what is left to the horizon).
+        seconds: training budget on the client's own clock; None in a round of steps.
+        participants: clients in this round; the learning-rate clock runs so many times faster than one client trains.
+        batch_tokens: tokens of this client's optimizer step.
+        clock_step: optimizer steps of the run so far.
+        clock_tokens: tokens merged so far.
+        horizon_tokens: tokens of the whole run.
+        lease: the rows this client may read, in order.
+    """
+
+    run: str
+    round: int
+    client: str
+    base_hash: str
+    codec: str
+    max_steps: int
+    seconds: float | None
+    participants: int
+    batch_tokens: int
+    clock_step: int
+    clock_tokens: int
+    horizon_tokens: int
+    lease: tuple[RowRange, ...]
+
+    @classmethod
+    def _build(cls, plain: dict[str, Any]) -> Self:
+        return cls(**{**plain, "lease": tuple(RowRange(**part) for part in plain["lease"])})
+
+
+@dataclass(frozen=True)
+class Report(_Note):
+    """What a client did in a round.
+
+    Attributes:
+        run: id of the run, from the instructions, like `round`, `client` and `base_hash`.
+        round: see `run`.
+        client: see `run`.
+        base_hash: see `run`.
+        steps: full optimizer steps.
+        tokens: tokens of them, over all ranks.
+        seconds: training time on the client's own clock.
+        loss_first: training loss of the first step, nats a token.
+        loss_last: of the last.
+        exhausted: the lease ended before the budget did.
+        data: where every stream stands.
+    """
+
+    run: str
+    round: int
+    client: str
+    base_hash: str
+    steps: int
+    tokens: int
+    seconds: float
+    loss_first: float
+    loss_last: float
+    exhausted: bool
+    data: DataState
+
+    def _plain(self) -> dict[str, Any]:
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**plain, "data": self.data.to_plain()}
+
+    @classmethod
+    def _build(cls, plain: dict[str, Any]) -> Self:
+        return cls(**{**plain, "data": DataState.from_plain(plain["data"])})
