@@ -147,10 +147,8 @@ class BestFitPacker:
         while room:
             # The longest document that fits; of equal ones the first to arrive.
             index = bisect.bisect_left(self._by_length, (room + 1, -1)) - 1
-            if index >= 0:
-                index = bisect.bisect_left(self._by_length, (self._by_length[index][0], -1))
-            else:
-                index = 0  # none fits: crop the shortest
+            # If none fits, crop the shortest.
+            index = bisect.bisect_left(self._by_length, (self._by_length[index][0], -1)) if index >= 0 else 0
             size, arrival = self._by_length.pop(index)
             _, tokens = self._documents.pop(arrival)
             used = min(size, room)

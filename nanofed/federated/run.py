@@ -10,7 +10,7 @@ from typing import Literal
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from lightning import Fabric
 
 from nanofed.data.datamodule import TokenDataModule
@@ -94,7 +94,7 @@ class Federation:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.config.runs_dir).expanduser() / self.config.name
+        return Path(str(self.config.runs_dir)).expanduser() / str(self.config.name)
 
     def open(self) -> Path:
         """Make the run's folder and save the resolved config in it."""

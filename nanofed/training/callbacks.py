@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def _writer(trainer: Trainer) -> Any:
     """Return TensorBoard's SummaryWriter on the first rank, None elsewhere or without a logger."""
-    experiment = trainer.logger.experiment if trainer.logger and trainer.is_global_zero else None
+    experiment = getattr(trainer.logger, "experiment", None) if trainer.is_global_zero else None
     return experiment if hasattr(experiment, "add_scalar") else None
 
 

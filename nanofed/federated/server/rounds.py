@@ -243,9 +243,10 @@ class RoundLoop:
         while waiting and time.monotonic() < deadline:
             replies = list(self._grid.pull_messages(list(waiting)))
             for reply in replies:
-                client = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if client is None:
+                answered = reply.metadata.reply_to_message_id
+                if answered not in waiting:
                     continue  # a duplicate, or an answer to another round
+                client = waiting.pop(answered)
                 try:
                     yield check_reply(reply, instructions[client], self.weights)
                     self._roster.refused.pop(client, None)

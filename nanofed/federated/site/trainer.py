@@ -80,7 +80,7 @@ class FabricTrainer:
         self._speed = speed
         self._optimizer = module.configure_optimizers()
         self._fabric_module, self._fabric_optimizer = fabric.setup(module, self._optimizer)
-        self._parameters = {name: p for name, p in module.gpt.state_dict(keep_vars=True).items()}
+        self._parameters: dict[str, Tensor] = dict(module.gpt.state_dict(keep_vars=True))
         self._states: dict[str, ClientState] = {}
 
     def hello(self, client: str) -> Hello:
