@@ -132,7 +132,7 @@ def evaluate(
         sequence_len=loaded.model.config.sequence_len,
         eval_tokens=eval_tokens,
     )
-    metric = BitsPerByte(torch.as_tensor(loaded.tokenizer.token_bytes)).to(device)
+    metric = BitsPerByte(torch.tensor(loaded.tokenizer.token_bytes)).to(device)
     batches = ((batch.inputs, batch.targets) for batch in module.validation_loader())
     return evaluate_bits_per_byte(loaded.model, batches, metric, device)
 

@@ -88,7 +88,7 @@ class Federation:
 
     def build(self) -> tuple[GPTModule, TokenDataModule]:
         """Return a module and its data, not shared with anybody."""
-        built = self.parser.instantiate_classes(self.config)
+        built = self.parser.instantiate(self.config)
         return built.model, built.data
 
     @property

@@ -113,7 +113,10 @@ class FitCLI(LightningCLI):
         """Build data, model, run folder and Trainer."""
         values = {name: self.config[name] for name in RunOptions.__dataclass_fields__}
         self.run_options = RunOptions(**values)
-        super().instantiate_classes()
+        self.config_init = self.parser.instantiate(self.config)  # Lightning calls it by a name that is deprecated
+        self.datamodule = self.config_init["data"]
+        self.model = self.config_init["model"]
+        self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the run's callbacks, logger and checkpoint format."""

@@ -84,7 +84,7 @@ class GPTModule(LightningModule):
         """Take the token lengths from the data module."""
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            self.count_bytes_with(torch.as_tensor(data.tokenizer.token_bytes))
+            self.count_bytes_with(torch.tensor(data.tokenizer.token_bytes))
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         """Return the mean loss of a micro-batch in nats a token, a scalar; remember where the data stands."""
