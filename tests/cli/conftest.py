@@ -1,0 +1,81 @@
+"""What tests of the commands share: a small corpus with its tokenizer, and a run of either path trained on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanofed import cli
+from nanofed.data.shards import write_shards
+from nanofed.tokenizer import train_tokenizer
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven naïve wizards quietly mix potions".split()
+TEXTS = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(3, 63)) + f", number {n}." for n in range(240)]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A dataset, its tokenizer, and configs of a model of one layer on it."""
+
+    folder: Path
+    data: Path
+    tokenizer: Path
+    fit: Path
+    federate: Path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_shards(TEXTS, folder / "data", num_shards=4, rows_per_group=12)
+    train_tokenizer(TEXTS, vocab_size=300).save(folder / "tokenizer")
+    config = {
+        "runs_dir": str(folder / "runs"),
+        "eval_every": 2,
+        "model": {
+            "depth": 1,
+            "sequence_len": 32,
+            "compile": False,
+            "recipe": {"batch_tokens": 512, "num_steps": 4},
+        },
+        "data": {
+            "path": str(folder / "data"),
+            "tokenizer": str(folder / "tokenizer"),
+            "device_batch_size": 8,
+            "eval_tokens": 1024,
+        },
+    }
+    fit = {**config, "name": "fit", "trainer": {"accelerator": "cpu", "devices": 1}}
+    federation = {"clients": 2, "rounds": 2, "round_steps": 1}
+    federate = {**config, "name": "federate", "federation": federation, "fabric": {"accelerator": "cpu"}}
+    for name, content in (("fit", fit), ("federate", federate)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return Corpus(folder, folder / "data", folder / "tokenizer", folder / "fit.yaml", folder / "federate.yaml")
+
+
+@pytest.fixture(scope="session")
+def fit_run(corpus: Corpus) -> Path:
+    """A run of `nanofed fit`: 4 steps."""
+    assert cli.main(["fit", "--config", str(corpus.fit)]) == 0
+    return corpus.folder / "runs" / "fit"
+
+
+@pytest.fixture(scope="session")
+def federated_run(corpus: Corpus) -> Path:
+    """A run of `nanofed federate`: 2 rounds of 2 clients."""
+    assert cli.main(["federate", "--config", str(corpus.federate)]) == 0
+    return corpus.folder / "runs" / "federate"
+
+
+@pytest.fixture(autouse=True)
+def _own_log_settings() -> Iterator[None]:
+    """Undo what a command does to the log of its process."""
+    ours = logging.getLogger("nanofed")
+    before = ours.handlers[:], ours.level, ours.propagate
+    yield
+    ours.handlers[:], ours.level, ours.propagate = before
