@@ -14,7 +14,24 @@ from nanofed import cli
 from nanofed.data.shards import write_shards
 from nanofed.tokenizer import train_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven naïve wizards quietly mix potions".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "naïve",
+    "wizards",
+    "quietly",
+    "mix",
+    "potions",
+]
 TEXTS = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(3, 63)) + f", number {n}." for n in range(240)]
 
 
