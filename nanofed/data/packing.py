@@ -48,7 +48,11 @@ class Packer(Protocol):
     delivered_tokens: int
 
     def next_row(self) -> Tokens:
-        """Return the next row, shape (sequence_len + 1,), or raise `Exhausted` and leave the state as it was."""
+        """Return the next row, shape (sequence_len + 1,).
+
+        Raises:
+            Exhausted: the rows ran out; what was read of them is pending in the state, nothing is lost.
+        """
 
 
 class ContiguousPacker:
@@ -104,7 +108,7 @@ class BestFitPacker:
     counted in `cropped_tokens`.
 
     Args:
-        buffer_size: documents to choose from.
+        buffer_size: documents to choose from; more where they are too short to fill a row.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class BestFitPacker:
         self._length = sequence_len
         self._buffer_size = buffer_size
         self._arrivals = 0
+        self._available = 0  # tokens of all documents held
         self._by_length: list[tuple[int, int]] = []  # (tokens, arrival), sorted: best fit is a bisection
         self._documents: dict[int, tuple[Row, Tokens]] = {}  # in order of arrival
         for row in state.pending:
@@ -128,9 +133,10 @@ class BestFitPacker:
         self._documents[self._arrivals] = (row, tokens)
         bisect.insort(self._by_length, (len(tokens), self._arrivals))
         self._arrivals += 1
+        self._available += len(tokens)
 
-    def _refill(self) -> None:
-        while len(self._documents) < self._buffer_size:
+    def _refill(self, tokens: int) -> None:
+        while len(self._documents) < self._buffer_size or self._available < tokens:
             row = next(self._rows, None)
             if row is None:
                 return
@@ -139,9 +145,9 @@ class BestFitPacker:
 
     def next_row(self) -> Tokens:
         """Return the next row, shape (sequence_len + 1,)."""
-        self._refill()
         room = self._length + 1
-        if sum(size for size, _ in self._by_length) < room:
+        self._refill(room)
+        if self._available < room:
             raise Exhausted
         out = np.empty(room, np.int32)
         while room:
@@ -154,9 +160,10 @@ class BestFitPacker:
             used = min(size, room)
             out[len(out) - room : len(out) - room + used] = tokens[:used]
             self.cropped_tokens += size - used
+            self._available -= size
             room -= used
             if room:
-                self._refill()
+                self._refill(room)
         self.delivered_tokens += self._length
         self.state = replace(self.state, pending=tuple(row for row, _ in self._documents.values()))
         return out

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from nanofed.data.packing import BestFitPacker, ContiguousPacker, Exhausted, StreamState, Tokens
+from nanofed.data.rows import Row
+
+BOS = -1
+
+
+def rows(count: int, start: int = 0) -> Iterator[Row]:
+    return (Row(0, "s", number) for number in range(start, count))
+
+
+def reader(lengths: list[int]) -> dict[int, Tokens]:
+    """Documents of distinct tokens, so that every token's place is known; BOS first."""
+    numbers = itertools.count()
+    return {n: np.array([BOS, *itertools.islice(numbers, length)], np.int32) for n, length in enumerate(lengths)}
+
+
+def random_lengths(seed: int, count: int, longest: int) -> list[int]:
+    return [int(n) for n in np.random.default_rng(seed).integers(0, longest, count)]
+
+
+def drain(packer: ContiguousPacker | BestFitPacker) -> list[Tokens]:
+    out = []
+    while True:
+        try:
+            out.append(packer.next_row())
+        except Exhausted:
+            return out
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_contiguous_rows_are_the_documents_end_to_end(seed: int) -> None:
+    docs = reader(random_lengths(seed, 60, 40))
+    packer = ContiguousPacker(rows(60), lambda row: docs[row.row], StreamState(), 16)
+    made = drain(packer)
+    stream = np.concatenate(list(docs.values()))
+    assert len(made) == (len(stream) - 1) // 16
+    for index, row in enumerate(made):
+        assert (row == stream[index * 16 : index * 16 + 17]).all(), "consecutive rows share one token"
+    assert packer.delivered_tokens == 16 * len(made) and packer.cropped_tokens == 0
+    held = sum(len(docs[row.row]) for row in packer.state.pending) - packer.state.offset
+    assert held + packer.delivered_tokens == len(stream), "what is not delivered is still pending"
+
+
+def test_contiguous_keeps_a_document_pending_until_its_last_token_was_a_target() -> None:
+    docs = reader([3, 3, 9])  # with BOS 4 + 4 + 10 tokens
+    packer = ContiguousPacker(rows(3), lambda row: docs[row.row], StreamState(), 4)
+    packer.next_row()  # tokens 0..4: targets 1..4, so the first document (0..3) is done, the second has been begun
+    assert [row.row for row in packer.state.pending] == [1]
+    packer.next_row()  # targets 5..8: the second (4..7) is done
+    assert [row.row for row in packer.state.pending] == [2] and packer.state.offset == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("buffer_size", [1, 4, 128])
+def test_best_fit_rows_begin_a_document_and_every_token_is_accounted_for(seed: int, buffer_size: int) -> None:
+    docs = reader(random_lengths(seed, 200, 50))
+    packer = BestFitPacker(rows(200), lambda row: docs[row.row], StreamState(), 24, buffer_size=buffer_size)
+    made = drain(packer)
+    assert made and all(row[0] == BOS and len(row) == 25 for row in made)
+    assert packer.delivered_tokens == 24 * len(made)
+    held = sum(len(docs[row.row]) for row in packer.state.pending)
+    assert 25 * len(made) + packer.cropped_tokens + held == sum(map(len, docs.values()))
+    tokens = np.concatenate(made)
+    tokens = tokens[tokens != BOS]
+    assert len(np.unique(tokens)) == len(tokens), "no token twice"
+    whole = {tuple(document) for document in docs.values()}
+    for row in made:
+        parts = np.split(row, np.flatnonzero(row == BOS)[1:])
+        assert all(tuple(part) in whole for part in parts[:-1]), "only the last document of a row may be cropped"
+        assert any(document[: len(parts[-1])] == tuple(parts[-1]) for document in whole)
+
+
+def test_best_fit_reads_on_where_its_buffer_cannot_fill_a_row() -> None:
+    docs = reader([2] * 1000)
+    packer = BestFitPacker(rows(1000), lambda row: docs[row.row], StreamState(), 599, buffer_size=128)
+    assert len(drain(packer)) == 5, "3000 tokens in all, 384 in 128 documents"
+
+
+def test_best_fit_takes_the_longest_that_fits_and_crops_the_shortest() -> None:
+    docs = reader([1, 8, 4, 8, 20, 30])  # with BOS: 2, 9, 5, 9, 21, 31
+    packer = BestFitPacker(rows(6), lambda row: docs[row.row], StreamState(), 15)
+    first = packer.next_row()  # 16 tokens: 9 (the first of two), 5, 2
+    assert [row.row for row in packer.state.pending] == [3, 4, 5] and packer.cropped_tokens == 0
+    assert (first == np.concatenate([docs[1], docs[2], docs[0]])).all()
+    second = packer.next_row()  # 9, then 7 of the shortest left: 21
+    assert (second == np.concatenate([docs[3], docs[4][:7]])).all() and packer.cropped_tokens == 14
+    assert [row.row for row in packer.state.pending] == [5]
+
+
+@pytest.mark.parametrize("kind", [ContiguousPacker, BestFitPacker])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_state_gives_the_same_next_rows(kind: type[ContiguousPacker] | type[BestFitPacker], seed: int) -> None:
+    docs = reader(random_lengths(seed, 300, 30))
+
+    def make(state: StreamState) -> ContiguousPacker | BestFitPacker:
+        start = state.position.row if state.position else 0
+        return kind(rows(300, start), lambda row: docs[row.row], state, 16)
+
+    packer = make(StreamState())
+    made, states = [], [packer.state]
+    for _ in range(60):
+        made.append(packer.next_row())
+        states.append(packer.state)
+    for index in range(0, 57, 3):
+        resumed = make(states[index])
+        for expected, state in zip(made[index : index + 3], states[index + 1 :], strict=False):
+            assert (resumed.next_row() == expected).all()
+            assert resumed.state == state
+
+
+@pytest.mark.parametrize("kind", [ContiguousPacker, BestFitPacker])
+def test_the_end_loses_nothing(kind: type[ContiguousPacker] | type[BestFitPacker]) -> None:
+    docs = reader([5] * 40)
+    packer = kind(rows(10), lambda row: docs[row.row], StreamState(), 16)
+    made = drain(packer)
+    with pytest.raises(Exhausted):
+        packer.next_row()
+    more = kind(rows(40, 10), lambda row: docs[row.row], packer.state, 16)  # the lease is extended
+    made += drain(more)
+    whole = drain(kind(rows(40), lambda row: docs[row.row], StreamState(), 16))
+    if kind is ContiguousPacker:
+        assert len(made) == len(whole) and all((a == b).all() for a, b in zip(made, whole, strict=True))
+    else:  # best fit chooses among what it can see; nothing is lost or doubled
+        tokens = np.concatenate(made)
+        tokens = tokens[tokens != BOS]
+        assert len(np.unique(tokens)) == len(tokens)
+        assert len(made) == len(whole)
+
+
+@pytest.mark.parametrize("kind", [ContiguousPacker, BestFitPacker])
+def test_time_grows_with_the_tokens_not_faster(kind: type[ContiguousPacker] | type[BestFitPacker]) -> None:
+    def seconds(count: int) -> float:
+        document = np.full(40, 7, np.int32)
+        packer = kind(rows(1 << 60), lambda row: document, StreamState(), 256)
+        started = time.process_time()
+        for _ in range(count):
+            packer.next_row()
+        return time.process_time() - started
+
+    seconds(50)
+    short = min(seconds(150) for _ in range(3))
+    assert seconds(1500) < 30 * short, "ten times the rows"
+
+
+@pytest.mark.parametrize("kind", [ContiguousPacker, BestFitPacker])
+def test_one_document_far_longer_than_a_row(kind: type[ContiguousPacker] | type[BestFitPacker]) -> None:
+    docs = reader([100_000, 3])
+    packer = kind(rows(2), lambda row: docs[row.row], StreamState(), 16)
+    started = time.process_time()
+    made = drain(packer)
+    assert time.process_time() - started < 5
+    assert len(made) == ((100_001 + 4 - 1) // 16 if kind is ContiguousPacker else 1)
