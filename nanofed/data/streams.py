@@ -53,21 +53,38 @@ class DataState:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> DataState:
-        """Rebuild a state from `to_plain`'s output."""
-        return cls(
-            int(plain["rows"]),
-            {
-                int(stream): StreamState(
-                    Row(*position) if position else None, tuple(Row(*r) for r in pending), int(offset)
-                )
-                for stream, position, pending, offset in plain["streams"]
-            },
-        )
+        """Rebuild a state from `to_plain`'s output, which may have come from elsewhere.
+
+        Raises:
+            ValueError: it is not of that form (as do TypeError and KeyError).
+        """
+        streams = {
+            _count(stream): StreamState(
+                None if position is None else _row(position), tuple(map(_row, pending)), _count(offset)
+            )
+            for stream, position, pending, offset in plain["streams"]
+        }
+        if len(streams) != len(plain["streams"]):
+            raise ValueError("a stream is named twice")
+        return cls(_count(plain["rows"]), streams)
 
     @classmethod
     def merge(cls, parts: Sequence[DataState]) -> DataState:
         """Join the states of all ranks, taken at the same optimizer step, into the one of the run."""
         return cls(parts[0].rows, {stream: state for part in parts for stream, state in part.streams.items()})
+
+
+def _count(plain: object) -> int:
+    if type(plain) is not int or plain < 0:
+        raise ValueError(f"{str(plain)[:80]} is no count")
+    return plain
+
+
+def _row(plain: Any) -> Row:
+    epoch, shard, row = plain
+    if type(shard) is not str:
+        raise ValueError(f"{str(plain)[:80]} is no [epoch, shard, row]")
+    return Row(_count(epoch), shard, _count(row))
 
 
 @dataclass
@@ -161,7 +178,14 @@ class TokenLoader:
         self.packers: dict[int, Packer] = {}
 
     def load_state(self, state: DataState) -> None:
-        """Go on where `state` (of the whole run, or of this rank) stands; what the plan lost is dropped."""
+        """Go on where `state` (of the whole run, or of this rank) stands.
+
+        Documents that a lease has lost are dropped; a stream whose place in the lease is lost starts at its begin, and drops
+        what it holds, which it may meet again there.
+
+        Raises:
+            ConfigError: the state has other streams, or is of shards that the training set no longer has.
+        """
         own = {}
         for stream in self.state.streams:
             saved = state.streams.get(stream)
@@ -170,9 +194,14 @@ class TokenLoader:
                     f"the saved data position has no stream {stream}: it was made with data.streams={len(state.streams)}, "
                     f"this run has data.streams={self._streams}"
                 )
-            pending = tuple(row for row in saved.pending if self._plan.holds(row))
-            offset = saved.offset if pending[:1] == saved.pending[:1] else 0
             found = saved.position is not None and self._plan.locate(saved.position) is not None
+            if self._plan.repeat and saved.position is not None and not found:
+                raise ConfigError(
+                    f"the saved data position is in row {saved.position.row} of {saved.position.shard}, which the training "
+                    "set no longer has: restore the shards, or data.num_shards, that the run was started with"
+                )
+            pending = tuple(row for row in saved.pending if found and self._plan.holds(row))
+            offset = saved.offset if pending[:1] == saved.pending[:1] else 0
             own[stream] = StreamState(saved.position if found else None, pending, offset)
         self.state = DataState(state.rows, own)
 
@@ -190,7 +219,8 @@ class TokenLoader:
             yield batch
 
     def _next_batch(self) -> Batch | None:
-        first = self.state.rows + self._rank
+        # The rows of this rank, also after a resume at another number of ranks, which need not divide the rows so far.
+        first = self.state.rows + (self._rank - self.state.rows) % self._world_size
         stop = first + self.device_batch_size * self._world_size
         block = np.empty((self.device_batch_size, self.sequence_len + 1), np.int64)
         try:
