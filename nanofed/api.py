@@ -153,4 +153,9 @@ def federate(
     """
     from nanofed.federated.run import Federation, run_in_process
 
-    return run_in_process(Federation.from_args([*arguments(config, overrides or {}), *args]))
+    federation = Federation.from_args([*arguments(config, overrides or {}), *args])
+    if federation.config.runtime == "simulation":
+        from nanofed.federated.runtimes.simulation import run_simulation
+
+        return run_simulation(federation)
+    return run_in_process(federation)

@@ -22,6 +22,27 @@ def base_dir() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "nanochat"
 
 
+def use_base_dir(folder: str) -> None:
+    """Make `folder` this process's `base_dir()`: a process that another one started may have to be told."""
+    os.environ["NANOCHAT_BASE_DIR"] = folder
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """Return this process's environment with changes, for a process to be started; None takes a variable out."""
+    return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+
+
+def flower_home() -> Path:
+    """Return the folder in which Flower keeps its connections: `FLWR_HOME`, by default `~/.flwr`."""
+    configured = os.environ.get("FLWR_HOME")
+    return Path(configured).expanduser() if configured else Path.home() / ".flwr"
+
+
+def cpu_count() -> int:
+    """Return the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def dataset_dir(name: str) -> Path:
     """Return the folder of a dataset: `fineweb-edu` and `demo` live under `base_dir()`, anything else is a path."""
     named = {"fineweb-edu": base_dir() / "base_data", "demo": base_dir() / "demo" / "data"}
@@ -104,3 +125,20 @@ def peak_flops(device: torch.device | str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that are freed, for the next step: training on CPU allocates the same ones every step.
+
+    By default each of them is mapped and returned to the kernel anew, and its page faults take up to 40 % of a step (tiny
+    model, 2 cores: 9,100 tokens/s before, 15,900 after). Where there is no glibc nothing happens.
+    """
+    import ctypes
+
+    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file in YAML")
     parser.add_argument("--seed_everything", type=int, default=42, help="seed of weights and draws")
     parser.add_class_arguments(RunOptions, None, as_group=False)
+    parser.add_argument(
+        "--runtime", type=Literal["in-process", "simulation"], default="in-process", help="who runs them"
+    )
     parser.add_class_arguments(GPTModule, "model")
     parser.add_class_arguments(TokenDataModule, "data")
     parser.add_class_arguments(FederationConfig, "federation")
@@ -117,7 +120,11 @@ class Federation:
         resume = resume_checkpoint(run, options.ckpt_path)
         known = resume is not None and (run / SUMMARY).is_file()
         board = Board(run, Summary.read(run) if known else Summary(options.name, "federated"))
-        loop = RoundLoop(grid, module, data, self.federation, options, run, board, self.fabric().device)
+        config = self.federation
+        # On one machine clients may take turns: the last answer comes after all of their budgets.
+        turns = config.clients * config.message_timeout + (config.clients - 1) * config.round_seconds
+        config = replace(config, message_timeout=turns)
+        loop = RoundLoop(grid, module, data, config, options, run, board, self.fabric().device)
         if resume is not None:
             loop.resume(resume)
         elif options.init_from:
@@ -140,8 +147,5 @@ def run_in_process(federation: Federation) -> Summary:
     grid = InProcessGrid(client_app(lambda context: trainer), names)
     loop = federation.loop(grid, run)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-    try:
-        server_app(lambda grid, context: loop)(grid, context)
-    finally:
-        loop.board.close()
+    server_app(lambda grid, context: loop)(grid, context)
     return loop.board.summary

@@ -29,6 +29,10 @@ def server_app(loop: Callable[[Grid, Context], RoundLoop]) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        loop(grid, context).train()
+        rounds = loop(grid, context)
+        try:
+            rounds.train()
+        finally:
+            rounds.board.close()
 
     return app

@@ -1,0 +1,83 @@
+"""The app that `flwr run` starts: pyproject.toml names `server` and `client` of this module."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from functools import cache
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from nanofed import runtime
+from nanofed.errors import ConfigError, NanofedError
+from nanofed.federated.run import Federation
+from nanofed.federated.runtimes.app import client_app, server_app
+from nanofed.federated.runtimes.settings import check, to_args
+from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.site.trainer import FabricTrainer
+
+logger = logging.getLogger(__name__)
+
+NODES_SECONDS = 60.0  # the engine registers its nodes while the server starts
+LOG_FORMAT = "nanofed %(levelname)s: %(message)s"  # `nanofed federate` picks these lines out of Flower's and Ray's
+
+
+def trainer(context: Context) -> FabricTrainer:
+    """Return the trainer of this process: a Ray actor, which serves every client that is sent to it."""
+    _show_log()
+    return _trainer(_args(context))
+
+
+def round_loop(grid: Grid, context: Context) -> RoundLoop:
+    """Return the server's round loop, once all clients are there."""
+    federation = Federation.from_args(_args(context))
+    clients = federation.federation.clients
+    deadline = time.monotonic() + NODES_SECONDS
+    while (nodes := len(list(grid.get_node_ids()))) != clients:
+        if nodes > clients or time.monotonic() > deadline:
+            raise ConfigError(
+                f"the run has {clients} clients (num_clients, federation.clients) and the connection simulates {nodes} "
+                f'(num-supernodes): run it with --federation-config "num-supernodes={clients}"'
+            )
+        time.sleep(0.1)
+    is_open = bool(check(context.run_config)["run_dir"])  # `nanofed federate` has made the folder
+    return federation.loop(grid, federation.folder if is_open else federation.open())
+
+
+client = client_app(trainer)
+server = ServerApp()
+
+
+@server.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
+    _show_log()
+    try:
+        server_app(round_loop)(grid, context)
+    except NanofedError as error:
+        logger.error("exit %d: %s", error.exit_code, " ".join(str(error).split()))
+        raise
+
+
+@cache
+def _trainer(args: tuple[str, ...]) -> FabricTrainer:
+    return Federation.from_args(args).trainer()
+
+
+def _args(context: Context) -> tuple[str, ...]:
+    settings = check(context.run_config)
+    if settings["base_dir"]:
+        runtime.use_base_dir(str(settings["base_dir"]))
+    return tuple(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
+
+
+def _show_log() -> None:
+    ours = logging.getLogger("nanofed")
+    if not ours.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
