@@ -11,8 +11,9 @@ import torch
 
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.run import build_parser
-from nanofed.training.config import FitCLI, parse
+from nanofed.training.config import FitCLI
 from nanofed.training.module import GPTModule
+from nanofed.training.parsing import parse
 from nanofed.training.recipe import Recipe, accumulation_steps
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -12,18 +12,23 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from lightning import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from nanofed.data.datamodule import TokenDataModule
+from nanofed.errors import ConfigError
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.board import Board
+from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest
-from nanofed.training.config import RunOptions, link_model_and_data, parse
+from nanofed.training.config import RunOptions, link_model_and_data, run_options
 from nanofed.training.module import GPTModule
-from nanofed.training.run import CONFIG, SUMMARY, Summary, open_run, resume_checkpoint
+from nanofed.training.parsing import parse
+from nanofed.training.preflight import check_start
+from nanofed.training.run import SUMMARY, Summary, check_unused, open_run, resume_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +45,21 @@ class FabricOptions:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse a client without devices."""
+        if self.devices < 1:
+            raise ConfigError(f"fabric.devices must be at least 1, not {self.devices}")
+
 
 def build_parser() -> ArgumentParser:
     """Return the parser of `nanofed federate`: the sections of `nanofed fit`, with `federation` and `fabric` for `trainer`."""
     parser = ArgumentParser(prog="nanofed federate", exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file in YAML")
-    parser.add_argument("--seed_everything", type=int, default=42, help="seed of weights and draws")
-    parser.add_class_arguments(RunOptions, None, as_group=False)
     parser.add_argument(
         "--runtime", type=Literal["in-process", "simulation"], default="in-process", help="who runs them"
     )
+    parser.add_argument("--seed_everything", type=int, default=42, help="seed of weights and draws")
+    parser.add_class_arguments(RunOptions, None, as_group=False)
     parser.add_class_arguments(GPTModule, "model")
     parser.add_class_arguments(TokenDataModule, "data")
     parser.add_class_arguments(FederationConfig, "federation")
@@ -78,7 +88,7 @@ class Federation:
     @property
     def options(self) -> RunOptions:
         """The options of the run."""
-        return RunOptions(**{name: self.config[name] for name in RunOptions.__dataclass_fields__})
+        return run_options(self.config)
 
     @property
     def federation(self) -> FederationConfig:
@@ -87,7 +97,11 @@ class Federation:
 
     def fabric(self) -> Fabric:
         """Return the Fabric that a client trains with."""
-        return Fabric(accelerator=self.config.fabric.accelerator, devices=self.config.fabric.devices)
+        options = FabricOptions(**vars(self.config.fabric))
+        try:
+            return Fabric(accelerator=options.accelerator, devices=options.devices)
+        except (MisconfigurationException, RuntimeError) as error:  # devices that are not there
+            raise ConfigError(f"fabric: {str(error).strip().splitlines()[0]}") from error
 
     def build(self) -> tuple[GPTModule, TokenDataModule]:
         """Return a module and its data, not shared with anybody."""
@@ -97,14 +111,24 @@ class Federation:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(str(self.config.runs_dir)).expanduser() / str(self.config.name)
+        return self.options.folder
 
     def open(self) -> Path:
-        """Make the run's folder and save the resolved config in it."""
-        options = self.options
-        run = open_run(options.runs_dir, options.name, overwrite=options.overwrite, resume=bool(options.ckpt_path))
-        (run / CONFIG).write_text(self.parser.dump(self.config, skip_link_targets=False))
-        return run
+        """Make the run's folder and save the resolved config in it, when all else has been checked."""
+        options, config = self.options, self.federation
+        check_unused(options)
+        module, data = self.build()
+        batch_tokens = module.recipe.batch_tokens
+        if config.global_batch_tokens is not None:
+            batch_tokens, rest = divmod(config.global_batch_tokens, config.clients)
+            if rest:
+                raise ConfigError(
+                    f"federation.global_batch_tokens={config.global_batch_tokens:,} is no multiple of {config.clients} clients"
+                )
+        OuterNesterov(config.outer_lr, config.outer_momentum)
+        world_size = self.fabric().world_size
+        check_start(module, data, options, kind="federated", batch_tokens=batch_tokens, world_size=world_size)
+        return open_run(options, self.parser.dump(self.config, skip_link_targets=False))
 
     def trainer(self) -> FabricTrainer:
         """Return the trainer of this process, for every client that runs in it."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.errors import ConfigError, NanofedError
+from nanofed.errors import ConfigError
 from nanofed.training.callbacks import Dashboard, Progress, SaveCheckpoint, TextSamples
 from nanofed.training.checkpoint import DirectoryCheckpointIO
 from nanofed.training.module import GPTModule
-from nanofed.training.run import CONFIG, Summary, open_run
+from nanofed.training.parsing import parse
+from nanofed.training.recipe import Recipe
+from nanofed.training.run import Summary, check_unused, open_run
 
 
 @dataclass
@@ -52,22 +53,39 @@ class RunOptions:
     sample_every: int = 0
     sample_prompts: list[str] = field(default_factory=lambda: ["The capital of France is", "To open a file,"])
 
+    def __post_init__(self) -> None:
+        """Refuse intervals that are none."""
+        for name, least in {
+            "eval_every": 1,
+            "log_every": 1,
+            "save_every": 0,
+            "keep_checkpoints": 0,
+            "sample_every": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if not self.name or Path(self.name).name != self.name or self.name == "..":
+            raise ConfigError(f"--name {self.name!r} is not a plain folder name")
+        if self.overwrite and self.ckpt_path:
+            raise ConfigError("--overwrite true would delete the run that --ckpt_path goes on with: give one of them")
 
-def parse(parser: Any, args: Sequence[str]) -> Any:
-    """Parse `args`; what is wrong becomes one clear line (ConfigError, exit 2) instead of a usage text.
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs_dir).expanduser() / self.name
 
-    A config file that is not there, a key that does not exist, a value of the wrong type: jsonargparse says which.
-    """
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
-        path = value if flag in ("--config", "-c") else flag.removeprefix("--config=") if "--config=" in flag else None
-        if path is not None and not Path(path).expanduser().is_file():
-            raise ConfigError(f"there is no config file {path}")
-    try:
-        return parser.parse_args(list(args))
-    except argparse.ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the config is not valid YAML: {' '.join(str(error).split())}") from error
+
+# Trainer options that a run sets itself: what is asked for is said by another key.
+TAKEN = {
+    "gradient_clip_val": "model.recipe.clip (the optimizer clips, by the norm over all ranks)",
+    "gradient_clip_algorithm": "model.recipe.clip",
+    "precision": "model.compute_dtype (weights stay fp32)",
+    "max_steps": "model.recipe.num_steps",
+    "max_epochs": "model.recipe.num_steps",
+    "accumulate_grad_batches": "model.recipe.batch_tokens",
+    "val_check_interval": "--eval_every",
+    "check_val_every_n_epoch": "--eval_every",
+}
 
 
 class FitCLI(LightningCLI):
@@ -107,12 +125,18 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with errors for people."""
         assert isinstance(args, list)
+        if not args:
+            raise ConfigError(f"name a config: {parser.prog} --config configs/tiny.yaml")
         self.config = parse(parser, args)
 
     def instantiate_classes(self) -> None:
-        """Build data, model, run folder and Trainer."""
-        values = {name: self.config[name] for name in RunOptions.__dataclass_fields__}
-        self.run_options = RunOptions(**values)
+        """Build data, model and Trainer; nothing is written yet."""
+        self.run_options = run_options(self.config)
+        for key, instead in TAKEN.items():
+            if self.config.trainer[key] != self.parser.get_default(f"trainer.{key}"):
+                raise ConfigError(f"trainer.{key} is not used: set {instead}")
+        if runtime.is_first_rank() and not self.validate_only:
+            check_unused(self.run_options)
         self.config_init = self.parser.instantiate(self.config)  # Lightning calls it by a name that is deprecated
         self.datamodule = self.config_init["data"]
         self.model = self.config_init["model"]
@@ -126,11 +150,7 @@ class FitCLI(LightningCLI):
         if self.validate_only:
             kwargs["logger"] = False
         else:
-            folder = Path(options.runs_dir).expanduser() / options.name
-            if runtime.is_first_rank():
-                open_run(options.runs_dir, options.name, overwrite=options.overwrite, resume=bool(options.ckpt_path))
-                (folder / CONFIG).write_text(self.parser.dump(self.config, skip_link_targets=False))
-            self.run_folder = folder
+            folder = self.run_folder = options.folder
             self.dashboard = Dashboard(folder, Summary(options.name, "fit"), options.log_every)
             callbacks += [
                 self.dashboard,
@@ -143,7 +163,33 @@ class FitCLI(LightningCLI):
         io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer)
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), io]
-        return self._instantiate_trainer({**trainer, **kwargs, "callbacks": callbacks}, [])
+        try:
+            return self._instantiate_trainer({**trainer, **kwargs, "callbacks": callbacks}, [])
+        except (
+            MisconfigurationException,
+            ValueError,
+            RuntimeError,
+        ) as error:  # a device that is not there, a wrong name
+            raise ConfigError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+
+    def open_run(self) -> None:
+        """Make the run's folder, on the first rank, when all else has been checked."""
+        if runtime.is_first_rank():
+            open_run(self.run_options, self.parser.dump(self.config, skip_link_targets=False))
+
+
+def run_options(config: Any) -> RunOptions:
+    """Return the run's options out of a parsed config, checked before anything is built.
+
+    Raises:
+        ConfigError: an interval that is none, a name that is no folder's, a recipe that contradicts itself.
+    """
+    options = RunOptions(**{name: config[name] for name in RunOptions.__dataclass_fields__})
+    if config.model.recipe is not None:
+        Recipe(
+            **vars(config.model.recipe)
+        )  # inside jsonargparse its errors would drown in those of the alternative, null
+    return options
 
 
 def link_model_and_data(parser: Any) -> None:
@@ -155,5 +201,5 @@ def link_model_and_data(parser: Any) -> None:
 
 def _seed(value: bool | int) -> int:
     if isinstance(value, bool):
-        raise NanofedError("seed_everything must be a number: runs are reproducible")
+        raise ConfigError("seed_everything must be a number: runs are reproducible")
     return value

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning import Trainer
 
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
 from nanofed.training.module import GPTModule
-from nanofed.training.recipe import accumulation_steps
+from nanofed.training.preflight import check_data_options, check_start
 from nanofed.training.run import SUMMARY, Summary, resume_checkpoint
 
 if TYPE_CHECKING:
@@ -22,41 +27,59 @@ def run_fit(cli: FitCLI) -> Summary:
     module: GPTModule = cli.model
     data, trainer, options = cli.datamodule, cli.trainer, cli.run_options
     assert cli.run_folder is not None and cli.dashboard is not None
-    accumulation = accumulation_steps(
-        module.recipe.batch_tokens,
-        device_batch_size=data.device_batch_size,
-        sequence_len=data.sequence_len,
+    accumulation = check_start(
+        module,
+        data,
+        options,
+        kind="fit",
+        batch_tokens=module.recipe.batch_tokens,
         world_size=trainer.world_size,
     )
+    resume = resume_checkpoint(cli.run_folder, options.ckpt_path)
+    if resume is None and options.init_from:
+        start_from(module, options.init_from)  # read before the run's folder is opened, which may be the same one
+    cli.open_run()
     trainer.accumulate_grad_batches = accumulation
     trainer.val_check_interval = options.eval_every * accumulation  # Lightning counts micro-batches
     trainer.fit_loop.epoch_loop.max_steps = module.num_steps
-    resume = resume_checkpoint(cli.run_folder, options.ckpt_path)
-    if resume is None:
-        if options.init_from:
-            start_from(module, options.init_from)
-        trainer.validate(module, datamodule=data, verbose=False)
-    else:
-        logger.info("resuming from %s", resume)
-        if (cli.run_folder / SUMMARY).is_file():
-            cli.dashboard.summary = Summary.read(cli.run_folder)
-    trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
-    summary = cli.dashboard.summary
-    if not summary.curve or summary.curve[-1].step != module.clock.step:
-        trainer.validate(module, datamodule=data, verbose=False)
+    with stopping(trainer):
+        if resume is None:
+            trainer.validate(module, datamodule=data, verbose=False)
+        else:
+            logger.info("resuming from %s", resume)
+            if (cli.run_folder / SUMMARY).is_file():
+                cli.dashboard.summary = Summary.read(cli.run_folder)
+        trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
+        summary = cli.dashboard.summary
+        if not summary.curve or summary.curve[-1].step != module.clock.step:
+            trainer.validate(module, datamodule=data, verbose=False)
     return summary
 
 
 def run_validate(cli: FitCLI) -> float:
     """Return bits per byte of the checkpoint that `--ckpt_path` names."""
-    if cli.run_options.ckpt_path is None:
-        raise ConfigError("name what to validate: --ckpt_path RUN_OR_CHECKPOINT")
-    start_from(cli.model, cli.run_options.ckpt_path)
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    options = cli.run_options
+    if options.ckpt_path is None:
+        raise ConfigError("name what to validate: --ckpt_path RUN_OR_CHECKPOINT, or last for the config's own run")
+    check_data_options(cli.datamodule)
+    start_from(cli.model, options.folder if options.ckpt_path == "last" else options.ckpt_path)
+    with stopping(cli.trainer):
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     return float(cli.trainer.callback_metrics["val/bpb"])
 
 
-def start_from(module: GPTModule, where: str) -> None:
+@contextlib.contextmanager
+def stopping(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C end as KeyboardInterrupt: Lightning catches it, cleans up, and would exit with 1."""
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from end
+        raise
+
+
+def start_from(module: GPTModule, where: str | Path) -> None:
     """Give the module the weights of a run or checkpoint of either path; optimizer and data start anew."""
     path = find_checkpoint(where)
     check_model(read_manifest(path), module.config, path)

@@ -6,9 +6,13 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.training.checkpoint import checkpoints, find_checkpoint
+
+if TYPE_CHECKING:
+    from nanofed.training.config import RunOptions
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
@@ -74,28 +78,36 @@ class Summary:
             raise ConfigError(f"{run} has no readable {SUMMARY}: is it a run folder? ({error})") from error
 
 
-def open_run(runs_dir: str, name: str, *, overwrite: bool, resume: bool) -> Path:
-    """Return the run's folder, made if it is new.
+def is_used(run: Path) -> bool:
+    """Tell whether a folder holds a run."""
+    return (run / CONFIG).exists() or bool(checkpoints(run))
+
+
+def check_unused(options: RunOptions) -> None:
+    """Refuse a folder that holds a run when neither resuming nor overwriting is asked."""
+    if is_used(options.folder) and not (options.overwrite or options.ckpt_path):
+        raise ConfigError(
+            f"{options.folder} already holds a run: go on with --ckpt_path last, choose another --name, or pass "
+            "--overwrite true"
+        )
+
+
+def open_run(options: RunOptions, config: str) -> Path:
+    """Return the run's folder, made if it is new, with the resolved config saved in it.
 
     Raises:
-        ConfigError: the name is no plain folder name, or the folder holds a run and neither resuming nor overwriting is asked.
+        ConfigError: the folder holds a run and neither resuming nor overwriting is asked.
         NanofedError: the folder cannot be written.
     """
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise ConfigError(f"--name {name!r} is not a plain folder name")
-    run = Path(runs_dir).expanduser() / name
-    used = (run / CONFIG).exists() or checkpoints(run)
+    run = options.folder
+    check_unused(options)
     try:
-        if used and overwrite:
+        if options.overwrite and is_used(run):
             shutil.rmtree(run)
-        elif used and not resume:
-            raise ConfigError(
-                f"{run} already holds a run: go on with --ckpt_path last, choose another --name, or pass --overwrite true"
-            )
         run.mkdir(parents=True, exist_ok=True)
-        probe = run / ".writable"
-        probe.touch()
-        probe.unlink()
+        temporary = run / f".{CONFIG}.tmp"
+        temporary.write_text(config)
+        temporary.replace(run / CONFIG)
     except OSError as error:
         raise NanofedError(
             f"the run folder {run} cannot be written: {error.strerror}; choose another --runs_dir"

@@ -25,10 +25,8 @@ WORDS = [
     "lazy",
     "dog",
     "while",
-    "seven",
     "naïve",
     "wizards",
-    "quietly",
     "mix",
     "potions",
 ]

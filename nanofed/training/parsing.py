@@ -1,0 +1,134 @@
+"""Command line and YAML to options: whatever is wrong with them becomes one line that names file, key and remedy."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from nanofed.errors import ConfigError
+
+
+def parse(parser: Any, args: Sequence[str]) -> Any:
+    """Parse `args` with a jsonargparse parser.
+
+    Raises:
+        ConfigError: a config file that is not there or not YAML, a key that does not exist, a value of the wrong type.
+    """
+    files = {path: read_yaml(path) for path in config_files(args)}
+    try:
+        return parser.parse_args(list(args))
+    except argparse.ArgumentError as error:
+        key, message = explain(str(error), set(known_keys(parser)))
+        typed = any(arg == f"--{key}" or arg.startswith(f"--{key}=") for arg in args)
+        holding = [path for path, content in files.items() if key and _holds(content, key.split("."))]
+        source = None if typed or not holding else holding[-1]
+        raise ConfigError(f"{source}: {message}" if source else message) from error
+
+
+def config_files(args: Sequence[str]) -> list[str]:
+    """Return the config files that `args` name."""
+    found = []
+    for index, arg in enumerate(args):
+        if arg in ("--config", "-c"):
+            if index + 1 == len(args):
+                raise ConfigError("--config needs a file, such as configs/tiny.yaml")
+            found.append(args[index + 1])
+        elif arg.startswith("--config="):
+            found.append(arg.removeprefix("--config="))
+    return found
+
+
+def read_yaml(path: str) -> Mapping[str, Any]:
+    """Read a config file as a mapping of keys to values."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"there is no config file {path}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} is no mapping of keys to values: it holds {_short(content)}")
+    for key, value in content.items():
+        if key in ("model", "data", "trainer", "federation", "fabric") and not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: {key} is a section of keys and values, not {_short(value)}")
+    return content
+
+
+def known_keys(parser: Any) -> Iterator[str]:
+    """Yield every dotted key that a parser takes, those of dataclasses among its types included."""
+    for action in parser._actions:
+        if action.dest not in ("help", argparse.SUPPRESS):
+            yield action.dest
+        hint = getattr(action, "_typehint", None)
+        for kind in (hint, *get_args(hint)):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                yield from (f"{action.dest}.{field.name}" for field in dataclasses.fields(kind))
+
+
+def explain(message: str, known: set[str]) -> tuple[str | None, str]:
+    """Cut jsonargparse's message down to the key it is about, where it tells, and a line for a person.
+
+    Its messages list every alternative of a type; of these only the first, which is never null here, says what was wrong.
+    """
+    text = " ".join(message.split())
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    prefix = ".".join(keys)
+    if found := re.search(r"unrecognized arguments: -*([^\s=]+)", text):
+        return found[1], _no_such(found[1], known)
+    if found := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
+        key = f"{found[1]}.{found[2]}"
+        return key, _no_such(key, known)
+    if found := re.search(r"Option '([^']+)' is not accepted", text):
+        key = f"{prefix}.{found[1]}" if prefix else found[1]
+        return key, _no_such(key, known)
+    if found := re.search(r"argument (\S+) --> (\S+):", text):
+        return found[2], f"{found[2]} follows {found[1]} and cannot be set by itself"
+    if found := re.search(r'Linked "([^"]+)" must be given via "([^"]+)"', text):
+        return found[1], f"{found[1]} follows {found[2]}: set that"
+    if found := re.search(r"Call to compute_fn of link .* failed: (.+)", text):
+        return None, found[1]
+    wanted = re.findall(r"Expected a (.+?)(?=\. Got value|\. Given value| Given value| - | Errors:|$)", text)
+    got = re.search(r"(?:Got value|Given value): (.*?)(?= - |$)", text)
+    if prefix and wanted and got:
+        kinds = list(dict.fromkeys(_kind(kind) for kind in wanted))
+        return prefix, f"{prefix} must be {' or '.join(kinds)}, not {_short(got[1])}"
+    return None, text
+
+
+def _no_such(key: str, known: set[str]) -> str:
+    same_end = [name for name in known if name.split(".")[-1] == key.split(".")[-1] and name != key]
+    close = same_end[:1] if len(same_end) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {close[0]}?" if close else " (--help lists them)"
+    return f"there is no option {key}{hint}"
+
+
+def _kind(text: str) -> str:
+    text = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", text).removeprefix("typing.")
+    if found := re.match(r"Literal\[(.*)\]", text):
+        return "one of " + found[1]
+    return "null" if text == "NoneType" else text
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None or value == "" else " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _holds(content: object, keys: Sequence[str]) -> bool:
+    for key in keys:
+        if not isinstance(content, Mapping) or key not in content:
+            return False
+        content = content[key]
+    return True

@@ -1,0 +1,83 @@
+"""What is checked before a run writes anything: batch, data, tokenizer, and the checkpoint that it is to start from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nanofed import runtime
+from nanofed.data.datamodule import TokenDataModule
+from nanofed.data.packing import PACKERS
+from nanofed.errors import ConfigError
+from nanofed.training.checkpoint import CheckpointError, check_model, checkpoints, find_checkpoint, read_manifest
+from nanofed.training.module import GPTModule
+from nanofed.training.recipe import accumulation_steps
+from nanofed.training.run import is_used, resume_checkpoint
+
+if TYPE_CHECKING:
+    from nanofed.training.config import RunOptions
+
+
+def check_start(
+    module: GPTModule,
+    data: TokenDataModule,
+    options: RunOptions,
+    *,
+    kind: str,
+    batch_tokens: int,
+    world_size: int,
+) -> int:
+    """Refuse what would end a run at its first step, and return the micro-batches of an optimizer step.
+
+    The first batch of training and of validation is really made: a missing tokenizer, a damaged shard, a document that is
+    null in the first row groups, or too little text shows here.
+
+    Args:
+        module: the model to be trained.
+        data: its data.
+        options: of the run.
+        kind: `fit` or `federated`: whose checkpoint can be resumed.
+        batch_tokens: tokens of an optimizer step.
+        world_size: ranks that share it.
+
+    Raises:
+        ConfigError: a value, a batch or a checkpoint that does not fit.
+        DataError: no data or no tokenizer, or one that is damaged.
+        CheckpointError: the checkpoint is damaged or of the other path.
+    """
+    check_data_options(data)
+    accumulation = accumulation_steps(
+        batch_tokens,
+        device_batch_size=data.device_batch_size,
+        sequence_len=data.sequence_len,
+        world_size=world_size,
+    )
+    if runtime.is_first_rank():
+        check_checkpoints(module, options, kind)
+        for loader in (data.validation_loader(world_size=world_size), data.loader(world_size=world_size)):
+            next(iter(loader))
+    return accumulation
+
+
+def check_data_options(data: TokenDataModule) -> None:
+    """Refuse numbers that are not positive, and a packing that is not known."""
+    for name in ("device_batch_size", "streams", "eval_tokens"):
+        if getattr(data, name) < 1:
+            raise ConfigError(f"data.{name} must be at least 1, not {getattr(data, name)}")
+    if data.packing not in PACKERS:
+        raise ConfigError(f"data.packing={data.packing!r} is unknown: choose {' or '.join(PACKERS)}")
+
+
+def check_checkpoints(module: GPTModule, options: RunOptions, kind: str) -> None:
+    """Refuse a checkpoint to resume or start from that is not there, damaged, or of another model."""
+    run = options.folder
+    resume = resume_checkpoint(run, options.ckpt_path)
+    if resume is not None:
+        manifest = read_manifest(resume)
+        check_model(manifest, module.config, resume)
+        if manifest.kind != kind:
+            raise CheckpointError(f"{resume} is a {manifest.kind} checkpoint: start from its weights with --init_from")
+        if is_used(run) and resume.resolve() not in [path.resolve() for path in checkpoints(run)]:
+            raise ConfigError(f"{run} already holds a run, and {resume} is not of it: choose another --name")
+    elif options.init_from:
+        path = find_checkpoint(options.init_from)
+        check_model(read_manifest(path), module.config, path)
