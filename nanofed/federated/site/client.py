@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,7 @@ from flwr.app import Context
 from flwr.client import NumPyClient
 
 from nanofed.federated.site.trainer import LocalTrainer
-from nanofed.federated.wire.messages import Instructions
-
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from nanofed.federated.wire.messages import SAFE_NAME, Instructions
 
 
 def client_name(context: Context) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ from nanofed.federated.wire.codec import WireError
 
 KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a client: it becomes a folder's and is logged
 
 
 @cache
@@ -31,7 +34,7 @@ def code_hash() -> str:
 
 @dataclass(frozen=True)
 class _Note:
-    """A dataclass that travels as JSON; unknown and missing fields are refused by name."""
+    """A dataclass that travels as JSON; unknown and missing fields, and values of another kind, are refused by name."""
 
     def to_config(self) -> dict[str, Any]:
         """Return the dictionary that Flower carries."""
@@ -48,14 +51,18 @@ class _Note:
         if not isinstance(text, str) or len(text) > MAX_JSON:
             raise WireError(f"a {cls.__name__} must be one JSON string of at most {MAX_JSON} bytes under {KEY!r}")
         try:
-            plain = json.loads(text)
+            plain = json.loads(text, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise WireError(f"a {cls.__name__} is no JSON: {error}") from error
         names = {field.name for field in fields(cls)}
-        if not isinstance(plain, dict) or set(plain) != names:
-            got = sorted(plain) if isinstance(plain, dict) else type(plain).__name__
-            raise WireError(f"a {cls.__name__} has the fields {got}, not {sorted(names)}")
+        if not isinstance(plain, dict):
+            raise WireError(f"a {cls.__name__} is a JSON object, not a {type(plain).__name__}")
+        if set(plain) != names:
+            missing, unknown = sorted(names - set(plain)), sorted(set(plain) - names)
+            raise WireError(f"a {cls.__name__} lacks the fields {missing}, has the unknown {unknown!s:.200}")
         try:
+            for field in fields(cls):
+                _check_kind(field.name, str(field.type), plain[field.name])
             return cls._build(plain)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise WireError(f"a {cls.__name__} has a field of the wrong kind: {error}") from error
@@ -68,6 +75,29 @@ class _Note:
         return cls(**plain)
 
 
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
+
+
+def _check_kind(name: str, kind: str, value: object) -> None:
+    """Check a plain value; what has a structure of its own is checked where it is built."""
+    if value is None and kind.endswith(" | None"):
+        return
+    kinds = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}.get(kind.removesuffix(" | None"))
+    if kinds is None:
+        return
+    too_large = isinstance(value, int) and abs(value) >= 1 << 63
+    if type(value) not in kinds or too_large or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name} is {repr(value)[:80]}, not {kind}")
+
+
+def _range(plain: dict[str, Any]) -> RowRange:
+    part = RowRange(**plain)
+    for name, kind in (("shard", "str"), ("start", "int"), ("stop", "int"), ("epoch", "int")):
+        _check_kind(f"lease {name}", kind, getattr(part, name))
+    return part
+
+
 @dataclass(frozen=True)
 class Hello(_Note):
     """What a client says of itself before its first round; what differs from the server's own is refused."""
@@ -78,6 +108,14 @@ class Hello(_Note):
     tokenizer: str
     dataset: str
     streams: int
+
+    @classmethod
+    def _build(cls, plain: dict[str, Any]) -> Self:
+        if not SAFE_NAME.fullmatch(plain["name"]):
+            raise ValueError(f"name is {plain['name'][:80]!r}, no plain word")
+        for name, size in plain["model"].items():
+            _check_kind(f"model {name:.40}", "int", size)
+        return cls(**plain)
 
 
 @dataclass(frozen=True)
@@ -98,6 +136,8 @@ class Instructions(_Note):
         clock_tokens: tokens merged so far.
         horizon_tokens: tokens of the whole run.
         lease: the rows this client may read, in order.
+        data: where its streams stand in them, as merged; None at their begin. What a client trained that was not merged
+            is leased anew, so the ledger says where to go on, not the client.
     """
 
     run: str
@@ -113,10 +153,17 @@ class Instructions(_Note):
     clock_tokens: int
     horizon_tokens: int
     lease: tuple[RowRange, ...]
+    data: DataState | None = None
+
+    def _plain(self) -> dict[str, Any]:
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        data = None if self.data is None else self.data.to_plain()
+        return {**plain, "lease": [asdict(part) for part in self.lease], "data": data}
 
     @classmethod
     def _build(cls, plain: dict[str, Any]) -> Self:
-        return cls(**{**plain, "lease": tuple(RowRange(**part) for part in plain["lease"])})
+        data = None if plain["data"] is None else DataState.from_plain(plain["data"])
+        return cls(**{**plain, "lease": tuple(map(_range, plain["lease"])), "data": data})
 
 
 @dataclass(frozen=True)
