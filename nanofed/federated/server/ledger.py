@@ -16,6 +16,7 @@ import numpy.typing as npt
 from nanofed.data.rows import Row, RowRange
 from nanofed.data.shards import Shard
 from nanofed.data.streams import DataState
+from nanofed.errors import DataError
 
 FREE, LEASED, MERGED = 0, 1, 2
 MIN_TEXT_BYTES_PER_TOKEN = (
@@ -27,6 +28,7 @@ MIN_TEXT_BYTES_PER_TOKEN = (
 class _Client:
     ranges: list[RowRange] = field(default_factory=list)  # in reading order; merged ones leave from the front only
     reached: int = 0  # index of the last range that a stream has reached: those after it are unread
+    data: DataState | None = None  # where its streams stand, as merged; None: at the begin of its ranges
 
 
 class Ledger:
@@ -51,20 +53,17 @@ class Ledger:
 
     def progress(self, shard: str) -> float:
         """Return how often a shard has been merged: 1.25 is once, and a quarter of the second epoch."""
-        epoch = self._epoch[shard]
-        rows = self._rows.get((epoch, shard))
-        return epoch + (0.0 if rows is None else float((rows == MERGED).mean()))
+        return self._merged(shard) / self._shards[shard].num_rows
 
     def merged_rows(self) -> int:
         """Return the rows merged so far, over all epochs."""
-        closed = sum(epoch * self._shards[name].num_rows for name, epoch in self._epoch.items())
-        unmerged = sum(
-            int((rows != MERGED).sum()) for (epoch, name), rows in self._rows.items() if epoch < self._epoch[name]
-        )
-        current = sum(
-            int((rows == MERGED).sum()) for (epoch, name), rows in self._rows.items() if epoch == self._epoch[name]
-        )
-        return closed - unmerged + current
+        return sum(map(self._merged, self._shards))
+
+    def _merged(self, shard: str) -> int:
+        """Return the rows merged of a shard: those of epochs that are closed and forgotten, and of the open ones."""
+        opened = {epoch: rows for (epoch, name), rows in self._rows.items() if name == shard}
+        closed = sum(epoch not in opened for epoch in range(self._epoch[shard]))
+        return closed * self._shards[shard].num_rows + sum(int((rows == MERGED).sum()) for rows in opened.values())
 
     def lease(self, client: str, tokens: int, *, spare_rows: int = 0) -> tuple[RowRange, ...]:
         """Return the rows that a client may read, in order, with text that nobody else reads.
@@ -122,18 +121,23 @@ class Ledger:
     def _least_progressed(self) -> tuple[int, str]:
         """Return the shard, among those with free rows, of which the least is merged or on lease; ties go by name.
 
-        A shard without a free row in its newest epoch counts with its next one, which is opened when its turn comes.
+        A shard counts with its oldest epoch that has free rows (a client may have given some back long after the next
+        epoch began), or with its next one, which is opened when its turn comes.
         """
 
-        def taken(name: str) -> tuple[float, str]:
-            rows = self._rows.get((self._epoch[name], name))
-            return self._epoch[name] + (0.0 if rows is None else float((rows != FREE).mean())), name
+        def turn(name: str) -> tuple[int, float]:
+            opened = sorted(epoch for epoch, shard in self._rows if shard == name)
+            for epoch in opened:
+                rows = self._rows[(epoch, name)]
+                if (rows == FREE).any():
+                    return epoch, float((rows != FREE).mean())
+            return self._epoch[name] + (self._epoch[name] in opened), 0.0
 
-        shard = min(self._shards, key=taken)
-        rows = self._rows.get((self._epoch[shard], shard))
-        if rows is not None and not (rows == FREE).any():
-            self._epoch[shard] += 1
-        return self._epoch[shard], shard
+        turns = {name: turn(name) for name in self._shards}
+        shard = min(turns, key=lambda name: (turns[name], name))
+        epoch = turns[shard][0]
+        self._epoch[shard] = max(self._epoch[shard], epoch)
+        return epoch, shard
 
     def _open(self, epoch: int, shard: str) -> npt.NDArray[np.uint8]:
         return self._rows.setdefault((epoch, shard), np.zeros(self._shards[shard].num_rows, np.uint8))
@@ -146,6 +150,10 @@ class Ledger:
         """Return the rows that a client holds."""
         return tuple(self._clients[client].ranges) if client in self._clients else ()
 
+    def data(self, client: str) -> DataState | None:
+        """Return where a client's streams stand in what it holds; None at its begin."""
+        return self._clients[client].data if client in self._clients else None
+
     def commit(self, client: str, state: DataState) -> int:
         """Mark as merged what a client has read to its last token, and return the number of rows.
 
@@ -154,6 +162,7 @@ class Ledger:
             state: its streams' positions; the rows before them are merged, except those still pending.
         """
         held = self._clients[client]
+        held.data = state
         pending = {row for stream in state.streams.values() for row in stream.pending}
         merged = 0
         for stream, at in state.streams.items():
@@ -216,23 +225,38 @@ class Ledger:
             "epoch": dict(self._epoch),
             "rows": [[epoch, name, _runs(rows)] for (epoch, name), rows in self._rows.items()],
             "clients": {
-                name: [c.reached, [[p.shard, p.start, p.stop, p.epoch] for p in c.ranges]]
+                name: {
+                    "ranges": [[p.shard, p.start, p.stop, p.epoch] for p in c.ranges],
+                    "reached": c.reached,
+                    "data": c.data.to_plain() if c.data else None,
+                }
                 for name, c in self._clients.items()
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved ledger over the same shards."""
-        if set(state["epoch"]) != set(self._shards):
-            raise ValueError("the saved ledger is over other shards than data.path holds now")
+        """Take up a saved ledger.
+
+        Raises:
+            DataError: it is over other shards than these.
+        """
+        sizes = {name: sum(length for _, length in runs) for _, name, runs in state["rows"]}
+        if set(state["epoch"]) != set(self._shards) or any(
+            rows != self._shards[name].num_rows for name, rows in sizes.items()
+        ):
+            raise DataError("the saved ledger is over other shards than data.path and data.num_shards give now")
         self._epoch = {name: int(epoch) for name, epoch in state["epoch"].items()}
         self._rows = {
             (int(epoch), name): np.repeat(*np.array(runs, np.int64).reshape(-1, 2).T).astype(np.uint8)
             for epoch, name, runs in state["rows"]
         }
         self._clients = {
-            name: _Client([RowRange(shard, start, stop, epoch) for shard, start, stop, epoch in ranges], reached)
-            for name, (reached, ranges) in state["clients"].items()
+            name: _Client(
+                [RowRange(*part) for part in saved["ranges"]],
+                saved["reached"],
+                DataState.from_plain(saved["data"]) if saved["data"] else None,
+            )
+            for name, saved in state["clients"].items()
         }
 
 
