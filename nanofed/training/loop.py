@@ -89,6 +89,7 @@ def train_steps(
     committed: DataState | None = inner.data_state
     exhausted = False
     inner.pop_losses()
+    optimizer.zero_grad()  # a stretch that ended in an error may have left gradients
     while num_steps is None or len(losses) < num_steps:
         spent = watch.elapsed()
         mean_step = (spent - begin) / max(1, len(losses))

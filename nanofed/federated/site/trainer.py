@@ -17,7 +17,6 @@ from torch import Tensor
 
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
-from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
 from nanofed.federated.wire.codec import CODECS, WireError, hash_weights
 from nanofed.federated.wire.messages import Hello, Instructions, Report, code_hash
@@ -42,18 +41,17 @@ class LocalTrainer(Protocol):
 
 @dataclass
 class ClientState:
-    """What a client keeps between rounds: optimizer state and where its data stands, after round `round`."""
+    """What a client keeps between rounds: its optimizer state after round `round`."""
 
     round: int = 0
     optimizer: defaultdict[Tensor, Any] = field(default_factory=lambda: defaultdict(dict))
-    data: DataState | None = None
 
 
 class FabricTrainer:
     """Trains with Fabric, for one client or for several that take turns on the same model.
 
-    The weights come with every message, so clients in one process share the model and each keeps only its optimizer state
-    and data position: in memory, and on disk so that a stopped run goes on exactly and a Ray actor finds what another left.
+    Weights and data position come with every message, so clients in one process share the model and each keeps only its
+    optimizer state: in memory, and on disk so that a stopped run goes on exactly and a Ray actor finds what another left.
 
     Args:
         module: the GPTModule, not yet configured.
@@ -122,14 +120,14 @@ class FabricTrainer:
         clock.step, clock.tokens = instructions.clock_step, instructions.clock_tokens
         clock.step_tokens = instructions.batch_tokens * instructions.participants
         clock.horizon_tokens = instructions.horizon_tokens
-        module.data_state = state.data
+        module.data_state = instructions.data
         plan = RowPlan(instructions.lease, self._data.dataset.train, repeat=False)
         stopwatch = Stopwatch(self._speed(instructions.client))
         result = train_steps(
             self._fabric,
             self._fabric_module,
             self._fabric_optimizer,
-            self._data.loader(plan, state=state.data),
+            self._data.loader(plan, state=instructions.data),
             accumulation=accumulation,
             step_tokens=instructions.batch_tokens,
             num_steps=instructions.max_steps,
@@ -141,7 +139,10 @@ class FabricTrainer:
         if not np.isfinite(result.losses).all():
             step = int(np.argmin(np.isfinite(result.losses)))
             raise NanofedError(f"the training loss is {result.losses[step]} at step {step + 1} of the round")
-        self._keep(instructions, ClientState(instructions.round, optimizer.state, module.data_state))
+        local = {name: p.detach().cpu().numpy().copy() for name, p in self._parameters.items()}
+        if not all(np.isfinite(array).all() for array in local.values()):
+            raise NanofedError("the weights are no longer finite after the last step of the round")
+        self._keep(instructions, ClientState(instructions.round, optimizer.state))
         report = Report(
             run=instructions.run,
             round=instructions.round,
@@ -155,13 +156,14 @@ class FabricTrainer:
             exhausted=result.exhausted,
             data=module.data_state,
         )
-        local = {name: p.detach().cpu().numpy().copy() for name, p in self._parameters.items()}
         return codec.encode(local), report
 
     def _state_before(self, instructions: Instructions) -> ClientState:
         """Return the newest state from before this round: in memory, on disk, or a fresh one."""
         client, number = instructions.client, instructions.round
-        kept = self._states.get(client)
+        kept = self._states.pop(
+            client, None
+        )  # training changes it in place: a round that fails must not leave it behind
         files = {int(f.stem.removeprefix("round_")): f for f in self._client_folder(client).glob("round_*.pt")}
         newest = max((n for n in files if n < number), default=0)
         if kept is not None and newest <= kept.round < number:
@@ -173,19 +175,22 @@ class FabricTrainer:
             raise NanofedError(f"{files[newest]} belongs to run {saved['run']}, not {instructions.run}: remove it")
         self._optimizer.state = defaultdict(dict)
         self._optimizer.load_state_dict(saved["optimizer"])
-        return ClientState(newest, self._optimizer.state, DataState.from_plain(saved["data"]))
+        return ClientState(newest, self._optimizer.state)
 
     def _keep(self, instructions: Instructions, state: ClientState) -> None:
-        assert state.data is not None
         self._states[instructions.client] = state
         folder = self._client_folder(instructions.client)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".state.tmp"
-        saved = {"run": instructions.run, "optimizer": self._optimizer.state_dict(), "data": state.data.to_plain()}
+        saved = {"run": instructions.run, "optimizer": self._optimizer.state_dict()}
         torch.save(saved, temporary)
         temporary.replace(folder / f"round_{instructions.round:08d}.pt")
-        for old in sorted(folder.glob("round_*.pt"))[:-2]:  # a server that lost its open round asks for the one before
-            old.unlink()
+        # Two stay: a server that lost its open round asks for the one before. Later ones are of a future that was lost.
+        numbered = {int(f.stem.removeprefix("round_")): f for f in folder.glob("round_*.pt")}
+        stay = sorted(number for number in numbered if number <= instructions.round)[-2:]
+        for number, file in numbered.items():
+            if number not in stay:
+                file.unlink()
 
     def _client_folder(self, client: str) -> Path:
         return self._folder / client
