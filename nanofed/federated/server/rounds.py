@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from nanofed.data.rows import RowPlan
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.board import Board
@@ -86,6 +87,7 @@ class RoundLoop:
         self._run = run
         self.board = board
         self._evaluator = Evaluator(module, data, device)
+        RowPlan.whole(data.dataset).check_streams(data.streams)
         self._ledger = Ledger(data.dataset.train, data.streams)
         self._outer = OuterNesterov(config.outer_lr, config.outer_momentum)
         self._clock = Clock()
@@ -95,6 +97,7 @@ class RoundLoop:
         self._refusals = 0
         self._bytes_down = 0
         self._last_bpb: float | None = None
+        self._evaluated = -1  # the round of the last evaluation
         self.run_id = uuid.uuid4().hex
         self.weights: dict[str, Array] = {
             name: tensor.detach().cpu().numpy().copy() for name, tensor in module.gpt.state_dict().items()
@@ -117,25 +120,27 @@ class RoundLoop:
         if self._clock.round == 0:
             self._evaluate()
         while self._clock.tokens < self._horizon and self._clock.round < (self._config.rounds or 1 << 62):
-            if self._round(self._clock.round + 1):
-                failed = 0
+            merged = self._round(self._clock.round + 1, failed)
+            if merged is None:
                 continue
-            failed += 1
+            failed = 0 if merged else failed + 1
             if failed >= self._config.max_failed_rounds:
                 raise NanofedError(f"{failed} rounds in a row brought no update that could be merged ({self._why()})")
+        if self._evaluated != self._clock.round:
+            self._evaluate()  # the last round was an empty one
         if self._saved_round() != self._clock.round:
             self._save()
 
-    def _round(self, number: int) -> bool:
-        """Run one round and tell whether it changed the model."""
+    def _round(self, number: int, attempt: int) -> bool | None:
+        """Run one round and tell whether it changed the model; None if nobody took part."""
         started = time.monotonic()
-        present = self._available(self._wait_for_clients(), number)
+        present = self._available(self._wait_for_clients(), number, attempt)
         for client in set(self._ledger.clients()) - set(present):
             self._ledger.release(client)  # who is not here gives back what is not merged
         if not present:
             logger.info("round %3d  nobody takes part", number)
             self._clock.round = number
-            return True
+            return None
         instructions = self._instruct(number, list(present))
         accumulator = MeanAccumulator(self.weights)
         accepted: dict[str, Update] = {}
@@ -175,13 +180,13 @@ class RoundLoop:
     def _why(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in self._roster.refused.items()) or "none was refused"
 
-    def _available(self, connected: Mapping[str, int], number: int) -> dict[str, int]:
-        """Draw who takes part: each with its chance, the same draw for the same seed, round and name."""
+    def _available(self, connected: Mapping[str, int], number: int, attempt: int) -> dict[str, int]:
+        """Draw who takes part: each with its chance, the same draw for the same seed, round, attempt and name."""
         chance = self._config.availability
         return {
             name: node
             for name, node in connected.items()
-            if chance >= 1 or random.Random(f"{self._module.seed}/{number}/{name}").random() < chance
+            if chance >= 1 or random.Random(f"{self._module.seed}/{number}.{attempt}/{name}").random() < chance
         }
 
     # --- one round
@@ -204,7 +209,7 @@ class RoundLoop:
             if config.round_steps is None:
                 rate = self._rates.get(client)  # not known before the first round: then an equal share of all there is
                 share = int(self._ledger.total_tokens / len(clients))
-                tokens = min(tokens, int(rate * config.round_seconds * 1.25) if rate else share)
+                tokens = int(min(tokens, rate * config.round_seconds * 1.25 if rate else share))
             spare = SPARE_ROWS[self._data.packing] * self._data.streams
             lease = self._ledger.lease(client, int(tokens * self._margin.get(client, 1.0)), spare_rows=spare)
             out[client] = Instructions(
@@ -221,6 +226,7 @@ class RoundLoop:
                 clock_tokens=self._clock.tokens,
                 horizon_tokens=self._horizon,
                 lease=lease,
+                data=self._ledger.data(client),
             )
         return out
 
@@ -248,7 +254,7 @@ class RoundLoop:
                     continue  # a duplicate, or an answer to another round
                 client = waiting.pop(answered)
                 try:
-                    yield check_reply(reply, instructions[client], self.weights)
+                    yield check_reply(reply, instructions[client], self.weights, self._data.streams)
                     self._roster.refused.pop(client, None)
                 except Refused as refusal:
                     self._refuse(client, instructions[client].round, str(refusal))
@@ -337,6 +343,7 @@ class RoundLoop:
     # --- between rounds
 
     def _evaluate(self) -> None:
+        self._evaluated = self._clock.round
         bpb = self._evaluator.bits_per_byte(self.weights)
         self._last_bpb = bpb
         number, step, tokens = self._clock.round, self._clock.step, self._clock.tokens
