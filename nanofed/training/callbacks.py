@@ -232,7 +232,7 @@ class SaveCheckpoint(Callback):
         """Save one checkpoint, once a step, and drop the oldest beyond `keep`."""
         if step == self._saved_step:
             return
-        trainer.save_checkpoint(self._folder / f"step_{step:08d}")
+        trainer.save_checkpoint(self._folder / f"step_{step:08d}", weights_only=False)
         self._saved_step = step
         if trainer.is_global_zero:
             prune_checkpoints(self._run, self._keep)

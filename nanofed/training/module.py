@@ -69,6 +69,8 @@ class GPTModule(LightningModule):
         if hasattr(self, "gpt"):
             return
         device = torch.get_default_device()
+        if device.type == "cpu":
+            runtime.keep_freed_memory()
         auto = runtime.default_compute_dtype(device)
         self.gpt = GPT(self.config, compute_dtype=DTYPES.get(self.compute_dtype, auto))
         if device.type != "meta":
