@@ -76,7 +76,6 @@ def load(checkpoint: str | Path, *, device: str | torch.device = "cpu") -> Loade
     """
     import torch
 
-    from nanofed import runtime
     from nanofed.model import GPT
     from nanofed.tokenizer import Tokenizer
     from nanofed.training.checkpoint import TOKENIZER, find_checkpoint, read_manifest, read_weights
@@ -143,7 +142,7 @@ def federate(
     """Train the same model across clients with Flower and return what the run came to.
 
     Args:
-        config: YAML file; by default the packaged tiny federation on the demo corpus, building what is missing.
+        config: YAML file; by default nanofed's own `tiny_federated`, on the demo corpus, building what is missing.
         args: further command-line arguments, as `nanofed federate` takes them.
         overrides: dotted keys and values.
 
@@ -153,6 +152,8 @@ def federate(
     """
     from nanofed.federated.run import Federation, run_in_process
 
+    if config is None and not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args):
+        config = runtime.config_file("tiny_federated.yaml")
     federation = Federation.from_args([*arguments(config, overrides or {}), *args])
     if federation.config.runtime == "simulation":
         from nanofed.federated.runtimes.simulation import run_simulation

@@ -54,6 +54,13 @@ def tokenizer_dir(dataset: str = "fineweb-edu") -> Path:
     return base_dir() / "demo" / "tokenizer" if dataset == "demo" else base_dir() / "tokenizer"
 
 
+def config_file(name: str) -> Path:
+    """Return one of nanofed's own configs: beside the package in a checkout, inside it where it was installed as a wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs" / name
+    return inside if inside.is_file() else package.parent / "configs" / name
+
+
 def has_compiler() -> bool:
     """Tell whether a C++ compiler, which torch.compile needs on CPU, can be found."""
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
