@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanofed import runtime
+
 if TYPE_CHECKING:
     import torch
 
