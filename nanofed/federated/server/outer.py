@@ -51,6 +51,7 @@ class OuterNesterov:
         if list(gradient) != list(weights):
             raise ValueError(f"the pseudo-gradient names {sorted(set(gradient) ^ set(weights))} differently")
         new: dict[str, Array] = {}
+        velocities = dict(self._velocity)
         for name, old in weights.items():
             g = gradient[name]
             if g.shape != old.shape:
@@ -59,8 +60,9 @@ class OuterNesterov:
             if self.momentum:
                 velocity = self._velocity.get(name, np.zeros(old.shape, np.float32)) * np.float64(self.momentum) + g
                 update = g + fraction * self.momentum * velocity
-                self._velocity[name] = velocity.astype(np.float32)
+                velocities[name] = velocity.astype(np.float32)
             new[name] = (old - self.lr * update).astype(np.float32)
+        self._velocity = velocities  # only now: a gradient that is refused leaves none behind
         return new
 
     def state_dict(self) -> dict[str, torch.Tensor]:
