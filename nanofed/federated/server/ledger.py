@@ -19,9 +19,7 @@ from nanofed.data.streams import DataState
 from nanofed.errors import DataError
 
 FREE, LEASED, MERGED = 0, 1, 2
-MIN_TEXT_BYTES_PER_TOKEN = (
-    2.0  # a careful guess before a client has shown its own: a lease is rather too long than too short
-)
+TEXT_BYTES_PER_TOKEN = 5.0  # more than tokenizers give: a lease is rather too long than too short
 
 
 @dataclass
@@ -42,14 +40,16 @@ class Ledger:
     def __init__(self, shards: Iterable[Shard], streams: int) -> None:
         self._shards = {shard.name: shard for shard in shards}
         self._streams = streams
+        self._text_bytes = sum(shard.text_bytes for shard in self._shards.values())
+        self._row_bytes = max(1.0, self._text_bytes / sum(shard.num_rows for shard in self._shards.values()))
         self._rows: dict[tuple[int, str], npt.NDArray[np.uint8]] = {}  # opened (epoch, shard) -> state of every row
         self._epoch = dict.fromkeys(self._shards, 0)  # newest epoch opened, or to be opened, of every shard
         self._clients: dict[str, _Client] = {}
 
     @property
     def total_tokens(self) -> float:
-        """Tokens in all shards, at `MIN_TEXT_BYTES_PER_TOKEN`: rather too many than too few."""
-        return sum(shard.text_bytes for shard in self._shards.values()) / MIN_TEXT_BYTES_PER_TOKEN
+        """Tokens in all shards, at `TEXT_BYTES_PER_TOKEN`."""
+        return self._text_bytes / TEXT_BYTES_PER_TOKEN
 
     def progress(self, shard: str) -> float:
         """Return how often a shard has been merged: 1.25 is once, and a quarter of the second epoch."""
@@ -68,33 +68,31 @@ class Ledger:
     def lease(self, client: str, tokens: int, *, spare_rows: int = 0) -> tuple[RowRange, ...]:
         """Return the rows that a client may read, in order, with text that nobody else reads.
 
+        Streams do not advance evenly, as one's documents are longer than another's: each of them gets enough.
+
         Args:
             client: who is to read.
             tokens: about how many tokens it will train on.
-            spare_rows: rows beyond them, for streams that read ahead and do not advance evenly.
+            spare_rows: rows a stream beyond them, since documents vary and packers read ahead.
         """
         held = self._clients.setdefault(client, _Client())
-        mean = sum(shard.text_bytes for shard in self._shards.values()) / sum(s.num_rows for s in self._shards.values())
-        wanted = tokens * MIN_TEXT_BYTES_PER_TOKEN + spare_rows * mean
-        have = sum(self._text_bytes(part) for part in held.ranges)
-        while len(held.ranges) - 1 > held.reached and have - self._text_bytes(held.ranges[-1]) >= wanted:
-            unread = held.ranges.pop()  # leased before the client's speed was known: more than it needs
-            have -= self._text_bytes(unread)
-            self._part(unread)[:] = FREE
-        while have < wanted:
-            part = self._extend(held, wanted - have)
-            have += self._text_bytes(part)
+        wanted = tokens / self._streams * TEXT_BYTES_PER_TOKEN / self._row_bytes + spare_rows
+        unread = sum((self._unread(part) for part in held.ranges), np.zeros(self._streams))
+        while len(held.ranges) - 1 > held.reached and (unread - self._unread(held.ranges[-1])).min() >= wanted:
+            last = held.ranges.pop()  # leased before the client's speed was known: more than it needs
+            unread -= self._unread(last)
+            self._part(last)[:] = FREE
+        while unread.min() < wanted:
+            unread += self._unread(self._extend(held, int(wanted - unread.min()) + 1))
         return tuple(held.ranges)
 
-    def _text_bytes(self, part: RowRange) -> float:
-        rows = self._rows[(part.epoch, part.shard)][part.start : part.stop]
-        return float((rows != MERGED).sum()) * self._bytes_per_row(part.shard)
+    def _unread(self, part: RowRange) -> npt.NDArray[np.float64]:
+        """Return how many rows of a range each stream has still to finish."""
+        rows = part.start + np.flatnonzero(self._part(part) == LEASED)
+        return np.bincount(rows % self._streams, minlength=self._streams).astype(np.float64)
 
-    def _bytes_per_row(self, shard: str) -> float:
-        return max(1.0, self._shards[shard].text_bytes / self._shards[shard].num_rows)
-
-    def _extend(self, held: _Client, text_bytes: float) -> RowRange:
-        """Lease one more stretch of rows: on from where the client reads, else from the least-progressed shard."""
+    def _extend(self, held: _Client, turns: int) -> RowRange:
+        """Lease `turns` more rows a stream: on from where the client reads, else from the least-progressed shard."""
         last = held.ranges[-1] if held.ranges else None
         start = last.stop if last is not None else 0
         if last is not None and self._is_free(last.epoch, last.shard, start):
@@ -103,8 +101,7 @@ class Ledger:
             epoch, shard = self._least_progressed()
             start = int(np.argmax(self._open(epoch, shard) == FREE))
         rows = self._open(epoch, shard)
-        # Whole turns of the streams, so that each gets its share.
-        count = -(-int(text_bytes / self._bytes_per_row(shard) + 1) // self._streams) * self._streams
+        count = turns * self._streams
         taken = np.flatnonzero(rows[start : start + count] != FREE)
         stop = start + int(taken[0]) if len(taken) else min(start + count, len(rows))
         rows[start:stop] = LEASED

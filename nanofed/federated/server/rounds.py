@@ -42,7 +42,7 @@ from nanofed.training.module import GPTModule
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-SPARE_ROWS = {"contiguous": 8, "best_fit": 160}  # rows a stream reads ahead, beyond what it trains on
+SPARE_ROWS = {"contiguous": 16, "best_fit": 160}  # rows a stream reads ahead, beyond what it trains on
 
 
 @dataclass
@@ -210,8 +210,9 @@ class RoundLoop:
                 rate = self._rates.get(client)  # not known before the first round: then an equal share of all there is
                 share = int(self._ledger.total_tokens / len(clients))
                 tokens = int(min(tokens, rate * config.round_seconds * 1.25 if rate else share))
-            spare = SPARE_ROWS[self._data.packing] * self._data.streams
-            lease = self._ledger.lease(client, int(tokens * self._margin.get(client, 1.0)), spare_rows=spare)
+            margin = self._margin.get(client, 1.0)
+            spare = SPARE_ROWS[self._data.packing]
+            lease = self._ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin))
             out[client] = Instructions(
                 run=self.run_id,
                 round=number,
