@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
@@ -42,7 +42,7 @@ def run_fit(cli: FitCLI) -> Summary:
     trainer.accumulate_grad_batches = accumulation
     trainer.val_check_interval = options.eval_every * accumulation  # Lightning counts micro-batches
     trainer.fit_loop.epoch_loop.max_steps = module.num_steps
-    with stopping(trainer):
+    with stopping():
         if resume is None:
             trainer.validate(module, datamodule=data, verbose=False)
         else:
@@ -63,16 +63,18 @@ def run_validate(cli: FitCLI) -> float:
         raise ConfigError("name what to validate: --ckpt_path RUN_OR_CHECKPOINT, or last for the config's own run")
     check_data_options(cli.datamodule)
     start_from(cli.model, options.folder if options.ckpt_path == "last" else options.ckpt_path)
-    with stopping(cli.trainer):
+    with stopping():
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     return float(cli.trainer.callback_metrics["val/bpb"])
 
 
 @contextlib.contextmanager
-def stopping(trainer: Trainer) -> Iterator[None]:
-    """Let Ctrl-C end as KeyboardInterrupt: Lightning catches it, cleans up, and would exit with 1."""
+def stopping() -> Iterator[None]:
+    """Let Ctrl-C end as KeyboardInterrupt and SIGTERM with exit code 143: Lightning cleans up, then exits with 1 and 0."""
     try:
         yield
+    except SIGTERMException as end:
+        raise SystemExit(143) from end
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from end

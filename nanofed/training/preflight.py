@@ -8,10 +8,10 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.packing import PACKERS
 from nanofed.errors import ConfigError
-from nanofed.training.checkpoint import CheckpointError, check_model, checkpoints, find_checkpoint, read_manifest
+from nanofed.training.checkpoint import check_model, checkpoints, find_checkpoint, read_manifest
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import accumulation_steps
-from nanofed.training.run import is_used, resume_checkpoint
+from nanofed.training.run import SUMMARY, Summary, is_used, resume_checkpoint
 
 if TYPE_CHECKING:
     from nanofed.training.config import RunOptions
@@ -42,7 +42,7 @@ def check_start(
     Raises:
         ConfigError: a value, a batch or a checkpoint that does not fit.
         DataError: no data or no tokenizer, or one that is damaged.
-        CheckpointError: the checkpoint is damaged or of the other path.
+        CheckpointError: the checkpoint is damaged.
     """
     check_data_options(data)
     accumulation = accumulation_steps(
@@ -75,9 +75,11 @@ def check_checkpoints(module: GPTModule, options: RunOptions, kind: str) -> None
         manifest = read_manifest(resume)
         check_model(manifest, module.config, resume)
         if manifest.kind != kind:
-            raise CheckpointError(f"{resume} is a {manifest.kind} checkpoint: start from its weights with --init_from")
+            raise ConfigError(f"{resume} is a {manifest.kind} checkpoint: start from its weights with --init_from")
         if is_used(run) and resume.resolve() not in [path.resolve() for path in checkpoints(run)]:
             raise ConfigError(f"{run} already holds a run, and {resume} is not of it: choose another --name")
+        if (run / SUMMARY).is_file():
+            Summary.read(run)
     elif options.init_from:
         path = find_checkpoint(options.init_from)
         check_model(read_manifest(path), module.config, path)
