@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row, RowPlan, RowRange
 from nanofed.data.shards import Dataset
-from nanofed.data.streams import DataState, StreamState, TokenLoader
+from nanofed.data.streams import Batch, DataState, TokenLoader
 from nanofed.errors import DataError
 from nanofed.federated.server.ledger import FREE, LEASED, MERGED, Ledger
 from tests.data.corpus import build, fewer
@@ -189,7 +190,7 @@ def test_one_client_reads_as_the_vanilla_plan_whatever_the_rounds(dataset: Datas
     for seed in range(4):
         generator = random.Random(seed)
         ledger = Ledger(dataset.train, STREAMS)
-        read = []
+        read: list[Batch] = []
         while len(read) < 60:
             steps = generator.randint(1, 9)
             # Far too much at first and now and then: what is not reached is given back, the order stays.

@@ -79,13 +79,22 @@ def _no_number(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
 
 
+JSON_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "dict[str, int]": (dict,),
+    "tuple[RowRange, ...]": (list,),
+    "DataState": (dict,),
+}
+
+
 def _check_kind(name: str, kind: str, value: object) -> None:
-    """Check a plain value; what has a structure of its own is checked where it is built."""
+    """Check a value as it came out of JSON; what is inside a structure is checked where that is built."""
     if value is None and kind.endswith(" | None"):
         return
-    kinds = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}.get(kind.removesuffix(" | None"))
-    if kinds is None:
-        return
+    kinds = JSON_KINDS[kind.removesuffix(" | None")]
     too_large = isinstance(value, int) and abs(value) >= 1 << 63
     if type(value) not in kinds or too_large or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{name} is {repr(value)[:80]}, not {kind}")

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import gc
+import io
+import json
+import random
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+
+from nanofed.data.packing import StreamState
+from nanofed.data.rows import Row
+from nanofed.data.streams import DataState
+from nanofed.federated.server.validation import Refused, Update, check_reply
+from nanofed.federated.wire.messages import KEY
+from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, weights, with_json
+
+SHARD = "shard_00000.parquet"
+
+
+def check(message: Message) -> Update:
+    return check_reply(message, instructions(), weights(), STREAMS)
+
+
+def test_an_honest_reply_is_accepted_as_it_is() -> None:
+    update = check(reply())
+    assert update.report == report()
+    assert update.payload_bytes == 4 * 41
+    for name, array in weights(1).items():
+        assert (update.weights[name] == array).all()
+
+
+def changed(index: int, array: Any) -> list[Any]:
+    arrays: list[Any] = list(weights(1).values())
+    arrays[index] = array
+    return arrays
+
+
+def poisoned(value: float) -> Any:
+    array = weights(1)["lm_head.weight"].copy()
+    array[4, 3] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        (changed(1, poisoned(float("nan"))), "lm_head.weight is not finite"),
+        (changed(1, poisoned(float("inf"))), "lm_head.weight is not finite"),
+        (changed(1, poisoned(float("-inf"))), "lm_head.weight is not finite"),
+        (changed(0, np.zeros((4, 5), np.float32)), r"wte.weight has shape \(4, 5\)"),
+        (changed(0, np.zeros((1, 4), np.float32)), r"wte.weight has shape \(1, 4\)"),
+        (changed(2, np.zeros((), np.float32)), r"scale has shape \(\)"),
+        (changed(2, np.zeros(1, np.float64)), "scale is float64"),
+        (changed(2, np.zeros(1, np.int64)), "scale is int64"),
+        (list(weights(1).values())[:2], "2 arrays arrived"),
+        ([*weights(1).values(), np.zeros(1, np.float32)], "4 arrays arrived"),
+        ([], "0 arrays arrived"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(arrays: list[Any], says: str) -> None:
+    with pytest.raises(Refused, match=says):
+        check(reply(arrays))
+
+
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("a.npy", b"")
+    return buffer.getvalue()
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode("latin1")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"garbage",
+        b"PK\x03\x04 no zip",
+        npz(),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (5, 4)}"),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (5, 4)}") + b"\x80\x04N.",
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-5, 4)}"),
+        npy("__import__('os')"),
+        npy("(" * 300),
+        b"\x80\x04\x95pickle",
+    ],
+    ids=["empty", "text", "bad zip", "zip", "cut off", "pickle inside", "huge", "negative", "code", "nested", "pickle"],
+)
+def test_bytes_that_are_no_array_are_refused(data: bytes) -> None:
+    with pytest.raises(Refused):
+        check(reply(raw(data)))
+
+
+def test_another_serialization_is_refused() -> None:
+    with pytest.raises(Refused, match="cannot be read"):
+        check(reply(raw(b"", stype="torch.pickle")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"run": "b" * 32}, "for run"),
+        ({"round": 2}, "for round 2, not 3"),
+        ({"client": "client-1"}, "for client 'client-1'"),
+        ({"base_hash": "0" * 64}, "for base_hash"),
+        ({"run": "x" * 1_000_000}, "for run"),
+        ({"steps": 0, "tokens": 0}, "claims 0 steps"),
+        ({"steps": -1, "tokens": -64}, "claims -1 steps"),
+        ({"steps": 5, "tokens": 320}, "claims 5 steps, of 4 at most"),
+        ({"steps": True, "tokens": 64}, "steps is True"),
+        ({"steps": 2.0, "tokens": 128}, "steps is 2.0"),
+        ({"steps": "3"}, "steps is '3'"),
+        ({"steps": 10**40}, "steps is 1000"),
+        ({"tokens": 193}, "193 tokens for 3 steps of 64"),
+        ({"tokens": 192.0}, "tokens is 192.0"),
+        ({"tokens": True}, "tokens is True"),
+        ({"seconds": -0.5}, "took -0.5 s"),
+        ({"seconds": 10**400}, "seconds is 1000"),
+        ({"seconds": None}, "seconds is None"),
+        ({"seconds": float("nan")}, "NaN is no number"),
+        ({"loss_last": float("inf")}, "Infinity is no number"),
+        ({"loss_first": "5"}, "loss_first is '5'"),
+        ({"exhausted": "no"}, "exhausted is 'no'"),
+        ({"round": True}, "round is True"),
+    ],
+)
+def test_a_report_of_something_else_is_refused(changes: dict[str, Any], says: str) -> None:
+    plain = {**json.loads(report().to_config()[KEY]), **changes}
+    with pytest.raises(Refused, match=says) as refused:
+        check(with_json(json.dumps(plain)))
+    assert len(str(refused.value)) <= 500
+
+
+def streams(**changes: StreamState) -> DataState:
+    at = {**report().data.streams, **{int(name[1:]): state for name, state in changes.items()}}
+    return DataState(12, at)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (streams(_0=StreamState(Row(1, SHARD, 25))), "stream 0 stands at .*outside its lease"),
+        (streams(_0=StreamState(Row(1, SHARD, 7))), "stream 0 stands at"),
+        (streams(_0=StreamState(Row(0, SHARD, 12))), "stream 0 stands at"),  # the same rows, another epoch
+        (streams(_0=StreamState(Row(1, "shard_00001.parquet", 12))), "stream 0 stands at"),
+        (streams(_1=StreamState(Row(0, "shard_00002.parquet", 11))), "stream 1 stands at"),
+        (streams(_0=StreamState(Row(1, SHARD, 12), (Row(1, SHARD, 24),))), "stream 0 holds"),
+        (streams(_0=StreamState(Row(1, SHARD, 12), (Row(0, SHARD, 8),))), "stream 0 holds"),
+        (streams(_0=StreamState(Row(1, SHARD, 12), (Row(1, SHARD, 9),))), "stream 0 holds"),  # a row of stream 1
+        (streams(_2=StreamState()), r"streams \[0, 1, 2\], not on 2"),
+        (DataState(12, {0: StreamState()}), r"streams \[0\], not on 2"),
+        (DataState(12, {}), r"streams \[\], not on 2"),
+    ],
+)
+def test_positions_outside_the_lease_are_refused(data: DataState, says: str) -> None:
+    with pytest.raises(Refused, match=says):
+        check(reply(metrics=report(data=data).to_config()))
+
+
+def test_positions_at_the_ends_of_the_lease_are_not() -> None:
+    for row in (8, 24):
+        asked = report(data=streams(_0=StreamState(Row(1, SHARD, row))))
+        assert check(reply(metrics=asked.to_config())).report == asked
+    fresh = report(data=streams(_0=StreamState()))
+    assert check(reply(metrics=fresh.to_config())).report == fresh
+
+
+@pytest.mark.parametrize(
+    "position", [[1, SHARD, "12"], [1, SHARD, 12.5], [1, SHARD, None], [True, SHARD, 12], [1, [SHARD], 12], [1, SHARD]]
+)
+def test_positions_of_another_kind_are_refused(position: list[Any]) -> None:
+    plain = json.loads(report().to_config()[KEY])
+    for stream in (0, 1):
+        for where in (1, 2):
+            content = json.loads(json.dumps(plain))
+            content["data"]["streams"][stream][where] = [position] if where == 2 else position
+            with pytest.raises(Refused, match="field of the wrong kind"):
+                check(with_json(json.dumps(content)))
+
+
+def test_an_error_and_an_empty_reply_are_refused() -> None:
+    with pytest.raises(Refused, match="the client failed: it burns"):
+        check(Message(Error(1, "it burns"), reply_to=request()))
+    with pytest.raises(Refused, match="a Report must be"):
+        check(Message(RecordDict(), reply_to=request()))
+    with pytest.raises(Refused, match="no weights in it"):
+        content = RecordDict({"fitres.metrics": ConfigRecord(report().to_config())})
+        check(Message(content, reply_to=request()))
+
+
+# --- fuzz
+
+
+def corrupt_json(generator: random.Random) -> Message:
+    """One value anywhere in the report becomes something else."""
+    plain = json.loads(report().to_config()[KEY])
+    node: Any = plain
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = generator.choice(keys)
+        if isinstance(node[key], dict | list) and node[key] and generator.random() < 0.8:
+            node = node[key]
+            continue
+        old = node[key]
+        garbage = [
+            None,
+            True,
+            "",
+            "3",
+            -1,
+            2.5,
+            [],
+            {},
+            10**25,
+            1e300,
+            [old],
+            {"a": old},
+            [[None]],
+            float("nan"),
+            "é\0",
+        ]
+        if isinstance(old, int) and not isinstance(old, bool):
+            garbage += [old + 1000, -old - 1, float(old), str(old), old * 2**40 + 1]
+        if isinstance(old, str):
+            garbage += [old + "x", old[1:], old.upper()]
+        new = generator.choice([value for value in garbage if value != old or type(value) is not type(old)])
+        if generator.random() < 0.2 and isinstance(node, dict):
+            del node[key]
+        else:
+            node[key] = new
+        return with_json(json.dumps(plain))
+
+
+def corrupt_text(generator: random.Random) -> Message:
+    text = report().to_config()[KEY]
+    at, how = generator.randrange(len(text)), generator.random()
+    if how < 0.4:
+        return with_json(text[:at])
+    return with_json(text[:at] + generator.choice('{}[]",:\\0eE-\ud7ff ') * generator.choice([1, 3]) + text[at + 1 :])
+
+
+def corrupt_array(generator: random.Random) -> Message:
+    buffer = io.BytesIO()
+    np.save(buffer, next(iter(weights(1).values())))
+    data = bytearray(buffer.getvalue())
+    how = generator.random()
+    if how < 0.3:
+        data = data[: generator.randrange(len(data))]
+    else:  # the header, where a flip decides what the bytes mean
+        for _ in range(generator.choice([1, 2, 8])):
+            data[generator.randrange(128)] ^= 1 << generator.randrange(8)
+    return reply(raw(bytes(data)))
+
+
+def corrupt_values(generator: random.Random) -> Message:
+    arrays = [array.copy() for array in weights(1).values()]
+    flat = arrays[generator.randrange(3)].reshape(-1)
+    flat[generator.randrange(len(flat))] = generator.choice([np.nan, np.inf, -np.inf])
+    return reply(arrays)
+
+
+def corrupt_records(generator: random.Random) -> Message:
+    arrays = [array.copy() for array in weights(1).values()]
+    index = generator.randrange(3)
+    how = generator.randrange(5)
+    if how == 0:
+        del arrays[index]
+    elif how == 1:
+        arrays.insert(index, arrays[index])
+    elif how == 2:
+        arrays[index] = arrays[index].astype(generator.choice([np.float64, np.float16, np.int32, np.complex64, bool]))
+    elif how == 3:
+        arrays[index] = arrays[index][None]
+    else:
+        return reply(ArrayRecord([]))
+    return reply(arrays)
+
+
+@pytest.fixture
+def quick_collections() -> Iterator[None]:
+    """Flower collects garbage after every reply; without what is there already that takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collections")
+def test_no_corruption_reaches_the_model_and_none_raises_anything_else(count: Callable[[int, int], int]) -> None:
+    kinds = [corrupt_json, corrupt_text, corrupt_array, corrupt_values, corrupt_records]
+    number = count(300, 10_000)
+    harmless = 0
+    for seed in range(number):
+        message = kinds[seed % len(kinds)](random.Random(seed))
+        try:
+            update = check(message)
+        except Refused as refusal:
+            assert 0 < len(str(refusal)) <= 500
+            continue
+        # Accepted: then it is well formed in all that is merged, and says something that an honest client might say.
+        harmless += 1
+        assert kinds[seed % len(kinds)] in (corrupt_json, corrupt_text, corrupt_array), seed
+        for name, array in weights(1).items():
+            assert (update.weights[name] == array).all(), (seed, name)
+        honest = report()
+        for field in ("run", "round", "client", "base_hash", "steps", "tokens"):
+            assert getattr(update.report, field) == getattr(honest, field), (seed, field)
+            assert type(getattr(update.report, field)) is type(getattr(honest, field))
+    assert harmless < number / 5, f"{harmless} of {number}"
