@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -144,11 +144,8 @@ class Federation:
         resume = resume_checkpoint(run, options.ckpt_path)
         known = resume is not None and (run / SUMMARY).is_file()
         board = Board(run, Summary.read(run) if known else Summary(options.name, "federated"))
-        config = self.federation
-        # On one machine clients may take turns: the last answer comes after all of their budgets.
-        turns = config.clients * config.message_timeout + (config.clients - 1) * config.round_seconds
-        config = replace(config, message_timeout=turns)
-        loop = RoundLoop(grid, module, data, config, options, run, board, self.fabric().device)
+        device = self.fabric().device
+        loop = RoundLoop(grid, module, data, self.federation, options, run, board, device, simulated=True)
         if resume is not None:
             loop.resume(resume)
         elif options.init_from:

@@ -66,6 +66,7 @@ class RoundLoop:
         run: the run's folder.
         board: where figures go.
         device: where the server evaluates.
+        simulated: the clients share this machine: they may take turns, and one that is refused will not be another later.
     """
 
     def __init__(
@@ -78,7 +79,10 @@ class RoundLoop:
         run: Path,
         board: Board,
         device: torch.device,
+        *,
+        simulated: bool = False,
     ) -> None:
+        self._simulated = simulated
         self._grid = grid
         self._module = module
         self._data = data
@@ -169,6 +173,8 @@ class RoundLoop:
         """Return the clients connected now; where there is none, wait for one as long as for a message."""
         deadline = time.monotonic() + self._config.message_timeout
         while not (connected := self._roster.connected()):
+            if self._simulated and self._roster.refused:
+                raise NanofedError(f"no client can take part ({self._why()})")
             if time.monotonic() > deadline:
                 raise NanofedError(
                     f"no client was there for {self._config.message_timeout:.0f} s ({self._why()}); the run goes on from "
@@ -236,6 +242,7 @@ class RoundLoop:
         arrays = CODECS[self._config.codec].encode(self.weights)
         self._bytes_down = payload_bytes(arrays) * len(nodes)
         budget = (self._config.round_seconds if not self._config.round_steps else 0.0) + self._config.message_timeout
+        budget *= len(nodes) if self._simulated else 1  # the last answer comes after all the others' turns
         waiting: dict[str, str] = {}  # message id -> client
         for client, node in nodes.items():
             content = RecordDict(
