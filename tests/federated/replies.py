@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row, RowRange
 from nanofed.data.streams import DataState
-from nanofed.federated.wire.codec import hash_weights
+from nanofed.federated.wire.codec import hash_arrays, hash_weights
 from nanofed.federated.wire.messages import KEY, Instructions, Report
 
 STREAMS = 2
@@ -63,6 +63,7 @@ def report(**changes: Any) -> Report:
         "round": asked.round,
         "client": asked.client,
         "base_hash": asked.base_hash,
+        "payload_hash": hash_arrays(list(weights(1).values())),
         "steps": 3,
         "tokens": 192,
         "seconds": 1.5,

@@ -16,6 +16,7 @@ from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
 from nanofed.federated.server.validation import Refused, Update, check_reply
+from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY
 from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, weights, with_json
 
@@ -64,7 +65,12 @@ def poisoned(value: float) -> Any:
 )
 def test_weights_that_do_not_fit_are_refused(arrays: list[Any], says: str) -> None:
     with pytest.raises(Refused, match=says):
-        check(reply(arrays))
+        check(reply(arrays, report(payload_hash=hash_arrays(arrays)).to_config()))
+
+
+def test_weights_that_were_damaged_on_their_way_are_refused() -> None:
+    with pytest.raises(Refused, match="damaged on their way"):
+        check(reply(changed(1, poisoned(0.5))))
 
 
 def npz() -> bytes:
@@ -255,9 +261,10 @@ def corrupt_array(generator: random.Random) -> Message:
     how = generator.random()
     if how < 0.3:
         data = data[: generator.randrange(len(data))]
-    else:  # the header, where a flip decides what the bytes mean
+    else:  # mostly the header, where a flip decides what the bytes mean
+        reach = generator.choice([128, 128, len(data)])
         for _ in range(generator.choice([1, 2, 8])):
-            data[generator.randrange(128)] ^= 1 << generator.randrange(8)
+            data[generator.randrange(reach)] ^= 1 << generator.randrange(8)
     return reply(raw(bytes(data)))
 
 
@@ -265,7 +272,7 @@ def corrupt_values(generator: random.Random) -> Message:
     arrays = [array.copy() for array in weights(1).values()]
     flat = arrays[generator.randrange(3)].reshape(-1)
     flat[generator.randrange(len(flat))] = generator.choice([np.nan, np.inf, -np.inf])
-    return reply(arrays)
+    return reply(arrays, report(payload_hash=hash_arrays(arrays)).to_config())
 
 
 def corrupt_records(generator: random.Random) -> Message:
@@ -312,7 +319,7 @@ def test_no_corruption_reaches_the_model_and_none_raises_anything_else(count: Ca
         for name, array in weights(1).items():
             assert (update.weights[name] == array).all(), (seed, name)
         honest = report()
-        for field in ("run", "round", "client", "base_hash", "steps", "tokens"):
+        for field in ("run", "round", "client", "base_hash", "payload_hash", "steps", "tokens"):
             assert getattr(update.report, field) == getattr(honest, field), (seed, field)
             assert type(getattr(update.report, field)) is type(getattr(honest, field))
     assert harmless < number / 5, f"{harmless} of {number}"

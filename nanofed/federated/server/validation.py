@@ -8,7 +8,7 @@ import numpy as np
 from flwr.app import Message
 
 from nanofed.data.rows import Row
-from nanofed.federated.wire.codec import CODECS, Array, Weights, WireError
+from nanofed.federated.wire.codec import CODECS, Array, Weights, WireError, hash_arrays
 from nanofed.federated.wire.messages import Instructions, Report
 
 MAX_REASON = 500  # characters: a reply may hold what it likes, the log should not
@@ -66,6 +66,8 @@ def check_reply(reply: Message, instructions: Instructions, weights: Weights, st
     if report.seconds < 0:
         raise Refused(f"its training took {report.seconds} s")
     _check_positions(report, instructions, streams)
+    if hash_arrays(arrays) != report.payload_hash:
+        raise Refused("its weights are not the ones that it announces: they were damaged on their way")
     for name, array in local.items():
         if not np.isfinite(array).all():
             raise Refused(f"{name} is not finite")

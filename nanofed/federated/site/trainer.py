@@ -18,7 +18,7 @@ from torch import Tensor
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.codec import CODECS, WireError, hash_weights
+from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays, hash_weights
 from nanofed.federated.wire.messages import Hello, Instructions, Report, code_hash
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
@@ -143,11 +143,13 @@ class FabricTrainer:
         if not all(np.isfinite(array).all() for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
         self._keep(instructions, ClientState(instructions.round, optimizer.state))
+        payload = codec.encode(local)
         report = Report(
             run=instructions.run,
             round=instructions.round,
             client=instructions.client,
             base_hash=instructions.base_hash,
+            payload_hash=hash_arrays(payload),
             steps=result.steps,
             tokens=result.tokens,
             seconds=result.seconds,
@@ -156,7 +158,7 @@ class FabricTrainer:
             exhausted=result.exhausted,
             data=module.data_state,
         )
-        return codec.encode(local), report
+        return payload, report
 
     def _state_before(self, instructions: Instructions) -> ClientState:
         """Return the newest state from before this round: in memory, on disk, or a fresh one."""

@@ -65,6 +65,15 @@ def hash_weights(weights: Weights) -> str:
     return digest.hexdigest()
 
 
+def hash_arrays(arrays: Sequence[npt.NDArray[np.generic]]) -> str:
+    """Return the SHA-256 over dtypes, shapes and bytes of arrays as they travel: what arrives is what was sent."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(json.dumps([array.dtype.str, list(array.shape)]).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
 def payload_bytes(arrays: Sequence[npt.NDArray[np.generic]]) -> int:
     """Return the bytes of the arrays on the wire, without the messages' own framing."""
     return sum(array.nbytes for array in arrays)

@@ -184,6 +184,7 @@ class Report(_Note):
         round: see `run`.
         client: see `run`.
         base_hash: see `run`.
+        payload_hash: of the arrays sent along.
         steps: full optimizer steps.
         tokens: tokens of them, over all ranks.
         seconds: training time on the client's own clock.
@@ -197,6 +198,7 @@ class Report(_Note):
     round: int
     client: str
     base_hash: str
+    payload_hash: str
     steps: int
     tokens: int
     seconds: float

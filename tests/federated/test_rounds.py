@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanofed.errors import DataError, NanofedError
+from nanofed.federated.site.trainer import Arrays
+from nanofed.federated.wire.codec import hash_arrays, hash_weights
+from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest, read_weights
+from nanofed.training.loop import Stopwatch
+from tests.federated.tiny import BATCH, Fit, federation, prepare, same_bits, train
+
+FEDAVG = {"outer_lr": 1, "outer_momentum": 0}
+Hook = Callable[[Fit, Sequence[Any], Instructions], tuple[Arrays, Report]]
+
+
+def failing(when: Callable[[Instructions], bool], *, after_training: bool = False) -> Hook:
+    def hook(fit: Fit, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+        answer = fit(arrays, instructions) if after_training or not when(instructions) else None
+        if answer is None or when(instructions):
+            raise OSError("the disk is gone")
+        return answer
+
+    return hook
+
+
+def test_two_runs_of_one_seed_end_in_the_same_bits(tiny_corpus: Path, tmp_path: Path) -> None:
+    options = {"clients": 3, "rounds": 5, "availability": 0.7, "weighting": "tokens"}
+    one, _ = train(federation(tiny_corpus, tmp_path, "one", **options))
+    two, _ = train(federation(tiny_corpus, tmp_path, "two", **options))
+    other, _ = train(federation(tiny_corpus, tmp_path, "other", seed_everything=7, **options))
+    assert same_bits(one, two) and not same_bits(one, other)
+    bpb = [point.bpb for point in one.board.summary.curve]
+    assert bpb[-1] < bpb[0]
+
+
+def test_a_client_that_always_fails_is_named_and_the_others_go_on(tiny_corpus: Path, tmp_path: Path) -> None:
+    broken = failing(lambda asked: asked.client == "client-1")
+    loop, site = train(federation(tiny_corpus, tmp_path, "run", rounds=3), hook=broken)
+    assert [report.client for _, report in site.answered] == ["client-0"] * 3
+    assert loop.board.summary.tokens == 3 * BATCH, "only what was merged counts"
+    assert "OSError: the disk is gone" in loop._roster.refused["client-1"] and "client-0" not in loop._roster.refused
+    assert loop._ledger.clients() == ("client-0",), "its rows came back"
+
+
+def test_a_client_that_sends_nan_is_refused_and_may_come_back(tiny_corpus: Path, tmp_path: Path) -> None:
+    def hook(fit: Fit, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+        local, report = fit(arrays, instructions)
+        if (instructions.client, instructions.round) == ("client-1", 2):
+            local[0] = np.full_like(local[0], np.nan)
+            report = replace(report, payload_hash=hash_arrays(local))
+        return local, report
+
+    loop, site = train(federation(tiny_corpus, tmp_path, "run", rounds=3), hook=hook)
+    assert all(np.isfinite(array).all() for array in loop.weights.values())
+    assert loop._refusals == 1
+    assert loop.board.summary.tokens == 5 * BATCH
+    assert "client-1" not in loop._roster.refused, "it did well in the third round"
+    first, second, third = [asked for asked in site.asked if asked.client == "client-1"]
+    assert first.data is None and second.data is not None and third.data is None
+    kept = {(part.epoch, part.shard, row) for part in second.lease for row in range(part.start, part.stop)}
+    again = {(part.epoch, part.shard, row) for part in third.lease for row in range(part.start, part.stop)}
+    assert kept & again, "what was not merged is leased anew"
+
+
+@pytest.mark.parametrize("after_training", [False, True])
+def test_a_round_that_fails_leaves_no_trace(tiny_corpus: Path, tmp_path: Path, after_training: bool) -> None:
+    """Also not in the momentum that the clients keep, nor in the rows: the next try trains what this one would have."""
+    tries: dict[tuple[str, int], int] = defaultdict(int)
+
+    def when(asked: Instructions) -> bool:
+        return asked.round == 1 and tries[asked.client, asked.round] <= 2
+
+    inner = failing(when, after_training=after_training)
+
+    def hook(fit: Fit, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+        tries[instructions.client, instructions.round] += 1
+        return inner(fit, arrays, instructions)
+
+    clean, _ = train(federation(tiny_corpus, tmp_path, "clean", rounds=3, round_steps=2))
+    tried, site = train(federation(tiny_corpus, tmp_path, "tried", rounds=3, round_steps=2), hook=hook)
+    assert len(site.asked) == 2 * (3 + 2) and same_bits(clean, tried)
+
+
+def test_a_failure_in_mid_training_does_not_poison_what_the_client_keeps(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The momentum is changed in place by a round; if that ends in an error, the one before is taken from disk."""
+    from nanofed.training.module import GPTModule
+
+    original, state = GPTModule.training_step, {"left": -1}
+
+    def step(self: GPTModule, batch: Any, batch_idx: int = 0) -> Any:
+        state["left"] -= 1
+        if state["left"] == 0:
+            raise OSError("a row group cannot be read")  # in mid-accumulation: gradients are left behind
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(GPTModule, "training_step", step)
+    trouble = [True]
+
+    def hook(fit: Fit, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+        if instructions.round == 2 and trouble:
+            trouble.clear()
+            state["left"] = 4  # after one whole step of two micro-batches, and half of the next
+        return fit(arrays, instructions)
+
+    config = federation(tiny_corpus, tmp_path, "run", clients=1, rounds=2, round_steps=3)
+    _, site = train(config, hook=hook)
+    assert len(site.asked) == 3 and len(site.answered) == 2
+    last = site.asked[-1]
+
+    # A fresh trainer that has the files of round 1 only does the same round: bit for bit.
+    folder = config.folder / "clients" / "client-0"
+    (folder / "round_00000002.pt").unlink()
+    fresh = config.trainer()
+    weights = read_weights(config.folder / "checkpoints" / "round_00000001")
+    arrays = [weights[name].numpy() for name in fresh._parameters]
+    local, report = fresh.fit(arrays, last)
+    assert report.loss_first == site.answered[-1][1].loss_first
+    for ours, theirs in zip(local, site.answered[-1][0], strict=True):
+        assert (ours == theirs).all()
+
+
+def test_a_duplicate_name_takes_no_part(tiny_corpus: Path, tmp_path: Path) -> None:
+    _, site = train(federation(tiny_corpus, tmp_path, "run"), names=["client-0", "client-0", "client-1"])
+    assert sorted((asked.round, asked.client) for asked in site.asked) == [
+        *[(1, "client-0"), (1, "client-1"), (2, "client-0"), (2, "client-1")]
+    ]
+
+
+@pytest.mark.parametrize("field", ["code", "tokenizer", "dataset", "model", "streams"])
+def test_a_client_of_another_code_or_data_is_refused(tiny_corpus: Path, tmp_path: Path, field: str) -> None:
+    other = {"model": {"n_layer": 99}, "streams": 3}.get(field, "0" * 64)
+
+    def greet(hello: Any) -> Any:
+        return replace(hello, **{field: other}) if hello.name == "client-0" else hello
+
+    config = federation(tiny_corpus, tmp_path, "run", rounds=1)
+    loop, site = train(config, greet=greet)
+    assert [asked.client for asked in site.asked] == ["client-1"] and site.asked[0].participants == 1
+    assert loop._roster.refused["client-0"].startswith(f"{field} {other} there, ")
+
+
+def test_a_run_that_nobody_may_join_ends_with_the_reason(tiny_corpus: Path, tmp_path: Path) -> None:
+    config = federation(tiny_corpus, tmp_path, "run", message_timeout=0.05, round_seconds=0.05)
+    with pytest.raises(NanofedError, match=r"client-0: code x there"):
+        train(config, greet=lambda hello: replace(hello, code="x"))
+
+
+def test_empty_rounds_change_nothing(tiny_corpus: Path, tmp_path: Path) -> None:
+    config = federation(tiny_corpus, tmp_path, "run", rounds=20, availability=0.5, seed_everything=3)
+    loop, site = train(config)
+    by_round = defaultdict(list)
+    for asked in site.asked:
+        by_round[asked.round].append(asked)
+    empty = set(range(1, 21)) - set(by_round)
+    assert 1 <= len(empty) <= 12 and any(len(asked) == 1 for asked in by_round.values())
+    assert any(number in empty for number in range(2, 19) if number + 1 in by_round)
+    held, tokens, steps = None, 0, 0
+    for number in sorted(by_round):
+        for asked in by_round[number]:
+            assert held is None or asked.base_hash == held, f"the model changed before round {number}"
+            assert (asked.clock_tokens, asked.clock_step) == (tokens, steps)
+            assert asked.participants == len(by_round[number])
+        saved = read_weights(config.folder / "checkpoints" / f"round_{number:08d}")
+        held = hash_weights({name: saved[name].numpy() for name in loop.weights})
+        tokens, steps = tokens + BATCH * len(by_round[number]), steps + 1
+    assert loop.board.summary.tokens == tokens == BATCH * len(site.asked)
+    assert loop.board.summary.curve[-1].step == 20, "the end is evaluated, were it an empty round"
+    assert hash_weights(loop.weights) == held
+
+
+def test_when_all_fail_the_run_ends_and_the_last_checkpoint_stays(tiny_corpus: Path, tmp_path: Path) -> None:
+    config = federation(tiny_corpus, tmp_path, "run", rounds=9, max_failed_rounds=3)
+    loop, site = prepare(config, hook=failing(lambda asked: asked.round > 2))
+    with pytest.raises(NanofedError, match=r"3 rounds in a row .*client-0: .*the disk is gone"):
+        loop.train()
+    loop.board.close()
+    assert len(site.asked) == 2 * (2 + 3)
+    last = find_checkpoint(config.folder)
+    assert last.name == "round_00000002" and read_manifest(last).tokens == 4 * BATCH
+    for name, tensor in read_weights(last).items():
+        assert (loop.weights[name] == tensor.numpy()).all()
+
+
+def test_failures_end_a_run_also_where_rounds_are_empty_in_between(tiny_corpus: Path, tmp_path: Path) -> None:
+    config = federation(tiny_corpus, tmp_path, "run", rounds=100, availability=0.4, max_failed_rounds=4)
+    with pytest.raises(NanofedError, match="4 rounds in a row"):
+        train(config, hook=failing(lambda asked: True))
+
+
+def test_another_client_gets_its_chance_after_one_failed(tiny_corpus: Path, tmp_path: Path) -> None:
+    broken = failing(lambda asked: asked.client == "client-1")
+    config = federation(tiny_corpus, tmp_path, "run", rounds=8, availability=0.5, max_failed_rounds=6)
+    loop, site = train(config, hook=broken)
+    alone = {asked.round for asked in site.asked if asked.client == "client-1" and asked.participants == 1}
+    assert alone, "client-1 was alone in some round: it failed, and the draw was made anew"
+    assert loop.board.summary.tokens == BATCH * sum(report.client == "client-0" for _, report in site.answered) > 0
+
+
+def test_a_global_batch_is_split_over_the_clients(tiny_corpus: Path, tmp_path: Path) -> None:
+    config = federation(tiny_corpus, tmp_path, "run", global_batch_tokens=2 * BATCH, round_steps=2)
+    loop, site = train(config)
+    assert {asked.batch_tokens for asked in site.asked} == {BATCH}
+    assert loop.board.summary.tokens == 2 * 2 * 2 * BATCH
+    half = federation(tiny_corpus, tmp_path, "half", global_batch_tokens=BATCH, round_steps=2)
+    loop, site = train(half)
+    assert {asked.batch_tokens for asked in site.asked} == {BATCH // 2} and loop.board.summary.tokens == 4 * BATCH
+
+
+@pytest.mark.parametrize(("steps", "round_steps", "last"), [(10, 3, 2), (8, 2, 2), (2, 5, 1)])
+def test_the_horizon_is_reached_exactly(
+    tiny_corpus: Path, tmp_path: Path, steps: int, round_steps: int, last: int
+) -> None:
+    options: dict[str, Any] = {"rounds": 99, "round_steps": round_steps, "model.recipe.num_steps": steps}
+    loop, site = train(federation(tiny_corpus, tmp_path, "run", **options))
+    assert loop.board.summary.tokens == steps * BATCH == site.asked[0].horizon_tokens
+    assert site.asked[-1].max_steps == last
+    assert loop.board.summary.curve[-1].tokens == steps * BATCH
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
+def test_a_killed_server_resumes_to_the_same_bits(tiny_corpus: Path, tmp_path: Path, packing: str) -> None:
+    """Server and clients lose all they had in memory, in mid-round: one client has trained it, the other has not."""
+    options = {"rounds": 4, "round_steps": 2, "data.packing": packing, "keep_checkpoints": 2}
+    whole, _ = train(federation(tiny_corpus, tmp_path, "whole", **options))
+
+    def power_cut(fit: Fit, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+        if (instructions.round, instructions.client) == (3, "client-1"):
+            raise KeyboardInterrupt
+        return fit(arrays, instructions)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(federation(tiny_corpus, tmp_path, "cut", **options), hook=power_cut)
+    folder = tmp_path / "cut"
+    assert [path.name for path in checkpoints(folder)] == ["round_00000001", "round_00000002"]
+    resumed, site = train(federation(tiny_corpus, tmp_path, "cut", ckpt_path="last", **options))
+    assert [asked.round for asked in site.asked] == [3, 3, 4, 4]
+    assert same_bits(whole, resumed)
+    assert resumed._ledger.state_dict() == whole._ledger.state_dict()
+    assert [p.tokens for p in resumed.board.summary.curve] == [p.tokens for p in whole.board.summary.curve]
+    assert resumed.board.summary.curve[-1].bpb == whole.board.summary.curve[-1].bpb
+
+
+def test_a_damaged_last_checkpoint_is_refused_by_name(tiny_corpus: Path, tmp_path: Path) -> None:
+    config = federation(tiny_corpus, tmp_path, "run", rounds=2)
+    train(config)
+    weights = find_checkpoint(config.folder) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(NanofedError, match=r"round_00000002/model\.safetensors is not what was saved"):
+        train(federation(tiny_corpus, tmp_path, "run", rounds=4, ckpt_path="last"))
+    shutil.rmtree(weights.parent)
+    _, site = train(federation(tiny_corpus, tmp_path, "run", rounds=3, ckpt_path="last"))
+    assert [asked.round for asked in site.asked] == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "tokens"])
+def test_rounds_of_seconds_on_clients_of_two_speeds(
+    tiny_corpus: Path, tmp_path: Path, weighting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the speed is half the steps; the mean weighs clients alike, or by the tokens they trained."""
+    ticks = itertools.count()  # every look at the clock is a second later
+    monkeypatch.setattr(
+        "nanofed.federated.site.trainer.Stopwatch", lambda speed: Stopwatch(speed, lambda: float(next(ticks)))
+    )
+    options = {"rounds": 1, "round_seconds": 24, "round_steps": "null", "client_speeds": [1.0, 0.5], **FEDAVG}
+    options["model.recipe.batch_tokens"] = BATCH // 2
+    loop, site = train(federation(tiny_corpus, tmp_path, "run", weighting=weighting, **options))
+    (fast, one), (slow, two) = site.answered
+    assert one.steps > two.steps >= 1 and one.steps == pytest.approx(2 * two.steps, abs=4)
+    assert one.tokens == one.steps * BATCH // 2 and two.tokens == two.steps * BATCH // 2
+    assert 20 <= one.seconds <= 26 and 20 <= two.seconds <= 28
+    shares = [float(one.tokens), float(two.tokens)] if weighting == "tokens" else [1.0, 1.0]
+    for name, a, b in zip(loop.weights, fast, slow, strict=True):
+        mean = np.average(np.stack([a, b]).astype(np.float64), axis=0, weights=shares)
+        np.testing.assert_allclose(loop.weights[name], mean, rtol=1e-6, atol=1e-9)
+
+
+def test_too_few_rows_for_the_streams_are_refused_at_the_start(tiny_corpus: Path, tmp_path: Path) -> None:
+    config = federation(tiny_corpus, tmp_path, "run", **{"data.streams": 64})
+    with pytest.raises(DataError, match="too few rows for 64 streams"):
+        train(config)
+
+
+def test_no_row_is_leased_to_two_clients(tiny_corpus: Path, tmp_path: Path) -> None:
+    _, site = train(federation(tiny_corpus, tmp_path, "run", clients=3, rounds=4, availability=0.7))
+    by_round: dict[int, list[tuple[int, str, int]]] = defaultdict(list)
+    for asked in site.asked:
+        by_round[asked.round] += [(p.epoch, p.shard, n) for p in asked.lease for n in range(p.start, p.stop)]
+    for rows in by_round.values():
+        assert len(rows) == len(set(rows))

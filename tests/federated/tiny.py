@@ -1,0 +1,104 @@
+"""Whole federations of a tiny real model in one process, with clients that misbehave on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanofed.data.shards import write_shards
+from nanofed.federated.run import Federation, client_name
+from nanofed.federated.runtimes.app import client_app
+from nanofed.federated.runtimes.in_process import InProcessGrid
+from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.site.trainer import Arrays, LocalTrainer
+from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.tokenizer import train_tokenizer
+
+BATCH = 512
+Fit = Callable[[Sequence[Any], Instructions], tuple[Arrays, Report]]
+
+
+def make_corpus(folder: Path) -> Path:
+    generator = np.random.default_rng(0)
+    texts = [
+        " ".join(generator.choice(["alpha", "beta", "gamma", "delta", "of", "the"], int(generator.integers(10, 60))))
+        for _ in range(160)
+    ]
+    write_shards(texts, folder / "data", num_shards=4, rows_per_group=16)
+    train_tokenizer(texts, vocab_size=300).save(folder / "tokenizer")
+    return folder
+
+
+def federation(corpus: Path, runs: Path, name: str, **federation: Any) -> Federation:
+    """Parse a federation; keys without a dot are of `federation`."""
+    given = {
+        "name": name,
+        "runs_dir": runs,
+        "eval_every": 100,
+        "save_every": 1,
+        "keep_checkpoints": 0,
+        "model.depth": 1,
+        "model.sequence_len": 32,
+        "model.compile": "false",
+        "model.compute_dtype": "float32",
+        "model.recipe.batch_tokens": BATCH,
+        "model.recipe.num_steps": 1000,
+        "data.path": corpus / "data",
+        "data.tokenizer": corpus / "tokenizer",
+        "data.device_batch_size": 8,
+        "data.eval_tokens": 512,
+        "fabric.accelerator": "cpu",
+    }
+    own = {"clients": 2, "rounds": 2, "round_steps": 1, **federation}
+    given |= {
+        key if "." in key or key in given or key in ("ckpt_path", "seed_everything") else f"federation.{key}": value
+        for key, value in own.items()
+    }
+    return Federation.from_args([f"--{key}={value}" for key, value in given.items()])
+
+
+@dataclass
+class Site(LocalTrainer):
+    """The real trainer behind a hook, and a record of what was asked and answered."""
+
+    real: LocalTrainer
+    hook: Callable[[Fit, Sequence[Any], Instructions], tuple[Arrays, Report]] = lambda fit, arrays, i: fit(arrays, i)
+    greet: Callable[[Hello], Hello] = lambda hello: hello
+    asked: list[Instructions] = field(default_factory=list)
+    answered: list[tuple[Arrays, Report]] = field(default_factory=list)
+
+    def hello(self, client: str) -> Hello:
+        return self.greet(self.real.hello(client))
+
+    def fit(self, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+        self.asked.append(instructions)
+        answer = self.hook(self.real.fit, arrays, instructions)
+        self.answered.append(answer)
+        return answer
+
+
+def train(config: Federation, names: Sequence[str] | None = None, **behaviour: Any) -> tuple[RoundLoop, Site]:
+    """Run a federation to its end."""
+    loop, site = prepare(config, names, **behaviour)
+    try:
+        loop.train()
+    finally:
+        loop.board.close()
+    return loop, site
+
+
+def prepare(config: Federation, names: Sequence[str] | None = None, **behaviour: Any) -> tuple[RoundLoop, Site]:
+    run = config.open()
+    site = Site(config.trainer(), **behaviour)
+    names = names or [client_name(index) for index in range(config.federation.clients)]
+    grid = InProcessGrid(client_app(lambda context: site), names)
+    return config.loop(grid, run), site
+
+
+def same_bits(a: RoundLoop, b: RoundLoop) -> bool:
+    return all(torch.equal(torch.from_numpy(a.weights[n]), torch.from_numpy(b.weights[n])) for n in a.weights)
