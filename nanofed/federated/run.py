@@ -24,8 +24,9 @@ from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest
-from nanofed.training.config import RunOptions, link_model_and_data, run_options
+from nanofed.training.config import link_model_and_data, run_options
 from nanofed.training.module import GPTModule
+from nanofed.training.options import RunOptions
 from nanofed.training.parsing import parse
 from nanofed.training.preflight import check_start
 from nanofed.training.run import SUMMARY, Summary, check_unused, open_run, resume_checkpoint

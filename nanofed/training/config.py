@@ -1,9 +1,8 @@
-"""From YAML and dotted overrides to objects: the options that every run has, and the LightningCLI behind `fit` and `validate`."""
+"""From YAML and dotted overrides to objects: the LightningCLI behind `fit` and `validate`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +17,10 @@ from nanofed.errors import ConfigError
 from nanofed.training.callbacks import Dashboard, Progress, SaveCheckpoint, TextSamples
 from nanofed.training.checkpoint import DirectoryCheckpointIO
 from nanofed.training.module import GPTModule
+from nanofed.training.options import RunOptions
 from nanofed.training.parsing import parse
 from nanofed.training.recipe import Recipe
 from nanofed.training.run import Summary, check_unused, open_run
-
-
-@dataclass
-class RunOptions:
-    """Options of a run, on either path; a federated run counts rounds where a fit counts optimizer steps.
-
-    Attributes:
-        name: the run's folder is `runs_dir`/`name`.
-        runs_dir: folder of all runs; TensorBoard reads it.
-        overwrite: replace a run of that name.
-        ckpt_path: `last` goes on with the run of that name; or a checkpoint.
-        init_from: start from the weights of another run or checkpoint, of either path.
-        eval_every: steps (rounds) between two validations.
-        save_every: steps (rounds) between two checkpoints; 0 saves at the end only.
-        keep_checkpoints: newest checkpoints to keep; 0 keeps all.
-        log_every: steps between two entries of the training loss.
-        sample_every: steps (rounds) between two text samples, taken at validations; 0 takes none.
-        sample_prompts: what the samples go on from.
-    """
-
-    name: str = "run"
-    runs_dir: str = "runs"
-    overwrite: bool = False
-    ckpt_path: str | None = None
-    init_from: str | None = None
-    eval_every: int = 250
-    save_every: int = 1000
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    sample_every: int = 0
-    sample_prompts: list[str] = field(default_factory=lambda: ["The capital of France is", "To open a file,"])
-
-    def __post_init__(self) -> None:
-        """Refuse intervals that are none."""
-        for name, least in {
-            "eval_every": 1,
-            "log_every": 1,
-            "save_every": 0,
-            "keep_checkpoints": 0,
-            "sample_every": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name} must be at least {least}, not {getattr(self, name)}")
-        if not self.name or Path(self.name).name != self.name or self.name == "..":
-            raise ConfigError(f"--name {self.name!r} is not a plain folder name")
-        if self.overwrite and self.ckpt_path:
-            raise ConfigError("--overwrite true would delete the run that --ckpt_path goes on with: give one of them")
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.runs_dir).expanduser() / self.name
-
 
 # Trainer options that a run sets itself: what is asked for is said by another key.
 TAKEN = {
@@ -186,9 +133,8 @@ def run_options(config: Any) -> RunOptions:
     """
     options = RunOptions(**{name: config[name] for name in RunOptions.__dataclass_fields__})
     if config.model.recipe is not None:
-        Recipe(
-            **vars(config.model.recipe)
-        )  # inside jsonargparse its errors would drown in those of the alternative, null
+        # Here, since inside jsonargparse its errors would drown in those of the alternative, null.
+        Recipe(**vars(config.model.recipe))
     return options
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.packing import PACKERS
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import check_model, checkpoints, find_checkpoint, read_manifest
 from nanofed.training.module import GPTModule
+from nanofed.training.options import RunOptions
 from nanofed.training.recipe import accumulation_steps
 from nanofed.training.run import SUMMARY, Summary, is_used, resume_checkpoint
-
-if TYPE_CHECKING:
-    from nanofed.training.config import RunOptions
 
 
 def check_start(

@@ -6,13 +6,10 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.training.checkpoint import checkpoints, find_checkpoint
-
-if TYPE_CHECKING:
-    from nanofed.training.config import RunOptions
+from nanofed.training.options import RunOptions
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"

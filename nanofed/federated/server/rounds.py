@@ -36,8 +36,8 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from nanofed.training.config import RunOptions
 from nanofed.training.module import GPTModule
+from nanofed.training.options import RunOptions
 
 logger = logging.getLogger(__name__)
 
