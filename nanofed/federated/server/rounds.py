@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from nanofed.data.rows import RowPlan
@@ -20,12 +19,13 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.evaluation import Evaluator
+from nanofed.federated.server.exchange import POLL_SECONDS, exchange
 from nanofed.federated.server.ledger import Ledger
 from nanofed.federated.server.merge import MeanAccumulator
 from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.roster import Roster
-from nanofed.federated.server.validation import Refused, Update, check_reply
-from nanofed.federated.wire.codec import CODECS, Array, hash_weights, payload_bytes
+from nanofed.federated.server.validation import Refused, Update
+from nanofed.federated.wire.codec import Array, hash_weights, payload_bytes
 from nanofed.federated.wire.messages import Hello, Instructions, code_hash
 from nanofed.training.checkpoint import (
     check_model,
@@ -41,7 +41,6 @@ from nanofed.training.options import RunOptions
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1
 SPARE_ROWS = {"contiguous": 16, "best_fit": 160}  # rows a stream reads ahead, beyond what it trains on
 
 
@@ -99,7 +98,6 @@ class RoundLoop:
         self._rates: dict[str, float] = {}  # client -> tokens a second, as measured in its last round
         self._margin: dict[str, float] = {}  # client -> how much more it is leased than it should need
         self._refusals = 0
-        self._bytes_down = 0
         self._last_bpb: float | None = None
         self._evaluated = -1  # the round of the last evaluation
         self.run_id = uuid.uuid4().hex
@@ -149,7 +147,7 @@ class RoundLoop:
         accumulator = MeanAccumulator(self.weights)
         accepted: dict[str, Update] = {}
         norms: dict[str, float] = {}
-        for update in self._exchange(present, instructions):
+        for update in self._updates(present, instructions):
             client = update.report.client
             weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
             norms[client] = accumulator.fold(update.weights, weight)
@@ -158,8 +156,20 @@ class RoundLoop:
             logger.warning("round %d: no client's update could be merged; the model stays as it is", number)
             return False
         self._commit(number, accumulator, accepted, instructions)
-        seconds = time.monotonic() - started
-        self._report(number, accepted, norms, asked=len(present), round_seconds=seconds)
+        self.board.merged(
+            accepted,
+            norms,
+            round_number=number,
+            step=self._clock.step,
+            tokens=self._clock.tokens,
+            figures={
+                "fed/clients_asked": len(present),
+                "fed/refused_total": self._refusals,
+                "fed/bytes_down": len(present) * payload_bytes(list(self.weights.values())),
+                "fed/round_seconds": time.monotonic() - started,
+                "fed/rows_merged": self._ledger.merged_rows(),
+            },
+        )
         if number % self._options.eval_every == 0 or self._finished():
             self._evaluate()
         if (self._options.save_every and number % self._options.save_every == 0) or self._finished():
@@ -237,39 +247,19 @@ class RoundLoop:
             )
         return out
 
-    def _exchange(self, nodes: Mapping[str, int], instructions: Mapping[str, Instructions]) -> Iterator[Update]:
+    def _updates(self, nodes: Mapping[str, int], instructions: Mapping[str, Instructions]) -> Iterator[Update]:
         """Send the round to its clients and yield accepted updates as they arrive, one at a time."""
-        arrays = CODECS[self._config.codec].encode(self.weights)
-        self._bytes_down = payload_bytes(arrays) * len(nodes)
+        number = next(iter(instructions.values())).round
         budget = (self._config.round_seconds if not self._config.round_steps else 0.0) + self._config.message_timeout
         budget *= len(nodes) if self._simulated else 1  # the last answer comes after all the others' turns
-        waiting: dict[str, str] = {}  # message id -> client
-        for client, node in nodes.items():
-            content = RecordDict(
-                {
-                    "fitins.parameters": ArrayRecord(arrays),
-                    "fitins.config": ConfigRecord(instructions[client].to_config()),
-                }
-            )
-            message = Message(content, node, MessageType.TRAIN, ttl=budget, group_id=str(instructions[client].round))
-            waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
-        deadline = time.monotonic() + budget
-        while waiting and time.monotonic() < deadline:
-            replies = list(self._grid.pull_messages(list(waiting)))
-            for reply in replies:
-                answered = reply.metadata.reply_to_message_id
-                if answered not in waiting:
-                    continue  # a duplicate, or an answer to another round
-                client = waiting.pop(answered)
-                try:
-                    yield check_reply(reply, instructions[client], self.weights, self._data.streams)
-                    self._roster.refused.pop(client, None)
-                except Refused as refusal:
-                    self._refuse(client, instructions[client].round, str(refusal))
-            if not replies and waiting:
-                time.sleep(POLL_SECONDS)
-        for client in waiting.values():
-            self._refuse(client, instructions[client].round, f"no answer within {budget:.0f} s")
+        for client, answer in exchange(
+            self._grid, nodes, instructions, self.weights, streams=self._data.streams, seconds=budget
+        ):
+            if isinstance(answer, Refused):
+                self._refuse(client, number, str(answer))
+            else:
+                self._roster.refused.pop(client, None)
+                yield answer
 
     def _refuse(self, client: str, number: int, reason: str) -> None:
         logger.warning("round %d: client %s is not merged: %s", number, client, reason)
@@ -300,53 +290,6 @@ class RoundLoop:
         self._clock.round = number
         self._clock.tokens += sum(report.tokens for report in reports)
         self._clock.step += round(sum(report.steps for report in reports) / len(reports))
-
-    def _report(
-        self,
-        number: int,
-        accepted: Mapping[str, Update],
-        norms: Mapping[str, float],
-        *,
-        asked: int,
-        round_seconds: float,
-    ) -> None:
-        reports = [update.report for update in accepted.values()]
-        summary = self.board.summary
-        summary.tokens = self._clock.tokens
-        summary.seconds += max(
-            report.seconds for report in reports
-        )  # clients train at the same time, on their own clocks
-        loss = sum(report.loss_last for report in reports) / len(reports)
-        rate = sum(report.tokens / report.seconds for report in reports if report.seconds > 0)
-        values = {
-            "train/loss": loss,
-            "train/tok_per_sec": rate,
-            "train/tokens": float(self._clock.tokens),
-            "train/seconds": summary.seconds,
-            "fed/round": float(number),
-            "fed/clients_asked": float(asked),
-            "fed/clients_merged": float(len(accepted)),
-            "fed/refused_total": float(self._refusals),
-            "fed/steps_mean": sum(report.steps for report in reports) / len(reports),
-            "fed/bytes_up": float(sum(update.payload_bytes for update in accepted.values())),
-            "fed/bytes_down": float(self._bytes_down),
-            "fed/round_seconds": round_seconds,
-            "fed/train_seconds": max(report.seconds for report in reports),
-            "fed/update_norm_mean": sum(norms.values()) / len(norms),
-            "fed/update_norm_max": max(norms.values()),
-            "fed/rows_merged": float(self._ledger.merged_rows()),
-        }
-        self.board.scalars(values, self._clock.step)
-        logger.info(
-            "round %3d  %d of %d clients  %8.2f M tokens  %s steps  train loss %.3f  %7.1f s",
-            number,
-            len(accepted),
-            asked,
-            self._clock.tokens / 1e6,
-            "+".join(str(report.steps) for report in reports),
-            loss,
-            summary.seconds,
-        )
 
     # --- between rounds
 
