@@ -14,6 +14,8 @@ import yaml
 
 from nanofed.errors import ConfigError
 
+ELSEWHERE = {"trainer": "fit", "federation": "federate", "fabric": "federate"}  # sections of one command only
+
 
 def parse(parser: Any, args: Sequence[str]) -> Any:
     """Parse `args` with a jsonargparse parser.
@@ -110,6 +112,9 @@ def explain(message: str, known: set[str]) -> tuple[str | None, str]:
 def _no_such(key: str, known: set[str]) -> str:
     same_end = [name for name in known if name.split(".")[-1] == key.split(".")[-1] and name != key]
     close = same_end[:1] if len(same_end) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    other = ELSEWHERE.get(key.split(".")[0])
+    if other and not any(name.startswith(f"{key.split('.')[0]}.") for name in known):
+        return f"there is no option {key} here: it is one of `nanofed {other}`"
     hint = f"; did you mean {close[0]}?" if close else " (--help lists them)"
     return f"there is no option {key}{hint}"
 

@@ -100,6 +100,8 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("--model.recipe.batch_tokns=3", "did you mean model.recipe.batch_tokens?", ["fit", "federate"]),
     ("--fedration.clients=3", "did you mean federation.clients?", ["federate"]),
     ("--zzz.qqq=3", "there is no option zzz.qqq (--help lists them)", ["fit"]),
+    ("--federation.clients=3", "there is no option federation.clients here: it is one of `nanofed federate`", ["fit"]),
+    ("--trainer.devices=3", "there is no option trainer.devices here: it is one of `nanofed fit`", ["federate"]),
     ("--model.depth=deep", "model.depth must be int, not deep", ["fit", "federate"]),
     ("--model.recipe.num_steps=ten", "model.recipe.num_steps must be int or null, not ten", ["fit", "federate"]),
     ("--model.compute_dtype=float16", "must be one of 'auto', 'float32', 'bfloat16', not float16", ["fit"]),
@@ -460,7 +462,7 @@ def test_ctrl_c_is_130(
 @pytest.mark.slow
 def test_as_a_process(corpus: Corpus, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
-    line = [sys.executable, "-m", "nanofed", "fit", "--config", str(corpus.fit), "--data.path=nowhere"]
+    line = [sys.executable, "-m", "nanofed", "fit", "--config", str(corpus.fit), "--name=new", "--data.path=nowhere"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("nanofed fit: there is no data folder nowhere;")
