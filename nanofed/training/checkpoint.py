@@ -4,7 +4,7 @@ step_00000400/
 model.safetensors   the GPT's weights under nanochat's names, fp32
 state.pt            everything else (optimizer, data position, clocks); loads with `weights_only`
 tokenizer/          the tokenizer, so that a checkpoint can be sampled from and validated anywhere
-manifest.json       format_version, model, progress, and size and SHA-256 of every file
+manifest.json       format_version, model, progress, size and SHA-256 of every file, and a checksum of itself
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from nanofed.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"  # of the manifest's other fields
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
 TOKENIZER = "tokenizer"
@@ -77,7 +78,10 @@ def write_checkpoint(
     tokens: int,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a checkpoint directory: under a temporary name beside it, renamed when it is whole."""
+    """Write a checkpoint directory: under a temporary name beside it, renamed when it is whole.
+
+    One that is there already under that name leaves its place in one rename, so that no half of it is ever found.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -91,14 +95,20 @@ def write_checkpoint(
         if file.is_file()
     }
     manifest = Manifest(kind, config, step, tokens, tokenizer.fingerprint, dict(metrics or {}), files)
-    (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    content = {**asdict(manifest), CHECKSUM: _checksum(asdict(manifest))}
+    (temporary / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
     for file in (*files, MANIFEST):
         _sync(temporary / file)
     _sync(temporary)
-    if path.exists():  # the same step saved again: the old one makes place only now
-        shutil.rmtree(path)
+    old = path.with_name(f".{path.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if path.exists():
+        path.rename(old)
     temporary.rename(path)
     _sync(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
@@ -114,10 +124,15 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format_version {version}: this nanofed reads {FORMAT_VERSION}")
+    checksum = raw.pop(CHECKSUM, None)
     try:
         manifest = Manifest(**{**raw, "model": GPTConfig(**raw["model"])})
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path / MANIFEST} has missing or unknown fields: {error}") from error
+    if checksum != _checksum(raw):
+        raise CheckpointError(
+            f"{path / MANIFEST} is not what was saved (its checksum differs): the checkpoint is damaged"
+        )
     for name, entry in manifest.files.items() if verify else ():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
@@ -156,7 +171,7 @@ def checkpoints(run: Path) -> list[Path]:
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of a run; 0 keeps all."""
     for old in checkpoints(run)[:-keep] if keep else ():
-        shutil.rmtree(old)
+        _remove(old)
 
 
 def find_checkpoint(where: str | Path) -> Path:
@@ -213,7 +228,8 @@ class DirectoryCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete one checkpoint directory."""
-        shutil.rmtree(path, ignore_errors=True)
+        if Path(path).exists():
+            _remove(Path(path))
 
 
 def check_model(manifest: Manifest, config: GPTConfig, path: Path) -> None:
@@ -222,6 +238,15 @@ def check_model(manifest: Manifest, config: GPTConfig, path: Path) -> None:
     differing = [f"{name} {saved[name]} there, {wanted[name]} here" for name in wanted if saved[name] != wanted[name]]
     if differing:
         raise ConfigError(f"{path} holds another model: {'; '.join(differing)}")
+
+
+def _remove(path: Path) -> None:
+    (path / MANIFEST).unlink(missing_ok=True)  # first: what is left of an interrupted removal is no checkpoint
+    shutil.rmtree(path)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanofed.errors import ConfigError
+from nanofed.model import GPT, GPTConfig
+from nanofed.tokenizer import Tokenizer, train_tokenizer
+from nanofed.training.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    DirectoryCheckpointIO,
+    check_model,
+    checkpoints,
+    find_checkpoint,
+    prune_checkpoints,
+    read_manifest,
+    read_state,
+    read_weights,
+    write_checkpoint,
+)
+
+CONFIG = GPTConfig(sequence_len=8, vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, n_embd=8)
+STATE = {"clock": {"step": 3, "tokens": 96}, "momentum": torch.arange(5.0), "name": "x", "none": None}
+
+
+class PowerCut(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["some words and other words"] * 3, vocab_size=270)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    model = GPT(CONFIG)
+    model.init_weights(0)
+    return dict(model.state_dict())
+
+
+@pytest.fixture
+def save(tmp_path: Path, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]) -> Callable[..., Path]:
+    def write(name: str = "step_00000003", **changes: Any) -> Path:
+        path = tmp_path / "run" / "checkpoints" / name
+        values: dict[str, Any] = {
+            "kind": "fit",
+            "weights": weights,
+            "state": STATE,
+            "config": CONFIG,
+            "tokenizer": tokenizer,
+            "step": 3,
+            "tokens": 96,
+            "metrics": {"val/bpb": 2.5},
+        }
+        write_checkpoint(path, **{**values, **changes})
+        return path
+
+    return write
+
+
+def files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def test_what_was_saved_is_read_back(
+    save: Callable[..., Path], weights: dict[str, torch.Tensor], tokenizer: Tokenizer
+) -> None:
+    path = save()
+    manifest = read_manifest(path)
+    assert (manifest.kind, manifest.model, manifest.step, manifest.tokens) == ("fit", CONFIG, 3, 96)
+    assert manifest.tokenizer == tokenizer.fingerprint and manifest.metrics == {"val/bpb": 2.5}
+    assert {"model.safetensors", "state.pt"} < set(manifest.files) and len(manifest.files) == len(files(path)) - 1
+    read = read_weights(path)
+    assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
+    state = read_state(path)
+    assert torch.equal(state.pop("momentum"), STATE["momentum"])  # type: ignore[arg-type]
+    assert state == {name: value for name, value in STATE.items() if name != "momentum"}
+    assert Tokenizer.load(path / "tokenizer").fingerprint == tokenizer.fingerprint
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing else is left there"
+
+
+def test_a_bit_flip_anywhere_is_found(save: Callable[..., Path], count: Callable[[int, int], int]) -> None:
+    path = save()
+    whole = {file: file.read_bytes() for file in files(path)}
+    generator = random.Random(0)
+    for number in range(count(120, 5_000)):
+        file = list(whole)[number % len(whole)]
+        content = bytearray(whole[file])
+        at = generator.randrange(len(content))
+        content[at] ^= 1 << generator.randrange(8)
+        if file.name == MANIFEST and not bytes([content[at], whole[file][at]]).strip():
+            continue  # one blank for another between JSON's values says the same
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError) as damaged:
+            read_manifest(path)
+        assert str(path) in str(damaged.value)
+        file.write_bytes(whole[file])
+    read_manifest(path)
+
+
+def test_truncated_and_missing_files_are_named(save: Callable[..., Path]) -> None:
+    path = save()
+    for file in files(path):
+        content = file.read_bytes()
+        for length in (0, len(content) // 2, len(content) - 2):
+            file.write_bytes(content[:length])
+            with pytest.raises(CheckpointError, match=file.name):
+                read_manifest(path)
+        file.unlink()
+        with pytest.raises(CheckpointError, match=file.name):
+            read_manifest(path)
+        file.write_bytes(content)
+    read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format_version": 2}, "has format_version 2: this nanofed reads 1"),
+        ({"format_version": None}, "has format_version None"),
+        ({"format_version": "1"}, "has format_version 1"),
+        ({"surprise": 1}, "unknown fields"),
+        ({"step": ...}, "missing or unknown fields"),
+        ({"model": None}, "missing or unknown fields"),
+        ({"model": {"depth": 4}}, "missing or unknown fields"),
+        ({"model": {"n_layer": -1}}, "missing or unknown fields"),
+        ({"files": {}}, "checksum differs"),
+        ({"files": None}, "checksum differs"),
+        ({"files": {"model.safetensors": {}}}, "checksum differs"),
+        ({"tokens": 97}, "checksum differs"),
+        ({"kind": "federated"}, "checksum differs"),
+        ({"checksum": ...}, "checksum differs"),
+    ],
+)
+def test_a_manifest_of_something_else_is_refused(save: Callable[..., Path], changes: dict[str, Any], says: str) -> None:
+    path = save()
+    raw = json.loads((path / MANIFEST).read_text())
+    raw = {name: value for name, value in {**raw, **changes}.items() if value is not ...}
+    (path / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=says):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "3", "{", "\x00", '"manifest"'])
+def test_a_manifest_that_is_none_is_refused(save: Callable[..., Path], content: str) -> None:
+    path = save()
+    (path / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError):
+        read_manifest(path)
+
+
+def test_a_state_that_would_run_code_is_not_read(save: Callable[..., Path]) -> None:
+    path = save()
+    torch.save({"hook": print}, path / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+        read_state(path)
+    (path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("cut", ["save_file", "torch.save", "json.dumps", "_sync"])
+def test_an_interrupted_save_leaves_the_last_one(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    run = save("step_00000001").parent.parent
+
+    def power_cut(*args: Any, **kwargs: Any) -> Any:
+        raise PowerCut
+
+    for name in ("step_00000002", "step_00000001"):  # a new one, and the same step once more
+        with monkeypatch.context() as patch:
+            patch.setattr(f"nanofed.training.checkpoint.{cut}", power_cut)
+            with pytest.raises(PowerCut):
+                save(name)
+        assert [path.name for path in checkpoints(run)] == ["step_00000001"]
+        read_manifest(find_checkpoint(run))
+    save("step_00000002")
+    assert [path.name for path in checkpoints(run)] == ["step_00000001", "step_00000002"]
+    read_manifest(find_checkpoint(run))
+
+
+def test_the_same_step_may_be_saved_again(save: Callable[..., Path]) -> None:
+    path = save(state={"n": 1})
+    assert save(state={"n": 2}) == path
+    assert read_state(path) == {"n": 2} and [p.name for p in path.parent.iterdir()] == [path.name]
+    read_manifest(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 9])
+def test_pruning_keeps_the_newest(save: Callable[..., Path], keep: int) -> None:
+    names = [f"step_{step:08d}" for step in (2, 5, 10, 100)]
+    for name in (names[2], names[0], names[3], names[1]):
+        run = save(name).parent.parent
+    prune_checkpoints(run, keep)
+    assert [path.name for path in checkpoints(run)] == (names[-keep:] if keep else names)
+
+
+def test_half_of_a_removed_checkpoint_is_none(save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    save("step_00000001")
+    run = save("step_00000002").parent.parent
+
+    def power_cut(path: Path) -> None:
+        (path / "model.safetensors").unlink()
+        raise PowerCut
+
+    monkeypatch.setattr(shutil, "rmtree", power_cut)
+    with pytest.raises(PowerCut):
+        prune_checkpoints(run, 1)
+    assert [path.name for path in checkpoints(run)] == ["step_00000002"]
+    read_manifest(find_checkpoint(run))
+
+
+def test_finding_a_checkpoint(save: Callable[..., Path], tmp_path: Path) -> None:
+    first, last = save("step_00000001"), save("step_00000020")
+    assert find_checkpoint(first) == first and find_checkpoint(str(last.parent.parent)) == last
+    for url in ("https://example.org/run", "hf://model", "s3://bucket/run", "file:///etc"):
+        with pytest.raises(ConfigError, match="is a URL: checkpoints are read from local folders only"):
+            find_checkpoint(url)
+    for nothing in (tmp_path, tmp_path / "absent", first.parent / "step_9"):
+        with pytest.raises(ConfigError, match="there is no checkpoint in"):
+            find_checkpoint(nothing)
+
+
+def test_another_model_or_kind_is_refused(save: Callable[..., Path], tokenizer: Tokenizer) -> None:
+    path = save(kind="federated")
+    other = GPTConfig(sequence_len=8, vocab_size=270, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
+    with pytest.raises(ConfigError, match="holds another model: n_layer 1 there, 2 here; n_embd 8 there, 16 here"):
+        check_model(read_manifest(path), other, path)
+    with pytest.raises(ConfigError, match="holds another model"):
+        DirectoryCheckpointIO(other, tokenizer).load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="is a federated checkpoint: start from its weights with --init_from"):
+        DirectoryCheckpointIO(CONFIG, tokenizer).load_checkpoint(path)
+
+
+def test_lightnings_dictionary_goes_and_comes(
+    tmp_path: Path, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]
+) -> None:
+    io = DirectoryCheckpointIO(CONFIG, tokenizer)
+    dictionary = {
+        "state_dict": {**{f"gpt.{n}": t for n, t in weights.items()}, "bits_per_byte.token_bytes": torch.ones(3)},
+        "optimizer_states": [{"clock": {"tokens": 64, "step": 2}, "state": {0: torch.ones(2)}}],
+        "global_step": 2,
+        "data": {"rows": 4, "streams": []},
+    }
+    path = tmp_path / "checkpoints" / "step_00000002"
+    io.save_checkpoint(dictionary, path)
+    assert (read_manifest(path).step, read_manifest(path).tokens) == (2, 64)
+    back = io.load_checkpoint(path)
+    assert back["state_dict"].keys() == {f"gpt.{name}" for name in weights}
+    assert back["data"] == dictionary["data"] and back["global_step"] == 2
+    assert torch.equal(back["optimizer_states"][0]["state"][0], torch.ones(2))
+    assert "state_dict" in dictionary, "Lightning's own dictionary is left alone"
+    io.remove_checkpoint(path)
+    io.remove_checkpoint(path)
+    assert not path.exists()
