@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import gc
 import io
 import json
 import random
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -292,16 +291,6 @@ def corrupt_records(generator: random.Random) -> Message:
     return reply(arrays)
 
 
-@pytest.fixture
-def quick_collections() -> Iterator[None]:
-    """Flower collects garbage after every reply; without what is there already that takes no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("quick_collections")
 def test_no_corruption_reaches_the_model_and_none_raises_anything_else(count: Callable[[int, int], int]) -> None:
     kinds = [corrupt_json, corrupt_text, corrupt_array, corrupt_values, corrupt_records]
     number = count(300, 10_000)
