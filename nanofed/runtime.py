@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,18 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
 
 
+def why_not_compiled() -> str | None:
+    """Return why torch.compile cannot work on this machine's CPU, None where it can."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not has_compiler():
+        return "there is no C++ compiler"
+    if not header.is_file():
+        return f"Python's own headers are not installed ({header})"
+    if any(character.isspace() for character in sysconfig.get_path("purelib")):
+        return "torch is installed under a path with a space, which the compiler commands of torch.compile break at"
+    return None
+
+
 def is_first_rank() -> bool:
     """Tell whether this process is the first one of a run: what a launcher (torchrun, Lightning) announces, else yes."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
@@ -95,7 +108,7 @@ def default_compute_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
-    """Decide whether to compile: as asked, and under `auto` where a compiler for the device is found.
+    """Decide whether to compile: as asked, and under `auto` where compiling for the device can work.
 
     Says so in one line (a warning) where there is none, since an eager model is several times slower.
     """
@@ -106,10 +119,10 @@ def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
     kind = torch.device(device).type
     if kind == "meta":
         return False
-    if kind == "cuda" or has_compiler():
-        return True
-    logger.warning("no C++ compiler found: the model runs eager, which is slower (install g++ to compile it)")
-    return False
+    why_not = None if kind == "cuda" else why_not_compiled()
+    if why_not:
+        logger.warning("the model runs eager, which is slower: %s", why_not)
+    return why_not is None
 
 
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).

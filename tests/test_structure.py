@@ -24,7 +24,6 @@ HEAVY = {"torch", "lightning", "flwr", "pyarrow", "numpy", "requests", "tiktoken
 
 MAX_LINES = 350
 LONGER_FOR_A_REASON = {
-    "data/shards.py": "one file format, read, checked and written by the same rules",
     "federated/server/rounds.py": "one round, in the order in which it happens",
 }
 

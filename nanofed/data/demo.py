@@ -22,7 +22,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from nanofed.data.manifest import Manifest, read_manifest
-from nanofed.data.shards import Dataset, check_output, open_dataset, verify_shard, write_shards
+from nanofed.data.shards import Dataset, open_dataset, verify_shard
+from nanofed.data.writing import check_output, write_shards
 from nanofed.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nanofed.data.shards import Dataset, check_output, read_shard, read_texts, write_shards
+from nanofed.data.shards import Dataset, read_shard, read_texts
+from nanofed.data.writing import check_output, write_shards
 from nanofed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -83,7 +83,8 @@ class RowPlan:
         """Return the index of the range in which a stream that is at `row` goes on, None if no range holds it."""
         for index, part in enumerate(self.ranges):
             same_epoch = self.repeat or part.epoch == row.epoch
-            if same_epoch and part.shard == row.shard and part.start <= row.row <= part.stop:
+            # The row before it was read there: a range may begin where an earlier one ends, but stand before it.
+            if same_epoch and part.shard == row.shard and part.covers(row.row - 1):
                 return index
         return None
 

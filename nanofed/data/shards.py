@@ -6,15 +6,11 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanofed.data.manifest import MANIFEST, Manifest, Recorded, file_sha256, read_manifest, safe_name
 from nanofed.errors import ConfigError, DataError
@@ -25,8 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_GROUP_BYTES = 2 << 30  # uncompressed: a row group beyond it is a decompression bomb, not text
-MAX_SHARDS_WRITTEN = 500  # every shard being written holds a file open
-_FLUSH_CHARACTERS = 64 << 20  # a row group of very long documents is closed early
 _REMEDY = "build one offline with `nanofed data demo`, or download text with `nanofed data download -n 8`"
 
 
@@ -246,126 +240,7 @@ def verify_shard(path: Path, recorded: Recorded | None = None) -> str | None:
     return None
 
 
-def write_shards(
-    documents: Iterable[str],
-    output: Path,
-    *,
-    num_shards: int = 8,
-    rows_per_group: int = 1024,
-    provenance: Mapping[str, Any] | None = None,
-    replace: bool = False,
-) -> Dataset:
-    """Write documents as zstd-compressed shards with `dataset.json`, all of it or nothing.
-
-    Documents are dealt to the shards in turn, so that each has the same mix; the last shard is for validation. Fewer
-    documents than shards make fewer shards. The folder is built beside `output` and then renamed.
-
-    Args:
-        documents: Texts, consumed once; `num_shards * rows_per_group` of them are in memory at a time.
-        output: The folder; it must not exist, be empty, or, with `replace`, hold only shards.
-        num_shards: Training shards; one more is written for validation.
-        rows_per_group: Rows of a row group.
-        provenance: Further fields of `dataset.json`, such as `source`.
-        replace: Take the place of the shards that are in `output`.
-
-    Raises:
-        DataError: `output` holds other things or cannot be written, or there are fewer than 2 documents.
-        ConfigError: `num_shards` or `rows_per_group` is out of range.
-    """
-    if not 1 <= num_shards <= MAX_SHARDS_WRITTEN:
-        raise ConfigError(f"num_shards is {num_shards}; it has to be from 1 to {MAX_SHARDS_WRITTEN}")
-    if rows_per_group < 1:
-        raise ConfigError(f"rows_per_group is {rows_per_group}; it has to be at least 1")
-    check_output(output, replace=replace)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-    except OSError as error:
-        raise DataError(f"{output} cannot be written: {error.strerror}") from error
-    try:
-        building.chmod(0o755)
-        names = _write(iter(documents), building, num_shards + 1, rows_per_group)
-        recorded = {name: record(building / name) for name in names}
-        Manifest(names[-1], recorded, provenance or {}).write(building)
-        check_output(output, replace=replace)
-        if output.exists():
-            _swap(building, output)
-        else:
-            building.rename(output)
-    except OSError as error:
-        raise DataError(f"{output} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return open_dataset(output)
-
-
-def check_output(output: Path, *, replace: bool) -> None:
-    """Refuse an output folder that holds shards already (unless `replace`) or anything that is not ours."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise DataError(f"{output} is a file, not a folder")
-    ours = {MANIFEST, *shard_names(output)}
-    foreign = sorted(p.name for p in output.iterdir() if p.name not in ours)
-    if foreign:
-        raise DataError(f"{output} holds {foreign[0]!r}, which is not a shard: choose another folder")
-    if any(output.iterdir()) and not replace:
-        raise DataError(f"{output} holds shards already: choose another folder, or replace them with --force")
-
-
 def record(path: Path) -> Recorded:
     """Return what `dataset.json` is to record of a shard."""
     shard = read_shard(path)
     return Recorded(file_sha256(path), shard.num_bytes, shard.num_rows)
-
-
-def _swap(building: Path, output: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-    output.rename(old / output.name)
-    try:
-        building.rename(output)
-    except OSError:
-        (old / output.name).rename(output)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(documents: Iterator[str], folder: Path, total: int, rows_per_group: int) -> list[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    first = list(islice(documents, total))
-    if len(first) < 2:
-        raise DataError(f"{len(first)} documents make no dataset: at least 2 are needed, one of them for validation")
-    names = [f"shard_{index:05d}.parquet" for index in range(len(first))]
-    schema = pa.schema([pa.field("text", pa.string(), nullable=False)])
-    buffers: list[list[str]] = [[] for _ in names]
-    characters = [0] * len(names)
-    with ExitStack() as stack:
-        # Neither a dictionary nor statistics: documents hardly repeat, and both would hold whole documents again.
-        options = {
-            "compression": "zstd",
-            "use_dictionary": False,
-            "write_statistics": False,
-            "write_page_checksum": True,
-        }
-        writers = [stack.enter_context(pq.ParquetWriter(folder / name, schema, **options)) for name in names]
-
-        def flush(index: int) -> None:
-            writers[index].write_table(pa.table([pa.array(buffers[index], pa.string())], schema=schema))
-            buffers[index].clear()
-            characters[index] = 0
-
-        for index, text in zip(cycle(range(len(names))), chain(first, documents), strict=False):
-            buffers[index].append(text)
-            characters[index] += len(text)
-            if len(buffers[index]) == rows_per_group or characters[index] >= _FLUSH_CHARACTERS:
-                flush(index)
-        for index, buffer in enumerate(buffers):
-            if buffer:
-                flush(index)
-    for name in names:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-    return names

@@ -62,6 +62,8 @@ class FederationConfig:
                 )
             if not all(speed > 0 for speed in self.client_speeds):
                 raise ConfigError(f"federation.client_speeds must be positive, not {self.client_speeds}")
+        if not self.message_timeout > 0:
+            raise ConfigError(f"federation.message_timeout must be positive, not {self.message_timeout}")
         if self.max_failed_rounds < 1:
             raise ConfigError(f"federation.max_failed_rounds must be at least 1, not {self.max_failed_rounds}")
 

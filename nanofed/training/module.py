@@ -16,7 +16,7 @@ from nanofed.errors import ConfigError
 from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.model import GPT, GPTConfig
 from nanofed.optim import Clock, MuonAdamW, parameter_groups
-from nanofed.training.recipe import Recipe
+from nanofed.training.recipe import OCTOBER, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class GPTModule(LightningModule):
         depth: int = 20,
         sequence_len: int = 2048,
         vocab_size: int | None = None,
-        recipe: Recipe | None = None,
+        recipe: Recipe = OCTOBER,
         compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         seed: int = 42,
@@ -53,7 +53,7 @@ class GPTModule(LightningModule):
         if vocab_size is None:
             raise ConfigError("model.vocab_size is not known: it comes from the tokenizer of the data")
         self.config = GPTConfig.from_depth(depth, vocab_size=vocab_size, sequence_len=sequence_len)
-        self.recipe = recipe or Recipe()
+        self.recipe = recipe
         self.num_steps = self.recipe.steps(self.config)
         self.clock = Clock(step_tokens=self.recipe.batch_tokens, horizon_tokens=self.recipe.horizon(self.config))
         self.compute_dtype = compute_dtype

@@ -90,6 +90,9 @@ class Recipe:
         return self.steps(config) * self.batch_tokens
 
 
+OCTOBER = Recipe()
+
+
 def accumulation_steps(batch_tokens: int, *, device_batch_size: int, sequence_len: int, world_size: int) -> int:
     """Return the micro-batches an optimizer step, so that few ranks train exactly as many would ("8 GPUs on 1").
 

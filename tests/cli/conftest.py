@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from nanofed import cli
-from nanofed.data.shards import write_shards
+from nanofed.data.writing import write_shards
 from nanofed.tokenizer import train_tokenizer
 
 WORDS = [

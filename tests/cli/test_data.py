@@ -12,7 +12,8 @@ import pytest
 
 from nanofed.cli import main
 from nanofed.data.manifest import MANIFEST
-from nanofed.data.shards import open_dataset, write_shards
+from nanofed.data.shards import open_dataset
+from nanofed.data.writing import write_shards
 
 
 @pytest.fixture

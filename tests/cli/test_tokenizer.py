@@ -9,7 +9,7 @@ import pytest
 import tiktoken
 
 from nanofed.cli import main
-from nanofed.data.shards import write_shards
+from nanofed.data.writing import write_shards
 from nanofed.tokenizer import SPLIT_PATTERN, Tokenizer, measure_compression, train_tokenizer
 
 TEXTS = [f"Document {n}: the quick brown fox jumps over the lazy dog, naïve café number {n * n}.\n" for n in range(60)]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nanofed.data.shards import Dataset, open_dataset, read_texts, write_shards
+from nanofed.data.shards import Dataset, open_dataset, read_texts
+from nanofed.data.writing import write_shards
 
 
 class Bytes:

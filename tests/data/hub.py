@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from nanofed.data.shards import write_shards
+from nanofed.data.writing import write_shards
 
 
 @dataclass

@@ -12,7 +12,8 @@ import pytest
 from nanofed.data import demo
 from nanofed.data.demo import build_demo_corpus
 from nanofed.data.manifest import MANIFEST, file_sha256
-from nanofed.data.shards import open_dataset, read_texts, write_shards
+from nanofed.data.shards import open_dataset, read_texts
+from nanofed.data.writing import write_shards
 from nanofed.errors import DataError
 
 

@@ -18,8 +18,9 @@ import pytest
 from nanofed.data import transfer
 from nanofed.data.download import download
 from nanofed.data.manifest import MANIFEST, file_sha256, read_manifest
-from nanofed.data.shards import Dataset, open_dataset, verify_shard, write_shards
+from nanofed.data.shards import Dataset, open_dataset, verify_shard
 from nanofed.data.transfer import Retry
+from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
 from tests.data.hub import Hub, make_files, serving
 

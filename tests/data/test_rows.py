@@ -49,6 +49,15 @@ def test_a_lease_is_walked_in_its_order_and_its_epochs(dataset: Dataset) -> None
     assert plan.locate(Row(3, b, 9)) == 0 and plan.locate(Row(3, b, 10)) is None
 
 
+def test_a_range_that_ends_where_an_earlier_one_begins_is_left_at_its_own_end(dataset: Dataset) -> None:
+    name = dataset.train[0].name
+    plan = RowPlan([RowRange(name, 8, 12), RowRange(name, 4, 8)], dataset.train, repeat=False)
+    walked = list(plan.walk(1, 2, None))
+    assert [row.row for row in walked] == [9, 11, 5, 7]
+    assert list(plan.walk(1, 2, Row(0, name, 8))) == [], "row 7 was its last"
+    assert [row.row for row in plan.walk(1, 2, Row(0, name, 12))] == [5, 7]
+
+
 def test_an_empty_lease_ends_at_once(dataset: Dataset) -> None:
     assert list(RowPlan([], dataset.train, repeat=False).walk(0, 2, None)) == []
 

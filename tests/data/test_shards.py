@@ -12,7 +12,8 @@ import pytest
 
 from nanofed.data import shards as shards_module
 from nanofed.data.manifest import MANIFEST, file_sha256, read_manifest
-from nanofed.data.shards import Dataset, Shard, open_dataset, read_shard, read_texts, verify_shard, write_shards
+from nanofed.data.shards import Dataset, Shard, open_dataset, read_shard, read_texts, verify_shard
+from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
 
 DOCUMENTS = [f"Document {i}: é ∑ 🙂 " + "words " * (i % 17) for i in range(100)]

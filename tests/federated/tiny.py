@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanofed.data.shards import write_shards
+from nanofed.data.writing import write_shards
 from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid

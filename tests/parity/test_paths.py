@@ -13,7 +13,7 @@ from lightning import Fabric
 from torch import Tensor
 
 from nanofed import api
-from nanofed.data.shards import write_shards
+from nanofed.data.writing import write_shards
 from nanofed.federated.run import Federation, run_in_process
 from nanofed.tokenizer import train_tokenizer
 from nanofed.training.checkpoint import find_checkpoint, read_weights
