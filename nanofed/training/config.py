@@ -132,9 +132,7 @@ def run_options(config: Any) -> RunOptions:
         ConfigError: an interval that is none, a name that is no folder's, a recipe that contradicts itself.
     """
     options = RunOptions(**{name: config[name] for name in RunOptions.__dataclass_fields__})
-    if config.model.recipe is not None:
-        # Here, since inside jsonargparse its errors would drown in those of the alternative, null.
-        Recipe(**vars(config.model.recipe))
+    Recipe(**vars(config.model.recipe))
     return options
 
 
