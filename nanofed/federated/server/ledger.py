@@ -190,7 +190,7 @@ class Ledger:
     @staticmethod
     def _locate(ranges: list[RowRange], position: Row) -> int | None:
         for index, part in enumerate(ranges):
-            if (part.epoch, part.shard) == (position.epoch, position.shard) and part.start <= position.row <= part.stop:
+            if (part.epoch, part.shard) == (position.epoch, position.shard) and part.covers(position.row - 1):
                 return index
         return None
 
