@@ -23,23 +23,44 @@ def ended_on_sigterm() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handled({signal.SIGTERM: end}):
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the block has ended: a second Ctrl-C must not leave processes behind."""
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+
+    with _handled({signal.SIGINT: hold, signal.SIGTERM: hold}):
+        yield
+    for number in held[:1]:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handled(handlers: dict[signal.Signals, signal._HANDLER]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -> None:
     """Stop a process, and every other one that has `marker` in its environment: its children, wherever they are by now.
 
-    Ray's processes leave the session and the parent that started them. Without /proc only the process itself is stopped.
+    Ray's processes leave the session and the parent that started them. Without /proc its session is all that is stopped.
 
     Args:
-        process: asked to end first.
+        process: leader of a session; asked to end first.
         marker: `NAME=value` that only this run's processes were started with.
         seconds: to end by themselves in; then they are killed.
     """
@@ -47,18 +68,20 @@ def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    while (left := marked(marker)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    if process.poll() is None:
-        process.kill()
+    while marked(marker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    while left := marked(marker):  # again, for what they have started meanwhile
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
     process.wait()
 
 
 def marked(marker: str) -> list[int]:
-    """Return the processes of this user that were started with `marker` in their environment."""
+    """Return the processes of this user that were started with `marker`, `NAME=value`, in their environment."""
     found = []
     for folder in PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone by now, or another user's

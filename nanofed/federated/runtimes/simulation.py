@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +26,8 @@ from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.connections import Resources, write_connections
-from nanofed.federated.runtimes.processes import ended_on_sigterm, stop_marked
-from nanofed.federated.runtimes.settings import DEFAULTS
+from nanofed.federated.runtimes.processes import ended_on_sigterm, stop_marked, undisturbed
+from nanofed.federated.runtimes.settings import DEFAULTS, Value
 from nanofed.training.run import Summary
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ LINK = "simulation"  # our own connection, in a Flower home of this run's own
 LOG = "flower.log"
 START_SECONDS = 120.0
 COMMAND_SECONDS = 120.0
-STOP_SECONDS = 20.0
+STOP_SECONDS = 10.0
 LINE = re.compile(r"nanofed (DEBUG|INFO|WARNING|ERROR|CRITICAL): (.*)")  # flower_app.LOG_FORMAT
 EXIT = re.compile(r"exit (\d+): (.*)")
 
@@ -65,8 +65,8 @@ def run_simulation(federation: Federation) -> Summary:
     on_cpu, on_gpu = Resources.of(clients, cpus, 0), Resources.of(clients, cpus, max(1, gpus))
     write_connections(runtime.flower_home(), {"local-simulation": on_cpu, "local-simulation-gpu": on_gpu})
     settings = {"run_dir": str(run.resolve()), "base_dir": str(runtime.base_dir().resolve())}
-    with tempfile.TemporaryDirectory(prefix="nf-") as folder, ended_on_sigterm():
-        _simulate(Path(folder), run, on_gpu if gpus else on_cpu, settings)
+    with ended_on_sigterm():
+        simulate(run / LOG, on_gpu if gpus else on_cpu, settings)
     return Summary.read(run)
 
 
@@ -101,26 +101,31 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-def _simulate(folder: Path, run: Path, resources: Resources, settings: dict[str, str]) -> None:
-    app, home, nowhere = folder / "app", folder / "home", folder / "nowhere"
-    for new in (app, home, nowhere):
-        new.mkdir()
-    write_app(app)
-    overrides = folder / "settings.toml"
-    overrides.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
-    flower = _Flower(folder, run / LOG)
-    with flower.superlink():
-        run_id = flower.start(app, overrides, resources.federation_config())
-        logger.info("Flower's simulation engine is starting; its own log is %s", run / LOG)
-        try:
+def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> None:
+    """Run the app to its end with settings over the defaults of `[tool.flwr.app.config]`.
+
+    Args:
+        log: file to which everything printed is appended.
+        resources: of the simulation and of each client.
+        settings: by name.
+
+    Raises:
+        NanofedError: the run failed: the server's own error where it gave one, else Flower's reason.
+    """
+    with tempfile.TemporaryDirectory(prefix="nf-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        app, overrides = folder / "app", folder / "settings.toml"
+        app.mkdir()
+        write_app(app)
+        overrides.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+        flower = _Flower(folder, log)
+        with flower.superlink():
+            run_id = flower.start(app, overrides, resources.federation_config())
+            logger.info("Flower's simulation engine is starting; its own log is %s", log)
             failure = flower.follow(run_id)
-        except BaseException:
-            logger.info("stopping the simulation")
-            flower.command("stop", str(run_id), LINK, check=False)
-            raise
-        status, details = flower.status(run_id)
+            status, details = flower.status(run_id)
         if status != "finished:completed":
-            _raise(failure, f"the simulation ended as {status}: {details or 'no reason given'}; see {run / LOG}")
+            _raise(failure, f"the simulation ended as {status}: {details or 'no reason given'}; see {log}")
 
 
 def _raise(failure: str, otherwise: str) -> NoReturn:
@@ -142,6 +147,8 @@ class _Flower:
     def __init__(self, folder: Path, log: Path) -> None:
         self._nowhere = folder / "nowhere"  # Ray puts the working directory first on sys.path
         self._home = folder / "home"
+        self._nowhere.mkdir()
+        self._home.mkdir()
         self._log = log
         binaries = str(Path(sys.executable).parent)
         ray = str(folder) if len(str(folder)) < 40 else None  # a socket's path has room for about 100 characters
@@ -194,7 +201,8 @@ class _Flower:
                 time.sleep(0.2)
             yield
         finally:
-            stop_marked(process, f"FLWR_HOME={self._home}", STOP_SECONDS)
+            with undisturbed():
+                stop_marked(process, f"FLWR_HOME={self._home}", STOP_SECONDS)
 
     def start(self, app: Path, settings: Path, federation_config: str) -> int:
         """Submit the run and return its id."""
