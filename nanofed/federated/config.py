@@ -23,7 +23,8 @@ class FederationConfig:
         weighting: `uniform` or `tokens`: a client's share in the mean.
         outer_lr: outer learning rate; 1 with momentum 0 is FedAvg.
         outer_momentum: outer Nesterov momentum.
-        global_batch_tokens: split one batch over the clients of a round, instead of `model.recipe.batch_tokens` each.
+        global_batch_tokens: split one batch over the clients of a round, in whole micro-batches, instead of
+            `model.recipe.batch_tokens` each.
         codec: how weights travel.
         message_timeout: seconds beyond a round's budget after which a client that has not answered is given up.
         max_failed_rounds: rounds in a row without one accepted reply after which the run ends with an error.

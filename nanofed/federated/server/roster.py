@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -15,6 +16,7 @@ from nanofed.federated.wire.messages import Hello
 logger = logging.getLogger(__name__)
 
 HELLO_SECONDS = 120.0  # a fresh Ray actor imports torch before it answers
+ASK_AGAIN_SECONDS = 600.0  # a node that was refused or silent must not hold up every round
 
 
 class Roster:
@@ -29,13 +31,17 @@ class Roster:
         self._grid = grid
         self._expected = expected
         self._names: dict[int, str] = {}
+        self._asked: dict[int, float] = {}  # node -> when it was last asked
         self.refused: dict[str, str] = {}  # client (or node) -> why
 
     def connected(self) -> dict[str, int]:
         """Return client name -> node id of those connected now; new nodes are asked who they are first."""
         nodes = set(self._grid.get_node_ids())
         self._names = {node: name for node, name in self._names.items() if node in nodes}
-        new = [node for node in sorted(nodes) if node not in self._names]
+        now = time.monotonic()
+        due = {node for node in nodes if now - self._asked.get(node, -ASK_AGAIN_SECONDS) >= ASK_AGAIN_SECONDS}
+        new = sorted(due - self._names.keys())
+        self._asked = {node: now if node in new else self._asked.get(node, now) for node in nodes}
         for node, name in self._ask(new).items():
             if name in self._names.values():
                 self._refuse(name, f"another node ({node}) already goes by that name")

@@ -26,7 +26,7 @@ from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.validation import Refused, Update
 from nanofed.federated.wire.codec import Array, hash_weights, payload_bytes
-from nanofed.federated.wire.messages import Hello, Instructions, code_hash
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, code_hash
 from nanofed.training.checkpoint import (
     check_model,
     checkpoints,
@@ -41,6 +41,7 @@ from nanofed.training.options import RunOptions
 
 logger = logging.getLogger(__name__)
 
+MAX_MARGIN = 8.0  # of a lease over what a client should need
 SPARE_ROWS = {"contiguous": 16, "best_fit": 160}  # rows a stream reads ahead, beyond what it trains on
 
 
@@ -211,11 +212,8 @@ class RoundLoop:
         config, recipe = self._config, self._module.recipe
         batch_tokens = recipe.batch_tokens
         if config.global_batch_tokens is not None:
-            batch_tokens, rest = divmod(config.global_batch_tokens, len(clients))
-            if rest:
-                raise ConfigError(
-                    f"federation.global_batch_tokens={config.global_batch_tokens} cannot be split over {len(clients)} clients"
-                )
+            micro = self._data.device_batch_size * self._data.sequence_len
+            batch_tokens = max(micro, config.global_batch_tokens // len(clients) // micro * micro)
         left = -(-(self._horizon - self._clock.tokens) // (batch_tokens * len(clients)))
         max_steps = min(left, config.round_steps) if config.round_steps else left
         base = hash_weights(self.weights)
@@ -266,6 +264,11 @@ class RoundLoop:
         self._roster.refused[client] = reason
         self._refusals += 1
         self._ledger.release(client)
+        if LEASE_TOO_SHORT in reason:
+            self._widen(client)
+
+    def _widen(self, client: str) -> None:
+        self._margin[client] = min(MAX_MARGIN, 2 * self._margin.get(client, 1.0))
 
     def _commit(
         self,
@@ -286,7 +289,7 @@ class RoundLoop:
             self._ledger.commit(report.client, report.data)
             self._rates[report.client] = report.tokens / report.seconds if report.seconds > 0 else 0.0
             if report.exhausted:
-                self._margin[report.client] = 2 * self._margin.get(report.client, 1.0)
+                self._widen(report.client)
         self._clock.round = number
         self._clock.tokens += sum(report.tokens for report in reports)
         self._clock.step += round(sum(report.steps for report in reports) / len(reports))

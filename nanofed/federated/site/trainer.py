@@ -19,7 +19,7 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.errors import NanofedError
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays, hash_weights
-from nanofed.federated.wire.messages import Hello, Instructions, Report, code_hash
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report, code_hash
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import accumulation_steps
@@ -135,7 +135,7 @@ class FabricTrainer:
             stopwatch=stopwatch,
         )
         if result.steps == 0 or module.data_state is None:
-            raise NanofedError("the leased rows hold too little text for one optimizer step")
+            raise NanofedError(LEASE_TOO_SHORT)
         if not np.isfinite(result.losses).all():
             step = int(np.argmin(np.isfinite(result.losses)))
             raise NanofedError(f"the training loss is {result.losses[step]} at step {step + 1} of the round")

@@ -16,6 +16,9 @@ from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.federated.wire.codec import WireError
 
+LEASE_TOO_SHORT = (
+    "the leased rows hold too little text for one optimizer step"  # in a client's failure: the next is longer
+)
 KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a client: it becomes a folder's and is logged
