@@ -82,3 +82,23 @@ def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "nanofed", "nope"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("nanofed: there is no command 'nope'")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["data", "list", "--help"]])
+def test_a_reader_that_has_gone_is_no_error(args: list[str]) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-u",
+            "-c",
+            "import time; time.sleep(0.5); from nanofed.cli import main; raise SystemExit(main())",
+        ]
+        + args,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
+    process.stderr.close()
