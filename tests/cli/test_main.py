@@ -92,8 +92,8 @@ def test_a_reader_that_has_gone_is_no_error(args: list[str]) -> None:
             "-u",
             "-c",
             "import time; time.sleep(0.5); from nanofed.cli import main; raise SystemExit(main())",
-        ]
-        + args,
+            *args,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
