@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -55,9 +55,11 @@ def _handled(handlers: dict[signal.Signals, signal._HANDLER]) -> Iterator[None]:
 
 
 def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -> None:
-    """Stop a process, and every other one that has `marker` in its environment: its children, wherever they are by now.
+    """Stop a process and all that stems from it, wherever that is by now.
 
-    Ray's processes leave the session and the parent that started them. Without /proc its session is all that is stopped.
+    Flower's and Ray's processes leave the session and the parent that started them, and some of Ray's overwrite their
+    environment: what counts is every session in which a process has `marker` in its environment. Without /proc only the
+    process's own session is stopped.
 
     Args:
         process: leader of a session; asked to end first.
@@ -65,14 +67,14 @@ def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -
         seconds: to end by themselves in; then they are killed.
     """
     deadline = time.monotonic() + seconds
+    sessions = {process.pid} | marked_sessions(marker)
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    while marked(marker) and time.monotonic() < deadline:
+    while (process.poll() is None or members(sessions)) and time.monotonic() < deadline:
         time.sleep(0.1)
+        sessions |= marked_sessions(marker)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    while left := marked(marker):  # again, for what they have started meanwhile
+    while left := members(sessions):  # again, for what they have started meanwhile
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -80,11 +82,26 @@ def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -
     process.wait()
 
 
-def marked(marker: str) -> list[int]:
-    """Return the processes of this user that were started with `marker`, `NAME=value`, in their environment."""
-    found = []
-    for folder in PROC.glob("[0-9]*"):
+def marked_sessions(marker: str) -> set[int]:
+    """Return the sessions in which a process was started with `marker`, `NAME=value`, in its environment."""
+    found = set()
+    for pid in _processes():
         with contextlib.suppress(OSError):  # gone by now, or another user's
-            if marker.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+            if marker.encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0"):
+                found.add(os.getsid(pid))
     return found
+
+
+def members(sessions: Container[int]) -> list[int]:
+    """Return the processes of sessions that have not ended."""
+    found = []
+    for pid in _processes():
+        with contextlib.suppress(OSError):
+            stat = (PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+            if int(stat[3]) in sessions and stat[0] != b"Z":
+                found.append(pid)
+    return found
+
+
+def _processes() -> Iterator[int]:
+    return (int(folder.name) for folder in PROC.glob("[0-9]*"))

@@ -37,7 +37,8 @@ LINK = "simulation"  # our own connection, in a Flower home of this run's own
 LOG = "flower.log"
 START_SECONDS = 120.0
 COMMAND_SECONDS = 120.0
-STOP_SECONDS = 10.0
+END_SECONDS = 30.0  # between the last line of a run's log and its final status
+STOP_SECONDS = 5.0
 LINE = re.compile(r"nanofed (DEBUG|INFO|WARNING|ERROR|CRITICAL): (.*)")  # flower_app.LOG_FORMAT
 EXIT = re.compile(r"exit (\d+): (.*)")
 
@@ -125,10 +126,10 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
             failure = flower.follow(run_id)
             status, details = flower.status(run_id)
         if status != "finished:completed":
-            _raise(failure, f"the simulation ended as {status}: {details or 'no reason given'}; see {log}")
+            raise_failure(failure, f"the simulation ended as {status}: {details or 'no reason given'}; see {log}")
 
 
-def _raise(failure: str, otherwise: str) -> NoReturn:
+def raise_failure(failure: str, otherwise: str) -> NoReturn:
     """Raise what the server said of its end, as the error that it was there."""
     if match := EXIT.fullmatch(failure):
         kinds = {kind.exit_code: kind for kind in (NanofedError, ConfigError, DataError)}
@@ -243,7 +244,7 @@ class _Flower:
 
     def status(self, run_id: int) -> tuple[str, str]:
         """Return what became of a run, and Flower's reason; waits while it is still ending."""
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + END_SECONDS
         while True:
             (row,) = _json(self.command("list", LINK, "--run-id", str(run_id), "--format", "json"))["runs"]
             if row["status"].startswith("finished") or time.monotonic() > deadline:

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from nanofed.errors import ConfigError
+from nanofed.federated.run import Federation
+from nanofed.federated.runtimes.settings import DEFAULTS, Value, to_args
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = Path("/somewhere/runs")
+
+
+def parsed(**settings: Value) -> Federation:
+    return Federation.from_args(to_args(settings, run_id=7, runs_dir=RUNS))
+
+
+def test_pyproject_holds_the_defaults() -> None:
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+    assert app["config"] == DEFAULTS
+    assert {name: type(value) for name, value in app["config"].items()} == {n: type(v) for n, v in DEFAULTS.items()}
+
+
+def test_the_defaults_are_d20_by_its_recipe() -> None:
+    run = parsed()
+    model, data, federation = run.config.model, run.config.data, run.federation
+    assert (model.depth, model.sequence_len, data.path, data.device_batch_size) == (20, 2048, "fineweb-edu", 32)
+    assert (model.recipe.batch_tokens, model.recipe.lr_scale, model.recipe.weight_decay) == (524_288, 1.0, 0.0)
+    assert (federation.clients, federation.rounds, federation.round_seconds, federation.round_steps) == (
+        2,
+        None,
+        300,
+        None,
+    )
+    assert data.num_shards is None
+    assert (run.folder, run.options.eval_every, run.options.save_every) == (RUNS / "simulation-7", 1, 1)
+    assert run.config.seed_everything == 42
+
+
+def test_every_setting_reaches_the_config() -> None:
+    run = parsed(
+        task_type="pretraining",
+        model_type="d4",
+        dataset_name="/data",
+        num_shards=3,
+        num_clients=4,
+        num_rounds=5,
+        round_seconds=20,
+        round_steps=6,
+        lr=0.01,
+        weight_decay=0.1,
+        batch_size=8,
+        max_length=128,
+        gradient_accumulation_steps=3,
+        seed=0,
+        name="mine",
+        runs_dir="/runs",
+        overrides="--data.eval_tokens=64 --sample_prompts='[\"a b\"]'",
+    )
+    model, data, federation = run.config.model, run.config.data, run.federation
+    assert (model.depth, model.sequence_len, model.recipe.weight_decay, model.recipe.lr_scale) == (4, 128, 0.1, 0.5)
+    assert (data.path, data.num_shards, data.device_batch_size, data.eval_tokens) == ("/data", 3, 8, 64)
+    assert model.recipe.batch_tokens == 8 * 128 * 3
+    assert (federation.clients, federation.rounds, federation.round_seconds, federation.round_steps) == (4, 5, 20, 6)
+    assert (run.folder, run.options.sample_prompts, run.config.seed_everything) == (Path("/runs/mine"), ["a b"], 0)
+
+
+def test_lr_scales_every_group() -> None:
+    assert parsed(lr=0.04).config.model.recipe.lr_scale == pytest.approx(2)
+    assert parsed(lr=0.0).config.model.recipe.lr_scale == 1
+
+
+def test_batch_tokens_may_be_given_itself() -> None:
+    assert parsed(batch_tokens=65_536).config.model.recipe.batch_tokens == 65_536
+
+
+def test_a_config_says_everything_about_the_training(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("name: own\nmodel:\n  depth: 3\nfederation:\n  clients: 5\n")
+    run = parsed(config=str(config), model_type="d9", num_clients=2, overrides="--federation.rounds=2")
+    assert (run.config.model.depth, run.federation.clients, run.federation.rounds, run.folder.name) == (3, 5, 2, "own")
+    assert parsed(config=str(config), name="other").folder == RUNS / "other"
+    assert parsed(run_dir=str(tmp_path), name="other").folder.name == "own", "the folder is made already"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_round": 3}, "no setting 'num_round': did you mean num_rounds"),
+        ({"epochs_of_joy": 3}, "no setting 'epochs_of_joy': there are task_type"),
+        ({"num_rounds": "3"}, "num_rounds must be of type int, not '3'"),
+        ({"num_rounds": 3.0}, "num_rounds must be of type int, not 3.0"),
+        ({"num_rounds": True}, "num_rounds must be of type int, not True"),
+        ({"lr": "0.1"}, "lr must be of type float, not '0.1'"),
+        ({"lr": True}, "lr must be of type float, not True"),
+        ({"lr": -0.1}, "lr must be 0 .* or more, not -0.1"),
+        ({"lr": float("nan")}, "lr must be 0 .* or more, not nan"),
+        ({"name": 5}, "name must be of type str, not 5"),
+        ({"model_type": "gpt2"}, "model_type is d and the depth, such as d20, not 'gpt2'"),
+        ({"model_type": "d0"}, "model_type is d and the depth"),
+        ({"task_type": "sft"}, "task_type must be 'pretraining'"),
+        ({"dataset_name": "data"}, "dataset_name must be fineweb-edu, demo, or an absolute path"),
+        ({"config": "configs/tiny.yaml"}, "config must be an absolute path"),
+        ({"gradient_accumulation_steps": 2, "batch_tokens": 4096}, "gives the batch twice"),
+        ({"gradient_accumulation_steps": 2, "batch_size": 0}, "needs batch_size and max_length"),
+        ({"overrides": "--a='b"}, "overrides cannot be split"),
+        ({"overrides": "--no_such_key=1"}, "no_such_key"),
+        ({"config": "/no/such.yaml"}, "no config file /no/such.yaml"),
+    ],
+)
+def test_what_is_wrong_is_said(settings: dict[str, Value], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parsed(**settings)

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.cli.build import build_fab_from_disk
+from safetensors.torch import load_file
+
+from nanofed.errors import ConfigError, DataError, NanofedError
+from nanofed.federated.run import Federation, run_in_process
+from nanofed.federated.runtimes import simulation
+from nanofed.federated.runtimes.connections import Resources
+from nanofed.federated.runtimes.processes import marked_sessions, members, stop_marked
+from nanofed.federated.wire.messages import code_hash
+from nanofed.training.checkpoint import checkpoints
+from nanofed.training.run import Summary
+from tests.federated.tiny import federation, prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+BINARIES = Path(sys.executable).parent
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are counted through /proc")
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The environment of commands, with a mark by which the processes that they leave behind are found.
+
+    Every command is started in a session of its own: what is left of a marked session is killed, and this one must not be.
+    """
+    mark = f"NANOFED_TEST={tmp_path}"
+    for name, value in {
+        "NANOFED_TEST": str(tmp_path),
+        "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
+        "FLWR_HOME": str(tmp_path / "flower"),
+        "OMP_NUM_THREADS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield dict(os.environ)
+    left = members(marked_sessions(mark))
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes are left behind"
+
+
+def config_file(config: Federation, path: Path) -> Path:
+    path.write_text(config.parser.dump(config.config), encoding="utf-8")
+    return path
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run)[-1] / "model.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def sources_hash(bundle: bytes) -> str:
+    """As `code_hash`, of the package in a bundle."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+        names = [Path(name) for name in archive.namelist() if name.startswith("nanofed/") and name.endswith(".py")]
+        for name in sorted(names):
+            digest.update(name.relative_to("nanofed").as_posix().encode() + b"\0" + archive.read(name.as_posix()))
+    return digest.hexdigest()
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
+@pytest.mark.parametrize("of", ["checkout", "package"])
+def test_the_bundle_carries_the_package_itself(of: str, tmp_path: Path) -> None:
+    app = ROOT
+    if of == "package":
+        app = tmp_path / "app"
+        app.mkdir()
+        simulation.write_app(app)
+    bundle = build_fab_from_disk(app)
+    with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+        names = set(archive.namelist())
+    assert sources_hash(bundle) == code_hash()
+    assert {Path(name).suffix for name in names - {".info/CONTENT"}} <= {".py", ".toml"}
+    assert not any(name.startswith(("tests/", "notebooks/", "bin/")) for name in names)
+    assert len(bundle) < 2 << 20  # Flower takes 10 MB
+
+
+def test_a_client_that_runs_other_code_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:
+    lying = prepare(
+        federation(tiny_corpus, tmp_path, "lying"),
+        greet=lambda hello: replace(hello, code="0" * 64) if hello.name == "client-1" else hello,
+    )
+    loop, site = lying
+    try:
+        loop.train()
+    finally:
+        loop.board.close()
+    assert {instructions.client for instructions in site.asked} == {"client-0"}
+
+    loop, site = prepare(federation(tiny_corpus, tmp_path, "all"), greet=lambda hello: replace(hello, code="0" * 64))
+    try:
+        with pytest.raises(NanofedError, match=f"no client can take part .*code {'0' * 64} there, {code_hash()} here"):
+            loop.train()
+    finally:
+        loop.board.close()
+    assert not site.asked
+
+
+def test_without_ray_it_says_what_to_install(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find_spec(name))
+    with pytest.raises(ConfigError, match=r"pip install 'nanofed-lightning\[simulation\]'"):
+        simulation.run_simulation(federation(tiny_corpus, tmp_path, "no-ray"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_server_keeps_its_exit_code() -> None:
+    for said, kind in (("exit 2: a", ConfigError), ("exit 3: b", DataError), ("exit 1: c", NanofedError)):
+        with pytest.raises(NanofedError, match=rf"^{said[-1]}$") as raised:
+            simulation.raise_failure(said, "otherwise")
+        assert type(raised.value) is kind
+    with pytest.raises(NanofedError, match=r"^otherwise$"):
+        simulation.raise_failure("", "otherwise")
+
+
+@needs_proc
+def test_processes_that_left_their_parent_are_stopped_too(tmp_path: Path) -> None:
+    mark = f"NANOFED_TEST={tmp_path}"
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True)"
+    code = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {orphan!r}]); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NANOFED_TEST": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    sessions = marked_sessions(mark)
+    assert len(sessions) == len(members(sessions)) == 2
+    stop_marked(process, mark, 0.5)
+    process.stdout.close()
+    assert members(sessions) == [] and process.returncode == -signal.SIGTERM
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_simulation_ends_in_the_weights_of_the_in_process_run(
+    tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    runs = tmp_path / "runs"
+    settings: dict[str, Any] = {"eval_every": 1, "federation.outer_momentum": 0.5}
+    alone = federation(tiny_corpus, runs, "alone", **settings)
+    expected = run_in_process(alone)
+    config = config_file(federation(tiny_corpus, runs, "simulated", **settings), tmp_path / "config.yaml")
+    done = subprocess.run(
+        [BINARIES / "nanofed", "federate", "--config", config, "--runtime", "simulation"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "round   2  2 of 2 clients" in done.stdout
+    run = runs / "simulated"
+    assert same_weights(run, runs / "alone")
+    summary = Summary.read(run)
+    assert [point.bpb for point in summary.curve] == [point.bpb for point in expected.curve]
+    assert summary.tokens == expected.tokens > 0 and summary.curve[-1].bpb < summary.curve[0].bpb
+
+    def files(folder: Path) -> set[str]:
+        return {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+
+    assert files(run) == files(runs / "alone") | {"flower.log"}
+    assert len(list(run.glob("*tfevents*"))) == 1
+    assert "local-simulation-gpu" in (tmp_path / "flower" / "config.toml").read_text()
+    assert not (tmp_path / "flower" / "apps").exists(), "the run had a Flower home of its own"
+
+
+@needs_proc
+@pytest.mark.slow
+def test_flwr_run_takes_its_settings_from_the_run_config(
+    tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    from nanofed.federated.runtimes.connections import write_connections
+
+    runs = tmp_path / "runs"
+    alone = federation(tiny_corpus, runs, "alone", eval_every=1, **{"model.recipe.lr_scale": 2.0})
+    run_in_process(alone)
+    home = tmp_path / "flower"
+    write_connections(home, {"local-simulation": Resources.of(2, 1, 0)})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment |= {
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PATH": f"{BINARIES}:{environment['PATH']}",
+    }
+    overrides = (
+        f"--data.tokenizer={tiny_corpus / 'tokenizer'} --data.eval_tokens=512 --model.compile=false "
+        "--model.compute_dtype=float32 --model.recipe.num_steps=1000 --keep_checkpoints=0 --fabric.accelerator=cpu"
+    )
+    settings = (
+        f'model_type="d1" dataset_name="{tiny_corpus / "data"}" num_rounds=2 round_steps=1 lr=0.04 batch_size=8 '
+        f'max_length=32 gradient_accumulation_steps=2 name="flwr" runs_dir="{runs}" overrides="{overrides}"'
+    )
+
+    def flwr(*args: str) -> str:
+        done = subprocess.run(
+            [BINARIES / "flwr", *args],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            start_new_session=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    superlink = None
+    try:
+        log = flwr("run", str(ROOT), "local-simulation", "--run-config", settings, "--stream")
+        superlink = next(pid for pid in members(marked_sessions(f"FLWR_HOME={home}")) if is_superlink(pid))
+        listed = flwr("list", "local-simulation", "--format", "json")
+    finally:  # Flower leaves its SuperLink running, for the next run
+        if superlink is not None:
+            os.kill(superlink, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while members(marked_sessions(f"FLWR_HOME={home}")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    (row,) = json.loads(listed[listed.index("{") :])["runs"]
+    assert row["status"] == "finished:completed", log
+    assert same_weights(runs / "flwr", runs / "alone")
+
+
+def is_superlink(pid: int) -> bool:
+    return b"flower-superlink" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_run_that_fails_says_why(tmp_path: Path, environment: dict[str, str]) -> None:
+    absent = tmp_path / "absent"
+    settings = {"model_type": "d1", "runs_dir": str(tmp_path / "runs"), "overrides": f"--data.tokenizer={absent}"}
+    with pytest.raises(DataError, match=f"data.tokenizer: there is no folder {absent}"):
+        simulation.simulate(tmp_path / "flower.log", Resources.of(2, 1, 0), settings)
+    assert "Simulation raised an exception" in (tmp_path / "flower.log").read_text(), "the whole story is in the log"
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_leaves_no_processes(
+    number: signal.Signals, code: int, tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    config = config_file(
+        federation(tiny_corpus, tmp_path / "runs", "stopped", rounds=10_000, eval_every=1), tmp_path / "config.yaml"
+    )
+    process = subprocess.Popen(
+        [BINARIES / "nanofed", "federate", "--config", config, "--runtime", "simulation"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        # One signal while clients train, the other already while the engine starts.
+        if line.startswith("round   1 " if number == signal.SIGINT else "Flower's"):
+            process.send_signal(number)
+            break
+    seen.append(process.stdout.read())
+    process.stdout.close()
+    assert process.wait(60) == code, "".join(seen)
