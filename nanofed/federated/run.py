@@ -40,16 +40,20 @@ class FabricOptions:
 
     Attributes:
         accelerator: `auto`, `cpu` or `cuda`.
-        devices: devices of one client.
+        devices: devices of one client: 1 in process and in simulation.
     """
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a client without devices."""
+        """Refuse a client on any other number of devices: several need a launcher, which a site's trainer is to have."""
         if self.devices < 1:
             raise ConfigError(f"fabric.devices must be at least 1, not {self.devices}")
+        if self.devices > 1:
+            raise ConfigError(
+                f"fabric.devices={self.devices}: in process and in simulation a client trains on one device; set it to 1"
+            )
 
 
 def build_parser() -> ArgumentParser:

@@ -132,6 +132,7 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("--federation.outer_momentum=2", "outer_momentum", ["federate"]),
     ("--federation.global_batch_tokens=513", "global_batch_tokens=513 is no multiple of 2 clients", ["federate"]),
     ("--fabric.devices=0", "fabric.devices must be at least 1, not 0", ["federate"]),
+    ("--fabric.devices=2", "a client trains on one device", ["federate"]),
 ]
 
 
