@@ -5,14 +5,18 @@ from __future__ import annotations
 
 def main(argv: list[str]) -> int:
     """Train, or measure bits per byte of a checkpoint."""
-    from nanofed import api
+    from nanofed import api, runtime
     from nanofed.cli.output import show_progress
 
     show_progress()
     if argv[0] == "validate":
-        print(f"{api.validate(args=argv[1:]):.4f} bits per byte")
+        bits = api.validate(args=argv[1:])
+        if runtime.is_first_rank():
+            print(f"{bits:.4f} bits per byte")
         return 0
     summary = api.fit(args=argv[1:])
+    if not runtime.is_first_rank():
+        return 0
     print(
         f"{summary.name}: {summary.tokens / 1e6:.2f} M tokens in {summary.seconds:.1f} s, "
         f"bits per byte {summary.bpb_start or float('nan'):.4f} -> {summary.bpb_end or float('nan'):.4f}"
