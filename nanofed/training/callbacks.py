@@ -45,7 +45,6 @@ class Dashboard(Callback):
         self.summary = summary
         self._run = run
         self._log_every = max(1, log_every)
-        self._before = summary.seconds
         self._mark = 0.0  # when training time was last counted
         self._window: tuple[float, int] = (0.0, 0)
         self.last_loss: float | None = None

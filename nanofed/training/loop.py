@@ -61,7 +61,6 @@ def train_steps(
     num_steps: int | None = None,
     seconds: float | None = None,
     stopwatch: Stopwatch | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> LoopResult:
     """Train for `num_steps` optimizer steps, or until the next one would end after `seconds`; at least one step.
 
@@ -78,7 +77,6 @@ def train_steps(
         num_steps: steps to take.
         seconds: budget on `stopwatch`.
         stopwatch: started already; by default real time from now on.
-        on_step: called after every step with their number.
     """
     watch = stopwatch or Stopwatch()
     inner: GPTModule = module.module if hasattr(module, "module") else module
@@ -113,7 +111,5 @@ def train_steps(
         optimizer.zero_grad()
         committed = inner.data_state
         losses.append(torch.stack(inner.pop_losses()).mean())
-        if on_step is not None:
-            on_step(len(losses))
     values = tuple(torch.stack(losses).tolist()) if losses else ()  # waits for the device: the time below is real
     return LoopResult(len(values), len(values) * step_tokens, watch.elapsed(), values, exhausted)

@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.serverapp import Grid
 
+from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.config import FederationConfig
@@ -26,7 +26,7 @@ from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.validation import Refused, Update
 from nanofed.federated.wire.codec import Array, hash_weights, payload_bytes
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, code_hash
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
 from nanofed.training.checkpoint import (
     check_model,
     checkpoints,
@@ -73,7 +73,7 @@ class RoundLoop:
         self,
         grid: Grid,
         module: GPTModule,
-        data: Any,
+        data: TokenDataModule,
         config: FederationConfig,
         options: RunOptions,
         run: Path,
@@ -105,15 +105,7 @@ class RoundLoop:
         self.weights: dict[str, Array] = {
             name: tensor.detach().cpu().numpy().copy() for name, tensor in module.gpt.state_dict().items()
         }
-        hello = Hello(
-            "",
-            code_hash(),
-            vars(module.config).copy(),
-            data.tokenizer.fingerprint,
-            data.dataset.fingerprint(),
-            data.streams,
-        )
-        self._roster = Roster(grid, hello)
+        self._roster = Roster(grid, Hello.of("", module.config, data))
 
     # --- the run
 

@@ -19,7 +19,7 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.errors import NanofedError
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays, hash_weights
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report, code_hash
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import accumulation_steps
@@ -79,18 +79,13 @@ class FabricTrainer:
         self._optimizer = module.configure_optimizers()
         self._fabric_module, self._fabric_optimizer = fabric.setup(module, self._optimizer)
         self._parameters: dict[str, Tensor] = dict(module.gpt.state_dict(keep_vars=True))
+        # Names and shapes alone: arrays of no memory.
+        self._like = {n: np.broadcast_to(np.float32(0), tuple(p.shape)) for n, p in self._parameters.items()}
         self._states: dict[str, ClientState] = {}
 
     def hello(self, client: str) -> Hello:
         """Say who the client is and what it runs."""
-        return Hello(
-            name=client,
-            code=code_hash(),
-            model=vars(self._module.config).copy(),
-            tokenizer=self._data.tokenizer.fingerprint,
-            dataset=self._data.dataset.fingerprint(),
-            streams=self._data.streams,
-        )
+        return Hello.of(client, self._module.config, self._data)
 
     def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
         """Train one round and return the local weights and the report.
@@ -101,8 +96,7 @@ class FabricTrainer:
         """
         codec = CODECS[instructions.codec]
         module, optimizer = self._module, self._optimizer
-        like = {name: p.detach().cpu().numpy() for name, p in self._parameters.items()}
-        weights = codec.decode(arrays, like)
+        weights = codec.decode(arrays, self._like)
         if hash_weights(weights) != instructions.base_hash:
             raise WireError("the weights that arrived do not have the hash that was announced")
         accumulation = accumulation_steps(
@@ -139,7 +133,7 @@ class FabricTrainer:
         if not np.isfinite(result.losses).all():
             step = int(np.argmin(np.isfinite(result.losses)))
             raise NanofedError(f"the training loss is {result.losses[step]} at step {step + 1} of the round")
-        local = {name: p.detach().cpu().numpy().copy() for name, p in self._parameters.items()}
+        local = {name: p.detach().to("cpu", copy=True).numpy() for name, p in self._parameters.items()}
         if not all(np.isfinite(array).all() for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
         self._keep(instructions, ClientState(instructions.round, optimizer.state))
@@ -163,9 +157,7 @@ class FabricTrainer:
     def _state_before(self, instructions: Instructions) -> ClientState:
         """Return the newest state from before this round: in memory, on disk, or a fresh one."""
         client, number = instructions.client, instructions.round
-        kept = self._states.pop(
-            client, None
-        )  # training changes it in place: a round that fails must not leave it behind
+        kept = self._states.pop(client, None)  # training changes it in place: a failed round must not leave it behind
         files = {int(f.stem.removeprefix("round_")): f for f in self._client_folder(client).glob("round_*.pt")}
         newest = max((n for n in files if n < number), default=0)
         if kept is not None and newest <= kept.round < number:

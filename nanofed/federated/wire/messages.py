@@ -9,16 +9,19 @@ import re
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import nanofed
 from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.federated.wire.codec import WireError
 
-LEASE_TOO_SHORT = (
-    "the leased rows hold too little text for one optimizer step"  # in a client's failure: the next is longer
-)
+if TYPE_CHECKING:
+    from nanofed.data.datamodule import TokenDataModule
+    from nanofed.model import GPTConfig
+
+# In a client's failure: its next lease is longer.
+LEASE_TOO_SHORT = "the leased rows hold too little text for one optimizer step"
 KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a client: it becomes a folder's and is logged
@@ -120,6 +123,12 @@ class Hello(_Note):
     tokenizer: str
     dataset: str
     streams: int
+
+    @classmethod
+    def of(cls, name: str, model: GPTConfig, data: TokenDataModule) -> Self:
+        """Return what this process runs; both sides say it in the same way."""
+        dataset = data.dataset.fingerprint()
+        return cls(name, code_hash(), vars(model).copy(), data.tokenizer.fingerprint, dataset, data.streams)
 
     @classmethod
     def _build(cls, plain: dict[str, Any]) -> Self:
