@@ -1,0 +1,68 @@
+"""What benchmarks read: real text with a tokenizer of the size that is asked for, kept between runs, or random tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from nanofed import runtime
+from nanofed.data.datamodule import TokenDataModule
+from nanofed.data.shards import Dataset, open_dataset, read_texts
+from nanofed.data.streams import Batch, DataState
+from nanofed.tokenizer import train_tokenizer
+from tests.benchmarks.machine import ROOT
+from tests.benchmarks.report import progress
+
+SYNTHETIC = "synthetic"
+
+
+def default_data() -> str:
+    """Return the folder of real text beside the checkout, else the name of the demo corpus."""
+    folder = ROOT.parent / "shared" / "data" / "cpp-docs"
+    return str(folder) if folder.is_dir() else "demo"
+
+
+def texts(dataset: Dataset) -> Iterator[str]:
+    """Return the training documents."""
+    for shard in dataset.train:
+        for group in range(len(shard.row_group_rows)):
+            yield from read_texts(shard, group)
+
+
+def tokenizer_folder(data: str, vocab_size: int) -> Path:
+    """Return the folder of a tokenizer trained on a corpus, of at most `vocab_size` tokens; trains it the first time."""
+    dataset = open_dataset(runtime.dataset_dir(data))
+    folder = runtime.base_dir() / "bench" / f"tokenizer_{dataset.fingerprint()[:12]}_{vocab_size}"
+    if not folder.is_dir():
+        progress(f"training a tokenizer of {vocab_size:,} on {dataset.path.name}, once")
+        tokenizer = train_tokenizer(texts(dataset), vocab_size=vocab_size)
+        temporary = folder.with_suffix(".tmp")
+        tokenizer.save(temporary)
+        temporary.rename(folder)
+    return folder
+
+
+def data_module(
+    data: str, vocab_size: int, *, sequence_len: int, device_batch_size: int, packing: str
+) -> TokenDataModule:
+    """Return the data module over a corpus, with a tokenizer of the size asked for."""
+    return TokenDataModule(
+        str(runtime.dataset_dir(data)),
+        tokenizer=str(tokenizer_folder(data, vocab_size)),
+        sequence_len=sequence_len,
+        device_batch_size=device_batch_size,
+        packing=packing,
+    )
+
+
+def random_batches(vocab_size: int, *, sequence_len: int, device_batch_size: int) -> Iterator[Batch]:
+    """Yield batches of random tokens for ever: for machines without a corpus, and to leave the data's cost out."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(8):
+        tokens = torch.randint(vocab_size, (device_batch_size, sequence_len + 1), generator=generator)
+        made.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), DataState(0, {})))
+    while True:
+        yield from made

@@ -1,0 +1,92 @@
+"""The machine's GEMM ceiling: how fast the matmuls of a model run when nothing else does."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import torch
+
+from nanofed.model import GPTConfig
+from tests.benchmarks.machine import Laps, describe
+from tests.benchmarks.report import print_json, table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST_ELEMENTS = 2**28  # of a product: the head's is cut to it
+
+
+def shapes(config: GPTConfig, tokens: int) -> list[tuple[int, int, int]]:
+    """Return (rows, columns, inner) of a model's products: projections, MLP, head, and the weight gradients of the MLP."""
+    C, V = config.n_embd, config.vocab_size
+    rows = max(1, min(tokens, MOST_ELEMENTS // max(V, 4 * C)))
+    found = [
+        (rows, C, C),
+        (rows, 4 * C, C),
+        (rows, C, 4 * C),
+        (rows, min(V, MOST_ELEMENTS // rows), C),
+        (4 * C, C, rows),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, float]:
+    """Return FLOP/s of one product on each clock: the best of as many tries as fit into `seconds`, at least three."""
+    rows, columns, inner = shape
+    a = torch.randn(rows, inner, device=device, dtype=dtype)
+    b = torch.randn(columns, inner, device=device, dtype=dtype)
+    out = torch.empty(rows, columns, device=device, dtype=dtype)
+    flops = 2.0 * rows * columns * inner
+    best = {"wall": 0.0, "cpu": 0.0}
+    laps = Laps(device)
+    torch.mm(a, b.T, out=out)
+    repeat = max(1, int(2e8 // flops)) if device.type == "cpu" else max(1, int(1e12 // flops))
+    started, tries = time.perf_counter(), 0
+    while tries < 3 or time.perf_counter() - started < seconds:
+        laps.lap("forward")
+        for _ in range(repeat):
+            torch.mm(a, b.T, out=out)
+        laps.lap("forward")
+        read = laps.read()
+        best = {clock: max(best[clock], repeat * flops / max(read[clock]["forward"], 1e-9)) for clock in best}
+        tries += 1
+    return best
+
+
+def ceiling(
+    config: GPTConfig, tokens: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.3
+) -> dict[str, dict[str, float]]:
+    """Return FLOP/s on each clock by shape; `best` is the ceiling."""
+    rates = {"x".join(map(str, shape)): rate(shape, dtype, device, seconds) for shape in shapes(config, tokens)}
+    rates["best"] = {clock: max(r[clock] for r in rates.values()) for clock in ("wall", "cpu")}
+    return rates
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bin/bench gemm", description=__doc__)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--sequence_len", type=int, default=512)
+    parser.add_argument("--device_batch_size", type=int, default=8)
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each shape")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    config = GPTConfig.from_depth(args.depth, vocab_size=args.vocab_size, sequence_len=args.sequence_len)
+    tokens = args.sequence_len * args.device_batch_size
+    rates = {name: ceiling(config, tokens, DTYPES[name], device, args.seconds) for name in args.dtype}
+    if args.json:
+        print_json({"gflops": rates, "threads": args.threads, **describe(device)})
+        return 0
+    # CPU time is of all threads together: with more than one the wall clock says how fast the machine is.
+    rows = [
+        [f"{name} {shape}", r["wall"] / 1e9, r["cpu"] * args.threads / 1e9]
+        for name, by_shape in rates.items()
+        for shape, r in by_shape.items()
+    ]
+    print(table(rows, ["product", "GFLOP/s", "by CPU time"]))
+    return 0

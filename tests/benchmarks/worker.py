@@ -1,0 +1,100 @@
+"""A process for each side, so that neither's memory, compiler or threads touch the other's; they take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tests.benchmarks.sides import Setting
+
+
+class WorkerError(RuntimeError):
+    """What a worker's own traceback says."""
+
+
+class Worker:
+    """Runs a `Training` in a fresh process and calls its methods there: `worker("steps", 5)`.
+
+    Args:
+        side: `ours` or `reference`.
+        setting: What to train.
+        environment: Variables of the process that differ from this one's.
+    """
+
+    def __init__(self, side: str, setting: Setting, environment: dict[str, str] | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, side, setting), name=f"bench-{side}")
+        with _environment({"OMP_NUM_THREADS": str(setting.threads), **(environment or {})}):
+            self._process.start()
+        theirs.close()
+
+    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method there, wait for it, and return what it returned.
+
+        Raises:
+            WorkerError: it raised, or the process died.
+        """
+        self.send(method, *args, **kwargs)
+        return self.receive()
+
+    def send(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Start a call without waiting for it."""
+        self._connection.send((method, args, kwargs))
+
+    def receive(self) -> Any:
+        """Wait for the call that was started."""
+        try:
+            ok, result = self._connection.recv()
+        except EOFError:
+            self._process.join(10)
+            raise WorkerError(f"{self._process.name} died with exit code {self._process.exitcode}") from None
+        if not ok:
+            raise WorkerError(result)
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()  # which ends its loop
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def _serve(connection: Connection, side: str, setting: Setting) -> None:
+    from tests.benchmarks.training import Training  # here, so that only this process pays for it
+
+    training: Training | None = None
+    while True:
+        try:
+            method, args, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            training = training or Training(side, setting)
+            connection.send((True, getattr(training, method)(*args, **kwargs)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
