@@ -44,20 +44,26 @@ def fit(
         ConfigError: a wrong option, or a run of that name is there already.
         DataError: no shards or no tokenizer.
     """
-    from nanofed.training.config import FitCLI
-    from nanofed.training.fit import run_fit
+    from nanofed.training.signals import Signals
 
-    return run_fit(FitCLI([*arguments(config, overrides or {}), *args]))
+    with Signals() as signals:  # before what takes seconds to import
+        from nanofed.training.config import FitCLI
+        from nanofed.training.fit import run_fit
+
+        return run_fit(FitCLI([*arguments(config, overrides or {}), *args], signals=signals))
 
 
 def validate(
     config: str | Path | None = None, *, args: Sequence[str] = (), overrides: dict[str, Any] | None = None
 ) -> float:
     """Return bits per byte of a checkpoint (`ckpt_path`, of either path) on the validation shard of the config's data."""
-    from nanofed.training.config import FitCLI
-    from nanofed.training.fit import run_validate
+    from nanofed.training.signals import Signals
 
-    return run_validate(FitCLI([*arguments(config, overrides or {}), *args], validate_only=True))
+    with Signals() as signals:
+        from nanofed.training.config import FitCLI
+        from nanofed.training.fit import run_validate
+
+        return run_validate(FitCLI([*arguments(config, overrides or {}), *args], validate_only=True, signals=signals))
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,22 @@
-"""What a run shows and keeps while the Trainer drives it: dashboard, progress, samples, checkpoints."""
+"""What a run shows and keeps while the Trainer drives it: dashboard, progress, samples."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
 
 from nanofed import runtime
-from nanofed.errors import NanofedError
 from nanofed.generation.text import generate
-from nanofed.training.checkpoint import prune_checkpoints
+from nanofed.training.losses import LossWindow, SmoothedLoss
 from nanofed.training.module import GPTModule
 from nanofed.training.run import Point, Summary
 
@@ -33,71 +33,121 @@ class Dashboard(Callback):
     """Writes nanochat's TensorBoard tags, against steps and against tokens, and the run's summary.
 
     Every scalar is written at its optimizer step (with its wall time), and validations once more under
-    `val/bpb_by_tokens` at their token count, so that runs of both paths overlay.
+    `val/bpb_by_tokens` at their token count, so that runs of both paths overlay. `train/loss` is nanochat's: a debiased moving
+    average over the steps. Validations and saves are no training time. A resumed run goes on with average, seconds and curve.
 
     Args:
         run: the run's folder.
         summary: what the run has come to so far.
         log_every: optimizer steps between two readings of the losses, which wait for the device.
+
+    Raises:
+        NonFiniteError: a step's loss or gradients are not finite; found at the next reading or save.
     """
 
     def __init__(self, run: Path, summary: Summary, log_every: int) -> None:
         self.summary = summary
+        self.tokens_per_second: float | None = None
         self._run = run
         self._log_every = max(1, log_every)
-        self._mark = 0.0  # when training time was last counted
+        self._smoothed = SmoothedLoss()
+        self._losses = LossWindow()
+        self._grad_norm = float("nan")
+        self._step = 0
+        self._mark: float | None = None  # when training time was last counted, None while it stands still
         self._window: tuple[float, int] = (0.0, 0)
-        self.last_loss: float | None = None
-        self.tokens_per_second: float | None = None
+
+    @property
+    def last_loss(self) -> float | None:
+        """The moving average as of the last reading."""
+        return self._smoothed.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on with."""
+        curve = [[point.step, point.tokens, point.seconds, point.bpb] for point in self.summary.curve]
+        smoothed = [self._smoothed.biased, self._smoothed.steps]
+        return {"seconds": self.summary.seconds, "step": self._step, "loss": smoothed, "curve": curve}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; validations that the run's folder knows of up to that step stay."""
+        known = {point.step: point for point in self.summary.curve if point.step <= state_dict["step"]}
+        known |= {point[0]: Point(*point) for point in state_dict["curve"]}
+        self.summary.curve = [known[step] for step in sorted(known)]
+        self.summary.seconds = state_dict["seconds"]
+        self._smoothed = SmoothedLoss(*state_dict["loss"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of training time."""
+        """Start the clock of training time, after a validation that the run was stopped before."""
+        module = cast(GPTModule, pl_module)
+        self._step = module.clock.step
+        self._losses.start(module.data_state)
+        due = self._step > 0 and self._step * trainer.accumulate_grad_batches % int(trainer.val_check_interval) == 0
+        missing = due and all(point.step != self._step for point in self.summary.curve)
+        if trainer.strategy.broadcast(missing, src=0):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        self._window = (self.summary.seconds, module.clock.tokens)
         self._mark = time.monotonic()
-        self._window = (self.summary.seconds, cast(GPTModule, pl_module).clock.tokens)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop it for a validation."""
-        if trainer.training:
-            self._count()
+        """Stop the clock for a validation."""
+        self._count()
+        self._mark = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let no training time pass in the block."""
+        self._count()
+        running, self._mark = self._mark is not None, None
+        try:
+            yield
+        finally:
+            self._mark = time.monotonic() if running else None
 
     def _count(self) -> None:
-        now = time.monotonic()
-        self.summary.seconds += now - self._mark
-        self._mark = now
+        if self._mark is not None:
+            now = time.monotonic()
+            self.summary.seconds += now - self._mark
+            self._mark = now
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write loss, speed and rates every `log_every` optimizer steps."""
+        """Note a full step's losses; write loss, speed and rates every `log_every` of them."""
         module = cast(GPTModule, pl_module)
         step = module.clock.step
-        if trainer.fit_loop._should_accumulate() or step % self._log_every:
+        if step == self._step:
             return
-        losses = module.pop_losses()
-        if not losses:
-            return
-        self.last_loss = float(torch.stack(losses).mean())
-        if not torch.isfinite(torch.tensor(self.last_loss)):
-            raise NanofedError(
-                f"the training loss is {self.last_loss} at step {step}: the last whole checkpoint is the newest of "
-                f"{self._run / 'checkpoints'}; lower model.recipe.lr_scale or look at the data after {module.data_state}"
-            )
-        self._count()
-        seconds, tokens = self._window
-        elapsed = self.summary.seconds - seconds
-        self.tokens_per_second = (module.clock.tokens - tokens) / elapsed if elapsed > 0 else None
-        self._window = (self.summary.seconds, module.clock.tokens)
-        self.summary.tokens = module.clock.tokens
-        writer = _writer(trainer)
-        if writer is None:
-            return
+        self._step = step
         optimizer: Any = trainer.optimizers[0]
+        self._losses.add(step, module.pop_losses(), optimizer.grad_norm, module.data_state)
+        if step % self._log_every == 0:
+            self.read_losses()
+            self._log(trainer, module, optimizer.schedule.lr_multiplier(module.clock.progress))
+
+    def read_losses(self) -> None:
+        """Read the losses of the steps since the last reading, on all ranks; waits for the device."""
+        for step in self._losses.read():
+            self._smoothed.add(step.loss)
+            self._grad_norm = step.grad_norm
+
+    def _log(self, trainer: Trainer, module: GPTModule, lr_multiplier: float) -> None:
+        self._count()
+        step, tokens = module.clock.step, module.clock.tokens
+        elapsed = self.summary.seconds - self._window[0]
+        self.tokens_per_second = (tokens - self._window[1]) / elapsed if elapsed > 0 else None
+        self._window = (self.summary.seconds, tokens)
+        self.summary.tokens = tokens
+        writer = _writer(trainer)
+        if writer is None or self.last_loss is None:
+            return
         scalars = {
             "train/loss": self.last_loss,
-            "train/tokens": module.clock.tokens,
+            "train/tokens": tokens,
             "train/seconds": self.summary.seconds,
-            "train/lr_multiplier": optimizer.schedule.lr_multiplier(module.clock.progress),
-            "train/grad_norm": float(optimizer.grad_norm),
+            "train/lr_multiplier": lr_multiplier,
+            "train/grad_norm": self._grad_norm,
         }
         if self.tokens_per_second is not None:
             scalars["train/tok_per_sec"] = self.tokens_per_second
@@ -107,26 +157,28 @@ class Dashboard(Callback):
                 scalars["train/mfu"] = flops / (peak * trainer.world_size)
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
-        writer.add_scalar("train/loss_by_tokens", self.last_loss, module.clock.tokens)
+        writer.add_scalar("train/loss_by_tokens", self.last_loss, tokens)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write bits per byte against steps and tokens, and the summary."""
+        """Write bits per byte against steps and tokens, and the summary; the clock goes on if training does."""
         module = cast(GPTModule, pl_module)
         value = float(trainer.callback_metrics["val/bpb"])
         clock = module.clock
         self.summary.add(Point(clock.step, clock.tokens, round(self.summary.seconds, 3), value))
         self.summary.tokens = clock.tokens
-        self._mark = time.monotonic()
         writer = _writer(trainer)
         if writer is not None:
             writer.add_scalar("val/bpb", value, clock.step)
             writer.add_scalar("val/bpb_by_tokens", value, clock.tokens)
         if trainer.is_global_zero:
             self.summary.write(self._run)
+        self._mark = time.monotonic() if trainer.state.fn == TrainerFn.FITTING else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the last stretch."""
+        """Count the last stretch, and look at its losses."""
+        self.read_losses()
         self._count()
+        self._mark = None
 
 
 class Progress(Callback):
@@ -203,35 +255,3 @@ class TextSamples(Callback):
         for prompt in self._prompts:
             pieces = generate(module.gpt, datamodule.tokenizer, prompt, max_tokens=self._max_tokens, temperature=0.0)
             writer.add_text(f"sample/{prompt[:40]}", prompt + "".join(pieces), module.clock.step)
-
-
-class SaveCheckpoint(Callback):
-    """Saves every n optimizer steps and at the end, and keeps the newest `keep`."""
-
-    def __init__(self, run: Path, every: int, keep: int) -> None:
-        self._folder = run / "checkpoints"
-        self._run = run
-        self._every = every
-        self._keep = keep
-        self._saved_step = -1
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save when a full optimizer step is done and its turn has come."""
-        step = cast(GPTModule, pl_module).clock.step
-        if self._every and step % self._every == 0 and not trainer.fit_loop._should_accumulate():
-            self.save(trainer, step)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, before the final validation."""
-        self.save(trainer, cast(GPTModule, pl_module).clock.step)
-
-    def save(self, trainer: Trainer, step: int) -> None:
-        """Save one checkpoint, once a step, and drop the oldest beyond `keep`."""
-        if step == self._saved_step:
-            return
-        trainer.save_checkpoint(self._folder / f"step_{step:08d}", weights_only=False)
-        self._saved_step = step
-        if trainer.is_global_zero:
-            prune_checkpoints(self._run, self._keep)

@@ -14,13 +14,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
-from nanofed.training.callbacks import Dashboard, Progress, SaveCheckpoint, TextSamples
+from nanofed.training.callbacks import Dashboard, Progress, TextSamples
 from nanofed.training.checkpoint import DirectoryCheckpointIO
+from nanofed.training.garbage import Garbage
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.parsing import parse
 from nanofed.training.recipe import Recipe
 from nanofed.training.run import Summary, check_unused, open_run
+from nanofed.training.saving import SaveCheckpoint
+from nanofed.training.signals import Signals
+from nanofed.training.stopping import Stopping
+from nanofed.training.watchdog import Limits, Watchdog
 
 # Trainer options that a run sets itself: what is asked for is said by another key.
 TAKEN = {
@@ -38,11 +43,14 @@ TAKEN = {
 class FitCLI(LightningCLI):
     """LightningCLI with the run's options; the module takes vocabulary, and the data the row length, from each other."""
 
-    def __init__(self, args: Sequence[str], *, validate_only: bool = False) -> None:
+    def __init__(self, args: Sequence[str], *, validate_only: bool = False, signals: Signals | None = None) -> None:
         self.validate_only = validate_only
+        self.signals = signals or Signals()
+        self.garbage = Garbage()
         self.run_options: RunOptions
         self.run_folder: Path | None = None
         self.dashboard: Dashboard | None = None
+        self.saver: SaveCheckpoint | None = None
         super().__init__(
             GPTModule,
             TokenDataModule,
@@ -67,6 +75,7 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's options and tie together what has one truth."""
         parser.add_class_arguments(RunOptions, None, as_group=False)
+        parser.add_class_arguments(Limits, "watchdog")
         link_model_and_data(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -93,17 +102,22 @@ class FitCLI(LightningCLI):
         """Build the Trainer with the run's callbacks, logger and checkpoint format."""
         options = self.run_options
         trainer = dict(self._get(self.config_init, "trainer", default={}))
-        callbacks = list(trainer.get("callbacks") or [])
+        self.watchdog = Watchdog(self.config_init["watchdog"])
+        callbacks = [self.watchdog, *(trainer.get("callbacks") or [])]  # first: it hears of a step before it is saved
         if self.validate_only:
             kwargs["logger"] = False
         else:
             folder = self.run_folder = options.folder
             self.dashboard = Dashboard(folder, Summary(options.name, "fit"), options.log_every)
+            self.saver = SaveCheckpoint(
+                folder, options.save_every, options.keep_checkpoints, 0, self.dashboard, self.garbage
+            )
             callbacks += [
                 self.dashboard,
                 Progress(self.dashboard),
                 TextSamples(options.sample_every, options.sample_prompts),
-                SaveCheckpoint(folder, options.save_every, options.keep_checkpoints),
+                self.saver,
+                Stopping(self.signals, self.saver),
             ]
             if trainer.get("logger") is None:
                 kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
@@ -111,13 +125,15 @@ class FitCLI(LightningCLI):
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), io]
         try:
-            return self._instantiate_trainer({**trainer, **kwargs, "callbacks": callbacks}, [])
+            built = self._instantiate_trainer({**trainer, **kwargs, "callbacks": callbacks}, [])
         except (
             MisconfigurationException,
             ValueError,
             RuntimeError,
         ) as error:  # a device that is not there, a wrong name
             raise ConfigError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+        self.watchdog.patience(built.strategy)
+        return built
 
     def open_run(self) -> None:
         """Make the run's folder, on the first rank, when all else has been checked."""

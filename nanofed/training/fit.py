@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
+from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule
 from nanofed.training.preflight import check_data_options, check_start
 from nanofed.training.run import SUMMARY, Summary, resume_checkpoint
+from nanofed.training.stopping import take_signals
 
 if TYPE_CHECKING:
     from nanofed.training.config import FitCLI
@@ -23,10 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 def run_fit(cli: FitCLI) -> Summary:
-    """Train what the CLI has built: validate, fit, save, validate."""
+    """Train what the CLI has built: validate, fit, save, validate.
+
+    Raises:
+        Stopped: SIGTERM or Ctrl-C reached `cli.signals`, and the run is saved.
+        NonFiniteError: the loss is NaN; says at which step, in which rows, and where the last good checkpoint is.
+    """
     module: GPTModule = cli.model
     data, trainer, options = cli.datamodule, cli.trainer, cli.run_options
-    assert cli.run_folder is not None and cli.dashboard is not None
+    assert cli.run_folder is not None and cli.dashboard is not None and cli.saver is not None
     accumulation = check_start(
         module,
         data,
@@ -42,17 +45,26 @@ def run_fit(cli: FitCLI) -> Summary:
     trainer.accumulate_grad_batches = accumulation
     trainer.val_check_interval = options.eval_every * accumulation  # Lightning counts micro-batches
     trainer.fit_loop.epoch_loop.max_steps = module.num_steps
-    with stopping():
+    take_signals(trainer)
+    try:
         if resume is None:
             trainer.validate(module, datamodule=data, verbose=False)
         else:
             logger.info("resuming from %s", resume)
+            cli.saver.newest = resume
             if (cli.run_folder / SUMMARY).is_file():
                 cli.dashboard.summary = Summary.read(cli.run_folder)
-        trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
+        with cli.garbage:
+            trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
         summary = cli.dashboard.summary
         if not summary.curve or summary.curve[-1].step != module.clock.step:
             trainer.validate(module, datamodule=data, verbose=False)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; {cli.saver.where()}") from error
+    except (SystemExit, KeyboardInterrupt):  # Lightning exits where it saw a KeyboardInterrupt
+        if cli.saver.newest is not None and trainer.is_global_zero:
+            logger.info("stopped after step %s; %s", f"{module.clock.step:,}", cli.saver.where())
+        raise
     return summary
 
 
@@ -63,22 +75,9 @@ def run_validate(cli: FitCLI) -> float:
         raise ConfigError("name what to validate: --ckpt_path RUN_OR_CHECKPOINT, or last for the config's own run")
     check_data_options(cli.datamodule)
     start_from(cli.model, options.folder if options.ckpt_path == "last" else options.ckpt_path)
-    with stopping():
-        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    take_signals(cli.trainer)
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     return float(cli.trainer.callback_metrics["val/bpb"])
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[None]:
-    """Let Ctrl-C end as KeyboardInterrupt and SIGTERM with exit code 143: Lightning cleans up, then exits with 1 and 0."""
-    try:
-        yield
-    except SIGTERMException as end:
-        raise SystemExit(143) from end
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from end
-        raise
 
 
 def start_from(module: GPTModule, where: str | Path) -> None:

@@ -1,0 +1,78 @@
+"""SIGTERM and Ctrl-C: at once while there is nothing to lose, else a wish that the run grants at its next full step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+HINT = b"\nfinishing this optimizer step, then saving; Ctrl-C again stops at once\n"
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop, by SIGTERM or Ctrl-C, and has: the exit code is 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+class Child(Protocol):
+    """A process that this one has started (`subprocess.Popen`)."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send it a signal, if it still runs."""
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into `received` while its block runs.
+
+    As long as `patient` is not set, a signal also ends the block there and then (SIGTERM by `Stopped`, SIGINT by
+    KeyboardInterrupt): nothing is lost by that before the first optimizer step. A second SIGINT always does. Outside the
+    main thread, where Python allows no handlers, nothing is changed.
+
+    Attributes:
+        received: number of the first signal, None before.
+        patient: only remember a signal: whoever trains looks at `received` at every full step.
+        children: other ranks that this process has started; they are told by SIGTERM, whichever signal it was, since Ctrl-C
+            reaches them from the terminal as well and must not count twice.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.patient = False
+        self.children: Sequence[Child] = ()
+        self._interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
+        # Lightning exits with 1 where it saw a KeyboardInterrupt.
+        interrupted = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+        if interrupted or (isinstance(error, Stopped) and error.number == signal.SIGINT):
+            raise KeyboardInterrupt from error
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self.received is None:
+            self.received = number
+            for child in self.children:
+                child.send_signal(signal.SIGTERM)
+            if self.patient and number == signal.SIGINT:
+                os.write(2, HINT)  # a handler may not log: it may have interrupted the log itself
+        if number == signal.SIGINT and (self._interrupts > 1 or not self.patient):
+            raise KeyboardInterrupt
+        if not self.patient:
+            raise Stopped(number)
