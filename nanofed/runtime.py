@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_STREAMS = 8
+_PARENT = os.getppid()  # on import, right after the start: whoever launched this process lives then
 
 
 def base_dir() -> Path:
@@ -82,6 +83,15 @@ def why_not_compiled() -> str | None:
 def is_first_rank() -> bool:
     """Tell whether this process is the first one of a run: what a launcher (torchrun, Lightning) announces, else yes."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
+
+
+def launcher_is_gone() -> bool:
+    """Tell whether this process is a rank whose launcher has ended: torchrun's agent, or the first rank of the node.
+
+    A first rank that a person started is nobody's child in this sense: it may outlive its terminal.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
+    return launched and os.getppid() != _PARENT
 
 
 def huggingface_endpoint() -> str:

@@ -1,0 +1,146 @@
+"""The other ranks of a run: whether those on this node live, and what any rank says it failed with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning import Trainer
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+FAILED = "nanofed/failed"  # in the ranks' store: the first failure, by which all of them end
+POLL = 0.5  # seconds between two looks
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ends: the rank that says so, the exit code for all, and one line."""
+
+    by: int
+    code: int
+    message: str
+
+
+class Peers:
+    """What one rank knows of the others.
+
+    Args:
+        trainer: with more than one rank. Lightning's own launcher, where it is used, is watched from the start on, the
+            others from `join` on.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.rank = trainer.global_rank
+        self._launcher: Any = trainer.strategy.launcher
+        self._pids: dict[int, int] = {}  # of the other ranks on this node
+        self._store: Any = None
+        self._mine: Failure | None = None
+        self._heard: Failure | None = None
+        self._wake, self._answered, self._closed = threading.Event(), threading.Event(), threading.Event()
+
+    @property
+    def children(self) -> list[subprocess.Popen[bytes]]:
+        """The ranks that this one has launched: those of its node, on the first rank under Lightning's own launcher."""
+        return list(getattr(self._launcher, "procs", ()))
+
+    def join(self, trainer: Trainer) -> None:
+        """Meet the other ranks, once the process group is there; every rank calls it.
+
+        Process ids count where they mean the same: on the same node, in the same namespace of process ids.
+        """
+        if self._store is not None:
+            return
+        store: Any = dist.distributed_c10d._get_default_store()
+        space = Path("/proc/self/ns/pid")
+        here = [trainer.node_rank, socket.gethostname(), str(space.readlink()) if space.exists() else ""]
+        store.set(f"nanofed/pid/{self.rank}", json.dumps([*here, os.getpid()]))
+        for rank in range(trainer.world_size):
+            *there, pid = json.loads(store.get(f"nanofed/pid/{rank}"))  # waits for it
+            if rank != self.rank and there == here:
+                self._pids[rank] = pid
+        self._store = store.clone()  # a connection of its own: the main thread may be waiting on the other one
+        threading.Thread(target=self._listen, name="nanofed-peers", daemon=True).start()
+
+    def _listen(self) -> None:
+        # A store whose rank is stopped answers nothing, for good: only this thread may wait for it.
+        while not self._closed.is_set():
+            try:
+                if self._mine is not None and self._heard is None:
+                    said = self._store.compare_set(FAILED, "", json.dumps(asdict(self._mine)))
+                    self._heard = Failure(**json.loads(said))
+                elif self._store.check([FAILED]):
+                    self._heard = Failure(**json.loads(self._store.get(FAILED)))
+            except RuntimeError:
+                if not self._closed.is_set():
+                    self._heard = Failure(self.rank, 1, "the rank that keeps the ranks' store has gone")
+            if self._heard is not None:
+                self._answered.set()
+                return
+            self._wake.wait(POLL)
+
+    def failure(self) -> Failure | None:
+        """Return what another rank has failed with, or that one on this node has died."""
+        return self._heard or self._died()
+
+    def _died(self) -> Failure | None:
+        children = self.children
+        for local_rank, child in enumerate(children, start=1):
+            code = child.poll()
+            if code and code not in (130, 143):  # those are ends that were asked for, of all ranks
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                return Failure(self.rank, max(code, 1), f"rank {self.rank + local_rank} {how}")
+        for rank, pid in self._pids.items() if not children else ():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return Failure(self.rank, 1, f"rank {rank} (process {pid}) has died")
+            except PermissionError:  # another user's, but there
+                continue
+        return None
+
+    def announce(self, failure: Failure) -> Failure:
+        """Tell all ranks of a failure, and return the one that was first: whose rank it is `by` is the one to say it."""
+        self._mine = failure
+        self._wake.set()
+        if self._store is not None:
+            self._answered.wait(2.0)
+        return self._heard or failure
+
+    def take_over(self) -> None:
+        """Relieve Lightning's observer of the children, which would kill this rank whatever it is about to say."""
+        if self.children:
+            for thread in threading.enumerate():
+                if isinstance(thread, _ChildProcessObserver):
+                    thread._child_processes = []
+
+    def kill(self) -> None:
+        """End the other ranks of this node at once, also those that are stopped and could not end themselves."""
+        for child in self.children:
+            child.kill()
+        for pid in self._pids.values() if not self.children else ():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+    def await_children(self, seconds: float) -> Failure | None:
+        """Wait for the ranks that this one launched to end, kill what does not, and return how one of them failed."""
+        for child in self.children:
+            try:
+                child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                return Failure(self.rank, 1, f"a rank (process {child.pid}) did not end within {seconds:.0f} s")
+        return self._died()
+
+    def close(self) -> None:
+        """Stop listening: the run is over."""
+        self._closed.set()
+        self._wake.set()
