@@ -27,6 +27,11 @@ def run_fit(cli: FitCLI) -> Summary:
         Stopped: SIGTERM or Ctrl-C reached `cli.signals`, and the run is saved.
         NonFiniteError: the loss is NaN; says at which step, in which rows, and where the last good checkpoint is.
     """
+    with cli.watchdog.over(cli.trainer):
+        return _fit(cli)
+
+
+def _fit(cli: FitCLI) -> Summary:
     module: GPTModule = cli.model
     data, trainer, options = cli.datamodule, cli.trainer, cli.run_options
     assert cli.run_folder is not None and cli.dashboard is not None and cli.saver is not None
@@ -76,7 +81,8 @@ def run_validate(cli: FitCLI) -> float:
     check_data_options(cli.datamodule)
     start_from(cli.model, options.folder if options.ckpt_path == "last" else options.ckpt_path)
     take_signals(cli.trainer)
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    with cli.watchdog.over(cli.trainer):
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     return float(cli.trainer.callback_metrics["val/bpb"])
 
 
