@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from nanofed import runtime
 from nanofed.data.prepare import prepare_demo
 from nanofed.data.rows import RowPlan
 from nanofed.data.shards import Dataset, open_dataset
-from nanofed.data.streams import Batch, DataState, TokenLoader
+from nanofed.data.streams import Batch, DataState, TokenLoader, Wait
 from nanofed.errors import DataError
 from nanofed.tokenizer import Tokenizer, load_tokenizer
 
@@ -36,6 +35,10 @@ class TokenDataModule(LightningDataModule):
         num_shards: use the first n training shards only.
         eval_tokens: tokens of the validation shard that a validation reads.
         validation_shard: file name of the validation shard; by default what `dataset.json` names, else the last by name.
+        prefetch: micro-batches that a thread makes ahead of the step; 0 makes them in the step.
+
+    Attributes:
+        wait: the seconds that training steps of this process have waited for data so far (`wait.seconds`).
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class TokenDataModule(LightningDataModule):
         num_shards: int | None = None,
         eval_tokens: int = 10_485_760,
         validation_shard: str | None = None,
+        prefetch: int = 4,
     ) -> None:
         super().__init__()
         self.path = path
@@ -60,6 +64,8 @@ class TokenDataModule(LightningDataModule):
         self.num_shards = num_shards
         self.eval_tokens = eval_tokens
         self.validation_shard = validation_shard
+        self.prefetch = prefetch
+        self.wait = Wait()
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -103,7 +109,9 @@ class TokenDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
             packing=self.packing,
+            prefetch=self.prefetch,
         )
+        loader.wait = self.wait
         if state is not None:
             loader.load_state(state)
         return loader
@@ -149,9 +157,10 @@ class ValidationLoader(Iterable[Batch]):
             streams=data.streams,
             rank=self._rank,
             world_size=self._world_size,
+            prefetch=data.prefetch,
         )
         served = 0
-        for batch in itertools.islice(loader, self._batches):
+        for batch in loader.take(self._batches):
             served += 1
             yield batch
         if served == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -43,9 +43,12 @@ class Exhausted(Exception):
 class Packer(Protocol):
     """Turns one stream of documents into rows of tokens."""
 
-    state: StreamState
     cropped_tokens: int
     delivered_tokens: int
+
+    @property
+    def state(self) -> StreamState:
+        """Where the stream stands after the last row; made when it is asked for."""
 
     def next_row(self) -> Tokens:
         """Return the next row, shape (sequence_len + 1,).
@@ -62,42 +65,48 @@ class ContiguousPacker:
     """
 
     def __init__(self, rows: Iterator[Row], read: Read, state: StreamState, sequence_len: int) -> None:
-        self.state = state
         self.cropped_tokens = 0
         self.delivered_tokens = 0
         self._rows = rows
         self._read = read
         self._length = sequence_len
-        self._documents: deque[tuple[Row, Tokens]] = deque((row, read(row)) for row in state.pending)
-        self._available = sum(len(tokens) for _, tokens in self._documents) - state.offset
+        self._start = state.position
+        self._last: Row | None = None  # the last row read
+        self._held = deque(state.pending)
+        self._documents = deque(read(row) for row in state.pending)  # of the rows held
+        self._offset = state.offset
+        self._available = sum(map(len, self._documents)) - state.offset
+
+    @property
+    def state(self) -> StreamState:
+        """Where the stream stands after the last row."""
+        return StreamState(_after(self._last, self._start), tuple(self._held), self._offset)
 
     def next_row(self) -> Tokens:
         """Return the next row, shape (sequence_len + 1,)."""
-        position = self.state.position
         while self._available < self._length + 1:
             row = next(self._rows, None)
             if row is None:
-                raise Exhausted
+                raise Exhausted  # what was read is held, and so pending in the state
             tokens = self._read(row)
-            self._documents.append((row, tokens))
+            self._last = row
+            self._held.append(row)
+            self._documents.append(tokens)
             self._available += len(tokens)
-            position = row._replace(row=row.row + 1)
-            # Kept even if the next document is missing: what was read is pending, nothing is lost or read twice.
-            self.state = replace(self.state, position=position, pending=(*self.state.pending, row))
         out = np.empty(self._length + 1, np.int32)
-        filled, offset = 0, self.state.offset
-        for _, tokens in self._documents:
+        filled, offset = 0, self._offset
+        for tokens in self._documents:
             part = tokens[offset : offset + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled, offset = filled + len(part), 0
             if filled == len(out):
                 break
-        offset = self.state.offset + self._length
-        while offset >= len(self._documents[0][1]):
-            offset -= len(self._documents.popleft()[1])
+        self._offset += self._length
+        while self._offset >= len(self._documents[0]):
+            self._offset -= len(self._documents.popleft())
+            self._held.popleft()
         self._available -= self._length
         self.delivered_tokens += self._length
-        self.state = StreamState(position, tuple(row for row, _ in self._documents), offset)
         return out
 
 
@@ -114,34 +123,43 @@ class BestFitPacker:
     def __init__(
         self, rows: Iterator[Row], read: Read, state: StreamState, sequence_len: int, *, buffer_size: int = 128
     ) -> None:
-        self.state = state
         self.cropped_tokens = 0
         self.delivered_tokens = 0
         self._rows = rows
         self._read = read
         self._length = sequence_len
         self._buffer_size = buffer_size
+        self._start = state.position
+        self._last: Row | None = None  # the last row read
         self._arrivals = 0
         self._available = 0  # tokens of all documents held
         self._by_length: list[tuple[int, int]] = []  # (tokens, arrival), sorted: best fit is a bisection
-        self._documents: dict[int, tuple[Row, Tokens]] = {}  # in order of arrival
+        self._held: dict[int, Row] = {}  # by arrival, in that order
+        self._documents: dict[int, Tokens] = {}
         for row in state.pending:
             self._add(row)
 
+    @property
+    def state(self) -> StreamState:
+        """Where the stream stands after the last row."""
+        return StreamState(_after(self._last, self._start), tuple(self._held.values()))
+
     def _add(self, row: Row) -> None:
         tokens = self._read(row)
-        self._documents[self._arrivals] = (row, tokens)
-        bisect.insort(self._by_length, (len(tokens), self._arrivals))
+        arrival = self._arrivals
+        self._held[arrival] = row
+        self._documents[arrival] = tokens
+        bisect.insort(self._by_length, (len(tokens), arrival))
         self._arrivals += 1
         self._available += len(tokens)
 
     def _refill(self, tokens: int) -> None:
-        while len(self._documents) < self._buffer_size or self._available < tokens:
+        while len(self._held) < self._buffer_size or self._available < tokens:
             row = next(self._rows, None)
             if row is None:
                 return
             self._add(row)
-            self.state = replace(self.state, position=row._replace(row=row.row + 1), pending=(*self.state.pending, row))
+            self._last = row
 
     def next_row(self) -> Tokens:
         """Return the next row, shape (sequence_len + 1,)."""
@@ -156,7 +174,8 @@ class BestFitPacker:
             # If none fits, crop the shortest.
             index = bisect.bisect_left(self._by_length, (self._by_length[index][0], -1)) if index >= 0 else 0
             size, arrival = self._by_length.pop(index)
-            _, tokens = self._documents.pop(arrival)
+            tokens = self._documents.pop(arrival)
+            del self._held[arrival]
             used = min(size, room)
             out[len(out) - room : len(out) - room + used] = tokens[:used]
             self.cropped_tokens += size - used
@@ -165,8 +184,12 @@ class BestFitPacker:
             if room:
                 self._refill(room)
         self.delivered_tokens += self._length
-        self.state = replace(self.state, pending=tuple(row for row, _ in self._documents.values()))
         return out
+
+
+def _after(last: Row | None, start: Row | None) -> Row | None:
+    """Return the next row to look at after the last one read; `start` where none was read yet."""
+    return start if last is None else last._replace(row=last.row + 1)
 
 
 PACKERS: dict[str, type[ContiguousPacker] | type[BestFitPacker]] = {

@@ -6,15 +6,19 @@ takes the rows g with g mod W = k; as W divides S, a rank owns whole streams and
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from nanofed.data.packing import PACKERS, Exhausted, Packer, StreamState, Tokens
+from nanofed.data.prefetch import Prefetcher
 from nanofed.data.rows import Row, RowPlan
 from nanofed.data.shards import Shard, read_texts
 from nanofed.errors import ConfigError
@@ -23,10 +27,8 @@ from nanofed.errors import ConfigError
 class Encoder(Protocol):
     """What streams need of a tokenizer."""
 
-    bos_token_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens."""
+    def encode_document(self, text: str) -> Tokens:
+        """Return the begin-of-sequence token and the ids of a text, shape (n + 1,)."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,12 @@ class DocumentReader:
         self._tokenizer = tokenizer
         self._size = cached_row_groups
         self._cache: OrderedDict[tuple[str, int], list[str]] = OrderedDict()
-        self._ends = {name: np.cumsum(shard.row_group_rows) for name, shard in shards.items()}
+        self._ends = {name: list(itertools.accumulate(shard.row_group_rows)) for name, shard in shards.items()}
 
     def __call__(self, row: Row) -> Tokens:
         """Return the tokens of one document, shape (n + 1,), begin-of-sequence token first."""
         ends = self._ends[row.shard]
-        group = int(np.searchsorted(ends, row.row, side="right"))
+        group = bisect.bisect_right(ends, row.row)
         key = (row.shard, group)
         if key in self._cache:
             self._cache.move_to_end(key)
@@ -122,12 +124,23 @@ class DocumentReader:
             self._cache[key] = read_texts(self._shards[row.shard], group)
             if len(self._cache) > self._size:
                 self._cache.popitem(last=False)
-        text = self._cache[key][row.row - (int(ends[group - 1]) if group else 0)]
-        return np.array([self._tokenizer.bos_token_id, *self._tokenizer.encode(text)], np.int32)
+        text = self._cache[key][row.row - (ends[group - 1] if group else 0)]
+        return self._tokenizer.encode_document(text)
+
+
+@dataclass
+class Wait:
+    """Counts the seconds that whoever iterates has waited for batches."""
+
+    seconds: float = 0.0
 
 
 class TokenLoader:
     """An endless (or, over a lease, finite) iterable of this rank's micro-batches.
+
+    With `prefetch` a thread makes them ahead. What it made and nobody took does not count: `state` is that of the last batch
+    that was taken, from which the next iteration goes on. Where CUDA is in use the batches are in pinned memory, so that
+    `Batch.to` copies them while the CPU goes on.
 
     Args:
         plan: the rows to read.
@@ -138,9 +151,15 @@ class TokenLoader:
         rank: this rank, of `world_size`.
         world_size: number of ranks; must divide `streams`.
         packing: `contiguous` or `best_fit`.
+        prefetch: micro-batches to make ahead; 0 makes each when it is asked for.
+
+    Attributes:
+        state: where the data stands after the last batch that was taken.
+        packers: of the newest iteration, by stream; with `prefetch` they are ahead of `state`.
+        wait: the seconds that iterating took: with `prefetch` those in which no batch was ready.
 
     Raises:
-        ConfigError: the ranks do not divide the streams, or the packing is unknown.
+        ConfigError: the ranks do not divide the streams, the packing is unknown, or `prefetch` is negative.
     """
 
     def __init__(
@@ -154,6 +173,7 @@ class TokenLoader:
         rank: int = 0,
         world_size: int = 1,
         packing: str = "contiguous",
+        prefetch: int = 0,
     ) -> None:
         if streams % world_size:
             fits = [w for w in range(1, streams + 1) if streams % w == 0]
@@ -164,6 +184,8 @@ class TokenLoader:
             )
         if packing not in PACKERS:
             raise ConfigError(f"data.packing={packing!r} is unknown: choose {' or '.join(PACKERS)}")
+        if prefetch < 0:
+            raise ConfigError(f"data.prefetch={prefetch} is negative: 0 makes batches in the step, 4 that many ahead")
         plan.check_streams(streams)
         self.sequence_len = sequence_len
         self.device_batch_size = device_batch_size
@@ -172,7 +194,9 @@ class TokenLoader:
         self._rank = rank
         self._world_size = world_size
         self._packing = packing
-        self._reader = DocumentReader(plan.shards, tokenizer, cached_row_groups=streams // world_size + 2)
+        self._tokenizer = tokenizer
+        self._prefetch = prefetch
+        self.wait = Wait()
         own = range(rank, streams, world_size)
         self.state = DataState(0, {stream: StreamState() for stream in own})
         self.packers: dict[int, Packer] = {}
@@ -206,31 +230,53 @@ class TokenLoader:
         self.state = DataState(state.rows, own)
 
     def __iter__(self) -> Iterator[Batch]:
-        self.packers = {
-            stream: PACKERS[self._packing](
-                iter(self._plan.walk(stream, self._streams, state.position)), self._reader, state, self.sequence_len
-            )
-            for stream, state in self.state.streams.items()
-        }
-        while True:
-            batch = self._next_batch()
-            if batch is None:
-                return
-            yield batch
+        return self.take()
 
-    def _next_batch(self) -> Batch | None:
-        # The rows of this rank, also after a resume at another number of ranks, which need not divide the rows so far.
-        first = self.state.rows + (self._rank - self.state.rows) % self._world_size
-        stop = first + self.device_batch_size * self._world_size
-        block = np.empty((self.device_batch_size, self.sequence_len + 1), np.int64)
-        try:
-            for index, row in enumerate(range(first, stop, self._world_size)):
-                block[index] = self.packers[row % self._streams].next_row()
-        except Exhausted:
-            return None  # a part of a micro-batch is not delivered: its rows stay pending in the last state
-        self.state = DataState(
-            self.state.rows + self.device_batch_size * self._world_size,
-            {stream: packer.state for stream, packer in self.packers.items()},
-        )
-        data = torch.from_numpy(block)
-        return Batch(data[:, :-1].contiguous(), data[:, 1:].contiguous(), self.state)
+    def take(self, limit: int | None = None) -> Iterator[Batch]:
+        """Yield the batches after `state`, at most `limit` of them: no more than those are made ahead."""
+        made = itertools.islice(self._make(self.state, _cuda_device()), limit)
+        with closing(Prefetcher(made, self._prefetch)) if self._prefetch else nullcontext(made) as batches:
+            while True:
+                started = time.perf_counter()
+                batch = next(batches, None)
+                self.wait.seconds += time.perf_counter() - started
+                if batch is None:
+                    return
+                self.state = batch.state
+                yield batch
+
+    def _make(self, state: DataState, cuda_device: int | None) -> Iterator[Batch]:
+        """Make the batches after `state`: no more shared with the loader than the packers, for it may be another thread."""
+        if cuda_device is not None:
+            torch.cuda.set_device(cuda_device)  # a thread begins on the first, and pinning would open it for this rank
+        own = len(state.streams)
+        reader = DocumentReader(self._plan.shards, self._tokenizer, cached_row_groups=own + 2)
+        packers: dict[int, Packer] = {
+            stream: PACKERS[self._packing](
+                iter(self._plan.walk(stream, self._streams, at.position)), reader, at, self.sequence_len
+            )
+            for stream, at in state.streams.items()
+        }
+        self.packers = packers
+        shape = (self.device_batch_size, self.sequence_len)
+        rows = state.rows
+        while True:
+            inputs = torch.empty(shape, dtype=torch.int64, pin_memory=cuda_device is not None)
+            targets = torch.empty(shape, dtype=torch.int64, pin_memory=cuda_device is not None)
+            # numpy copies: torch would start its threads for this thread anew.
+            into = zip(inputs.numpy(), targets.numpy(), strict=True)
+            # The rows of this rank, also after a resume at another number of ranks, which need not divide the rows so far.
+            first = rows + (self._rank - rows) % self._world_size
+            rows += self.device_batch_size * self._world_size
+            try:
+                for number, (row_inputs, row_targets) in zip(itertools.count(first, self._world_size), into):
+                    row = packers[number % self._streams].next_row()
+                    row_inputs[:], row_targets[:] = row[:-1], row[1:]
+            except Exhausted:
+                return  # a part of a micro-batch is not delivered: its rows stay pending in the last state
+            yield Batch(inputs, targets, DataState(rows, {stream: packer.state for stream, packer in packers.items()}))
+
+
+def _cuda_device() -> int | None:
+    """Return the device of this rank where CUDA is in use, None elsewhere; asking must not open one."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]

@@ -64,7 +64,20 @@ class Tokenizer:
         return self.vocabulary.fingerprint
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; the text of a special token in it is ordinary text.
+        """Return the ids of a text as a list; see `encode_array`."""
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    def encode_document(self, text: str) -> NDArray[np.int32]:
+        """Return what a model is trained on: the begin-of-sequence token, then the ids of the text, shape (n + 1,)."""
+        ids = self.encode_array(text)
+        document = np.empty(len(ids) + 1, np.int32)
+        document[0] = self.bos_token_id
+        document[1:] = ids
+        return document
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """Return the ids of a text, shape (n,); the text of a special token in it is ordinary text.
 
         A lone surrogate, which UTF-8 cannot express, is encoded as U+FFFD. Blanks beyond 400,000 in a row are encoded
         in pieces of that length.
@@ -76,16 +89,19 @@ class Tokenizer:
             return self._encode_piece(text)
         ends = [*(match.end() for match in _BLANKS.finditer(text)), len(text)]
         starts = [0, *ends[:-1]]
-        return [token for start, end in zip(starts, ends, strict=True) for token in self._encode_piece(text[start:end])]
+        return np.concatenate([self._encode_piece(text[start:end]) for start, end in zip(starts, ends, strict=True)])
 
-    def _encode_piece(self, text: str) -> list[int]:
+    def _encode_piece(self, text: str) -> NDArray[np.uint32]:
         try:
-            ids: list[int] = self._encoding.encode_ordinary(text)
+            # tiktoken's own array: no Python integer is made for any token.
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self._encode_piece(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # what Rust raises; it is no Exception
+            # Rust's panics are no Exception, and not every version of tiktoken makes a ValueError of them.
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
             raise DataError(f"the split pattern fails on a text of {len(text):,} characters: {error}") from None
-        return ids
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         """Return the ids of several texts, in their order; tiktoken releases the GIL, so threads run at once."""

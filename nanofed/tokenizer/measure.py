@@ -29,7 +29,7 @@ def measure_compression(tokenizer: Tokenizer, texts: Iterable[str]) -> Compressi
     """
     documents = num_bytes = num_tokens = 0
     for text in texts:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode_array(text)
         documents += 1
         num_bytes += int(tokenizer.token_bytes[ids].sum())
         num_tokens += len(ids)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from nanofed.data.packing import Tokens
 from nanofed.data.shards import Dataset, open_dataset, read_texts
 from nanofed.data.writing import write_shards
 
@@ -14,10 +17,8 @@ from nanofed.data.writing import write_shards
 class Bytes:
     """A token a byte, and 256 begins a document: ids can be counted by hand."""
 
-    bos_token_id = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode_document(self, text: str) -> Tokens:
+        return np.array([256, *text.encode()], np.int32)
 
 
 def texts(count: int, seed: int, *, longest: int = 60) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanofed.data.packing import StreamState
+from nanofed.data.packing import StreamState, Tokens
 from nanofed.data.rows import Row, RowPlan, RowRange
 from nanofed.data.shards import Dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader
@@ -33,11 +33,9 @@ ROWS = 24  # a shard
 class Numbered:
     """The text "7:12   " is the twelve tokens 700 to 711: a target says which token of which document it is."""
 
-    bos_token_id = 0
-
-    def encode(self, text: str) -> list[int]:
+    def encode_document(self, text: str) -> Tokens:
         number, length = map(int, text.split(":"))
-        return [(number + 1) * 100 + index for index in range(length)]
+        return np.array([0, *((number + 1) * 100 + index for index in range(length))], np.int32)
 
 
 def length_of(number: int) -> int:
