@@ -5,40 +5,70 @@ model.safetensors   the GPT's weights under nanochat's names, fp32
 state.pt            everything else (optimizer, data position, clocks); loads with `weights_only`
 tokenizer/          the tokenizer, so that a checkpoint can be sampled from and validated anywhere
 manifest.json       format_version, model, progress, size and SHA-256 of every file, and a checksum of itself
+
+Whoever saves catches SaveError: nothing of the new one is left, the checkpoints before it are whole, and a run may say so
+and go on (NoSpaceError, a SaveError, where the disk is full). Any other error of a save is a mistake in the program.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import os
-import shutil
+import logging
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
-from lightning.fabric.plugins.io import CheckpointIO
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from nanofed.errors import ConfigError, NanofedError
+from nanofed.errors import ConfigError
 from nanofed.model import GPTConfig
 from nanofed.tokenizer import Tokenizer
+from nanofed.tokenizer.storage import TOKENIZER_JSON, to_json
+from nanofed.tokenizer.vocabulary import Vocabulary
+from nanofed.training.checkpoint_files import CheckpointError, NoSpaceError, SaveError, written
+from nanofed.training.checkpoint_folder import MANIFEST, candidates, checkpoints, prune_checkpoints, set_aside_later
+from nanofed.training.checkpoint_tensors import storage_bytes, write_safetensors
+
+__all__ = [
+    "MANIFEST",
+    "STATE",
+    "TOKENIZER",
+    "WEIGHTS",
+    "CheckpointError",
+    "Manifest",
+    "NoSpaceError",
+    "SaveError",
+    "check_model",
+    "checkpoints",
+    "find_checkpoint",
+    "local_path",
+    "newest_whole",
+    "prune_checkpoints",
+    "read_manifest",
+    "read_state",
+    "read_weights",
+    "write_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 CHECKSUM = "checksum"  # of the manifest's other fields
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
 TOKENIZER = "tokenizer"
-PREFIX = "gpt."  # of the GPT's names in the LightningModule
-
-
-class CheckpointError(NanofedError):
-    """A checkpoint is missing, damaged, or of another kind than asked for."""
+TOKENIZER_FILE = f"{TOKENIZER}/{TOKENIZER_JSON}"
+SMALL_BYTES = 1 << 20  # of the manifest, and of what is around the tensors
+SETTLED_SECONDS = 2.0  # a file that is older has another time of change when it changes again
+_FILE_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -78,48 +108,43 @@ def write_checkpoint(
     tokens: int,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a checkpoint directory: under a temporary name beside it, renamed when it is whole.
+    """Write a checkpoint directory, all of it or nothing; one that is there under that name stays until this one is whole.
 
-    One that is there already under that name leaves its place in one rename, so that no half of it is ever found.
+    Tensors are written from where they are, one at a time: no second copy of model or optimizer is made in memory. Beside
+    a later step's checkpoint, that one is set aside: the run has gone on from an earlier one.
+
+    Raises:
+        NoSpaceError: there is too little space for it, or it ran out.
+        SaveError: its folder is gone or cannot be written; the run's folder itself is never made here.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
-    torch.save(dict(state), temporary / STATE)
-    tokenizer.save(temporary / TOKENIZER)
-    files = {
-        file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(temporary.rglob("*"))
-        if file.is_file()
-    }
-    manifest = Manifest(kind, config, step, tokens, tokenizer.fingerprint, dict(metrics or {}), files)
-    content = {**asdict(manifest), CHECKSUM: _checksum(asdict(manifest))}
-    (temporary / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
-    for file in (*files, MANIFEST):
-        _sync(temporary / file)
-    _sync(temporary)
-    old = path.with_name(f".{path.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    if path.exists():
-        path.rename(old)
-    temporary.rename(path)
-    _sync(path.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    vocabulary = _tokenizer_json(tokenizer.vocabulary)
+    needed = len(vocabulary) + SMALL_BYTES + storage_bytes(weights) + storage_bytes(state)
+    with written(path, needed) as staging:
+        with staging.file(WEIGHTS) as file:
+            write_safetensors(weights, file)
+        with staging.file(STATE) as file:
+            torch.save(dict(state), cast(IO[bytes], file))
+        with staging.file(TOKENIZER_FILE) as file:
+            file.write(vocabulary)
+        manifest = asdict(
+            Manifest(kind, config, step, tokens, tokenizer.fingerprint, dict(metrics or {}), dict(staging.files))
+        )
+        with staging.file(MANIFEST) as file:
+            file.write((json.dumps({**manifest, CHECKSUM: _checksum(manifest)}, indent=1) + "\n").encode())
+        set_aside_later(path)
 
 
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     """Read a checkpoint's manifest and, by default, hash every file against it.
 
+    A process hashes a file once for every state of it.
+
     Raises:
         CheckpointError: no manifest, another format version, or a file that is missing, truncated or altered.
     """
     try:
-        raw = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no whole checkpoint: {MANIFEST} cannot be read ({error})") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
@@ -133,19 +158,14 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
         raise CheckpointError(
             f"{path / MANIFEST} is not what was saved (its checksum differs): the checkpoint is damaged"
         )
+    _check_files(path, manifest.files)
     for name, entry in manifest.files.items() if verify else ():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{file} is missing or has another size than {MANIFEST} says: the checkpoint is damaged"
-            )
-        if _sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file} is not what was saved (SHA-256 differs): the checkpoint is damaged")
+        _verify(path / name, entry)
     return manifest
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the GPT's weights by name, fp32 on the CPU."""
+    """Read the GPT's weights by name, fp32 on the CPU; they are mapped from the file, not copied."""
     try:
         return load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -157,79 +177,59 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged file
-        raise CheckpointError(f"{path / STATE} cannot be read: {error}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "Weights only load failed" in reason:  # torch goes on with how to run the code in it
+            reason = "it holds something else than tensors and plain values, which could run code"
+        raise CheckpointError(f"{path / STATE} cannot be read: {reason}") from error
     return state
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Return a run's whole checkpoints, oldest first."""
-    folder = run / "checkpoints"
-    found = [path for path in folder.glob("*_*") if (path / MANIFEST).is_file() and not path.name.startswith(".")]
-    return sorted(found, key=lambda path: path.name)
+def local_path(where: str | Path) -> Path:
+    """Return where a checkpoint or run lies on this machine.
 
-
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of a run; 0 keeps all."""
-    for old in checkpoints(run)[:-keep] if keep else ():
-        _remove(old)
+    Raises:
+        ConfigError: a URL: checkpoints are neither fetched nor sent.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(where)):
+        raise ConfigError(f"{where} is a URL: checkpoints are read from local folders only")
+    return Path(where).expanduser()
 
 
 def find_checkpoint(where: str | Path) -> Path:
-    """Return the checkpoint that `where` means: one itself, or the newest of a run folder.
+    """Return the checkpoint that `where` means: one itself, or the newest of a run folder that verifies.
 
     Raises:
         ConfigError: a URL (a checkpoint is never fetched), or nothing there.
+        CheckpointError: the run has checkpoints, and all of them are damaged.
     """
-    if "://" in str(where):
-        raise ConfigError(f"{where} is a URL: checkpoints are read from local folders only")
-    path = Path(where).expanduser()
+    path = local_path(where)
     if (path / MANIFEST).is_file():
         return path
-    found = checkpoints(path)
-    if not found:
+    found = newest_whole(path)
+    if found is None:
         raise ConfigError(f"there is no checkpoint in {path} (name a run folder such as runs/tiny, or one checkpoint)")
-    return found[-1]
+    return found
 
 
-class DirectoryCheckpointIO(CheckpointIO):
-    """Saves and loads Lightning's checkpoint dictionary in nanofed's format."""
+def newest_whole(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run that verifies in full, None if it has none at all; damaged ones are logged.
 
-    def __init__(self, config: GPTConfig, tokenizer: Tokenizer) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write one checkpoint directory."""
-        state = dict(checkpoint)
-        weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.pop("state_dict").items()}
-        optimizer = state["optimizer_states"][0] if state.get("optimizer_states") else {"clock": {"tokens": 0}}
-        write_checkpoint(
-            Path(path),
-            kind="fit",
-            weights={name: tensor for name, tensor in weights.items() if not name.startswith("bits_per_byte.")},
-            state=state,
-            config=self._config,
-            tokenizer=self._tokenizer,
-            step=int(state["global_step"]),
-            tokens=int(optimizer["clock"]["tokens"]),
-            metrics=state.pop("metrics", None),
-        )
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read one checkpoint directory, verified, as Lightning's dictionary."""
-        manifest = read_manifest(Path(path))
-        check_model(manifest, self._config, Path(path))
-        if manifest.kind != "fit":
-            raise CheckpointError(f"{path} is a {manifest.kind} checkpoint: start from its weights with --init_from")
-        weights = {PREFIX + name: tensor for name, tensor in read_weights(Path(path)).items()}
-        return {**read_state(Path(path)), "state_dict": weights}
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete one checkpoint directory."""
-        if Path(path).exists():
-            _remove(Path(path))
+    Raises:
+        CheckpointError: all that it has are damaged.
+    """
+    damaged: list[str] = []
+    for path in reversed(candidates(run)):
+        try:
+            read_manifest(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for reason in damaged:
+            _warn_once(f"skipped: {reason}; the newest whole checkpoint is {path}")
+        return path
+    if damaged:
+        raise CheckpointError(f"{run} has no checkpoint that is whole: {'; '.join(damaged)}")
+    return None
 
 
 def check_model(manifest: Manifest, config: GPTConfig, path: Path) -> None:
@@ -240,13 +240,41 @@ def check_model(manifest: Manifest, config: GPTConfig, path: Path) -> None:
         raise ConfigError(f"{path} holds another model: {'; '.join(differing)}")
 
 
-def _remove(path: Path) -> None:
-    (path / MANIFEST).unlink(missing_ok=True)  # first: what is left of an interrupted removal is no checkpoint
-    shutil.rmtree(path)
+@functools.lru_cache(maxsize=2)
+def _tokenizer_json(vocabulary: Vocabulary) -> bytes:
+    return to_json(vocabulary).encode()  # takes seconds for a large vocabulary, and every save needs it
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _check_files(path: Path, files: Any) -> None:
+    """Refuse a manifest that lacks a file, or names one that could lie outside of the checkpoint."""
+    names = files if isinstance(files, dict) else {}
+    if missing := {WEIGHTS, STATE, TOKENIZER_FILE} - set(names):
+        raise CheckpointError(f"{path / MANIFEST} does not list {', '.join(sorted(missing))}")
+    for name, entry in names.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{path / MANIFEST} lists {name!r}, which is no name of a file in a checkpoint")
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
+            raise CheckpointError(f"{path / MANIFEST} does not give size and SHA-256 of {name}")
+
+
+def _verify(file: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        status = file.stat()
+        if status.st_size != entry["bytes"]:
+            raise CheckpointError(f"{file} has another size than {MANIFEST} says: the checkpoint is damaged")
+        if time.time_ns() - status.st_mtime_ns > SETTLED_SECONDS * 1e9:
+            digest = _settled_sha256(file, status.st_ino, status.st_mtime_ns)
+        else:
+            digest = _sha256(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}): the checkpoint is damaged") from error
+    if digest != entry["sha256"]:
+        raise CheckpointError(f"{file} is not what was saved (SHA-256 differs): the checkpoint is damaged")
+
+
+@functools.lru_cache(maxsize=64)
+def _settled_sha256(path: Path, inode: int, changed_ns: int) -> str:
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:
@@ -254,9 +282,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)  # a checkpoint is looked for more than once on the way to the first step

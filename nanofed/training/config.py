@@ -15,7 +15,7 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.training.callbacks import Dashboard, Progress, TextSamples
-from nanofed.training.checkpoint import DirectoryCheckpointIO
+from nanofed.training.checkpoint_io import DirectoryCheckpointIO
 from nanofed.training.garbage import Garbage
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
@@ -110,7 +110,7 @@ class FitCLI(LightningCLI):
             folder = self.run_folder = options.folder
             self.dashboard = Dashboard(folder, Summary(options.name, "fit"), options.log_every)
             self.saver = SaveCheckpoint(
-                folder, options.save_every, options.keep_checkpoints, 0, self.dashboard, self.garbage
+                folder, options.save_every, options.keep_checkpoints, options.keep_every, self.dashboard, self.garbage
             )
             callbacks += [
                 self.dashboard,

@@ -21,6 +21,7 @@ class RunOptions:
         eval_every: steps (rounds) between two validations.
         save_every: steps (rounds) between two checkpoints; 0 saves at the end only.
         keep_checkpoints: newest checkpoints to keep; 0 keeps all.
+        keep_every: checkpoints at multiples of so many steps (rounds) are kept besides; 0 for none.
         log_every: steps between two entries of the training loss.
         sample_every: steps (rounds) between two text samples, taken at validations; 0 takes none.
         sample_prompts: what the samples go on from.
@@ -34,6 +35,7 @@ class RunOptions:
     eval_every: int = 250
     save_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int = 0
     log_every: int = 10
     sample_every: int = 0
     sample_prompts: list[str] = field(default_factory=lambda: ["The capital of France is", "To open a file,"])
@@ -45,12 +47,15 @@ class RunOptions:
             "log_every": 1,
             "save_every": 0,
             "keep_checkpoints": 0,
+            "keep_every": 0,
             "sample_every": 0,
         }.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if not self.name or Path(self.name).name != self.name or self.name == "..":
             raise ConfigError(f"--name {self.name!r} is not a plain folder name")
+        if "://" in self.runs_dir:
+            raise ConfigError(f"--runs_dir {self.runs_dir} is a URL: runs are kept in local folders only")
         if self.overwrite and self.ckpt_path:
             raise ConfigError("--overwrite true would delete the run that --ckpt_path goes on with: give one of them")
 

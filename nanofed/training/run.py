@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.training.checkpoint import checkpoints, find_checkpoint
+from nanofed.training.checkpoint import checkpoints, find_checkpoint, newest_whole
 from nanofed.training.options import RunOptions
 
 CONFIG = "config.yaml"
@@ -113,10 +113,14 @@ def open_run(options: RunOptions, config: str) -> Path:
 
 
 def resume_checkpoint(run: Path, ckpt_path: str | None) -> Path | None:
-    """Return the checkpoint that `--ckpt_path` names: `last` is the run's newest, nothing if it has none yet."""
+    """Return the checkpoint that `--ckpt_path` names: `last` is the run's newest that verifies, nothing if it has none yet.
+
+    Raises:
+        ConfigError: there is none of that name, or it is a URL.
+        CheckpointError: the run has checkpoints, and all of them are damaged.
+    """
     if ckpt_path is None:
         return None
     if ckpt_path == "last":
-        found = checkpoints(run)
-        return found[-1] if found else None
+        return newest_whole(run)
     return find_checkpoint(ckpt_path)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
+from safetensors.torch import save as save_bytes
 
 from nanofed.errors import ConfigError
 from nanofed.model import GPT, GPTConfig
@@ -16,7 +18,6 @@ from nanofed.tokenizer import Tokenizer, train_tokenizer
 from nanofed.training.checkpoint import (
     MANIFEST,
     CheckpointError,
-    DirectoryCheckpointIO,
     check_model,
     checkpoints,
     find_checkpoint,
@@ -26,6 +27,7 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
+from nanofed.training.checkpoint_io import DirectoryCheckpointIO
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, n_embd=8)
 STATE = {"clock": {"step": 3, "tokens": 96}, "momentum": torch.arange(5.0), "name": "x", "none": None}
@@ -51,6 +53,7 @@ def weights() -> dict[str, torch.Tensor]:
 def save(tmp_path: Path, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]) -> Callable[..., Path]:
     def write(name: str = "step_00000003", **changes: Any) -> Path:
         path = tmp_path / "run" / "checkpoints" / name
+        path.parent.parent.mkdir(exist_ok=True)
         values: dict[str, Any] = {
             "kind": "fit",
             "weights": weights,
@@ -168,25 +171,28 @@ def test_a_state_that_would_run_code_is_not_read(save: Callable[..., Path]) -> N
         read_weights(path)
 
 
-@pytest.mark.parametrize("cut", ["save_file", "torch.save", "json.dumps", "_sync"])
+@pytest.mark.parametrize(
+    "cut",
+    ["checkpoint.write_safetensors", "checkpoint.torch.save", "checkpoint.json.dumps", "checkpoint_files.sync_folder"],
+)
 def test_an_interrupted_save_leaves_the_last_one(
     save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cut: str
 ) -> None:
-    run = save("step_00000001").parent.parent
+    folder = save("step_00000001").parent
 
-    def power_cut(*args: Any, **kwargs: Any) -> Any:
-        raise PowerCut
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
 
     for name in ("step_00000002", "step_00000001"):  # a new one, and the same step once more
         with monkeypatch.context() as patch:
-            patch.setattr(f"nanofed.training.checkpoint.{cut}", power_cut)
-            with pytest.raises(PowerCut):
+            patch.setattr(f"nanofed.training.{cut}", interrupt)
+            with pytest.raises(KeyboardInterrupt):
                 save(name)
-        assert [path.name for path in checkpoints(run)] == ["step_00000001"]
-        read_manifest(find_checkpoint(run))
+        assert [path.name for path in folder.iterdir()] == ["step_00000001"], "nothing else is left there"
+        read_manifest(find_checkpoint(folder.parent))
     save("step_00000002")
-    assert [path.name for path in checkpoints(run)] == ["step_00000001", "step_00000002"]
-    read_manifest(find_checkpoint(run))
+    assert [path.name for path in checkpoints(folder.parent)] == ["step_00000001", "step_00000002"]
+    read_manifest(find_checkpoint(folder.parent))
 
 
 def test_the_same_step_may_be_saved_again(save: Callable[..., Path]) -> None:
@@ -196,28 +202,100 @@ def test_the_same_step_may_be_saved_again(save: Callable[..., Path]) -> None:
     read_manifest(path)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 9])
-def test_pruning_keeps_the_newest(save: Callable[..., Path], keep: int) -> None:
-    names = [f"step_{step:08d}" for step in (2, 5, 10, 100)]
-    for name in (names[2], names[0], names[3], names[1]):
-        run = save(name).parent.parent
-    prune_checkpoints(run, keep)
-    assert [path.name for path in checkpoints(run)] == (names[-keep:] if keep else names)
+@pytest.mark.parametrize(
+    ("keep", "every", "left"),
+    [
+        (0, 0, [2, 5, 10, 100]),
+        (1, 0, [100]),
+        (2, 0, [10, 100]),
+        (9, 0, [2, 5, 10, 100]),
+        (1, 5, [5, 10, 100]),
+        (1, 2, [2, 10, 100]),
+        (2, 7, [10, 100]),
+    ],
+)
+def test_pruning_keeps_the_newest_and_every_nth(
+    save: Callable[..., Path], keep: int, every: int, left: list[int]
+) -> None:
+    for step in (2, 5, 10, 100):
+        folder = save(f"step_{step:08d}").parent
+    prune_checkpoints(folder.parent, keep, every)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{step:08d}" for step in left]
+
+
+def test_pruning_goes_by_number_and_takes_what_is_no_longer_whole(save: Callable[..., Path]) -> None:
+    for step in (9_999_999, 99_999_999, 100_000_000):
+        path = save(f"step_{step:08d}")
+    (path.parent / "step_00000003").mkdir()
+    (path.parent / "notes_4").mkdir()
+    prune_checkpoints(path.parent.parent, 2)
+    assert {path.name for path in path.parent.iterdir()} == {"step_99999999", "step_100000000", "notes_4"}
 
 
 def test_half_of_a_removed_checkpoint_is_none(save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     save("step_00000001")
     run = save("step_00000002").parent.parent
 
-    def power_cut(path: Path) -> None:
-        (path / "model.safetensors").unlink()
-        raise PowerCut
+    def power_cut(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "model.safetensors").unlink()
+            raise PowerCut
 
-    monkeypatch.setattr(shutil, "rmtree", power_cut)
-    with pytest.raises(PowerCut):
-        prune_checkpoints(run, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", power_cut)
+        with pytest.raises(PowerCut):
+            prune_checkpoints(run, 1)
     assert [path.name for path in checkpoints(run)] == ["step_00000002"]
     read_manifest(find_checkpoint(run))
+    save("step_00000003")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_a_run_that_goes_on_from_an_earlier_one_has_no_later_ones(
+    save: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the abandoned ones would be resumed, and pruning would take the one just saved for the oldest."""
+    for step in (10, 20, 30):
+        folder = save(f"step_{step:08d}").parent
+    for path in (folder / "step_00000020", folder / "step_00000030"):
+        (path / "state.pt").write_bytes(b"damaged")
+    assert find_checkpoint(folder.parent).name == "step_00000010"
+    save("step_00000015")
+    prune_checkpoints(folder.parent, 2)
+    assert [path.name for path in checkpoints(folder.parent)] == ["step_00000010", "step_00000015"]
+    assert sorted(path.name for path in (folder / "superseded").iterdir()) == ["step_00000020", "step_00000030"]
+    assert "step_00000030 is of a later step than step_00000015, which is saved now: moved to" in caplog.text
+    for step in (20, 12):
+        save(f"step_{step:08d}")
+    assert find_checkpoint(folder.parent).name == "step_00000012"
+    assert (folder / "superseded" / "step_00000020" / "state.pt").read_bytes() != b"damaged", "the later abandoned one"
+
+
+def test_weights_are_those_that_the_safetensors_library_writes(
+    save: Callable[..., Path], weights: dict[str, torch.Tensor]
+) -> None:
+    tensors = {**weights, "half": weights["lm_head.weight"].bfloat16().T, "flags": torch.tensor([True, False, True])}
+    path = save(weights=tensors)
+    theirs = load(save_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    for read in (read_weights(path), load((path / "model.safetensors").read_bytes())):
+        assert read.keys() == theirs.keys()
+        assert all(
+            torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in theirs.items()
+        )
+
+
+def test_a_state_of_all_kinds_goes_and_comes(save: Callable[..., Path]) -> None:
+    shared = torch.arange(6.0)
+    state = {
+        1: [shared, shared[2:4]],
+        "none": torch.empty(0),
+        "tuple": (1, "x"),
+        "half": torch.ones(3).half(),
+        "no": None,
+    }
+    read: dict[Any, Any] = read_state(save(state=state))
+    assert torch.equal(read[1][0], shared) and torch.equal(read[1][1], shared[2:4]) and read["none"].shape == (0,)
+    assert (read["tuple"], read["no"], read["half"].dtype) == ((1, "x"), None, torch.float16)
 
 
 def test_finding_a_checkpoint(save: Callable[..., Path], tmp_path: Path) -> None:

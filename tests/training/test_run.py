@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.training.checkpoint import CheckpointError
 from nanofed.training.options import RunOptions
 from nanofed.training.run import CONFIG, SUMMARY, Point, Summary, open_run, resume_checkpoint
+from tests.small_checkpoint import save_small
 
 
 def options(folder: Path, **changes: Any) -> RunOptions:
@@ -52,19 +54,31 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         open_run(options(tmp_path / "file"), "config")
 
 
-def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_the_newest_that_verifies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = open_run(options(tmp_path), "config")
     assert resume_checkpoint(run, None) is None
     assert resume_checkpoint(run, "last") is None, "a run that was stopped before its first checkpoint starts anew"
-    for name, whole in (("step_00000010", True), ("step_00000090", False), (".step_00000095.tmp", True)):
-        folder = run / "checkpoints" / name
-        folder.mkdir(parents=True)
-        if whole:
-            (folder / "manifest.json").write_text("{}")
-    assert resume_checkpoint(run, "last") == run / "checkpoints" / "step_00000010"
-    assert resume_checkpoint(run, str(run)) == run / "checkpoints" / "step_00000010"
+    paths = [save_small(run / "checkpoints" / f"step_{step:08d}", step, 10) for step in (10, 80, 90)]
+    (run / "checkpoints" / ".step_00000095.77.tmp").mkdir()
+    assert resume_checkpoint(run, "last") == resume_checkpoint(run, str(run)) == paths[2] and not caplog.records
+    (paths[2] / "manifest.json").unlink()
+    (paths[1] / "state.pt").write_bytes(b"")
+    for _ in range(2):
+        assert resume_checkpoint(run, "last") == resume_checkpoint(run, str(run)) == paths[0]
+    skipped = [record.getMessage() for record in caplog.records]
+    assert len(skipped) == 2, "one line a damaged one, however often they are looked for"
+    assert "step_00000090 is no whole checkpoint: manifest.json cannot be read" in skipped[0]
+    assert "step_00000080/state.pt has another size" in skipped[1] and skipped[1].endswith(f"checkpoint is {paths[0]}")
+    (paths[0] / "model.safetensors").unlink()
+    for where in ("last", str(run)):
+        with pytest.raises(
+            CheckpointError, match=r"run has no checkpoint that is whole: .*_00000090 .*_00000080/.*_00000010/"
+        ):
+            resume_checkpoint(run, where)
     with pytest.raises(ConfigError, match="is a URL"):
         resume_checkpoint(run, "https://example.org/last")
+    with pytest.raises(ConfigError, match="is a URL"):
+        options(tmp_path, runs_dir="s3://bucket/runs")
 
 
 def test_a_summary_goes_and_comes(tmp_path: Path) -> None:

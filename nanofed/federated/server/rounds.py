@@ -322,7 +322,7 @@ class RoundLoop:
             tokens=self._clock.tokens,
             metrics={} if self._last_bpb is None else {"val/bpb": self._last_bpb},
         )
-        prune_checkpoints(self._run, self._options.keep_checkpoints)
+        prune_checkpoints(self._run, self._options.keep_checkpoints, self._options.keep_every)
 
     def resume(self, path: Path) -> None:
         """Take up a saved round: weights, outer state, ledger and clock.
