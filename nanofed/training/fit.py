@@ -55,7 +55,8 @@ def _fit(cli: FitCLI) -> Summary:
         if resume is None:
             trainer.validate(module, datamodule=data, verbose=False)
         else:
-            logger.info("resuming from %s", resume)
+            if trainer.is_global_zero:
+                logger.info("resuming from %s", resume)
             cli.saver.newest = resume
             if (cli.run_folder / SUMMARY).is_file():
                 cli.dashboard.summary = Summary.read(cli.run_folder)
@@ -69,6 +70,7 @@ def _fit(cli: FitCLI) -> Summary:
     except (SystemExit, KeyboardInterrupt):  # Lightning exits where it saw a KeyboardInterrupt
         if cli.saver.newest is not None and trainer.is_global_zero:
             logger.info("stopped after step %s; %s", f"{module.clock.step:,}", cli.saver.where())
+        cli.signals.await_children()
         raise
     return summary
 

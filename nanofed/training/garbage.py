@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 
-class Garbage:
-    """Holds the cycle collector back while its block runs; `collect` is called between steps.
+class Garbage(contextlib.ContextDecorator):
+    """Holds the cycle collector back while its block, or a function that it decorates, runs; `collect` is called between steps.
 
     What is there when a block begins (modules, the model) is left out of every collection in it, so that one takes about a
     millisecond. Blocks may be nested; the outermost leaves the collector as it was found.

@@ -11,6 +11,7 @@ import torch
 from lightning import Fabric
 
 from nanofed.data.streams import Batch, DataState
+from nanofed.training.garbage import Garbage
 from nanofed.training.module import GPTModule
 
 
@@ -50,6 +51,7 @@ class LoopResult:
     exhausted: bool
 
 
+@Garbage()
 def train_steps(
     fabric: Fabric,
     module: Any,

@@ -133,6 +133,8 @@ class GPTModule(LightningModule):
         """Add where the data stands (all ranks' streams) and the random state."""
         checkpoint["data"] = self.gathered_data_state()
         checkpoint["rng"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            checkpoint["rng_cuda"] = torch.cuda.get_rng_state()
 
     def gathered_data_state(self) -> dict[str, Any] | None:
         """Return where the run's data stands, all ranks' streams joined, as plain values."""
@@ -148,3 +150,5 @@ class GPTModule(LightningModule):
         self.data_state = DataState.from_plain(plain) if plain else None
         if checkpoint.get("rng") is not None:
             torch.set_rng_state(checkpoint["rng"].cpu())
+        if checkpoint.get("rng_cuda") is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint["rng_cuda"].cpu())

@@ -164,7 +164,7 @@ class SaveCheckpoint(Callback):
         try:
             trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
-                prune_checkpoints(self._run, self._keep)
+                prune_checkpoints(self._run, self._keep, self._keep_every)
         except (OSError, CheckpointError) as error:
             failure = " ".join(str(error).split())
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait

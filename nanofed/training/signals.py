@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -25,6 +27,12 @@ class Child(Protocol):
 
     def send_signal(self, number: int, /) -> None:
         """Send it a signal, if it still runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return its exit code when it has ended."""
+
+    def kill(self) -> None:
+        """End it at once."""
 
 
 class Signals:
@@ -63,6 +71,16 @@ class Signals:
         interrupted = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
         if interrupted or (isinstance(error, Stopped) and error.number == signal.SIGINT):
             raise KeyboardInterrupt from error
+
+    def await_children(self, seconds: float = 20.0) -> None:
+        """Wait for the other ranks of a run that ends, and kill those that do not: none outlives its first rank."""
+        end = time.monotonic() + seconds
+        for child in self.children:
+            try:
+                child.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
