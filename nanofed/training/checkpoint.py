@@ -34,7 +34,14 @@ from nanofed.tokenizer import Tokenizer
 from nanofed.tokenizer.storage import TOKENIZER_JSON, to_json
 from nanofed.tokenizer.vocabulary import Vocabulary
 from nanofed.training.checkpoint_files import CheckpointError, NoSpaceError, SaveError, written
-from nanofed.training.checkpoint_folder import MANIFEST, candidates, checkpoints, prune_checkpoints, set_aside_later
+from nanofed.training.checkpoint_folder import (
+    FOLDER,
+    MANIFEST,
+    candidates,
+    checkpoints,
+    prune_checkpoints,
+    set_aside_later,
+)
 from nanofed.training.checkpoint_tensors import storage_bytes, write_safetensors
 
 __all__ = [
@@ -228,7 +235,11 @@ def newest_whole(run: Path) -> Path | None:
             _warn_once(f"skipped: {reason}; the newest whole checkpoint is {path}")
         return path
     if damaged:
-        raise CheckpointError(f"{run} has no checkpoint that is whole: {'; '.join(damaged)}")
+        briefly = [
+            reason.replace(f"{run / FOLDER}/", "").removesuffix(": the checkpoint is damaged") for reason in damaged[:3]
+        ]
+        more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise CheckpointError(f"{run / FOLDER} holds no checkpoint that is whole: {'; '.join(briefly)}{more}")
     return None
 
 

@@ -390,12 +390,15 @@ def flip(path: Path) -> None:
 def test_a_damaged_checkpoint(corpus: Corpus, runs: Path, refused: Refusal) -> None:
     for command, config in (("fit", corpus.fit), ("federate", corpus.federate)):
         weights = newest(runs / command) / "model.safetensors"
-        flip(weights)
+        for path in (runs / command / "checkpoints").iterdir():  # with one that is whole, a run goes on from that
+            flip(path / "model.safetensors")
         here = [command, "--config", str(config), f"--runs_dir={runs}"]
-        refused([*here, "--ckpt_path=last"], 1, str(weights), "SHA-256 differs")
-        refused([*here, "--name=new", f"--init_from={runs / command}"], 1, str(weights), "SHA-256 differs")
-        refused(["validate", "--config", str(corpus.fit), f"--ckpt_path={runs / command}"], 1, str(weights))
-        refused(["generate", "--checkpoint", str(runs / command), "--prompt", "x"], 1, str(weights))
+        says = (str(weights.parent.parent), f"{weights.parent.name}/model.safetensors", "SHA-256 differs")
+        refused([*here, "--ckpt_path=last"], 1, *says)
+        refused([*here, "--name=new", f"--init_from={runs / command}"], 1, *says)
+        refused(["validate", "--config", str(corpus.fit), f"--ckpt_path={runs / command}"], 1, *says)
+        refused(["generate", "--checkpoint", str(runs / command), "--prompt", "x"], 1, *says)
+        refused(["generate", "--checkpoint", str(weights.parent), "--prompt", "x"], 1, str(weights), "SHA-256 differs")
 
 
 def test_a_checkpoint_with_other_parts_damaged(corpus: Corpus, runs: Path, refused: Refusal) -> None:
@@ -406,9 +409,9 @@ def test_a_checkpoint_with_other_parts_damaged(corpus: Corpus, runs: Path, refus
     refused(here, 2, "no readable summary.json")
     summary.write_text(whole)
     state.write_bytes(state.read_bytes()[:100])
-    refused(here, 1, str(state), "another size")
+    refused(here, 1, "/".join(state.parts[-2:]), "another size")
     (newest(runs / "fit") / "manifest.json").write_text("{")
-    refused(here, 1, "manifest.json cannot be read")
+    refused(here, 1, "holds no checkpoint that is whole", "manifest.json cannot be read")
 
 
 def test_validate_without_a_checkpoint(corpus: Corpus, refused: Refusal, tmp_path: Path) -> None:

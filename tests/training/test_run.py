@@ -72,7 +72,8 @@ def test_the_last_checkpoint_is_the_newest_that_verifies(tmp_path: Path, caplog:
     (paths[0] / "model.safetensors").unlink()
     for where in ("last", str(run)):
         with pytest.raises(
-            CheckpointError, match=r"run has no checkpoint that is whole: .*_00000090 .*_00000080/.*_00000010/"
+            CheckpointError,
+            match=r"run/checkpoints holds no checkpoint that is whole: step_00000090 .*_00000080/.*_00000010/",
         ):
             resume_checkpoint(run, where)
     with pytest.raises(ConfigError, match="is a URL"):
