@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,18 @@ def why_not_compiled() -> str | None:
 def is_first_rank() -> bool:
     """Tell whether this process is the first one of a run: what a launcher (torchrun, Lightning) announces, else yes."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
+
+
+def seconds_to_hold_back() -> float:
+    """Return how long this rank keeps to itself an error that the others may have too: before the ranks have met.
+
+    The first rank does not wait, and a launcher ends all ranks of a node as soon as one has ended: then it is said once. Where
+    only other nodes have it, their first rank says it; where only this rank has it, nobody ends it before it speaks.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    if is_first_rank() or (distributed is not None and distributed.is_available() and distributed.is_initialized()):
+        return 0.0
+    return 3.0 + int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def launcher_is_gone() -> bool:

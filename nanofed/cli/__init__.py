@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 # Command -> (module with `main(argv) -> int | None`, one line of help). A module is imported only when its command runs.
@@ -70,5 +71,8 @@ def _run(args: list[str]) -> int:
     try:
         return int(module.main(args) or 0)
     except NanofedError as error:
+        from nanofed import runtime
+
+        time.sleep(runtime.seconds_to_hold_back())
         print(f"nanofed {args[0]}: {error}", file=sys.stderr)
         return error.exit_code

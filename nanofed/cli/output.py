@@ -6,6 +6,8 @@ import logging
 import sys
 import warnings
 
+from nanofed import runtime
+
 
 def show_progress() -> None:
     """Print nanofed's log lines as they are, and keep what other libraries say about themselves out of them."""
@@ -15,7 +17,7 @@ def show_progress() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("nanofed")
     ours.handlers[:] = [handler]
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.INFO if runtime.is_first_rank() else logging.ERROR)  # what all ranks say is said once
     ours.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.fabric.utilities.seed", "flwr"):
         logging.getLogger(name).setLevel(logging.WARNING)

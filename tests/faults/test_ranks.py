@@ -1,0 +1,123 @@
+"""Ranks that die, hang or fail end all ranks of the run in time, with an exit code that says so, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanofed.training.watchdog import Limits
+from tests.parity.test_paths import corpus
+from tests.ranks import TORCHRUN, Started, two_ranks
+
+__all__ = ["corpus"]  # the fixture
+
+pytestmark = pytest.mark.slow
+
+ENDLESS = ("--model.recipe.num_steps=1000000", "--eval_every=50")
+FAULTY = str(Path(__file__).with_name("faulty_fit.py"))
+STANDALONE = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+LAUNCHERS = pytest.mark.parametrize("launcher", [(), STANDALONE], ids=["lightning", "torchrun"])
+DEATH = 10.0  # seconds within which a death ends all
+
+
+def fit(launcher: tuple[str, ...]) -> list[str]:
+    return [*launcher, "-m", "nanofed", "fit"]
+
+
+@LAUNCHERS
+def test_a_killed_rank_ends_all(
+    corpus: Path, tmp_path: Path, launcher: tuple[str, ...], count: Callable[..., int]
+) -> None:
+    for turn in range(count(1, 10)):
+        command = [*fit(launcher), *two_ranks(corpus, tmp_path, f"run{turn}", *ENDLESS)]
+        with Started(command, tmp_path / "log") as run:
+            run.wait_for_step(50)
+            os.kill(run.rank(1), signal.SIGKILL)
+            assert run.wait(DEATH) == 1
+            run.assert_nothing_left(1.0)
+            assert run.output.count("rank 1 (process") + run.output.count("rank 1 was killed by SIGKILL") == 1, (
+                run.output
+            )
+
+
+@LAUNCHERS
+def test_no_orphans_of_a_killed_launcher(
+    corpus: Path, tmp_path: Path, launcher: tuple[str, ...], count: Callable[..., int]
+) -> None:
+    """The launcher is the first rank, or torchrun's agent."""
+    for turn in range(count(1, 10)):
+        command = [*fit(launcher), *two_ranks(corpus, tmp_path, f"run{turn}", *ENDLESS)]
+        with Started(command, tmp_path / "log") as run:
+            run.wait_for_step(50)
+            run.process.kill()
+            run.assert_nothing_left(DEATH)
+
+
+@LAUNCHERS
+def test_a_stopped_rank_ends_all(
+    corpus: Path, tmp_path: Path, launcher: tuple[str, ...], count: Callable[[int, int], int]
+) -> None:
+    stopped = 1 if launcher else 0  # Lightning's first rank also keeps the store of the ranks
+    more, limit = limits(count)
+    command = [*launcher, "-m", "nanofed", "fit", *two_ranks(corpus, tmp_path, "run", *ENDLESS, *more)]
+    with Started(command, tmp_path / "log") as run:
+        run.wait_for_step(50)
+        os.kill(run.rank(stopped), signal.SIGSTOP)
+        begin = time.monotonic()
+        assert run.wait(limit + 60) == (1 if launcher else -signal.SIGKILL)
+        assert_in_time(run, time.monotonic() - begin)
+
+
+@LAUNCHERS
+def test_a_rank_that_hangs_in_its_data_ends_all(
+    corpus: Path, tmp_path: Path, launcher: tuple[str, ...], count: Callable[[int, int], int]
+) -> None:
+    more, limit = limits(count)
+    command = [*launcher, FAULTY, "hang", "1", *two_ranks(corpus, tmp_path, "run", *ENDLESS, *more)]
+    with Started(command, tmp_path / "log") as run:
+        run.wait_until(lambda: "hangs\n" in run.output, "hang")
+        begin = time.monotonic()
+        assert run.wait(limit + 60) == 1
+        assert_in_time(run, time.monotonic() - begin)
+        assert re.search(r"rank 1 has made no progress .* it stands in \S+ \(", run.output), run.output
+
+
+def limits(count: Callable[[int, int], int]) -> tuple[list[str], int]:
+    """A short limit to keep it quick; in the campaign the default one."""
+    short = count(10, 0)
+    return ([f"--watchdog.step={short}"], short) if short else ([], int(Limits().step))
+
+
+def assert_in_time(run: Started, seconds: float) -> None:
+    """The limit is longer where steps are slow, as on a machine that is overloaded: then that is said."""
+    allowed = max(int(limit) for limit in re.findall(r"watchdog.step allows (\d+) s", run.output))
+    assert allowed - 2 <= seconds <= allowed + 10, f"{seconds} s\n{run.output}"
+    run.assert_nothing_left(1.0)
+
+
+def test_slow_saves_and_evaluations_kill_nothing(corpus: Path, tmp_path: Path) -> None:
+    more = ("--eval_every=4", "--save_every=4", "--watchdog.step=2")
+    with Started([FAULTY, "slow", "0", *two_ranks(corpus, tmp_path, "run", *more)], tmp_path / "log") as run:
+        assert run.wait(200) == 0, run.output
+        run.assert_nothing_left(1.0)
+        assert run.output.count("step      8/8") == 1, run.output
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "line"), [("data", 3, "shard_00001.parquet is damaged"), ("bug", 1, "ZeroDivisionError: a bug")]
+)
+@LAUNCHERS
+def test_an_error_of_one_rank_is_said_once(
+    corpus: Path, tmp_path: Path, launcher: tuple[str, ...], fault: str, code: int, line: str
+) -> None:
+    command = [*launcher, FAULTY, fault, "1", *two_ranks(corpus, tmp_path, "run", *ENDLESS)]
+    with Started(command, tmp_path / "log") as run:
+        assert run.wait(200) == (1 if launcher else code), run.output  # torchrun's own exit code is always 1
+        run.assert_nothing_left(1.0)
+        assert run.output.count(line) == 1, run.output
