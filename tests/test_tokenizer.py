@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,34 @@ def test_a_pattern_that_fails_on_a_text_is_a_data_error(tokenizer: Tokenizer) ->
         tokenizer._encode_piece(" " * 1_200_000)
     with pytest.raises(DataError, match="lower doc_cap"):
         train_tokenizer([" " * 1_200_000 + "x"], vocab_size=300, doc_cap=2_000_000)
+
+
+def test_a_document_is_an_array_of_its_ids_behind_bos(tokenizer: Tokenizer) -> None:
+    long = "x" + "\u3000 " * 700_000
+    for text in [*NASTY, *CORPUS, long, "a\ud800b", *SPECIAL_TOKENS]:
+        document = tokenizer.encode_document(text)
+        assert document.dtype == np.int32 and document.tolist() == [tokenizer.bos_token_id, *tokenizer.encode(text)]
+        if text != long:
+            assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+
+
+def test_encoding_lets_other_threads_run(tokenizer: Tokenizer) -> None:
+    text = "hello  world 123\n" * 100_000  # one call into tiktoken for all of it
+    spans: list[tuple[float, float]] = []
+
+    def encode() -> None:
+        began = time.perf_counter()
+        tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
+        spans.append((began, time.perf_counter()))
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    ticks = []
+    while thread.is_alive():
+        ticks.append(time.perf_counter())
+        time.sleep(0.001)
+    began, ended = spans[0]
+    assert sum(began < tick < ended for tick in ticks) >= 3, "batches could not be made ahead by a thread"
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])

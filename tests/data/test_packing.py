@@ -96,6 +96,64 @@ def test_best_fit_takes_the_longest_that_fits_and_crops_the_shortest() -> None:
     assert [row.row for row in packer.state.pending] == [5]
 
 
+def obvious_contiguous(docs: dict[int, Tokens], length: int) -> Iterator[tuple[list[int], int, list[int], int]]:
+    """Row, documents read, documents pending and offset, from one long list of (token, document)."""
+    stream = [(int(token), number) for number, tokens in docs.items() for token in tokens]
+    for start in range(0, len(stream) - length, length):
+        end = start + length  # its token is the last target, and the first input of the next row
+        number = stream[end][1]
+        read = number + 1
+        offset = end - stream.index((int(docs[number][0]), number))
+        yield [token for token, _ in stream[start : end + 1]], read, list(range(number, read)), offset
+
+
+def obvious_best_fit(
+    docs: dict[int, Tokens], length: int, buffer_size: int
+) -> Iterator[tuple[list[int], int, list[int], int]]:
+    """The same by looking through a list of the documents held, again for every choice."""
+    held: list[int] = []
+    read = 0
+    while True:
+        row: list[int] = []
+        while len(row) <= length:
+            room = length + 1 - len(row)
+            while read < len(docs) and (len(held) < buffer_size or sum(len(docs[n]) for n in held) < room):
+                held.append(read)
+                read += 1
+            if sum(len(docs[n]) for n in held) < room:
+                return
+            fitting = [n for n in held if len(docs[n]) <= room]
+            chosen = max(fitting, key=lambda n: len(docs[n])) if fitting else min(held, key=lambda n: len(docs[n]))
+            held.remove(chosen)  # max and min take the first of equals
+            row += docs[chosen][:room].tolist()
+        yield row, read, list(held), 0
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_rows_and_states_are_those_of_the_obvious_ways(seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    count, longest, length, buffer_size = (
+        int(chance.integers(*span)) for span in ((0, 120), (1, 60), (1, 40), (1, 20))
+    )
+    lengths = random_lengths(seed, count, longest)
+    # A begin-of-sequence token of its own for every document, so that the list of tokens can be searched.
+    docs = {n: np.array([-1 - n, *tokens[1:]], np.int32) for n, tokens in reader(lengths).items()}
+    made: list[tuple[ContiguousPacker | BestFitPacker, Iterator[tuple[list[int], int, list[int], int]]]] = [
+        (ContiguousPacker(rows(count), lambda r: docs[r.row], StreamState(), length), obvious_contiguous(docs, length)),
+        (
+            BestFitPacker(rows(count), lambda r: docs[r.row], StreamState(), length, buffer_size=buffer_size),
+            obvious_best_fit(docs, length, buffer_size),
+        ),
+    ]
+    for packer, obvious in made:
+        for row, read, pending, offset in obvious:
+            assert packer.next_row().tolist() == row
+            held = tuple(Row(0, "s", number) for number in pending)
+            assert packer.state == StreamState(Row(0, "s", read), held, offset)
+        with pytest.raises(Exhausted):
+            packer.next_row()
+
+
 @pytest.mark.parametrize("kind", [ContiguousPacker, BestFitPacker])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_state_gives_the_same_next_rows(kind: type[ContiguousPacker] | type[BestFitPacker], seed: int) -> None:
