@@ -15,6 +15,8 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.streams import Batch
 from nanofed.model import GPT, GPTConfig
 from nanofed.optim import Clock
+from nanofed.training.garbage import Garbage
+from nanofed.training.losses import LossWindow
 from nanofed.training.module import DTYPES, GPTModule
 from nanofed.training.recipe import Recipe
 from tests.benchmarks.corpus import SYNTHETIC, data_module, random_batches
@@ -75,9 +77,10 @@ class Setting:
 
 
 class Side(Protocol):
-    """A model with its optimizer."""
+    """A model with its optimizer; steps are taken inside `around`."""
 
     model: torch.nn.Module
+    around: AbstractContextManager[Any]
 
     def loss(self, batch: Batch) -> Tensor:
         """Run forward on a micro-batch that is on the device."""
@@ -85,8 +88,8 @@ class Side(Protocol):
     def update(self) -> None:
         """Take the optimizer step and drop the gradients."""
 
-    def read_loss(self) -> float:
-        """Return the mean loss since the last reading; waits for the device."""
+    def log(self, read: bool) -> None:
+        """Note a step's loss; with `read` take those since the last reading to Python, which waits for the device."""
 
     def restart(self) -> None:
         """Go back to the first weights and a new optimizer; what was compiled stays so."""
@@ -96,6 +99,7 @@ class Ours:
     """nanofed's module and optimizer, as every way of driving them uses them."""
 
     def __init__(self, setting: Setting) -> None:
+        self.around: AbstractContextManager[Any] = Garbage()
         self.module = GPTModule(
             setting.depth,
             setting.sequence_len,
@@ -112,6 +116,7 @@ class Ours:
         self._make_optimizer()
 
     def _make_optimizer(self) -> None:
+        self._losses = LossWindow()
         self.module.clock.step = self.module.clock.tokens = 0
         self.optimizer = self.module.configure_optimizers()
         if self._ns_dtype is not None:
@@ -124,12 +129,15 @@ class Ours:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def read_loss(self) -> float:
-        return float(torch.stack(self.module.pop_losses()).mean())
+    def log(self, read: bool) -> None:
+        module = self.module
+        assert self.optimizer.grad_norm is not None
+        self._losses.add(module.clock.step, module.pop_losses(), self.optimizer.grad_norm, module.data_state)
+        if read:
+            self._losses.read()
 
     def restart(self) -> None:
         self.module.gpt.init_weights(self.module.seed)
-        self.module.pop_losses()
         self._make_optimizer()
 
 
@@ -141,6 +149,7 @@ class Reference:
         auto = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtype = DTYPES.get(setting.reference_dtype, auto)
         self._setting = setting
+        self.around: AbstractContextManager[Any] = nullcontext()
         self._losses: list[Tensor] = []
         self._autocast: AbstractContextManager[Any] = nullcontext()
         self.model: torch.nn.Module = PlainGPT(setting.config)
@@ -163,9 +172,10 @@ class Reference:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def read_loss(self) -> float:
-        losses, self._losses = self._losses, []
-        return float(torch.stack(losses).mean())
+    def log(self, read: bool) -> None:
+        if read:
+            float(torch.stack(self._losses).mean())
+            self._losses.clear()
 
     def restart(self) -> None:
         setting, recipe = self._setting, self._setting.recipe

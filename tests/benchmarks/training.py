@@ -40,7 +40,8 @@ class Training:
 
     def steps(self, count: int, *, update: bool = True) -> list[Readings]:
         """Take steps and return how long each took; without `update` gradients are dropped instead."""
-        return [self._one_step(update) for _ in range(count)]
+        with self.side.around:
+            return [self._one_step(update) for _ in range(count)]
 
     def _one_step(self, update: bool) -> Readings:
         laps, accumulation = self._laps, self.setting.accumulation
@@ -59,8 +60,8 @@ class Training:
         else:
             self.side.model.zero_grad()
         laps.lap("optimizer")
-        if self._step % self.setting.log_every == 0:
-            self.side.read_loss()
+        if update:
+            self.side.log(read=self._step % self.setting.log_every == 0)
         laps.lap("logging")
         return laps.read()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -19,6 +20,9 @@ class WorkerError(RuntimeError):
 
 class Worker:
     """Runs a `Training` in a fresh process and calls its methods there: `worker("steps", 5)`.
+
+    Between calls the process is stopped (SIGSTOP): what makes batches ahead would otherwise do so, uncounted, in the time of
+    the other side.
 
     Args:
         side: `ours` or `reference`.
@@ -40,26 +44,25 @@ class Worker:
         Raises:
             WorkerError: it raised, or the process died.
         """
-        self.send(method, *args, **kwargs)
-        return self.receive()
-
-    def send(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Start a call without waiting for it."""
-        self._connection.send((method, args, kwargs))
-
-    def receive(self) -> Any:
-        """Wait for the call that was started."""
         try:
+            self._signal(signal.SIGCONT)
+            self._connection.send((method, args, kwargs))
             ok, result = self._connection.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError):
             self._process.join(10)
             raise WorkerError(f"{self._process.name} died with exit code {self._process.exitcode}") from None
+        self._signal(signal.SIGSTOP)
         if not ok:
             raise WorkerError(result)
         return result
 
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
     def close(self) -> None:
         """End the process."""
+        self._signal(signal.SIGCONT)
         self._connection.close()  # which ends its loop
         self._process.join(30)
         if self._process.is_alive():
