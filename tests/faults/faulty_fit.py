@@ -29,7 +29,8 @@ class Faulty:
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self._loader):
             if number == LATE and self._fault == "hang":
-                print("hangs", flush=True)
+                sys.stdout.write("hangs\n")
+                sys.stdout.flush()
                 time.sleep(3600)
             if number == LATE and self._fault == "data":
                 raise DataError("shard_00001.parquet is damaged")
