@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 GRACE = 4.0  # seconds between the news of a failure and the end, for ranks that end by themselves and say why
 # How torch's backends tell that the other end of a connection is not there any more.
 LOST = re.compile(
-    r"connection (was )?(closed|reset|refused)|remote process exited|socket closed|broken pipe", re.IGNORECASE
+    r"connection (was )?(closed|reset|refused)|remote process exited|communicator was aborted|socket closed|broken pipe",
+    re.IGNORECASE,
 )
 
 
@@ -111,7 +112,7 @@ class Watchdog(Callback):
 
     def _fail(self, peers: Peers, error: Exception) -> None:
         """Raise what this rank is to end with: its own error, or quietly if another one's was first."""
-        lost = LOST.search(str(error)) is not None
+        lost = isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
         if lost:  # by a rank that has failed and told, or that has died, which shows in a moment
             self._await_news(peers)
         code = getattr(error, "exit_code", 1)

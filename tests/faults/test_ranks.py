@@ -17,7 +17,7 @@ from tests.ranks import TORCHRUN, Started, two_ranks
 
 __all__ = ["corpus"]  # the fixture
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ENDLESS = ("--model.recipe.num_steps=1000000", "--eval_every=50")
 FAULTY = str(Path(__file__).with_name("faulty_fit.py"))

@@ -17,7 +17,7 @@ from tests.ranks import TORCHRUN, Started, two_ranks
 
 __all__ = ["corpus"]  # the fixture
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STANDALONE = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 FIT = ("-m", "nanofed", "fit")
