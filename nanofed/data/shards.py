@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_GROUP_BYTES = 2 << 30  # uncompressed: a row group beyond it is a decompression bomb, not text
+MAX_EXPANSION = 1000  # uncompressed over the bytes of the file; text compresses some 3 to 10 times
+PLAUSIBLE_BYTES = 256 << 20  # of a row group, however small the file: one text may stand there many times
 _REMEDY = "build one offline with `nanofed data demo`, or download text with `nanofed data download -n 8`"
 
 
@@ -144,6 +146,8 @@ def _parquet(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
             yield file, leaves.index("text")
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
+    except MemoryError as error:
+        raise DataError(f"{path} has row groups that this machine's memory does not hold: make them smaller") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{path} is truncated, damaged or not a parquet file: {reason[0][:200]}") from error
@@ -165,9 +169,10 @@ def read_shard(path: Path) -> Shard:
         raise DataError(f"{path} has no rows")
     if sum(rows) != num_rows or min(rows) < 0 or min(sizes) < 0:
         raise DataError(f"{path} is damaged: its row groups do not add up to its {num_rows:,} rows")
+    most = _most_bytes(path)
     for index, size in enumerate(sizes):
-        if size > MAX_GROUP_BYTES:
-            raise DataError(f"{path}: row group {index} declares {size:,} bytes of text, more than {MAX_GROUP_BYTES:,}")
+        if size > most:
+            raise DataError(f"{path}: row group {index} declares {size:,} bytes of text, more than {most:,}")
     return Shard(path.name, path, num_rows, rows, path.stat().st_size, sum(sizes))
 
 
@@ -203,19 +208,25 @@ def _batches(path: Path, row_group: int) -> Iterator[list[str]]:
         if row_group >= file.metadata.num_row_groups:
             raise DataError(f"{path} has only {file.metadata.num_row_groups} row groups: damaged or replaced")
         declared = file.metadata.row_group(row_group).column(column).total_uncompressed_size
-        if declared > MAX_GROUP_BYTES:
-            raise DataError(f"{path} declares {declared:,} bytes of text there, more than {MAX_GROUP_BYTES:,}")
+        most = _most_bytes(path)
+        if declared > most:
+            raise DataError(f"{path} declares {declared:,} bytes of text there, more than {most:,}")
         # Threads of Arrow's own would not survive a DataLoader's fork.
         for batch in file.iter_batches(256, row_groups=[row_group], columns=["text"], use_threads=False):
             texts = batch.column(0)
             size += texts.nbytes  # a dictionary may expand to far more than was declared
-            if size > MAX_GROUP_BYTES:
-                raise DataError(f"{path} holds more than {MAX_GROUP_BYTES:,} bytes of text there")
+            if size > most:
+                raise DataError(f"{path} holds more than {most:,} bytes of text there")
             if texts.null_count:
                 row = rows + texts.is_null().to_pylist().index(True)
                 raise DataError(f"{path} has a null instead of a text in row {row} there")
             rows += len(texts)
             yield texts.to_pylist()
+
+
+def _most_bytes(path: Path) -> int:
+    """Return how large a row group may be, uncompressed: what lies beyond is no text but made to fill the memory."""
+    return min(MAX_GROUP_BYTES, max(PLAUSIBLE_BYTES, MAX_EXPANSION * path.stat().st_size))
 
 
 @functools.lru_cache(maxsize=4096)
