@@ -148,6 +148,11 @@ def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
     return why_not is None
 
 
+def keep_compiled_code() -> None:
+    """Have torch.compile keep its kernels under `base_dir()`, where a reboot leaves them, unless a place is set already."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "inductor"))
+
+
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
 _PEAK_FLOPS = {
     "H100": 989e12,

@@ -15,8 +15,10 @@ from nanofed.data.streams import Batch, DataState
 from nanofed.errors import ConfigError
 from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.model import GPT, GPTConfig
-from nanofed.optim import Clock, MuonAdamW, parameter_groups
+from nanofed.model.attention import use_flash_attention
+from nanofed.optim import Clock, DistMuonAdamW, MuonAdamW, parameter_groups
 from nanofed.training.recipe import OCTOBER, Recipe
+from nanofed.training.strategy import ShardedStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +77,12 @@ class GPTModule(LightningModule):
         self.gpt = GPT(self.config, compute_dtype=DTYPES.get(self.compute_dtype, auto))
         if device.type != "meta":
             self.gpt.init_weights(self.seed)
+        flash = use_flash_attention() if device.type == "cuda" else None
+        if flash:
+            logger.info("attention by %s", flash)
         if runtime.should_compile(self.compile_model, device):
-            self.gpt.compile(dynamic=False)
+            runtime.keep_compiled_code()
+            self.gpt.compile(dynamic=False, fullgraph=True)
 
     def count_bytes_with(self, token_bytes: Tensor) -> None:
         """Prepare bits per byte: `token_bytes` (vocab_size,) holds the UTF-8 bytes of every token."""
@@ -127,7 +133,16 @@ class GPTModule(LightningModule):
             weight_decay=recipe.weight_decay,
             lr_scale=recipe.lr_scale,
         )
-        return MuonAdamW(groups, schedule=recipe.schedule, clock=self.clock, clip=recipe.clip or None)
+        # Under a strategy without a reducer the optimizer is what moves gradients between ranks.
+        sharded = self._trainer is not None and isinstance(self._trainer.strategy, ShardedStrategy)
+        optimizer = DistMuonAdamW if sharded else MuonAdamW
+        return optimizer(
+            groups,
+            schedule=recipe.schedule,
+            clock=self.clock,
+            clip=recipe.clip or None,
+            compiled=self.compile_model is not False,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add where the data stands (all ranks' streams) and the random state."""
