@@ -94,18 +94,20 @@ class SaveCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when a full optimizer step is done and its turn has come."""
+        """Save when a full optimizer step is done and its turn has come, or it was the last."""
         self._between_batches = True
         module = cast(GPTModule, pl_module)
         step = module.clock.step
         if step == self._step:
             return
         self._commit(module)
-        if self._every and step % self._every == 0 and step < module.num_steps:
+        if step == module.num_steps:  # a validation at that step comes after the save
+            self.save(trainer, module)
+        elif self._every and step % self._every == 0:
             self.save(trainer, module, last=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, before the final validation."""
+        """Save the end, if the data ended before the steps did."""
         self._training = False
         self.save(trainer, cast(GPTModule, pl_module))
 

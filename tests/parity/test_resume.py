@@ -2,46 +2,88 @@
 
 from __future__ import annotations
 
-import shutil
+import random
+import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from nanofed import api
-from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest, read_weights
 from nanofed.training.run import Summary
-from tests.parity.test_paths import STEPS, arguments, corpus, one_thread, trained_by_rounds
+from tests.faults.fits import STEPS, arguments, curve, fit, losses, probe, state
+from tests.parity.test_paths import arguments as path_arguments
+from tests.parity.test_paths import corpus, one_thread, trained_by_rounds
 
 __all__ = ["corpus", "one_thread"]  # the fixtures
 
+MICROS = 2 * STEPS
+PACKING = {1: "best_fit", 2: "contiguous"}  # by ranks
 
-@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
-def test_a_stopped_fit_goes_on_in_the_same_bits(corpus: Path, tmp_path: Path, packing: str) -> None:
-    args = [*arguments(corpus, tmp_path, "whole", packing), "--save_every=3", "--keep_checkpoints=0", "--log_every=1"]
-    whole = api.fit(args=[*args, "--trainer.accelerator=cpu"])
-    run = tmp_path / "whole"
-    assert [read_manifest(path).step for path in checkpoints(run)] == [3, 6, STEPS]
-    expected = read_weights(find_checkpoint(run))
 
-    stopped = tmp_path / "stopped"
-    shutil.copytree(run, stopped)
-    for path in checkpoints(stopped)[1:]:  # as if it had been killed between steps 3 and 6
-        shutil.rmtree(path)
-    args[0] = "--name=stopped"
-    resumed = api.fit(args=[*args, "--trainer.accelerator=cpu", "--ckpt_path=last"])
-    for name, weight in read_weights(find_checkpoint(stopped)).items():
-        assert torch.equal(weight, expected[name]), name
-    assert resumed.bpb_end == whole.bpb_end and resumed.tokens == whole.tokens
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["1 rank", "2 ranks"])
+def ranks(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory, ranks: int) -> Path:
+    """The run that is never stopped; its losses lie beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    args = arguments(corpus, folder, "whole", ranks=ranks, **{"data.packing": PACKING[ranks]})
+    fit([*args, probe(losses=str(folder / "losses"))], folder, ranks=ranks)
+    assert len(losses(folder / "losses")) == MICROS * ranks
+    return folder
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "killed between saves"])
+def test_a_run_stopped_three_times_is_the_run_never_stopped(
+    corpus: Path, tmp_path: Path, whole: Path, ranks: int, how: str
+) -> None:
+    seed = random.randrange(10**6)
+    dice = random.Random(seed)
+    name = f"cut with seed {seed}"
+    stopped = how == "SIGTERM"
+    args = [
+        *arguments(
+            corpus,
+            tmp_path,
+            name,
+            ranks=ranks,
+            save_every=0 if stopped else 3,
+            **{"data.packing": PACKING[ranks]},
+        ),
+        "--ckpt_path=last",  # which is nothing at first
+    ]
+    told = tmp_path / "losses"
+    for _ in range(3):
+        # On several ranks one of them is told, and all stop; a kill reaches all.
+        aim = {"signals": [signal.SIGTERM], "rank": dice.randrange(ranks)} if stopped else {"signals": [signal.SIGKILL]}
+        number = dice.randrange(3, 7) if stopped else dice.randrange(7, 9)  # of 24, less those done
+        where = probe(losses=str(told), at="micro", number=number, **aim)
+        fit([*args, where], tmp_path, ranks=ranks, code=143 if stopped else -signal.SIGKILL)
+    fit([*args, probe(losses=str(told))], tmp_path, ranks=ranks)
+
+    expected, got = losses(whole / "losses"), losses(told)
+    if stopped:  # every micro-batch is trained on once
+        assert got == expected, name
+    else:  # and those that were done again since the last save came out the same
+        assert len(got) > len(expected)
+        assert {tuple(line) for line in got} == {tuple(line) for line in expected}, name
+    first, second = state(whole / "whole"), state(tmp_path / name)
+    assert first.keys() == second.keys(), name
+    assert [key for key in first if first[key] != second[key]] == [], name
+    assert any(key.startswith("optimizer_states") for key in first) and "rng" in first and "data/rows" in first
+    assert curve(tmp_path / name) == curve(whole / "whole"), name
+    assert Summary.read(tmp_path / name).tokens == Summary.read(whole / "whole").tokens
 
 
 def test_either_path_starts_from_the_weights_of_the_other(corpus: Path, tmp_path: Path) -> None:
-    args = arguments(corpus, tmp_path, "fit", "contiguous")
+    args = path_arguments(corpus, tmp_path, "fit", "contiguous")
     first = api.fit(args=[*args, "--trainer.accelerator=cpu"])
-    args = arguments(corpus, tmp_path, "rounds", "contiguous")
+    args = path_arguments(corpus, tmp_path, "rounds", "contiguous")
     trained_by_rounds([*args, f"--init_from={tmp_path / 'fit'}"], tmp_path, "rounds", 2)
     second = Summary.read(tmp_path / "rounds")
     assert second.bpb_start == pytest.approx(first.bpb_end, abs=1e-6)
-    args = arguments(corpus, tmp_path, "again", "contiguous")
+    args = path_arguments(corpus, tmp_path, "again", "contiguous")
     third = api.fit(args=[*args, "--trainer.accelerator=cpu", f"--init_from={tmp_path / 'rounds'}"])
     assert third.bpb_start == pytest.approx(second.bpb_end, abs=1e-6)

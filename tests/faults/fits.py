@@ -1,0 +1,181 @@
+"""`nanofed fit` in real processes that start at once: forked from a server that has done the imports."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanofed import runtime
+from nanofed.training.checkpoint import WEIGHTS, find_checkpoint, read_manifest, read_state
+from nanofed.training.run import SUMMARY
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+def arguments(corpus: Path, runs: Path, name: str, **changes: object) -> list[str]:
+    """Return the options of a tiny run: accumulation 2 on one rank and on two."""
+    ranks = int(str(changes.pop("ranks", 1)))
+    options: dict[str, object] = {
+        "name": name,
+        "runs_dir": runs,
+        "eval_every": 4,
+        "save_every": 0,
+        "log_every": 3,
+        "model.depth": 1,
+        "model.sequence_len": 32,
+        "model.compile": "false",
+        "model.compute_dtype": "float32",
+        "model.recipe.batch_tokens": 512,
+        "model.recipe.num_steps": STEPS,
+        "data.path": corpus / "data",
+        "data.tokenizer": corpus / "tokenizer",
+        "data.device_batch_size": 8 // ranks,
+        "data.packing": "best_fit",
+        "data.eval_tokens": 1024,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": ranks,
+        **({"trainer.strategy": "ddp"} if ranks > 1 else {}),
+        **changes,
+    }
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def probe(**options: object) -> str:
+    """Return the option that adds the probe to the Trainer."""
+    return "--trainer.callbacks=" + json.dumps([{"class_path": "tests.faults.probe.Probe", "init_args": options}])
+
+
+def _run(args: Sequence[str], output: str, environment: dict[str, str]) -> None:
+    runtime._PARENT = os.getppid()  # it was imported by the server
+    os.setsid()
+    os.environ.update(environment)
+    for stream in (1, 2):
+        os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
+    from nanofed import cli
+
+    torch.set_num_threads(1)
+    sys.exit(cli.main(["fit", *args]))
+
+
+class Fit:
+    """A fit on some ranks, each a process in a session of its own, as torchrun starts them."""
+
+    def __init__(self, args: Sequence[str], folder: Path, *, ranks: int = 1) -> None:
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["nanofed.training.config", "nanofed.training.fit", "tests.faults.probe"])
+        self.outputs = [folder / f"output{rank}" for rank in range(ranks)]
+        self.processes: list[BaseProcess] = []
+        port = free_port()
+        for rank in range(ranks):
+            environment = {}
+            if ranks > 1:
+                environment = {
+                    "TORCHELASTIC_RUN_ID": "test",
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "GROUP_RANK": "0",
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            process = context.Process(target=_run, args=(list(args), str(self.outputs[rank]), environment), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def end(self, seconds: float = 120.0) -> list[int | None]:
+        """Wait for all ranks and return their exit codes."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        return codes
+
+    def said(self) -> str:
+        """Return what all ranks wrote, to both streams."""
+        return "".join(Path(f"{output}.{stream}").read_text() for output in self.outputs for stream in (1, 2))
+
+
+def fit(args: Sequence[str], folder: Path, *, ranks: int = 1, code: int = 0) -> str:
+    """Run a fit to its end, which must be the exit code `code` on all ranks, and return what it said."""
+    run = Fit(args, folder, ranks=ranks)
+    codes = run.end()
+    said = run.said()
+    assert codes == [code] * ranks, f"{codes}: {said}"
+    return said
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launched(command: Sequence[str], args: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start Python with `command` and the arguments of a fit as from a terminal: in a process group of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, *command, "fit", *args]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            line, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def processes_with(words: str) -> list[int]:
+    """Return the living processes in whose command line `words` stand."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if words in line and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def state(run: Path) -> dict[str, Any]:
+    """Return all that a run's newest checkpoint holds but what depends on the clock on the wall, in comparable form."""
+    path = find_checkpoint(run)
+    saved = read_state(path)
+    dashboard = saved["callbacks"]["Dashboard"]
+    del dashboard["seconds"]
+    dashboard["curve"] = [[point[0], point[1], point[3]] for point in dashboard["curve"]]
+    saved["step"], saved["weights"] = read_manifest(path).step, read_manifest(path).files[WEIGHTS]["sha256"]
+    return {"/".join(map(str, where)): value for where, value in _leaves(saved)}
+
+
+def _leaves(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _leaves(part, (*where, name))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _leaves(part, (*where, index))
+    elif isinstance(value, torch.Tensor):
+        yield where, (str(value.dtype), value.cpu().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        yield where, value
+
+
+def losses(file: Path) -> list[list[Any]]:
+    """Return what the probe wrote, in the order of ranks and steps."""
+    return sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda line: line[:2])
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """Return step and bits per byte of every validation."""
+    return [(point["step"], point["bpb"]) for point in json.loads((run / SUMMARY).read_text())["curve"]]

@@ -1,0 +1,206 @@
+"""SIGTERM and Ctrl-C at any moment: the run is saved at a full step, goes on later, and ends as if never stopped."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest
+from tests.faults.fits import STEPS, arguments, curve, fit, launched, losses, probe, processes_with, state
+from tests.parity.test_paths import corpus
+
+__all__ = ["corpus"]  # the fixture
+
+SIGNALS = pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nanofed"],
+    "Lightning": ["-m", "nanofed"],
+}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Return the run that was never stopped, on so many ranks."""
+    made: dict[int, Path] = {}
+
+    def run(ranks: int) -> Path:
+        if ranks not in made:
+            folder = tmp_path_factory.mktemp(f"whole{ranks}")
+            args = arguments(corpus, folder, "whole", ranks=ranks)
+            fit([*args, probe(losses=str(folder / "losses"))], folder, ranks=ranks)
+            made[ranks] = folder / "whole"
+        return made[ranks]
+
+    return run
+
+
+def step_of(run: Path) -> int:
+    return read_manifest(find_checkpoint(run)).step
+
+
+def goes_on_like(expected: Path, args: list[str], folder: Path, *, ranks: int = 1) -> None:
+    fit([*args, "--ckpt_path=last"], folder, ranks=ranks)
+    run = folder / "cut"
+    assert state(run) == state(expected)
+    assert curve(run) == curve(expected)
+
+
+# --- one rank
+
+
+@SIGNALS
+def test_at_a_random_moment(
+    corpus: Path,
+    tmp_path: Path,
+    whole: Callable[[int], Path],
+    count: Callable[[int, int], int],
+    number: int,
+    code: int,
+) -> None:
+    for attempt in range(count(2, 30)):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        args = arguments(corpus, folder, "cut")
+        moment = probe(at="micro", number=random.randrange(1, 16), signals=[number], late=0.03, seconds=0.01)
+        said = fit([*args, moment], folder, code=code)
+        found = checkpoints(folder / "cut")
+        if found:  # one late in the last step of a validation may come before the first
+            assert f"the last good checkpoint is {found[-1]}: go on from it with --ckpt_path last" in said
+        goes_on_like(whole(1), args, folder)
+
+
+@SIGNALS
+@pytest.mark.parametrize("micro", [3, 4], ids=["first micro-batch of a step", "second"])
+def test_the_step_under_way_is_finished(corpus: Path, tmp_path: Path, number: int, code: int, micro: int) -> None:
+    args = arguments(corpus, tmp_path, "cut")
+    told = tmp_path / "losses"
+    said = fit([*args, probe(losses=str(told), at="micro", number=micro, signals=[number])], tmp_path, code=code)
+    assert step_of(tmp_path / "cut") == 2 and len(losses(told)) == 4
+    assert said.endswith("nanofed fit: interrupted\n") == (number == signal.SIGINT)
+    assert ("Ctrl-C again stops at once" in said) == (number == signal.SIGINT)
+    assert "Traceback" not in said
+
+
+@SIGNALS
+@pytest.mark.parametrize("at_validation", [1, 2])
+def test_in_a_validation(
+    corpus: Path, tmp_path: Path, whole: Callable[[int], Path], number: int, code: int, at_validation: int
+) -> None:
+    args = arguments(corpus, tmp_path, "cut")
+    fit([*args, probe(at="validation", number=at_validation, signals=[number])], tmp_path, code=code)
+    assert step_of(tmp_path / "cut") == 4
+    assert curve(tmp_path / "cut")[-1][0] == 0, "half a validation is none"
+    goes_on_like(whole(1), args, tmp_path)
+
+
+@SIGNALS
+def test_in_the_last_step_and_after_it(
+    corpus: Path, tmp_path: Path, whole: Callable[[int], Path], number: int, code: int
+) -> None:
+    args = arguments(corpus, tmp_path, "cut")
+    fit([*args, probe(at="micro", number=2 * STEPS, signals=[number])], tmp_path, code=code)
+    assert step_of(tmp_path / "cut") == STEPS
+    goes_on_like(whole(1), args, tmp_path)
+
+
+@SIGNALS
+def test_while_it_starts(corpus: Path, tmp_path: Path, whole: Callable[[int], Path], number: int, code: int) -> None:
+    args = arguments(corpus, tmp_path, "cut")
+    said = fit([*args, probe(at="setup", signals=[number])], tmp_path, code=code)
+    assert "checkpoint" not in said
+    fit([*args, "--ckpt_path=last", probe(at="micro", number=2, signals=[number])], tmp_path, code=code)
+    assert checkpoints(tmp_path / "cut") == [], "before the first step is done there is nothing to save"
+    goes_on_like(whole(1), args, tmp_path)
+
+
+def test_ctrl_c_twice_stops_at_once_and_keeps_what_was_saved(
+    corpus: Path, tmp_path: Path, whole: Callable[[int], Path]
+) -> None:
+    args = arguments(corpus, tmp_path, "cut", save_every=2)
+    told = tmp_path / "losses"
+    twice = probe(losses=str(told), at="micro", number=7, signals=[signal.SIGINT, signal.SIGINT])
+    fit([*args, twice], tmp_path, code=130)
+    assert step_of(tmp_path / "cut") == 2 and len(losses(told)) == 7, "the second one came in the middle of step 4"
+    goes_on_like(whole(1), args, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_process_that_still_imports(corpus: Path, tmp_path: Path, count: Callable[[int, int], int]) -> None:
+    for _ in range(count(1, 10)):
+        process = launched(["-m", "nanofed"], arguments(corpus, tmp_path, "early"), tmp_path / "log")
+        time.sleep(random.uniform(0.2, 3))
+        process.terminate()
+        # Before any of our code runs, the kernel ends it: a shell calls that 143 too.
+        assert process.wait(60) in (143, -signal.SIGTERM), (tmp_path / "log").read_text()
+
+
+# --- two ranks
+
+
+@pytest.mark.slow
+@SIGNALS
+@pytest.mark.parametrize("rank", [0, 1, -1], ids=["first rank", "second rank", "all ranks"])
+def test_one_rank_or_all_are_told_and_all_stop(
+    corpus: Path,
+    tmp_path: Path,
+    whole: Callable[[int], Path],
+    count: Callable[[int, int], int],
+    number: int,
+    code: int,
+    rank: int,
+) -> None:
+    for attempt in range(count(1, 10)):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        args = arguments(corpus, folder, "cut", ranks=2)
+        moment = probe(
+            at="micro", number=random.randrange(3, 14), signals=[number], rank=rank, late=0.02, seconds=0.005
+        )
+        fit([*args, moment], folder, ranks=2, code=code)
+        goes_on_like(whole(2), args, folder, ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, -1], ids=["second rank", "all ranks"])
+def test_in_a_validation_of_two_ranks(corpus: Path, tmp_path: Path, whole: Callable[[int], Path], rank: int) -> None:
+    args = arguments(corpus, tmp_path, "cut", ranks=2)
+    moment = probe(at="validation", number=2, signals=[signal.SIGTERM], rank=rank)
+    fit([*args, moment], tmp_path, ranks=2, code=143)
+    assert step_of(tmp_path / "cut") == 4 and curve(tmp_path / "cut")[-1][0] == 0
+    goes_on_like(whole(2), args, tmp_path, ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("number", "to"), [(signal.SIGTERM, "parent"), (signal.SIGINT, "terminal")], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_under_both_launchers(
+    corpus: Path,
+    tmp_path: Path,
+    whole: Callable[[int], Path],
+    count: Callable[[int, int], int],
+    launcher: str,
+    number: int,
+    to: str,
+) -> None:
+    for attempt in range(count(1, 10)):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        args = arguments(corpus, folder, "cut", ranks=2)
+        moment = probe(at="micro", number=random.randrange(3, 14), signals=[number], to=to, rank=1)
+        process = launched(LAUNCHERS[launcher], [*args, moment], folder / "log")
+        code = process.wait(200)
+        said = (folder / "log").read_text()
+        # torchrun tells its workers and then ends with a code of its own
+        assert code == (128 + number if launcher == "Lightning" else 1), said
+        end = time.monotonic() + 10
+        while (left := processes_with(str(folder))) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert left == [], said
+        goes_on_like(whole(2), args, folder, ranks=2)
