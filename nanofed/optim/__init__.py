@@ -3,5 +3,6 @@
 from nanofed.optim.groups import parameter_groups
 from nanofed.optim.optimizer import MuonAdamW
 from nanofed.optim.schedule import Clock, Schedule
+from nanofed.optim.sharded import DistMuonAdamW
 
-__all__ = ["Clock", "MuonAdamW", "Schedule", "parameter_groups"]
+__all__ = ["Clock", "DistMuonAdamW", "MuonAdamW", "Schedule", "parameter_groups"]

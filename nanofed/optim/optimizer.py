@@ -36,6 +36,7 @@ class MuonAdamW(torch.optim.Optimizer):
         clip: Greatest global gradient norm, None for no clipping.
         ns_dtype: What Newton–Schulz runs in; by default bf16 where the parameters' device multiplies it natively, else
             fp32.
+        compiled: Compile Newton–Schulz on a GPU.
 
     Attributes:
         grad_norm: Global gradient norm of the last step before clipping, a tensor on the device (reading it waits for
@@ -53,6 +54,7 @@ class MuonAdamW(torch.optim.Optimizer):
         clock: Clock,
         clip: float | None = 1.0,
         ns_dtype: torch.dtype | None = None,
+        compiled: bool = True,
     ) -> None:
         if clip is not None and clip <= 0:
             raise ConfigError(f"optimizer: clip must be positive or null, not {clip!r}")
@@ -60,6 +62,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.clock = clock
         self.clip = clip
         self.ns_dtype = ns_dtype
+        self.compiled = compiled
         self.grad_norm: Tensor | None = None
         super().__init__(param_groups, defaults={})
 
@@ -94,10 +97,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
         self._clip_gradients()
         multiplier = self.schedule.lr_multiplier(self.clock.progress)
-        momentum = self.schedule.momentum(self.clock.step)
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-            self._update(group, momentum)
+        self._update_all(self.schedule.momentum(self.clock.step))
         self.clock.advance()
         return loss
 
@@ -119,11 +121,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own keeps three attributes only, so a copy would come out without schedule and clock
-        mine = {name: getattr(self, name) for name in ("schedule", "clock", "clip", "ns_dtype", "grad_norm")}
+        mine = {
+            name: getattr(self, name) for name in ("schedule", "clock", "clip", "ns_dtype", "compiled", "grad_norm")
+        }
         return {**super().__getstate__(), **mine}
 
-    # Sharding over ranks goes into the two methods below: reduce-scatter before the norm and the norm's own reduction
-    # in the first, the update of what this rank owns and the all-gather in the second.
+    # Sharding over ranks replaces the two methods that follow.
 
     def _clip_gradients(self) -> None:
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -131,12 +134,21 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.clip is not None and parameters:
             clip_grads_with_norm_(parameters, self.clip, self.grad_norm)
 
-    def _update(self, group: dict[str, Any], momentum: float) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
+    def _update_all(self, momentum: float) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            self._update(group, params, [p.grad for p in params], [self.state[p] for p in params], momentum)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+        momentum: float,
+    ) -> None:
         if not params:
             return
-        grads = [p.grad for p in params]
-        states = [self.state[p] for p in params]
         if group["kind"] == "adamw":
             adamw_update(
                 params,
@@ -148,7 +160,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
             )
         else:
-            ns_dtype = self.ns_dtype or runtime.default_compute_dtype(params[0].device)
             muon_update(
-                params, grads, states, lr=group["lr"], momentum=momentum, ns_steps=group["ns_steps"], ns_dtype=ns_dtype
+                params,
+                grads,
+                states,
+                lr=group["lr"],
+                momentum=momentum,
+                ns_steps=group["ns_steps"],
+                ns_dtype=self.ns_dtype or runtime.default_compute_dtype(params[0].device),
+                compiled=self.compiled and params[0].is_cuda,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nanofed.training.run import Summary, check_unused, open_run
 from nanofed.training.saving import SaveCheckpoint
 from nanofed.training.signals import Signals
 from nanofed.training.stopping import Stopping
+from nanofed.training.strategy import automatic
 from nanofed.training.watchdog import Limits, Watchdog
 
 # Trainer options that a run sets itself: what is asked for is said by another key.
@@ -125,6 +127,10 @@ class FitCLI(LightningCLI):
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), io]
         try:
+            if trainer["strategy"] == "auto":
+                kwargs["strategy"] = automatic(
+                    **{name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
+                )
             built = self._instantiate_trainer({**trainer, **kwargs, "callbacks": callbacks}, [])
         except (
             MisconfigurationException,
@@ -135,10 +141,15 @@ class FitCLI(LightningCLI):
         self.watchdog.patience(built.strategy)
         return built
 
+    @cached_property
+    def resolved_config(self) -> str:
+        """Every key of the run with its value, YAML."""
+        return str(self.parser.dump(self.config, skip_link_targets=False))
+
     def open_run(self) -> None:
         """Make the run's folder, on the first rank, when all else has been checked."""
         if runtime.is_first_rank():
-            open_run(self.run_options, self.parser.dump(self.config, skip_link_targets=False))
+            open_run(self.run_options, self.resolved_config)
 
 
 def run_options(config: Any) -> RunOptions:
