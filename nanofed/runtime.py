@@ -95,7 +95,7 @@ def seconds_to_hold_back() -> float:
     distributed: Any = sys.modules.get("torch.distributed")
     if is_first_rank() or (distributed is not None and distributed.is_available() and distributed.is_initialized()):
         return 0.0
-    return 3.0 + int(os.environ.get("LOCAL_RANK", "0"))
+    return 10.0 + int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def launcher_is_gone() -> bool:

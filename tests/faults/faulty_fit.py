@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -28,9 +30,11 @@ class Faulty:
 
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self._loader):
-            if number == LATE and self._fault == "hang":
+            if number == LATE and self._fault in ("hang", "stop"):
                 sys.stdout.write("hangs\n")
                 sys.stdout.flush()
+                if self._fault == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 time.sleep(3600)
             if number == LATE and self._fault == "data":
                 raise DataError("shard_00001.parquet is damaged")

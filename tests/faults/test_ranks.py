@@ -13,7 +13,7 @@ import pytest
 
 from nanofed.training.watchdog import Limits
 from tests.parity.test_paths import corpus
-from tests.ranks import TORCHRUN, Started, two_ranks
+from tests.ranks import TORCHRUN, Started, in_time, two_ranks
 
 __all__ = ["corpus"]  # the fixture
 
@@ -39,8 +39,8 @@ def test_a_killed_rank_ends_all(
         with Started(command, tmp_path / "log") as run:
             run.wait_for_step(50)
             os.kill(run.rank(1), signal.SIGKILL)
-            assert run.wait(DEATH) == 1
-            run.assert_nothing_left(1.0)
+            assert run.wait(in_time(DEATH)) == 1
+            run.assert_nothing_left(in_time(1))
             assert run.output.count("rank 1 (process") + run.output.count("rank 1 was killed by SIGKILL") == 1, (
                 run.output
             )
@@ -56,36 +56,33 @@ def test_no_orphans_of_a_killed_launcher(
         with Started(command, tmp_path / "log") as run:
             run.wait_for_step(50)
             run.process.kill()
-            run.assert_nothing_left(DEATH)
+            run.assert_nothing_left(in_time(DEATH))
 
 
-@LAUNCHERS
-def test_a_stopped_rank_ends_all(
-    corpus: Path, tmp_path: Path, launcher: tuple[str, ...], count: Callable[[int, int], int]
-) -> None:
-    stopped = 1 if launcher else 0  # Lightning's first rank also keeps the store of the ranks
-    more, limit = limits(count)
-    command = [*launcher, "-m", "nanofed", "fit", *two_ranks(corpus, tmp_path, "run", *ENDLESS, *more)]
-    with Started(command, tmp_path / "log") as run:
-        run.wait_for_step(50)
-        os.kill(run.rank(stopped), signal.SIGSTOP)
-        begin = time.monotonic()
-        assert run.wait(limit + 60) == (1 if launcher else -signal.SIGKILL)
-        assert_in_time(run, time.monotonic() - begin)
-
-
-@LAUNCHERS
-def test_a_rank_that_hangs_in_its_data_ends_all(
-    corpus: Path, tmp_path: Path, launcher: tuple[str, ...], count: Callable[[int, int], int]
+# Under Lightning's launcher the first rank keeps the store in which the ranks tell each other what has failed.
+@pytest.mark.parametrize(
+    ("launcher", "fault", "rank", "code"),
+    [((), "hang", 1, 1), ((), "stop", 0, -signal.SIGKILL), (STANDALONE, "hang", 0, 1), (STANDALONE, "stop", 1, 1)],
+    ids=["lightning-data", "lightning-stopped", "torchrun-data", "torchrun-stopped"],
+)
+def test_a_hanging_rank_ends_all(
+    corpus: Path,
+    tmp_path: Path,
+    launcher: tuple[str, ...],
+    fault: str,
+    rank: int,
+    code: int,
+    count: Callable[[int, int], int],
 ) -> None:
     more, limit = limits(count)
-    command = [*launcher, FAULTY, "hang", "1", *two_ranks(corpus, tmp_path, "run", *ENDLESS, *more)]
+    command = [*launcher, FAULTY, fault, str(rank), *two_ranks(corpus, tmp_path, "run", *ENDLESS, *more)]
     with Started(command, tmp_path / "log") as run:
         run.wait_until(lambda: "hangs\n" in run.output, "hang")
         begin = time.monotonic()
-        assert run.wait(limit + 60) == 1
+        assert run.wait(limit + 60) == code, run.output
         assert_in_time(run, time.monotonic() - begin)
-        assert re.search(r"rank 1 has made no progress .* it stands in \S+ \(", run.output), run.output
+        if fault == "hang":
+            assert re.search(rf"rank {rank} has made no progress .* it stands in \S+ \(", run.output), run.output
 
 
 def limits(count: Callable[[int, int], int]) -> tuple[list[str], int]:
@@ -97,15 +94,15 @@ def limits(count: Callable[[int, int], int]) -> tuple[list[str], int]:
 def assert_in_time(run: Started, seconds: float) -> None:
     """The limit is longer where steps are slow, as on a machine that is overloaded: then that is said."""
     allowed = max(int(limit) for limit in re.findall(r"watchdog.step allows (\d+) s", run.output))
-    assert allowed - 2 <= seconds <= allowed + 10, f"{seconds} s\n{run.output}"
-    run.assert_nothing_left(1.0)
+    assert allowed - 2 <= seconds <= allowed + in_time(10), f"{seconds} s\n{run.output}"
+    run.assert_nothing_left(in_time(1))
 
 
 def test_slow_saves_and_evaluations_kill_nothing(corpus: Path, tmp_path: Path) -> None:
     more = ("--eval_every=4", "--save_every=4", "--watchdog.step=2")
     with Started([FAULTY, "slow", "0", *two_ranks(corpus, tmp_path, "run", *more)], tmp_path / "log") as run:
         assert run.wait(200) == 0, run.output
-        run.assert_nothing_left(1.0)
+        run.assert_nothing_left(in_time(1))
         assert run.output.count("step      8/8") == 1, run.output
 
 
@@ -119,5 +116,5 @@ def test_an_error_of_one_rank_is_said_once(
     command = [*launcher, FAULTY, fault, "1", *two_ranks(corpus, tmp_path, "run", *ENDLESS)]
     with Started(command, tmp_path / "log") as run:
         assert run.wait(200) == (1 if launcher else code), run.output  # torchrun's own exit code is always 1
-        run.assert_nothing_left(1.0)
+        run.assert_nothing_left(in_time(1))
         assert run.output.count(line) == 1, run.output

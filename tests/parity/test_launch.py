@@ -13,7 +13,7 @@ import torch
 
 from nanofed.training.checkpoint import find_checkpoint, read_manifest, read_weights
 from tests.parity.test_paths import STEPS, corpus
-from tests.ranks import TORCHRUN, Started, two_ranks
+from tests.ranks import TORCHRUN, Started, in_time, two_ranks
 
 __all__ = ["corpus"]  # the fixture
 
@@ -39,7 +39,7 @@ def test_every_launcher_ends_in_the_same_bits(corpus: Path, tmp_path: Path) -> N
     for name, launcher in zip(names, [(), STANDALONE], strict=False):
         with Started([*launcher, *FIT, *two_ranks(corpus, tmp_path, name)], tmp_path / f"{name}.log") as run:
             assert run.wait(200) == 0, run.output
-            run.assert_nothing_left(1.0)
+            run.assert_nothing_left(in_time(1))
             check_words(run.output, name)
     with ExitStack() as stack:
         nodes = two_nodes(stack, two_ranks(corpus, tmp_path, "nodes"), tmp_path)
@@ -66,10 +66,10 @@ def test_a_rank_that_dies_on_one_node_ends_both(corpus: Path, tmp_path: Path) ->
         first.wait_until(lambda: any("step     50/" in node.output for node in nodes), "step 50")
         dying = next(node for node in nodes if 1 in node.processes().values())
         os.kill(dying.rank(1), signal.SIGKILL)
-        codes = [node.wait(10) for node in nodes]
+        codes = [node.wait(in_time(10)) for node in nodes]
         assert 0 not in codes, codes
         for node in nodes:
-            node.assert_nothing_left(1.0)
+            node.assert_nothing_left(in_time(1))
         said = "".join(node.output for node in nodes)
         assert said.count("all ranks end") == 1, said
 
@@ -80,5 +80,5 @@ def test_a_wrong_option_is_said_once(corpus: Path, tmp_path: Path, launcher: tup
     with Started([*launcher, *FIT, *arguments], tmp_path / "log") as run:
         assert run.wait(100) == (1 if launcher else 2), run.output  # torchrun's own exit code is always 1
         assert run.output.count("nanofed fit: ") == 1, run.output
-        run.assert_nothing_left(1.0)
+        run.assert_nothing_left(in_time(1))
     assert not (tmp_path / "run").exists()
