@@ -1,0 +1,162 @@
+"""The memory that a training run will need, told before it starts: pure functions of its sizes, and what a machine has.
+
+Counted from what the code keeps, not fitted: every tensor that autograd saves in a block (`saved_tensors_hooks` shows the
+list, `tests/training/measure_memory.py`), the head's chunks, the optimizer's states and its temporaries. What allocators
+keep beyond that is one factor, calibrated there on measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from nanofed.model import GPTConfig
+from nanofed.model.attention import BLOCKED_LONGEST
+from nanofed.model.blocked_attention import BLOCK
+from nanofed.model.loss import chunk_rows
+from nanofed.optim.muon import STACK_ELEMENTS
+
+MASTER_BYTES = 4  # weights, gradients and optimizer states are fp32
+MIB = 2**20
+# A process that has imported everything and opened its data; on CUDA the context and its libraries.
+FLOOR_BYTES = {"cpu": 600 * MIB, "cuda": 1024 * MIB}
+# Freed blocks that do not fit what is asked for next. glibc keeps all of them (`runtime.keep_freed_memory`).
+SLACK = {"cpu": 1.25, "cuda": 1.1}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device (on CPU: of one rank), by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    communication: int
+    activations: int
+    head: int
+    update: int
+    floor: int
+    accumulates: bool
+    slack: float
+
+    @property
+    def peak(self) -> int:
+        """The most at once: all activations and the head, or all gradients and the optimizer's temporaries.
+
+        Gradients of earlier micro-batches are there while the next one's activations are.
+        """
+        micro_batch = self.activations + self.head + (self.gradients if self.accumulates else 0)
+        moving = max(micro_batch, self.gradients + self.update)
+        return self.floor + self.weights + self.optimizer + self.communication + int(self.slack * moving)
+
+    def __str__(self) -> str:
+        """Name every part, the largest first."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("accumulates", "slack")}
+        named = sorted(((size, name) for name, size in parts.items() if size >= 50 * MIB), reverse=True)
+        return ", ".join(f"{name} {format_bytes(size)}" for size, name in named)
+
+
+def estimate_memory(
+    config: GPTConfig,
+    *,
+    device_batch_size: int,
+    compute_dtype: torch.dtype,
+    compiled: bool,
+    device: str,
+    accumulation: int = 1,
+    ranks: int = 1,
+    sharded: bool = True,
+    clients: int = 1,
+) -> MemoryEstimate:
+    """Estimate the peak of a training run on one device.
+
+    Args:
+        config: the sizes of the model.
+        device_batch_size: rows of `config.sequence_len` tokens a micro-batch.
+        compute_dtype: of activations and matmuls.
+        compiled: whether the model is compiled.
+        device: `cpu` or `cuda`.
+        accumulation: micro-batches an optimizer step.
+        ranks: that share a step.
+        sharded: whether the optimizer's states are divided over the ranks (ZeRO-2), or whole on each (`ddp`).
+        clients: that take turns on the model and keep an optimizer state each.
+    """
+    masters = MASTER_BYTES * config.num_parameters
+    tables = (
+        MASTER_BYTES * 2 * config.num_embedding_parameters
+    )  # embedding and head: AdamW, two states; the rest Muon, one
+    owners = ranks if sharded else 1
+    communication = 0 if ranks == 1 else masters // ranks if sharded else masters  # received parts, or DDP's buckets
+    return MemoryEstimate(
+        weights=masters,
+        gradients=masters,
+        optimizer=clients * (masters + tables) // owners,
+        communication=communication,
+        activations=activation_bytes(
+            config, device_batch_size=device_batch_size, compute_dtype=compute_dtype, compiled=compiled, device=device
+        ),
+        head=head_bytes(
+            config,
+            rows=device_batch_size * config.sequence_len,
+            compute_dtype=compute_dtype,
+            compiled=compiled,
+            device=device,
+        ),
+        update=update_bytes(config, ns_dtype=compute_dtype, owners=owners),
+        floor=FLOOR_BYTES[device],
+        accumulates=accumulation > 1,
+        slack=SLACK[device],
+    )
+
+
+def activation_bytes(
+    config: GPTConfig, *, device_batch_size: int, compute_dtype: torch.dtype, compiled: bool, device: str
+) -> int:
+    """Return the bytes that all blocks keep of a micro-batch for the backward pass.
+
+    A block saves for each token: its input, the residual after attention and both normed (4 widths); queries and keys
+    before and after their norm, values, the mixed values; MLP's activations before and after squaring (8 widths). Eager it
+    saves queries and keys before the rotation too, and in bf16 fp32 copies of what is normed. The whole attention matrix
+    is never kept; the blocked kernel on CPU keeps its causal half. In bf16 the matrices' casts are kept.
+    """
+    tokens = device_batch_size * config.sequence_len
+    size = compute_dtype.itemsize
+    queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    elements = 4 * config.n_embd + 3 * queries + 3 * keys + 8 * config.n_embd
+    if not compiled:
+        elements += queries + keys if compute_dtype == torch.float32 else 2 * config.n_embd + queries + keys
+    saved = tokens * elements * size
+    if device == "cpu" and config.sequence_len <= BLOCKED_LONGEST.get(compute_dtype, 0):
+        pairs = config.sequence_len * (config.sequence_len + BLOCK) // 2
+        saved += device_batch_size * config.n_head * pairs * size
+    residual = tokens * config.n_embd * (size + (MASTER_BYTES if size != MASTER_BYTES else 0))  # of the embedding
+    matrices = config.num_parameters - 2 * config.num_embedding_parameters
+    casts = matrices * size if compute_dtype != torch.float32 else 0
+    # Backward, a block's gradients live beside what it saved: those of the MLP's two activations, the residual's.
+    working = tokens * 9 * config.n_embd * size
+    return config.n_layer * saved + residual + casts + working
+
+
+def head_bytes(config: GPTConfig, *, rows: int, compute_dtype: torch.dtype, compiled: bool, device: str) -> int:
+    """Return the bytes of the loss head: a chunk of logits, and the gradients that it makes together with the loss."""
+    size = compute_dtype.itemsize
+    weight = MASTER_BYTES * config.num_embedding_parameters
+    cast = config.num_embedding_parameters * size if compute_dtype != torch.float32 else 0
+    logits = chunk_rows(rows, config.vocab_size, device) * config.vocab_size
+    each = 2 * size + (0 if compiled else 3 * MASTER_BYTES)  # logits and their gradients; eager in fp32 thrice between
+    return logits * each + 2 * weight + cast + 2 * rows * config.n_embd * size
+
+
+def update_bytes(config: GPTConfig, *, ns_dtype: torch.dtype, owners: int) -> int:
+    """Return the bytes of the optimizer's largest temporaries: Newton–Schulz of a stack, or AdamW's denominators."""
+    layer = 4 * config.n_embd**2  # elements of an MLP matrix, the largest shape
+    stacked = max(layer, min(STACK_ELEMENTS, config.n_layer * layer // owners))
+    newton_schulz = 5 * stacked * ns_dtype.itemsize  # its input twice, Gram matrix and polynomial, output
+    adamw = 2 * MASTER_BYTES * config.num_embedding_parameters // owners
+    return max(newton_schulz, adamw)
+
+
+def format_bytes(size: int) -> str:
+    """Write a size in GB, or MB below one."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

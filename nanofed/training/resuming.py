@@ -1,0 +1,132 @@
+"""A run that goes on under another config than it began with: which fields differ, and which of them may."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanofed.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# What a step computes, from which rows: with another value the run is another one. A name stands for all keys below it.
+ARITHMETIC = (
+    "seed_everything",
+    "model",
+    "data",
+    "federation",
+    "trainer.overfit_batches",
+    "trainer.limit_train_batches",
+)
+SHAPE = ("model.depth", "model.sequence_len")  # no weights fit another one
+# Where it ends: rates follow the new horizon from the step of the checkpoint on.
+HORIZON = (
+    *(f"model.recipe.{name}" for name in ("num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")),
+    "federation.rounds",
+)
+# How the same sums are computed, on what, what is measured and how long is waited: below the names in ARITHMETIC.
+FREE = (
+    "model.compile",
+    "model.seed",  # follows seed_everything
+    "data.device_batch_size",
+    "data.sequence_len",  # follows model.sequence_len
+    "data.eval_tokens",
+    "data.tokenizer",  # its fingerprint counts, not its folder
+    "federation.round_seconds",
+    "federation.client_speeds",
+    "federation.message_timeout",
+    "federation.max_failed_rounds",
+)
+# Says how to start, not what to train.
+UNCOMPARED = ("config", "name", "runs_dir", "overwrite", "force", "ckpt_path", "init_from")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field of two configs: its dotted key, its value in the run so far and in the one that is to go on."""
+
+    key: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        """Write `key there -> here`."""
+        return f"{self.key} {_plain(self.there)} -> {_plain(self.here)}"
+
+
+def check_resumed_config(there: Path, here: str, *, force: bool) -> None:
+    """Compare a run's saved config with the one it is to go on with; list what differs in the log.
+
+    Args:
+        there: `config.yaml` of the run that the checkpoint belongs to.
+        here: the resolved config, YAML.
+        force: go on where a field differs that makes it another run.
+
+    Raises:
+        ConfigError: such a field differs and `force` is not given; names all of them.
+    """
+    try:
+        saved = yaml.safe_load(there.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        logger.warning("there is no %s: what the checkpoint was trained with is not compared", there)
+        return
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{there} cannot be read, so it cannot be compared: {error}") from error
+    if not isinstance(saved, Mapping):
+        raise ConfigError(f"{there} is no config of a run: it holds no mapping of keys to values")
+    differing = differences(saved, yaml.safe_load(here))
+    refused = [d for d in differing if _is_arithmetic(d.key)]
+    if refused:
+        listed = "; ".join(map(str, refused))
+        if not force:
+            other = (
+                ""
+                if any(d.key in SHAPE for d in refused)
+                else ", start another run with --init_from, or pass --force true"
+            )
+            raise ConfigError(f"{there} differs in what is trained (there -> here): {listed}: take its values{other}")
+        logger.warning("forced: the run goes on as another one (there -> here): %s", listed)
+    allowed = [d for d in differing if d not in refused]
+    for found, meaning in (
+        ([d for d in allowed if _below(d.key, HORIZON)], "the horizon changes, and with it the rates from here on"),
+        (
+            [d for d in allowed if not _below(d.key, HORIZON)],
+            "options that change no more of the training than its rounding",
+        ),
+    ):
+        if found:
+            logger.info("%s (there -> here): %s", meaning, "; ".join(map(str, found)))
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:
+    """Return the fields that differ, by key; what only one config knows (of another version, say) has no counterpart."""
+    a, b = dict(_flat(there)), dict(_flat(here))
+    return [
+        Difference(k, a[k], b[k]) for k in sorted(a.keys() & b.keys()) if a[k] != b[k] and not _below(k, UNCOMPARED)
+    ]
+
+
+def _is_arithmetic(key: str) -> bool:
+    return _below(key, ARITHMETIC) and not _below(key, HORIZON) and not _below(key, FREE)
+
+
+def _below(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _plain(value: object) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
