@@ -41,6 +41,8 @@ def checkpoints(run: Path) -> list[Path]:
 def prune_checkpoints(run: Path, keep: int, every: int = 0) -> None:
     """Delete all but the newest `keep` checkpoints of a run, and those of every `every`-th step or round.
 
+    One that cannot be deleted is logged: that is no reason to take the save before it for a failed one.
+
     Args:
         run: the run's folder.
         keep: newest ones to keep; 0 keeps all.
@@ -51,7 +53,10 @@ def prune_checkpoints(run: Path, keep: int, every: int = 0) -> None:
     newest = checkpoints(run)[-keep:]
     for path in candidates(run):
         if path not in newest and not (every and number_of(path) % every == 0):
-            discard(path)
+            try:
+                discard(path)
+            except OSError as error:
+                logger.warning("%s is not needed any more, and cannot be deleted: %s", path, error.strerror)
 
 
 def set_aside_later(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 _NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000  # of unshare(2)
-_PRIVATE = 0x00044000  # of mount(2): MS_REC | MS_PRIVATE
+_PRIVATE, _REMOUNT, _READ_ONLY = 0x00044000, 0x20, 0x1  # of mount(2); the first is MS_REC | MS_PRIVATE
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -70,24 +70,30 @@ def _call(send: Connection, function: Callable[..., Any], *args: object) -> None
         send.send(("failed", traceback.format_exc()))
 
 
-def mount_disk(folder: Path, size: str, options: str = "") -> None:
-    """Mount an empty disk of a size at a folder, or change its options, for this process only: it ends with it.
+def mount_disk(folder: Path, size: str, change: str = "") -> None:
+    """Mount an empty disk of a size at a folder, for this process only: it ends with it.
+
+    Args:
+        folder: where.
+        size: in bytes, or with a letter behind it.
+        change: `ro` makes the disk that is there read-only, anything else gives it the size.
 
     Raises:
         NoDiskError: neither a privileged process nor one of a user namespace may mount here.
     """
+    if change:
+        _mount("tmpfs", folder, "tmpfs", _REMOUNT | (_READ_ONLY if change == "ro" else 0), f"size={size}")
+        return
     user, group = os.getuid(), os.getgid()
-    if not options and _LIBC.unshare(_NEW_MOUNTS) != 0:
+    if _LIBC.unshare(_NEW_MOUNTS) != 0:
         if _LIBC.unshare(_NEW_MOUNTS | _NEW_USER) != 0:
             raise NoDiskError(f"unshare: {os.strerror(ctypes.get_errno())}")
         with contextlib.suppress(OSError):
             Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    if not options:
-        _mount("none", Path("/"), "none", _PRIVATE, "")
-    flags = 0x21 if options == "ro" else 0  # MS_REMOUNT | MS_RDONLY
-    _mount("tmpfs", folder, "tmpfs", flags, f"size={size}")
+    _mount("none", Path("/"), "none", _PRIVATE, "")
+    _mount("tmpfs", folder, "tmpfs", 0, f"size={size}")
 
 
 def _mount(source: str, folder: Path, kind: str, flags: int, options: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanofed import cli
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import (
     MANIFEST,
@@ -29,10 +32,15 @@ from nanofed.training.checkpoint import (
     prune_checkpoints,
     read_manifest,
     read_state,
+    read_weights,
 )
 from tests.faults.children import call, mount_disk, start
+from tests.faults.fits import arguments
 from tests.faults.saves import die_everywhere, reported, save_forever, step
+from tests.parity.test_paths import corpus
 from tests.small_checkpoint import number_in, save_small
+
+__all__ = ["corpus"]  # the fixture
 
 Snapshot = dict[str, tuple[int, bytes]]
 
@@ -198,6 +206,41 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert call(_fill_a_disk, tmp_path) > 10
 
 
+def _fit(args: list[str]) -> tuple[int, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = cli.main(["fit", *args])
+    return code, said.getvalue()
+
+
+def _fit_on_a_small_disk(corpus: Path, disk: Path) -> None:
+    torch.set_num_threads(1)
+    options = {"save_every": 4, "keep_checkpoints": 1}
+    code, said = _fit(arguments(corpus, disk.parent, "whole", **options))
+    assert code == 0, said
+    one = sum(path.stat().st_size for path in find_checkpoint(disk.parent / "whole").rglob("*") if path.is_file())
+    mount_disk(disk, str((1 << 20) + one * 3 // 2))
+    here = arguments(corpus, disk, "run", **options)
+    code, said = _fit(here)
+    assert code == 1, said
+    last = step(disk / "run", 4)
+    assert f"step 8 could not be saved: {step(disk / 'run', 8)} is not saved: it needs" in said
+    assert f"the run goes on, and the last good checkpoint is {last}" in said
+    assert "the run could not be saved at step 12" in said.splitlines()[-1]
+    assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == [last.name]
+    mount_disk(disk, str((2 << 20) + one * 3), "larger")
+    code, said = _fit([*here, "--ckpt_path=last"])
+    assert code == 0 and f"resuming from {last}" in said, said
+    weights = [read_weights(find_checkpoint(run)) for run in (disk / "run", disk.parent / "whole")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_run_on_a_full_disk_tells_and_goes_on_and_fails_at_its_end(corpus: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    call(_fit_on_a_small_disk, corpus, disk)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("name", ["step_00000002", "step_00000001"])
 def test_a_disk_that_is_full_at_any_file(run: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str) -> None:
@@ -241,6 +284,20 @@ def test_an_error_at_the_end(
                 save_small(step(run, number), 7, 500)
         assert type(error.value) is kind and snapshot(run) == before
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_one_that_cannot_be_deleted_is_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_small(step(run, 2), 2, 500)
+
+    def refuse(path: Path, target: Path) -> Path:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    prune_checkpoints(run, 1)
+    assert "step_00000001 is not needed any more, and cannot be deleted: Permission denied" in caplog.text
+    assert [number_in(path) for path in checkpoints(run)] == [1, 2]
 
 
 def _read_only(disk: Path) -> None:
