@@ -25,6 +25,7 @@ from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest
 from nanofed.training.config import link_model_and_data, run_options
+from nanofed.training.fitting import Place
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.parsing import parse
@@ -132,9 +133,10 @@ class Federation:
                     f"federation.global_batch_tokens={config.global_batch_tokens:,} is no multiple of {config.clients} clients"
                 )
         OuterNesterov(config.outer_lr, config.outer_momentum)
-        world_size = self.fabric().world_size
-        check_start(module, data, options, kind="federated", batch_tokens=batch_tokens, world_size=world_size)
-        return open_run(options, self.parser.dump(self.config, skip_link_targets=False))
+        resolved = self.parser.dump(self.config, skip_link_targets=False)
+        place = Place(self.fabric().device, clients=config.clients)  # they take turns on one model, on one device
+        check_start(module, data, options, kind="federated", batch_tokens=batch_tokens, config=resolved, place=place)
+        return open_run(options, resolved)
 
     def trainer(self) -> FabricTrainer:
         """Return the trainer of this process, for every client that runs in it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
+from nanofed.training.fitting import Place
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule
 from nanofed.training.preflight import check_data_options, check_start
@@ -41,7 +42,8 @@ def _fit(cli: FitCLI) -> Summary:
         options,
         kind="fit",
         batch_tokens=module.recipe.batch_tokens,
-        world_size=trainer.world_size,
+        config=cli.resolved_config,
+        place=Place.of(trainer),
     )
     resume = resume_checkpoint(cli.run_folder, options.ckpt_path)
     if resume is None and options.init_from:

@@ -16,6 +16,7 @@ class RunOptions:
         name: the run's folder is `runs_dir`/`name`.
         runs_dir: folder of all runs; TensorBoard reads it.
         overwrite: replace a run of that name.
+        force: start where the memory does not seem to be enough, or where the config of a resumed run differs.
         ckpt_path: `last` goes on with the run of that name; or a checkpoint.
         init_from: start from the weights of another run or checkpoint, of either path.
         eval_every: steps (rounds) between two validations.
@@ -30,6 +31,7 @@ class RunOptions:
     name: str = "run"
     runs_dir: str = "runs"
     overwrite: bool = False
+    force: bool = False
     ckpt_path: str | None = None
     init_from: str | None = None
     eval_every: int = 250

@@ -7,10 +7,12 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.packing import PACKERS
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import check_model, checkpoints, find_checkpoint, read_manifest
+from nanofed.training.fitting import Place, check_memory
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.recipe import accumulation_steps
-from nanofed.training.run import SUMMARY, Summary, is_used, resume_checkpoint
+from nanofed.training.resuming import check_resumed_config
+from nanofed.training.run import CONFIG, SUMMARY, Summary, is_used, resume_checkpoint
 
 
 def check_start(
@@ -20,7 +22,8 @@ def check_start(
     *,
     kind: str,
     batch_tokens: int,
-    world_size: int,
+    config: str,
+    place: Place,
 ) -> int:
     """Refuse what would end a run at its first step, and return the micro-batches of an optimizer step.
 
@@ -33,10 +36,11 @@ def check_start(
         options: of the run.
         kind: `fit` or `federated`: whose checkpoint can be resumed.
         batch_tokens: tokens of an optimizer step.
-        world_size: ranks that share it.
+        config: the resolved config, YAML: a resumed run is compared with its own.
+        place: ranks and device that share a step.
 
     Raises:
-        ConfigError: a value, a batch or a checkpoint that does not fit.
+        ConfigError: a value, a batch or a checkpoint that does not fit, more memory than there is.
         DataError: no data or no tokenizer, or one that is damaged.
         CheckpointError: the checkpoint is damaged.
     """
@@ -45,11 +49,12 @@ def check_start(
         batch_tokens,
         device_batch_size=data.device_batch_size,
         sequence_len=data.sequence_len,
-        world_size=world_size,
+        world_size=place.ranks,
     )
     if runtime.is_first_rank():
-        check_checkpoints(module, options, kind)
-        for loader in (data.validation_loader(world_size=world_size), data.loader(world_size=world_size)):
+        check_checkpoints(module, data, options, kind, config)
+        check_memory(module, data, place, batch_tokens=batch_tokens, force=options.force)
+        for loader in (data.validation_loader(world_size=place.ranks), data.loader(world_size=place.ranks)):
             next(iter(loader))
     return accumulation
 
@@ -63,17 +68,22 @@ def check_data_options(data: TokenDataModule) -> None:
         raise ConfigError(f"data.packing={data.packing!r} is unknown: choose {' or '.join(PACKERS)}")
 
 
-def check_checkpoints(module: GPTModule, options: RunOptions, kind: str) -> None:
-    """Refuse a checkpoint to resume or start from that is not there, damaged, or of another model."""
+def check_checkpoints(module: GPTModule, data: TokenDataModule, options: RunOptions, kind: str, config: str) -> None:
+    """Refuse a checkpoint to resume or start from that is not there, damaged, or of another model or training."""
     run = options.folder
     resume = resume_checkpoint(run, options.ckpt_path)
     if resume is not None:
         manifest = read_manifest(resume)
-        check_model(manifest, module.config, resume)
         if manifest.kind != kind:
             raise ConfigError(f"{resume} is a {manifest.kind} checkpoint: start from its weights with --init_from")
         if is_used(run) and resume.resolve() not in [path.resolve() for path in checkpoints(run)]:
             raise ConfigError(f"{run} already holds a run, and {resume} is not of it: choose another --name")
+        check_resumed_config(resume.parent.parent / CONFIG, config, force=options.force)
+        check_model(manifest, module.config, resume)
+        if manifest.tokenizer != data.tokenizer.fingerprint:
+            raise ConfigError(
+                f"{resume} was trained with another tokenizer than data.tokenizer: its ids mean other texts"
+            )
         if (run / SUMMARY).is_file():
             Summary.read(run)
     elif options.init_from:

@@ -369,7 +369,10 @@ def test_a_checkpoint_that_does_not_fit(command: str, key: str, corpus: Corpus, 
     start = [command, "--config", config, f"--runs_dir={runs}", "--name=new"]
     refused([*start, f"--{key}=nonsense"], 2, "there is no checkpoint in nonsense")
     refused([*start, f"--{key}=https://example.org/run"], 2, "https://example.org/run is a URL")
-    refused([*start, f"--{key}={runs / command}", "--model.depth=2"], 2, "holds another model: n_layer 1 there, 2 here")
+    other = (
+        "holds another model: n_layer 1 there, 2 here" if key == "init_from" else "model.depth 1 -> 2: take its values"
+    )
+    refused([*start, f"--{key}={runs / command}", "--model.depth=2"], 2, other)
 
 
 def test_a_checkpoint_of_the_other_path_or_of_another_run(corpus: Corpus, runs: Path, refused: Refusal) -> None:
