@@ -1,6 +1,7 @@
 """`bin/bench data`: from parquet to batches, in CPU seconds and split into reading, encoding, packing and batch.
 
 Everything runs in this thread (`prefetch` 0), so that CPU time is what a core does; both packings take turns in windows.
+Reading the CPU clock takes microseconds on some machines, so rates are of windows without it and the split of windows between.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.benchmarks.report import print_json, progress, spread, table
 
 CPU = torch.device("cpu")
 PHASES = ("parquet", "encode", "pack", "batch")
-WINDOWS = 10
+WINDOWS = 10  # with the clock in every phase, and as many without
 
 
 class Split:
@@ -67,32 +68,30 @@ class Split:
 
 
 class CountingEncoder:
-    """A tokenizer on the clock, which counts the tokens it makes."""
+    """A tokenizer that counts the tokens it makes."""
 
-    def __init__(self, tokenizer: Tokenizer, split: Split) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokens = 0
         self._tokenizer = tokenizer
-        self._split = split
 
     def encode_document(self, text: str) -> Tokens:
-        with self._split.phase("encode"):
-            tokens = self._tokenizer.encode_document(text)
+        tokens = self._tokenizer.encode_document(text)
         self.tokens += len(tokens)
         return tokens
 
 
 class Side:
-    """One packing over the corpus, its parts on one clock."""
+    """One packing over the corpus."""
 
     def __init__(self, plan: RowPlan, tokenizer: Tokenizer, packing: str, options: argparse.Namespace) -> None:
         self.packing = packing
-        self.split = Split()
-        self.encoder = CountingEncoder(tokenizer, self.split)
-        self.windows: list[dict[str, float]] = []
         self.wall = 0.0
+        self._plain: list[dict[str, float]] = []
+        self._timed: list[dict[str, float]] = []
+        self._encoder = CountingEncoder(tokenizer)
         self._loader = streams.TokenLoader(
             plan,
-            self.encoder,
+            self._encoder,
             sequence_len=options.sequence_len,
             device_batch_size=options.device_batch_size,
             streams=options.streams,
@@ -102,44 +101,61 @@ class Side:
         self._batch_tokens = options.device_batch_size * options.sequence_len
         self._cropped = 0
 
-    def run(self, tokens: float, seconds: float) -> None:
+    def plain(self, tokens: float, seconds: float) -> None:
         """Make batches until so many tokens are delivered or so many CPU seconds used, and keep the window's figures."""
+        self._plain.append(self._window(tokens, seconds))
+
+    def timed(self, tokens: float, seconds: float) -> None:
+        """The same with every phase on the clock."""
+        split = Split()
         packer: Any = PACKERS[self.packing]
         with ExitStack() as stack:
-            for owner, name, phase in ((streams, "read_texts", "parquet"), (packer, "next_row", "pack")):
-                timed = self.split.timed(phase, getattr(owner, name))
-                stack.enter_context(patch.object(owner, name, timed))
-            before, encoded, delivered = dict(self.split.seconds), self.encoder.tokens, 0
-            started, begin = time.perf_counter(), time.process_time()
-            self.split.skip()
-            while delivered < tokens and time.process_time() - begin < seconds:
-                next(self._batches)
-                delivered += self._batch_tokens
-            self.split.count()
-            wall = time.perf_counter() - started
-        spent = {phase: self.split.seconds[phase] - before[phase] for phase in PHASES}
-        cropped = sum(packer.cropped_tokens for packer in self._loader.packers.values())
-        window = {"delivered": delivered, "encoded": self.encoder.tokens - encoded, "cropped": cropped - self._cropped}
+            for owner, name, phase in (
+                (streams, "read_texts", "parquet"),
+                (packer, "next_row", "pack"),
+                (self._encoder, "encode_document", "encode"),
+            ):
+                stack.enter_context(patch.object(owner, name, split.timed(phase, getattr(owner, name))))
+            window = self._window(tokens, seconds)
+            split.count()
+        self._timed.append({**window, **split.seconds})
+
+    def _window(self, tokens: float, seconds: float) -> dict[str, float]:
+        encoded, delivered = self._encoder.tokens, 0
+        started, begin = time.perf_counter(), time.process_time()
+        while delivered < tokens and time.process_time() - begin < seconds:
+            next(self._batches)
+            delivered += self._batch_tokens
+        cpu = time.process_time() - begin
+        self.wall += time.perf_counter() - started
+        cropped, before = sum(packer.cropped_tokens for packer in self._loader.packers.values()), self._cropped
         self._cropped = cropped
-        self.wall += wall
-        self.windows.append({**window, **spent, "cpu": sum(spent.values())})
+        return {
+            "delivered": delivered,
+            "encoded": self._encoder.tokens - encoded,
+            "cropped": cropped - before,
+            "cpu": cpu,
+        }
 
     def result(self, skipped: int) -> dict[str, Any]:
-        """Return the figures of the windows after the first `skipped`, which fill the buffers."""
-        windows = self.windows[skipped:]
-        total = {key: sum(window[key] for window in windows) for key in windows[0]}
-        used = total["delivered"] + total["cropped"]
+        """Return the figures, without the first `skipped` plain windows, which fill the buffers."""
+        plain, timed = self._plain[skipped:], self._timed
+        total = {key: sum(window[key] for window in [*plain, *timed]) for key in plain[0]}
+        split = {phase: sum(window[phase] for window in timed) for phase in PHASES}
+        timed_tokens, timed_cpu = sum(w["delivered"] for w in timed), sum(split.values())
+        shares = [w["cropped"] / (w["cropped"] + w["delivered"]) for w in plain]
         return {
-            "delivered_per_cpu_second": spread([w["delivered"] / w["cpu"] for w in windows], 0),
-            "encoded_per_cpu_second": spread([w["encoded"] / w["cpu"] for w in windows], 0),
-            "tokenizer_alone_per_cpu_second": spread([w["encoded"] / w["encode"] for w in windows], 0),
-            "nanoseconds_a_delivered_token": {p: round(1e9 * total[p] / total["delivered"], 1) for p in PHASES},
-            "share": {p: round(total[p] / total["cpu"], 4) for p in PHASES},
-            "cropped_share": round(total["cropped"] / used, 4),
-            "cropped_share_of_windows": [round(w["cropped"] / (w["cropped"] + w["delivered"]), 3) for w in windows],
+            "delivered_per_cpu_second": spread([w["delivered"] / w["cpu"] for w in plain], 0),
+            "encoded_per_cpu_second": spread([w["encoded"] / w["cpu"] for w in plain], 0),
+            "tokenizer_alone_per_cpu_second": spread([w["encoded"] / w["encode"] for w in timed if w["encoded"]], 0),
+            "nanoseconds_a_delivered_token": {p: round(1e9 * split[p] / timed_tokens, 1) for p in PHASES},
+            "share": {p: round(split[p] / timed_cpu, 4) for p in PHASES},
+            "cropped_share": round(total["cropped"] / (total["delivered"] + total["cropped"]), 4),
+            "cropped_share_of_windows": [round(share, 3) for share in shares],
             "delivered_tokens": int(total["delivered"]),
             "cropped_tokens": int(total["cropped"]),
             "encoded_tokens": int(total["encoded"]),
+            "waiting_documents": sum(len(at.pending) for at in self._loader.state.streams.values()),
             "cpu_seconds": round(total["cpu"], 2),
             "wall_seconds": round(self.wall, 2),
         }
@@ -159,6 +175,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--tokens", type=float, help="tokens delivered by each packing, 10e6 by default")
     length.add_argument("--seconds", type=float, help="CPU seconds of each packing instead")
+    parser.add_argument(
+        "--warm_up", type=float, default=0, help="tokens delivered before, which fill best fit's buffers"
+    )
     parser.add_argument("--json", action="store_true", help="one object on the last line instead of a table")
     return parser.parse_args(argv)
 
@@ -177,9 +196,12 @@ def main(argv: list[str]) -> int:
     machine.reset_peak_memory(CPU)
     sides = [Side(plan, tokenizer, name, options) for name in names]
     progress(f"{WINDOWS} windows of {' and '.join(names)} in turns")
-    for number in range(WINDOWS + 1):
+    for side in sides:
+        side.plain(max(1, options.warm_up), float("inf"))
+    for _ in range(WINDOWS):
         for side in sides:
-            side.run(tokens / WINDOWS if number else 1, seconds / WINDOWS)
+            side.plain(tokens / WINDOWS / 2, seconds / WINDOWS / 2)
+            side.timed(tokens / WINDOWS / 2, seconds / WINDOWS / 2)
     packings = {side.packing: side.result(1) for side in sides}
     result = {
         "benchmark": "data",
@@ -224,7 +246,8 @@ def show(result: dict[str, Any]) -> None:
         rows.append([f"{phase}, ns / token delivered", *cells])
     rows.append(["cropped tokens", *(f"{p['cropped_share']:.1%}" for p in packings.values())])
     rows.append(["delivered in all", *(p["delivered_tokens"] for p in packings.values())])
-    rows.append(["encoded in all (the rest waits in buffers)", *(p["encoded_tokens"] for p in packings.values())])
+    rows.append(["encoded in all", *(p["encoded_tokens"] for p in packings.values())])
+    rows.append(["documents waiting at the end", *(p["waiting_documents"] for p in packings.values())])
     rows.append(["CPU / wall seconds", *(f"{p['cpu_seconds']} / {p['wall_seconds']}" for p in packings.values())])
     print(table(rows, ["median (quartiles) of windows", *packings]))
     print(f"peak memory {result['peak_memory_mb']} MB, {result['peak_memory_over_start_mb']} MB above the start")
