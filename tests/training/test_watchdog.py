@@ -1,0 +1,67 @@
+"""Which limit counts when, without ranks: deaths and hangs of real ones are in tests/faults/test_ranks.py."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nanofed.errors import ConfigError
+from nanofed.training import watchdog
+from nanofed.training.peers import POLL
+from nanofed.training.watchdog import GRACE, Limits, Watchdog
+
+LIMITS = Limits(step=1, startup=2, evaluation=3, save=4)
+
+
+def step(dog: Watchdog, trainer: Any, global_step: int) -> float:
+    """End a micro-batch, and return the limit from then on."""
+    trainer.global_step = global_step
+    dog.on_train_batch_end(trainer, trainer, None, None, 0)
+    return dog._limit()
+
+
+def test_what_follows_a_pause_has_the_time_of_the_pause() -> None:
+    dog, trainer = Watchdog(LIMITS), SimpleNamespace(global_step=7)
+    any_trainer: Any = trainer
+    assert dog._limit() == 2
+    dog.on_train_start(any_trainer, any_trainer)
+    dog.on_validation_start(any_trainer, any_trainer)  # one that a stopped run had missed
+    assert dog._limit() == 3
+    assert step(dog, trainer, 7) == 2, "the optimizer has not been compiled yet"
+    assert step(dog, trainer, 8) == 1
+    dog.on_validation_start(any_trainer, any_trainer)
+    assert dog._limit() == 3
+    assert step(dog, trainer, 8) == 1
+    assert dog.state_dict() == {} and dog._limit() == 4
+    assert step(dog, trainer, 9) == 1
+    dog.on_train_end(any_trainer, any_trainer)
+    assert dog._limit() == 4
+
+
+def test_slow_micro_batches_are_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now))
+    dog, trainer = Watchdog(Limits()), SimpleNamespace(global_step=0)
+    any_trainer: Any = trainer
+    dog.on_train_start(any_trainer, any_trainer)
+    for count in range(1, 21):
+        now += 60.0
+        limit = step(dog, trainer, count)
+    assert limit == pytest.approx(600, rel=1e-3)
+    for count in range(21, 40):
+        now += 1.0
+        limit = step(dog, trainer, count)
+    assert limit == Limits().step
+
+
+def test_the_default_ends_a_hang_within_130_seconds() -> None:
+    answer = 2.0  # what a store that does not answer is waited for
+    assert Limits().step + POLL + answer + GRACE < 130
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
+def test_no_time_is_refused(seconds: float) -> None:
+    with pytest.raises(ConfigError, match=r"watchdog\.save must be"):
+        Limits(save=seconds)
