@@ -116,15 +116,18 @@ class Dashboard(Callback):
     ) -> None:
         """Note a full step's losses; write loss, speed and rates every `log_every` of them."""
         module = cast(GPTModule, pl_module)
-        step = module.clock.step
-        if step == self._step:
-            return
-        self._step = step
         optimizer: Any = trainer.optimizers[0]
-        self._losses.add(step, module.pop_losses(), optimizer.grad_norm, module.data_state)
-        if step % self._log_every == 0:
+        if self.note_step(module, optimizer) and self._step % self._log_every == 0:
             self.read_losses()
             self._log(trainer, module, optimizer.schedule.lr_multiplier(module.clock.progress))
+
+    def note_step(self, module: GPTModule, optimizer: Any) -> bool:
+        """Take in the losses of the full step that has been done since the last call; tell whether one has."""
+        if module.clock.step == self._step:
+            return False
+        self._step = module.clock.step
+        self._losses.add(self._step, module.pop_losses(), optimizer.grad_norm, module.data_state)
+        return True
 
     def read_losses(self) -> None:
         """Read the losses of the steps since the last reading, on all ranks; waits for the device."""

@@ -90,11 +90,11 @@ class LossWindow:
         flat = torch.stack([loss.float() for step in steps for loss in step.losses] + [s.grad_norm for s in steps])
         ranks = _gathered(flat)  # one row a rank
         out, first = [], 0
-        micros = len(steps[0].losses)
-        for index, step in enumerate(steps):
-            of_ranks = [math.fsum(row[first : first + micros]) / micros for row in ranks]
-            first += micros
-            norm = ranks[0][len(steps) * micros + index]
+        norms = ranks[0][-len(steps) :]
+        for step, norm in zip(steps, norms, strict=True):
+            count = len(step.losses)
+            of_ranks = [math.fsum(row[first : first + count]) / count for row in ranks]
+            first += count
             out.append(StepLoss(step.number, math.fsum(of_ranks) / len(of_ranks), norm))
             if not math.isfinite(out[-1].loss + norm):
                 raise self._error(out[-1], step, [not math.isfinite(loss) for loss in of_ranks])

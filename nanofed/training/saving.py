@@ -121,7 +121,7 @@ class SaveCheckpoint(Callback):
             return
         module = cast(GPTModule, pl_module)
         failed = f"{type(exception).__name__} after step {module.clock.step:,}"
-        if self._rewind(module) and self._may_save(trainer, module):
+        if self._rewind(trainer, module) and self._may_save(trainer, module):
             try:
                 self.save(trainer, module)
             except Exception as error:  # what went wrong first is what is raised
@@ -175,13 +175,14 @@ class SaveCheckpoint(Callback):
     def _commit(self, module: GPTModule) -> None:
         self._step, self._data, self._updating = module.clock.step, module.data_state, None
 
-    def _rewind(self, module: GPTModule) -> bool:
+    def _rewind(self, trainer: Trainer, module: GPTModule) -> bool:
         """Put the data back to the last full step; tell whether the weights are at it, which they are but inside a step."""
         if self._updating is not None:
             step, data = self._updating
             if module.clock.step == step:
                 return False  # the error came out of the optimizer: parts of the weights may have moved
             self._step, self._data = module.clock.step, data
+            self._dashboard.note_step(module, trainer.optimizers[0])
         module.data_state = self._data
         module.pop_losses()
         return True
