@@ -47,6 +47,11 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(orthogonalize, dynamic=False, fullgraph=True)
 
 
+def newton_schulz(compiled: bool) -> Callable[..., Tensor]:
+    """Return `orthogonalize`, compiled or as it is."""
+    return _compiled() if compiled else orthogonalize
+
+
 def aspect_scale(shape: torch.Size) -> float:
     """Return √max(1, rows / columns): a tall orthogonal matrix changes its outputs less, so it may step further."""
     return math.sqrt(max(1.0, shape[0] / shape[1]))
@@ -83,15 +88,15 @@ def muon_update(
     buffers = [state["momentum_buffer"] for state in states]
     torch._foreach_lerp_(buffers, grads, 1.0 - momentum)
 
-    newton_schulz = _compiled() if compiled else orthogonalize
-    for indices in _stacks(params):
+    iterate = newton_schulz(compiled)
+    for indices in equal_stacks(params):
         nesterov = torch._foreach_lerp([grads[i] for i in indices], [buffers[i] for i in indices], momentum)
-        updates = newton_schulz(torch.stack(nesterov), steps=ns_steps, dtype=ns_dtype)
+        updates = iterate(torch.stack(nesterov), steps=ns_steps, dtype=ns_dtype)
         for i, update in zip(indices, updates, strict=True):
             params[i].add_(update, alpha=-lr * aspect_scale(params[i].shape))
 
 
-def _stacks(params: list[Tensor]) -> Iterator[list[int]]:
+def equal_stacks(params: list[Tensor]) -> Iterator[list[int]]:
     """Yield the positions of equally shaped matrices, at most `STACK_ELEMENTS` of elements together, in even parts."""
     same_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for i, param in enumerate(params):

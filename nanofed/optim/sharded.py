@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from nanofed.errors import ConfigError
 from nanofed.optim.buckets import Bucket, make_buckets
 from nanofed.optim.optimizer import MuonAdamW
 from nanofed.optim.schedule import Clock, Schedule
+
+GATHERED_AHEAD = 3  # buckets whose all-gather may still run while the next is updated: each has a buffer
 
 
 class DistMuonAdamW(MuonAdamW):
@@ -78,6 +80,7 @@ class DistMuonAdamW(MuonAdamW):
         self._order = self._all()
         self._order_is_learnt = False
         self._no_sync = False
+        self._absent: set[Tensor] = set()
         self._arrived: dict[Bucket, set[Tensor]] = defaultdict(set)
         self._ready: list[Bucket] = []
 
@@ -192,11 +195,15 @@ class DistMuonAdamW(MuonAdamW):
         self._order_is_learnt = True
 
     def _update_all(self, momentum: float) -> None:
+        on_the_way: deque[Bucket] = deque()
         for group, buckets in zip(self.param_groups, self._buckets, strict=True):
             for bucket in buckets:
                 owned = [triple for triple in bucket.owned() if triple[0] not in self._absent]
                 params = [part for _, part, _ in owned]
                 self._update(group, params, [grad for *_, grad in owned], [self.state[p] for p, *_ in owned], momentum)
                 bucket.gather()
-        for bucket in self._all():
+                on_the_way.append(bucket)
+                if len(on_the_way) > GATHERED_AHEAD:
+                    on_the_way.popleft().finish()
+        for bucket in on_the_way:
             bucket.finish()

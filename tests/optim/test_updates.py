@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from nanofed.optim import Clock, MuonAdamW, Schedule, muon
 from nanofed.optim.muon import orthogonalize
@@ -46,6 +47,38 @@ def test_adamw_equals_torch(weight_decay: float) -> None:
         reference.step()
         for a, b in zip(ours, theirs, strict=True):
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), f"step {step}"
+
+
+def test_adamw_of_a_gradient_that_is_laid_out_otherwise() -> None:
+    ours = parameters((6, 4))
+    theirs = copy.deepcopy(ours)
+    mine, reference = build(ours, kind="adamw", lr=0.03), build(theirs, kind="adamw", lr=0.03)
+    for step in range(3):
+        gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        ours[0].grad, theirs[0].grad = gradient.T, gradient.T.contiguous()
+        mine.step()
+        reference.step()
+    assert torch.equal(ours[0], theirs[0])
+
+
+def test_rate_and_momentum_recompile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(orthogonalize, dynamic=False, fullgraph=True, backend=counter)
+    monkeypatch.setattr(muon, "_compiled", lambda: compiled)
+    shapes = [(8, 12)] * 3 + [(16, 4)] * 2
+    ours = parameters(*shapes)
+    theirs = copy.deepcopy(ours)
+    states: list[list[dict[str, Any]]] = [[{} for _ in shapes] for _ in range(2)]
+    for step in range(6):
+        set_gradients(ours, theirs, step)
+        settings: dict[str, Any] = {"lr": 0.02 / (1 + step), "momentum": 0.85 + step / 100, "ns_steps": 5}
+        for params, kept, use in ((ours, states[0], True), (theirs, states[1], False)):
+            with torch.no_grad():
+                grads = [p.grad for p in params if p.grad is not None]
+                muon.muon_update([*params], grads, kept, ns_dtype=torch.float32, compiled=use, **settings)
+    assert counter.frame_count == 2  # one a shape
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_muon_equals_torch() -> None:

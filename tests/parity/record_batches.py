@@ -33,7 +33,12 @@ def main(output: Path, args: list[str]) -> None:
     summary = run_fit(cli)
     weights = {name: tensor.clone() for name, tensor in cli.model.gpt.state_dict().items()}
     torch.save(
-        {"rows": recorder.rows, "weights": weights, "bpb": [point.bpb for point in summary.curve]},
+        {
+            "rows": recorder.rows,
+            "weights": weights,
+            "bpb": [point.bpb for point in summary.curve],
+            "strategy": type(cli.trainer.strategy).__name__,
+        },
         output / f"rank{cli.trainer.global_rank}.pt",
     )
 
