@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nanofed.model import GPT
     from nanofed.tokenizer import Tokenizer
     from nanofed.training.run import Summary
+    from nanofed.training.startup import Startup
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,11 @@ def arguments(config: str | Path | None, overrides: dict[str, Any]) -> list[str]
 
 
 def fit(
-    config: str | Path | None = None, *, args: Sequence[str] = (), overrides: dict[str, Any] | None = None
+    config: str | Path | None = None,
+    *,
+    args: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    startup: Startup | None = None,
 ) -> Summary:
     """Train on this machine or cluster with Lightning and return what the run came to.
 
@@ -39,18 +44,22 @@ def fit(
         config: YAML file such as `configs/tiny.yaml`.
         args: further command-line arguments, as `nanofed fit` takes them.
         overrides: dotted keys and values, such as `{"model.recipe.num_steps": 100}`.
+        startup: counts the time to the first step; by default from this call on.
 
     Raises:
         ConfigError: a wrong option, or a run of that name is there already.
         DataError: no shards or no tokenizer.
     """
     from nanofed.training.signals import Signals
+    from nanofed.training.startup import Startup
 
+    startup = startup or Startup()
     with Signals() as signals:  # before what takes seconds to import
         from nanofed.training.config import FitCLI
         from nanofed.training.fit import run_fit
 
-        return run_fit(FitCLI([*arguments(config, overrides or {}), *args], signals=signals))
+        startup.done("imports")
+        return run_fit(FitCLI([*arguments(config, overrides or {}), *args], signals=signals, startup=startup))
 
 
 def validate(

@@ -7,12 +7,12 @@ import sys
 import warnings
 
 from nanofed import runtime
+from nanofed.cli.imports import import_lightning
 
 
 def show_progress() -> None:
     """Print nanofed's log lines as they are, and keep what other libraries say about themselves out of them."""
-    import lightning  # noqa: F401  sets the levels of its logs when it is first imported
-
+    import_lightning()  # sets the levels of its logs when it is first imported
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("nanofed")

@@ -17,6 +17,7 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.training.callbacks import Dashboard, Progress, TextSamples
 from nanofed.training.checkpoint_io import DirectoryCheckpointIO
+from nanofed.training.first_step import FirstStep
 from nanofed.training.garbage import Garbage
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
@@ -25,6 +26,7 @@ from nanofed.training.recipe import Recipe
 from nanofed.training.run import Summary, check_unused, open_run
 from nanofed.training.saving import SaveCheckpoint
 from nanofed.training.signals import Signals
+from nanofed.training.startup import Startup
 from nanofed.training.stopping import Stopping
 from nanofed.training.strategy import automatic
 from nanofed.training.watchdog import Limits, Watchdog
@@ -45,8 +47,16 @@ TAKEN = {
 class FitCLI(LightningCLI):
     """LightningCLI with the run's options; the module takes vocabulary, and the data the row length, from each other."""
 
-    def __init__(self, args: Sequence[str], *, validate_only: bool = False, signals: Signals | None = None) -> None:
+    def __init__(
+        self,
+        args: Sequence[str],
+        *,
+        validate_only: bool = False,
+        signals: Signals | None = None,
+        startup: Startup | None = None,
+    ) -> None:
         self.validate_only = validate_only
+        self.startup = startup or Startup()
         self.signals = signals or Signals()
         self.garbage = Garbage()
         self.run_options: RunOptions
@@ -86,6 +96,7 @@ class FitCLI(LightningCLI):
         if not args:
             raise ConfigError(f"name a config: {parser.prog} --config configs/tiny.yaml")
         self.config = parse(parser, args)
+        self.startup.done("config")
 
     def instantiate_classes(self) -> None:
         """Build data, model and Trainer; nothing is written yet."""
@@ -98,7 +109,9 @@ class FitCLI(LightningCLI):
         self.config_init = self.parser.instantiate(self.config)  # Lightning calls it by a name that is deprecated
         self.datamodule = self.config_init["data"]
         self.model = self.config_init["model"]
+        self.startup.done("tokenizer")
         self.trainer = self.instantiate_trainer()
+        self.startup.done("trainer")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the run's callbacks, logger and checkpoint format."""
@@ -117,6 +130,7 @@ class FitCLI(LightningCLI):
             callbacks += [
                 self.dashboard,
                 Progress(self.dashboard),
+                FirstStep(self.startup),
                 TextSamples(options.sample_every, options.sample_prompts),
                 self.saver,
                 Stopping(self.signals, self.saver),

@@ -45,6 +45,7 @@ def _fit(cli: FitCLI) -> Summary:
         config=cli.resolved_config,
         place=Place.of(trainer),
     )
+    cli.startup.done("data")
     resume = resume_checkpoint(cli.run_folder, options.ckpt_path)
     if resume is None and options.init_from:
         start_from(module, options.init_from)  # read before the run's folder is opened, which may be the same one
