@@ -13,6 +13,7 @@ from tests.benchmarks.machine import Laps, describe
 from tests.benchmarks.report import print_json, table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CPU_FLOPS, GPU_FLOPS = 2e8, 1e12  # of one try at least: or the clock would be what is measured
 MOST_ELEMENTS = 2**28  # of a product: the head's is cut to it
 
 
@@ -40,7 +41,7 @@ def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, 
     best = {"wall": 0.0, "cpu": 0.0}
     laps = Laps(device)
     torch.mm(a, b.T, out=out)
-    repeat = max(1, int(2e8 // flops)) if device.type == "cpu" else max(1, int(1e12 // flops))
+    repeat = max(1, int((CPU_FLOPS if device.type == "cpu" else GPU_FLOPS) // flops))
     started, tries = time.perf_counter(), 0
     while tries < 3 or time.perf_counter() - started < seconds:
         laps.lap("forward")

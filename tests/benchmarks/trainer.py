@@ -25,6 +25,7 @@ from tests.benchmarks.report import print_json, progress, spread, table
 from tests.benchmarks.train import CLOCKS, boolean
 
 SIZES = {  # depth, sequence_len, device_batch_size, vocab_size
+    "nearly_nothing": (1, 32, 8, 300),
     "tiny": (2, 256, 16, 2048),
     "d4": (4, 512, 8, 4096),
 }

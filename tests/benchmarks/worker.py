@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -87,7 +89,15 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
+def _end_with_parent() -> None:
+    """Let Linux kill this process when the one that started it dies: while it is stopped it could not see that itself."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def _serve(connection: Connection, side: str, setting: Setting) -> None:
+    _end_with_parent()
     from tests.benchmarks.training import Training  # here, so that only this process pays for it
 
     training: Training | None = None

@@ -1,0 +1,148 @@
+"""The benchmarks run and say what they promise; their figures are no test's business."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanofed.data.writing import write_shards
+from nanofed.model import GPTConfig
+from tests.benchmarks import gemm
+from tests.benchmarks.__main__ import BENCHMARKS
+from tests.benchmarks.machine import PHASES, ROOT
+from tests.benchmarks.sides import Setting
+from tests.benchmarks.time_to_bpb import seconds_to
+from tests.benchmarks.training import Training
+
+SMALL = ["--depth=1", "--sequence_len=32", "--device_batch_size=8", "--vocab_size=300"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # the tests' own process keeps what it has
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghij", k=generator.randint(1, 9))) for _ in range(2000)]
+    texts = [" ".join(generator.choices(words, k=200)) for _ in range(240)]
+    write_shards(texts, tmp_path / "data", num_shards=3, rows_per_group=8)
+    return str(tmp_path / "data")
+
+
+def run(capsys: pytest.CaptureFixture[str], name: str, *args: str) -> dict[str, Any]:
+    """Run a benchmark as `bin/bench NAME ARGS --json` and return the object in its last line."""
+    capsys.readouterr()
+    assert importlib.import_module(f"tests.benchmarks.{name}").main([*args, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def test_bench_lists_its_benchmarks_from_anywhere(tmp_path: Path) -> None:
+    bench = ROOT / "bin" / "bench"
+    done = subprocess.run([bench, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert all(f"  {name} " in done.stdout for name in BENCHMARKS)
+    done = subprocess.run([bench, "nonsense"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nonsense" in done.stderr
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_a_main(name: str) -> None:
+    assert callable(importlib.import_module(f"tests.benchmarks.{name}").main)
+
+
+@pytest.mark.slow
+def test_train_against_the_reference(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--compile=false", "--steps=4", "--memory=false", "--gemm_seconds=0.01", "--against=reference"]
+    result = run(capsys, "train", *SMALL, f"--data={corpus}", *options)
+    promised = {
+        "ratio_forward_backward",
+        "ratio_step",
+        "tokens_per_second",
+        "gemm_share",
+        "mfu",
+        "peak_memory_mb",
+        "phases",
+    }
+    assert promised <= result.keys()
+    assert set(result["phases"]) == set(PHASES)
+    for figure in ("ratio_forward_backward", "ratio_step", "tokens_per_second"):
+        assert result[figure] > 0
+    assert 0 < result["gemm_share"] < result["gemm_share_forward_backward"] < 1.5
+    sides = result["sides"]
+    assert result["ratio_step"] == pytest.approx(sides["reference"]["step_s"] / sides["ours"]["step_s"], rel=1e-3)
+    for side in sides.values():  # the clocks of the phases and of whole steps agree
+        assert sum(side["phases_ms"].values()) == pytest.approx(side["step_s"] * 1e3, rel=0.5)
+
+
+@pytest.mark.slow
+def test_both_sides_learn_the_same_from_the_same_batches(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--compile=false", "--steps=4", "--every=2", "--eval_batches=1", "--ns_dtype=float32", "--dtype=float32"]
+    result = run(capsys, "time_to_bpb", *SMALL, f"--data={corpus}", *options)
+    assert result["ratio_seconds"] > 0
+    curves = result["curves"]
+    assert [point["steps"] for point in curves["ours"]] == [0, 2, 4]
+    assert curves["ours"][-1]["bits_per_byte"] < 0.95 * curves["ours"][0]["bits_per_byte"]
+    assert result["largest_difference"] < 1e-3
+
+
+@pytest.mark.slow
+def test_trainer_and_the_bare_loop_take_turns(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--size=nearly_nothing",
+        "--blocks=2",
+        "--block=2",
+        "--accumulation=2",
+        "--compile=false",
+        "--accelerator=cpu",
+    ]
+    result = run(capsys, "trainer", *options, f"--data={corpus}")
+    figures = result["sizes"]["nearly_nothing"]
+    assert figures["micro_batches"] == 4
+    assert figures["cpu"]["trainer_ms"]["median"] > 0 < figures["cpu"]["bare_ms"]["median"]
+
+
+@pytest.mark.slow
+def test_checkpoint_saves_and_loads(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "checkpoint", "--depth=1", "--vocab_size=300", "--repeat=1", f"--data={corpus}")
+    sizes = result["sizes"]["d1"]
+    assert sizes["bytes"] > 4 * sizes["parameters"] * 2
+    assert sizes["save"]["wall"] > 0 < sizes["load"]["wall"]
+
+
+@pytest.mark.slow
+def test_startup_counts_all_parts(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*SMALL, f"--data={corpus}", "--compile=false", "--repeat=1", "--", "--data.streams=2"]
+    options.insert(0, "--json")  # behind -- all is the fit's
+    capsys.readouterr()
+    assert importlib.import_module("tests.benchmarks.startup").main(options) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    parts = {name: part["wall"] for name, part in result["parts"].items()}
+    assert {"interpreter", "imports", "config", "data and tokenizer", "model", "optimizer"} <= parts.keys()
+    assert sum(parts.values()) == pytest.approx(result["seconds"], abs=0.1)  # nothing is counted twice or left out
+
+
+def test_memory_is_measured_after_a_reset(corpus: str) -> None:
+    setting = Setting(corpus, depth=1, sequence_len=32, vocab_size=300, compile=False)
+    peaks = Training("reference", setting).memory(steps=1)
+    assert 0 < peaks["forward_backward"] <= peaks["step"] * 1.01
+
+
+def test_seconds_to_a_figure_lie_between_two_scores() -> None:
+    curve = [{"bits_per_byte": b, "wall": s} for b, s in ((4.0, 0.0), (3.0, 10.0), (2.0, 30.0))]
+    assert seconds_to(3.5, curve, "wall") == 5.0
+    assert seconds_to(2.5, curve, "wall") == 20.0
+    assert seconds_to(1.0, curve, "wall") is None
+
+
+def test_gemm_measures_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "CPU_FLOPS", 1e6)
+    rates = gemm.ceiling(GPTConfig.from_depth(1, vocab_size=80), 48, torch.float32, torch.device("cpu"), 0.001)
+    assert rates["best"]["wall"] == max(rate["wall"] for name, rate in rates.items() if name != "best")
+    assert len(rates) == 6
