@@ -10,7 +10,7 @@ import bisect
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from nanofed.data.prefetch import Prefetcher
 from nanofed.data.rows import Row, RowPlan
 from nanofed.data.shards import Shard, read_texts
 from nanofed.errors import ConfigError
+
+KEPT_CHARACTERS = 1 << 26  # about twelve row groups of FineWeb-Edu
 
 
 class Encoder(Protocol):
@@ -104,28 +106,54 @@ class Batch:
 
 
 class DocumentReader:
-    """Reads documents as tokens, and keeps the row groups that the streams are in: they sit close together."""
+    """Reads documents as tokens, and keeps the texts of a row group until its own streams have read them.
 
-    def __init__(self, shards: Mapping[str, Shard], tokenizer: Encoder, cached_row_groups: int) -> None:
+    Streams drift apart as their documents differ in length, so a row group is kept for the last of them: reading it anew for
+    each would cost more than a tenth of the time. Texts beyond `KEPT_CHARACTERS` are dropped again, those of the row group
+    longest not used first, but for one row group a stream.
+
+    Args:
+        shards: the shards by name.
+        tokenizer: encodes the documents.
+        own: the streams that read here, of `streams`.
+        streams: fixed streams of the run.
+    """
+
+    def __init__(self, shards: Mapping[str, Shard], tokenizer: Encoder, own: Collection[int], streams: int) -> None:
         self._shards = shards
         self._tokenizer = tokenizer
-        self._size = cached_row_groups
-        self._cache: OrderedDict[tuple[str, int], list[str]] = OrderedDict()
+        self._own = frozenset(own)
+        self._streams = streams
+        self._kept: OrderedDict[tuple[str, int], dict[int, str]] = OrderedDict()
+        self._characters = 0
         self._ends = {name: list(itertools.accumulate(shard.row_group_rows)) for name, shard in shards.items()}
 
     def __call__(self, row: Row) -> Tokens:
         """Return the tokens of one document, shape (n + 1,), begin-of-sequence token first."""
-        ends = self._ends[row.shard]
-        group = bisect.bisect_right(ends, row.row)
+        group = bisect.bisect_right(self._ends[row.shard], row.row)
         key = (row.shard, group)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-        else:
-            self._cache[key] = read_texts(self._shards[row.shard], group)
-            if len(self._cache) > self._size:
-                self._cache.popitem(last=False)
-        text = self._cache[key][row.row - (ends[group - 1] if group else 0)]
+        texts = self._kept.get(key)
+        if texts is None or row.row not in texts:
+            self._drop(key)  # a document is read once an epoch, but twice around a resume
+            texts = self._kept[key] = self._read(row.shard, group)
+            self._characters += sum(map(len, texts.values()))
+            while self._characters > KEPT_CHARACTERS and len(self._kept) > len(self._own) + 2:
+                self._drop(next(iter(self._kept)))
+        self._kept.move_to_end(key)
+        text = texts.pop(row.row)
+        self._characters -= len(text)
+        if not texts:
+            del self._kept[key]
         return self._tokenizer.encode_document(text)
+
+    def _read(self, shard: str, group: int) -> dict[int, str]:
+        """Return the texts of a row group that the own streams read, by row."""
+        texts = read_texts(self._shards[shard], group)
+        first = self._ends[shard][group] - len(texts)
+        return {row: text for row, text in enumerate(texts, first) if row % self._streams in self._own}
+
+    def _drop(self, key: tuple[str, int]) -> None:
+        self._characters -= sum(map(len, self._kept.pop(key, {}).values()))
 
 
 @dataclass
@@ -249,8 +277,7 @@ class TokenLoader:
         """Make the batches after `state`: no more shared with the loader than the packers, for it may be another thread."""
         if cuda_device is not None:
             torch.cuda.set_device(cuda_device)  # a thread begins on the first, and pinning would open it for this rank
-        own = len(state.streams)
-        reader = DocumentReader(self._plan.shards, self._tokenizer, cached_row_groups=own + 2)
+        reader = DocumentReader(self._plan.shards, self._tokenizer, state.streams, self._streams)
         packers: dict[int, Packer] = {
             stream: PACKERS[self._packing](
                 iter(self._plan.walk(stream, self._streams, at.position)), reader, at, self.sequence_len

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from nanofed.data.rows import RowPlan, RowRange
-from nanofed.data.shards import Dataset
-from nanofed.data.streams import Batch, DataState, TokenLoader
+from nanofed.data import streams as streams_module
+from nanofed.data.packing import Tokens
+from nanofed.data.rows import Row, RowPlan, RowRange
+from nanofed.data.shards import Dataset, Shard, read_texts
+from nanofed.data.streams import Batch, DataState, DocumentReader, TokenLoader
 from nanofed.errors import ConfigError, DataError
 from tests.data.corpus import Bytes, build, documents, fewer, texts
 
@@ -198,6 +200,44 @@ def test_a_lease_that_is_extended_reads_as_the_whole_does(dataset: Dataset, pack
         for batches in (together, whole):
             assert all((batch.inputs[:, 0] == 256).all() for batch in batches)
         assert abs(len(together) - len(whole)) <= 2
+
+
+@pytest.mark.parametrize("characters", [0, 2_000, 1 << 26])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_row_group_is_read_once_and_kept_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, characters: int, ranks: int
+) -> None:
+    """Streams drift apart by whole row groups: one has documents ten times as long as the others."""
+    drifting = [text * (10 if number // 4 % 4 == 1 else 1) for number, text in enumerate(texts(640, 4))]
+    dataset = build(tmp_path / "data", drifting, rows_per_group=16)
+    expected = list(loader(dataset, epoch(dataset), device_batch_size=2))
+    reads: Counter[tuple[str, int]] = Counter()
+    most: list[int] = []
+
+    def counted(shard: Shard, group: int) -> list[str]:
+        reads[shard.name, group] += 1
+        return read_texts(shard, group)
+
+    class Watched(DocumentReader):
+        def __call__(self, row: Row) -> Tokens:
+            tokens = super().__call__(row)
+            kept = [len(text) for texts in self._kept.values() for text in texts.values()]
+            assert sum(kept) == self._characters
+            assert sum(kept) <= characters or len(self._kept) <= 4 // ranks + 2
+            most.append(len(self._kept))
+            return tokens
+
+    monkeypatch.setattr(streams_module, "read_texts", counted)
+    monkeypatch.setattr(streams_module, "KEPT_CHARACTERS", characters)
+    monkeypatch.setattr(streams_module, "DocumentReader", Watched)
+    found = loader(dataset, epoch(dataset), device_batch_size=2 // ranks, rank=ranks - 1, world_size=ranks)
+    for whole, batch in zip(expected, found, strict=False):  # a rank whose documents are longer goes further
+        assert torch.equal(batch.inputs, whole.inputs[ranks - 1 :: ranks])
+    if characters == 1 << 26:
+        assert set(reads.values()) == {1}
+        assert max(most) > 4 // ranks + 2, "more than were kept at first"
+    else:
+        assert sum(reads.values()) > len(reads)
 
 
 def test_a_lease_without_an_end_of_its_own_gives_nothing_more(dataset: Dataset) -> None:
