@@ -11,7 +11,6 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.shards import Dataset, open_dataset, read_texts
 from nanofed.data.streams import Batch, DataState
-from nanofed.tokenizer import train_tokenizer
 from tests.benchmarks.machine import ROOT
 from tests.benchmarks.report import progress
 
@@ -36,6 +35,8 @@ def tokenizer_folder(data: str, vocab_size: int) -> Path:
     dataset = open_dataset(runtime.dataset_dir(data))
     folder = runtime.base_dir() / "bench" / f"tokenizer_{dataset.fingerprint()[:12]}_{vocab_size}"
     if not folder.is_dir():
+        from nanofed.tokenizer import train_tokenizer  # not every machine that trains models has rustbpe
+
         progress(f"training a tokenizer of {vocab_size:,} on {dataset.path.name}, once")
         tokenizer = train_tokenizer(texts(dataset), vocab_size=vocab_size)
         temporary = folder.with_suffix(".tmp")

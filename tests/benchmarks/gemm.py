@@ -14,21 +14,18 @@ from tests.benchmarks.report import print_json, table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_FLOPS, GPU_FLOPS = 2e8, 1e12  # of one try at least: or the clock would be what is measured
-MOST_ELEMENTS = 2**28  # of a product: the head's is cut to it
+MOST_ELEMENTS = 2**28  # of a product: one that is larger is cut
 
 
 def shapes(config: GPTConfig, tokens: int) -> list[tuple[int, int, int]]:
     """Return (rows, columns, inner) of a model's products: projections, MLP, head, and the weight gradients of the MLP."""
     C, V = config.n_embd, config.vocab_size
-    rows = max(1, min(tokens, MOST_ELEMENTS // max(V, 4 * C)))
-    found = [
-        (rows, C, C),
-        (rows, 4 * C, C),
-        (rows, C, 4 * C),
-        (rows, min(V, MOST_ELEMENTS // rows), C),
-        (4 * C, C, rows),
-    ]
-    return list(dict.fromkeys(found))
+
+    def rows(columns: int) -> int:
+        return max(1, min(tokens, MOST_ELEMENTS // columns))
+
+    products = [(rows(columns), columns, inner) for columns, inner in ((C, C), (4 * C, C), (C, 4 * C), (V, C))]
+    return list(dict.fromkeys([*products, (4 * C, C, rows(4 * C))]))
 
 
 def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, float]:
@@ -44,11 +41,11 @@ def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, 
     repeat = max(1, int((CPU_FLOPS if device.type == "cpu" else GPU_FLOPS) // flops))
     started, tries = time.perf_counter(), 0
     while tries < 3 or time.perf_counter() - started < seconds:
-        laps.lap("forward")
+        laps.start()
         for _ in range(repeat):
             torch.mm(a, b.T, out=out)
         laps.lap("forward")
-        read = laps.read()
+        (read,) = laps.read()
         best = {clock: max(best[clock], repeat * flops / max(read[clock]["forward"], 1e-9)) for clock in best}
         tries += 1
     return best
