@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.streams import Batch
-from nanofed.model import GPT, GPTConfig
+from nanofed.model import GPT, GPTConfig, attention, gpt
+from nanofed.model.loss import capped_logits
 from nanofed.optim import Clock
 from nanofed.training.garbage import Garbage
 from nanofed.training.losses import LossWindow
@@ -37,6 +40,8 @@ class Setting:
     dtype: str = "auto"
     reference_dtype: str = "auto"
     ns_dtype: str = "auto"
+    attention: str = "auto"
+    head: str = "fused"
     packing: str = "contiguous"
     compile: bool = True
     log_every: int = 10
@@ -100,6 +105,7 @@ class Ours:
 
     def __init__(self, setting: Setting) -> None:
         self.around: AbstractContextManager[Any] = Garbage()
+        _switch(setting)
         self.module = GPTModule(
             setting.depth,
             setting.sequence_len,
@@ -139,6 +145,20 @@ class Ours:
     def restart(self) -> None:
         self.module.gpt.init_weights(self.module.seed)
         self._make_optimizer()
+
+
+def _switch(setting: Setting) -> None:
+    """Take out of this process's model what the setting wants to see the effect of."""
+    if setting.attention != "auto":
+        longest = 0 if setting.attention == "sdpa" else sys.maxsize
+        attention.BLOCKED_LONGEST.update(dict.fromkeys(DTYPES.values(), longest))
+    if setting.head == "plain":
+        gpt.head_loss = _whole_logits_loss  # type: ignore[attr-defined]
+
+
+def _whole_logits_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+    logits = capped_logits(hidden, head).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=reduction)
 
 
 class Reference:
