@@ -34,7 +34,8 @@ class Dashboard(Callback):
 
     Every scalar is written at its optimizer step (with its wall time), and validations once more under
     `val/bpb_by_tokens` at their token count, so that runs of both paths overlay. `train/loss` is nanochat's: a debiased moving
-    average over the steps. Validations and saves are no training time. A resumed run goes on with average, seconds and curve.
+    average over the steps; `train/data_wait` is the share of time in which a step waited for its batch. Validations and saves
+    are no training time. A resumed run goes on with average, seconds and curve.
 
     Args:
         run: the run's folder.
@@ -56,6 +57,7 @@ class Dashboard(Callback):
         self._step = 0
         self._mark: float | None = None  # when training time was last counted, None while it stands still
         self._window: tuple[float, int] = (0.0, 0)
+        self._waited = 0.0
 
     @property
     def last_loss(self) -> float | None:
@@ -141,6 +143,7 @@ class Dashboard(Callback):
         elapsed = self.summary.seconds - self._window[0]
         self.tokens_per_second = (tokens - self._window[1]) / elapsed if elapsed > 0 else None
         self._window = (self.summary.seconds, tokens)
+        waited, self._waited = self._waited, trainer.datamodule.wait.seconds  # type: ignore[attr-defined]
         self.summary.tokens = tokens
         writer = _writer(trainer)
         if writer is None or self.last_loss is None:
@@ -154,6 +157,7 @@ class Dashboard(Callback):
         }
         if self.tokens_per_second is not None:
             scalars["train/tok_per_sec"] = self.tokens_per_second
+            scalars["train/data_wait"] = (self._waited - waited) / elapsed
             peak = runtime.peak_flops(module.device)
             if peak is not None:
                 flops = module.config.flops_per_token() * self.tokens_per_second

@@ -35,6 +35,7 @@ FREE = (
     "model.seed",  # follows seed_everything
     "data.device_batch_size",
     "data.sequence_len",  # follows model.sequence_len
+    "data.prefetch",
     "data.eval_tokens",
     "data.tokenizer",  # its fingerprint counts, not its folder
     "federation.round_seconds",
