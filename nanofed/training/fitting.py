@@ -120,7 +120,7 @@ def suggest(setting: Setting, available: int) -> str:
     """Return what to change so that a run fits: the rows of a micro-batch if that is enough, else more."""
     fitting = next((s for s in _smaller(setting) if s.estimate().peak <= available), None)
     if fitting is None:
-        return "no model of this width of rows fits; take more memory or a smaller vocabulary"
+        return "no model of this vocabulary fits, take a smaller one or more memory"
     changes = []
     if fitting.config != setting.config:
         changes.append(f"model.depth {fitting.config.n_layer}")

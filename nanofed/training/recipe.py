@@ -106,6 +106,14 @@ def accumulation_steps(batch_tokens: int, *, device_batch_size: int, sequence_le
     nearest = [n for n in (below, below + per_micro_batch) if n]
     raise ConfigError(
         f"model.recipe.batch_tokens={batch_tokens:,} is no multiple of {world_size} ranks x {device_batch_size} rows x "
-        f"{sequence_len} tokens = {per_micro_batch:,}: use {' or '.join(f'{n:,}' for n in nearest)}, or change "
-        "data.device_batch_size"
+        f"{sequence_len} tokens = {per_micro_batch:,}: use {' or '.join(f'{n:,}' for n in nearest)}"
+        + _other_rows(batch_tokens, device_batch_size, sequence_len * world_size)
     )
+
+
+def _other_rows(batch_tokens: int, rows: int, per_row: int) -> str:
+    """Name the nearest numbers of rows a micro-batch that the batch is made of, where there are any."""
+    total, rest = divmod(batch_tokens, per_row)
+    working = [] if rest else [n for n in range(1, total + 1) if total % n == 0]
+    near = [n for n in working if n < rows][-1:] + [n for n in working if n > rows][:1]
+    return f", or data.device_batch_size {' or '.join(map(str, near))}" if near else ""

@@ -113,6 +113,8 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("--model.recipe.horizon_tokens=5", "the horizon 2 times (num_steps, horizon_tokens)", ["fit", "federate"]),
     ("--model.recipe.num_steps=0", "model.recipe.num_steps must be positive, not 0", ["fit", "federate"]),
     ("--model.recipe.batch_tokens=700", "use 512 or 768", ["fit", "federate"]),
+    ("--data.device_batch_size=6", "use 384 or 576, or data.device_batch_size 4 or 8", ["fit", "federate"]),
+    ("--model.depth=100", ": take model.depth ", ["fit", "federate"]),  # some 200 GB of weights and states
     ("--model.depth=5", "depth 5 gives a width of 320, not 3 equal heads; take an even depth", ["fit", "federate"]),
     ("--model.sequence_len=0", "sequence_len must be a positive integer, not 0", ["fit"]),
     ("--data.packing=worst", "data.packing='worst' is unknown: choose contiguous or best_fit", ["fit", "federate"]),
@@ -360,6 +362,15 @@ def test_a_run_is_never_replaced_unasked(command: str, corpus: Corpus, runs: Pat
     # Nothing is deleted before the run that is to take its place has been checked.
     refused([*here, "--overwrite=true", "--data.path=nowhere"], 3, "there is no data folder nowhere")
     refused([*here, "--overwrite=true", "--model.recipe.batch_tokens=700"], 2, "use 512 or 768")
+
+
+@pytest.mark.parametrize("command", ["fit", "federate"])
+def test_a_run_goes_on_as_it_began(command: str, corpus: Corpus, runs: Path, refused: Refusal) -> None:
+    config = str(corpus.fit if command == "fit" else corpus.federate)
+    last = [command, "--config", config, f"--runs_dir={runs}", "--ckpt_path=last"]
+    listed = "data.streams 8 -> 4; model.recipe.batch_tokens 512 -> 1024"
+    changes = ["--data.streams=4", "--model.recipe.batch_tokens=1024", "--log_every=3"]
+    refused([*last, *changes], 2, str(runs / command / "config.yaml"), listed, "--force true")
 
 
 @pytest.mark.parametrize("command", ["fit", "federate"])

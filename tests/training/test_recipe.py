@@ -88,7 +88,27 @@ def test_few_ranks_accumulate_what_many_do_at_once(ranks: int, micro_batches: in
     [(500_000, "use 458,752 or 524,288"), (524_289, "use 524,288 or 589,824"), (1000, "use 65,536")],
 )
 def test_a_batch_that_does_not_divide_names_the_nearest(batch_tokens: int, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f"{nearest}, or change data.device_batch_size") as caught:
+    with pytest.raises(ConfigError, match=f"{nearest}$") as caught:
         accumulation_steps(batch_tokens, device_batch_size=32, sequence_len=2048, world_size=1)
     assert f"model.recipe.batch_tokens={batch_tokens:,}" in str(caught.value)
     assert "65,536" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "rows", "ranks", "named"),
+    [
+        (524_288, 32, 3, "use 393,216 or 589,824"),  # no rows of three ranks make a power of two
+        (524_288, 24, 2, "use 491,520 or 589,824, or data.device_batch_size 16 or 32"),
+        (524_288, 512, 2, "use 2,097,152, or data.device_batch_size 128"),
+        (393_216, 10, 3, "use 368,640 or 430,080, or data.device_batch_size 8 or 16"),
+        (2048, 5, 1, "use 10,240, or data.device_batch_size 1"),
+    ],
+)
+def test_at_any_number_of_ranks_what_is_named_works(batch_tokens: int, rows: int, ranks: int, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"{named}$"):
+        accumulation_steps(batch_tokens, device_batch_size=rows, sequence_len=2048, world_size=ranks)
+    batches, _, others = named.partition(", or data.device_batch_size ")
+    for batch in batches.removeprefix("use ").split(" or "):
+        accumulation_steps(int(batch.replace(",", "")), device_batch_size=rows, sequence_len=2048, world_size=ranks)
+    for other in others.split(" or ") if others else ():
+        accumulation_steps(batch_tokens, device_batch_size=int(other), sequence_len=2048, world_size=ranks)
