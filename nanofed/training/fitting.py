@@ -31,6 +31,7 @@ class Place:
         local_ranks: of them on this machine: on CPU they share its memory.
         sharded: whether the optimizer's states are divided over the ranks.
         clients: of a federation that take turns here, each with an optimizer state of its own.
+        forks: whether ranks will be forked from this process (in a notebook), which must not have touched CUDA then.
     """
 
     device: torch.device
@@ -38,13 +39,16 @@ class Place:
     local_ranks: int = 1
     sharded: bool = False
     clients: int = 1
+    forks: bool = False
 
     @classmethod
     def of(cls, trainer: Trainer) -> Place:
         """Return where a Trainer computes."""
         ranks = trainer.world_size
         sharded = ranks > 1 and isinstance(trainer.strategy, ShardedStrategy)
-        return cls(trainer.strategy.root_device, ranks, min(ranks, trainer.num_devices), sharded)
+        launcher = trainer.strategy.launcher
+        forks = launcher is not None and launcher.is_interactive_compatible
+        return cls(trainer.strategy.root_device, ranks, min(ranks, trainer.num_devices), sharded, forks=forks)
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,10 @@ def check_memory(module: GPTModule, data: TokenDataModule, place: Place, *, batc
     Raises:
         ConfigError: it does not fit, and `force` is not given.
     """
+    if place.forks and place.device.type == "cuda":
+        return
     available = available_bytes(place.device, sharing=place.local_ranks)
-    if available is None or place.device.type not in ("cpu", "cuda"):
+    if available is None:
         return
     setting = Setting(
         config=module.config,

@@ -215,7 +215,7 @@ def test_a_machine_that_does_not_tell_is_not_asked_twice(tmp_path: Path) -> None
     "options",
     [
         {"depth": 2, "sequence_len": 256, "vocab_size": 2048, "device_batch_size": 16},
-        {"depth": 4, "sequence_len": 512, "vocab_size": 4096, "device_batch_size": 8},
+        {"depth": 4, "sequence_len": 256, "vocab_size": 4096, "device_batch_size": 8},
         {"depth": 4, "sequence_len": 512, "vocab_size": 65_536, "device_batch_size": 2},
         {"depth": 2, "sequence_len": 256, "vocab_size": 2048, "device_batch_size": 32, "compile": "true"},
     ],
