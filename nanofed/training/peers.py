@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from lightning import Trainer
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
-FAILED = "nanofed/failed"  # in the ranks' store: the first failure, by which all of them end
+# In the ranks' store:
+FAILED = "nanofed/failed"  # the first failure, by which all of them end
+HEARD = "nanofed/heard"  # how many ranks know of it
 POLL = 0.5  # seconds between two looks
 
 
@@ -40,6 +43,7 @@ class Peers:
 
     def __init__(self, trainer: Trainer) -> None:
         self.rank = trainer.global_rank
+        self._ranks = trainer.world_size
         self._launcher: Any = trainer.strategy.launcher
         self._pids: dict[int, int] = {}  # of the other ranks on this node
         self._store: Any = None
@@ -83,6 +87,8 @@ class Peers:
                 if not self._closed.is_set():
                     self._heard = Failure(self.rank, 1, "the rank that keeps the ranks' store has gone")
             if self._heard is not None:
+                with contextlib.suppress(RuntimeError):
+                    self._store.add(HEARD, 1)
                 self._answered.set()
                 return
             self._wake.wait(POLL)
@@ -111,9 +117,15 @@ class Peers:
         """Tell all ranks of a failure, and return the one that was first: whose rank it is `by` is the one to say it."""
         self._mine = failure
         self._wake.set()
-        if self._store is not None:
-            self._answered.wait(2.0)
+        if self._store is not None and self._answered.wait(2.0) and self.rank == 0:
+            self._keep_store(2.0)
         return self._heard or failure
+
+    def _keep_store(self, seconds: float) -> None:
+        """Let the other ranks hear, or they would find the store gone with this rank and each say so."""
+        end = time.monotonic() + seconds
+        while self._store.add(HEARD, 0) < self._ranks and time.monotonic() < end:
+            time.sleep(0.05)
 
     def take_over(self) -> None:
         """Relieve Lightning's observer of the children, which would kill this rank whatever it is about to say."""
@@ -131,14 +143,17 @@ class Peers:
                 os.kill(pid, signal.SIGKILL)
 
     def await_children(self, seconds: float) -> Failure | None:
-        """Wait for the ranks that this one launched to end, kill what does not, and return how one of them failed."""
+        """Wait for the ranks that this one launched to end, kill what does not, and return how one of them failed.
+
+        Ranks of another launcher end when they are done, which is no death.
+        """
         for child in self.children:
             try:
                 child.wait(seconds)
             except subprocess.TimeoutExpired:
                 self.kill()
                 return Failure(self.rank, 1, f"a rank (process {child.pid}) did not end within {seconds:.0f} s")
-        return self._died()
+        return self._died() if self.children else None
 
     def close(self) -> None:
         """Stop listening: the run is over."""
