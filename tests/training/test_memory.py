@@ -85,8 +85,8 @@ def test_the_parts_are_named() -> None:
 # --- what would fit
 
 
-def d20(rows: int = 32, **place: int) -> Setting:
-    on = Place(torch.device("cuda"), sharded=True, **place)
+def d20(rows: int = 32, ranks: int = 1) -> Setting:
+    on = Place(torch.device("cuda"), ranks, sharded=True)
     return Setting(GPTConfig.from_depth(20), rows, 524_288, torch.bfloat16, True, on)
 
 
