@@ -20,7 +20,7 @@ def adamw_update(
 ) -> None:
     """Move parameters in place by Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101).
 
-    One pass over memory instead of the eight of separate operations: 6 to 10 times faster on a CPU.
+    One pass over memory instead of the eight of separate operations: 3 times faster on a CPU (`bin/bench optimizer`).
 
     Args:
         params: Dense parameters of any shapes, on one device.

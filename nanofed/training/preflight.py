@@ -54,8 +54,8 @@ def check_start(
     if runtime.is_first_rank():
         check_checkpoints(module, data, options, kind, config)
         check_memory(module, data, place, batch_tokens=batch_tokens, force=options.force)
-        for loader in (data.validation_loader(world_size=place.ranks), data.loader(world_size=place.ranks)):
-            next(iter(loader))
+        next(iter(data.validation_loader(world_size=place.ranks)))
+        next(data.loader(world_size=place.ranks).take(1))  # one, and none made ahead
     return accumulation
 
 
