@@ -19,7 +19,7 @@ IGNORED_TARGET = -1
 # Logits held at once. On CPU the chunk should stay near the caches, but its matmuls need some hundred rows; on a GPU it
 # has to fill the device. Measured on CPU: tests/benchmarks/results.
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
-CHUNK_ROWS = 256  # at least so many
+CHUNK_ROWS = 256  # at least so many, for the matmuls; what lies between them goes by CHUNK_ELEMENTS
 
 
 def capped_logits(hidden: Tensor, head: Tensor) -> Tensor:
@@ -54,14 +54,27 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, reduction: str =
 
 
 def chunk_rows(rows: int, vocab_size: int, device: torch.device | str) -> int:
-    """Return how many of `rows` rows are worked on at once: equal chunks, so that a compiled kernel sees one shape."""
+    """Return how many of `rows` rows a matmul works on at once: equal chunks, so that a compiled kernel sees one shape."""
+    return _equal(rows, max(CHUNK_ROWS, _fused_rows(vocab_size, device)))
+
+
+def fused_rows(rows: int, vocab_size: int, device: torch.device | str) -> int:
+    """Return how many rows of a chunk go from logits to gradients at once."""
+    return _equal(chunk_rows(rows, vocab_size, device), _fused_rows(vocab_size, device))
+
+
+def _fused_rows(vocab_size: int, device: torch.device | str) -> int:
     elements = CHUNK_ELEMENTS.get(torch.device(device).type, CHUNK_ELEMENTS["cpu"])
-    most = max(CHUNK_ROWS, elements // vocab_size)
+    return max(1, elements // vocab_size)
+
+
+def _equal(rows: int, most: int) -> int:
+    """Return the size of the parts, at most `most`, that `rows` split into evenly."""
     return -(-rows // -(-rows // most)) if rows else 1
 
 
-def _chunk_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the losses (rows,) of one chunk and their gradients for its raw logits (rows, vocab), in the logits' dtype."""
+def _chunk_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses (rows,) of one chunk; its raw logits (rows, vocab) become their gradients, in place."""
     # tanh by one exponential; the cap bounds the logits, so that their exponentials need no maximum subtracted.
     squeezed = 1.0 - 2.0 / (torch.exp(logits.float() * (2.0 / LOGIT_CAP)) + 1.0)
     exponentials = torch.exp(LOGIT_CAP * squeezed)
@@ -71,13 +84,12 @@ def _chunk_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     losses = torch.log(sums) - LOGIT_CAP * squeezed.gather(-1, index)
     hit = torch.arange(logits.size(-1), device=logits.device) == index
     slope = 1.0 - squeezed * squeezed  # of the cap
-    gradients = torch.where(counted, (exponentials / sums - hit.float()) * slope, 0.0)
-    return torch.where(counted, losses, 0.0).squeeze(-1), gradients.to(logits.dtype)
+    logits.copy_(torch.where(counted, (exponentials / sums - hit.float()) * slope, 0.0))
+    return torch.where(counted, losses, 0.0).squeeze(-1)
 
 
-def _chunk_losses_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk_losses_eager(logits: Tensor, targets: Tensor) -> Tensor:
     """Do the same without a compiler, in as few passes over as little memory as may be."""
-    dtype = logits.dtype
     squeezed = logits.float().mul_(1.0 / LOGIT_CAP).tanh_()
     exponentials = torch.mul(squeezed, LOGIT_CAP).exp_()
     sums = exponentials.sum(-1, keepdim=True)
@@ -86,12 +98,15 @@ def _chunk_losses_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     losses = torch.log(sums) - LOGIT_CAP * squeezed.gather(-1, index)
     exponentials.mul_(counted / sums)
     exponentials.scatter_add_(-1, index, -counted.to(exponentials.dtype))
-    exponentials.addcmul_(exponentials * squeezed, squeezed, value=-1.0)
-    return torch.where(counted, losses, 0.0).squeeze(-1), exponentials.to(dtype)
+    slope = torch.sub(1.0, squeezed.square_(), out=squeezed)  # of the cap
+    torch.mul(exponentials, slope, out=logits if logits.dtype == slope.dtype else slope)
+    if logits.dtype != slope.dtype:
+        logits.copy_(slope)
+    return torch.where(counted, losses, 0.0).squeeze(-1)
 
 
 @functools.cache
-def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(_chunk_losses, dynamic=False)
 
 
@@ -105,22 +120,27 @@ def _losses(
     """
     losses = torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device)
     weight = head.to(hidden.dtype)
-    kernel = _compiled() if compiled else _chunk_losses_in_place
+    kernel = _compiled() if compiled else _chunk_losses_eager
     grad_hidden = torch.empty_like(hidden) if differentiate else hidden.new_empty(0)
     grad_head = torch.zeros_like(head) if differentiate else head.new_empty(0)
     step = chunk_rows(hidden.size(0), head.size(0), hidden.device)
+    block = fused_rows(hidden.size(0), head.size(0), hidden.device)
+    workspace = hidden.new_empty(min(step, hidden.size(0)), head.size(0))  # one for all chunks: it may be large
     for begin in range(0, hidden.size(0), step):
         rows = slice(begin, begin + step)
-        logits = hidden[rows] @ weight.mT
+        logits = torch.mm(hidden[rows], weight.mT, out=workspace[: hidden.size(0) - begin])
         if not differentiate:
             losses[rows] = _chunk_values(logits, targets[rows])
             continue
-        losses[rows], gradients = kernel(logits, targets[rows])
-        torch.mm(gradients, weight, out=grad_hidden[rows])
+        for part in range(0, logits.size(0), block):
+            inner = slice(part, part + block)
+            losses[rows][inner] = kernel(logits[inner], targets[rows][inner])
+        # The logits are their gradients now.
+        torch.mm(logits, weight, out=grad_hidden[rows])
         if hidden.dtype == head.dtype:
-            grad_head.addmm_(gradients.mT, hidden[rows])
+            grad_head.addmm_(logits.mT, hidden[rows])
         else:
-            grad_head += gradients.mT @ hidden[rows]  # rounded once a chunk, summed in fp32
+            grad_head += logits.mT @ hidden[rows]  # rounded once a chunk, summed in fp32
     return losses.sum(), losses, grad_hidden, grad_head
 
 

@@ -14,7 +14,7 @@ import torch
 from nanofed.model import GPTConfig
 from nanofed.model.attention import BLOCKED_LONGEST
 from nanofed.model.blocked_attention import BLOCK
-from nanofed.model.loss import chunk_rows
+from nanofed.model.loss import chunk_rows, fused_rows
 from nanofed.optim.muon import STACK_ELEMENTS
 
 MASTER_BYTES = 4  # weights, gradients and optimizer states are fp32
@@ -146,10 +146,9 @@ def head_bytes(config: GPTConfig, *, rows: int, compute_dtype: torch.dtype, comp
     weight = MASTER_BYTES * config.num_embedding_parameters
     cast = config.num_embedding_parameters * size if compute_dtype != torch.float32 else 0
     logits = chunk_rows(rows, config.vocab_size, device) * config.vocab_size
-    # A number of fp32 each: the capped logit, its exponential, and without a compiler their product. Beside the logits and
-    # their gradients, which take the place of two of them where they are fp32 too.
-    each = 3 * MASTER_BYTES if size == MASTER_BYTES else 2 * size + (2 if compiled else 3) * MASTER_BYTES
-    return logits * each + 2 * weight + cast + 2 * rows * config.n_embd * size
+    # A number of fp32 each where logits become gradients: the capped logit, its exponential, without a compiler their product.
+    fused = fused_rows(rows, config.vocab_size, device) * config.vocab_size * (2 if compiled else 3) * MASTER_BYTES
+    return logits * size + fused + 2 * weight + cast + 2 * rows * config.n_embd * size
 
 
 def update_bytes(config: GPTConfig, *, ns_dtype: torch.dtype, owners: int) -> int:
