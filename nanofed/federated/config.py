@@ -15,34 +15,52 @@ class FederationConfig:
     Attributes:
         clients: number of clients (in process and in simulation).
         rounds: rounds at most; by default as many as the recipe's horizon takes.
-        round_seconds: length of a round by each client's clock.
+        round_seconds: length of a round by each client's clock; where clients have clocks of their own, from dispatch to commit.
         round_steps: optimizer steps of a round instead; two runs of one seed then end in the same weights.
+        quorum: clients that a round needs: with fewer connected the server waits, with fewer answers the round changes nothing.
+        quorum_seconds: how long to wait for them before saying that the round cannot begin; then the wait goes on.
+        grace_seconds: beyond a round's seconds, until a client that has not answered is given up.
         availability: chance that a client takes part in a round (Bernoulli).
         client_speeds: how fast each client is, 1 being this machine; in process, a client of 0.5 does half the steps in a
             round of seconds.
+        sharding: what a client may read: `shards` leases it stretches of the least-progressed shard, `full` disjoint strides
+            over the whole set, `local` rows of the shards that only its site has.
         weighting: `uniform` or `tokens`: a client's share in the mean.
+        merge: `mean`, or coordinate by coordinate `median` or `trimmed_mean` of the clients' updates, all weighing the same.
+        trim: share of the values that `trimmed_mean` cuts off on either side.
+        max_norm_ratio: largest update, as its norm per root of steps over the running median of accepted ones; None for any.
+        on_large_norm: `clip` a larger update to that, or `reject` it.
         outer_lr: outer learning rate; 1 with momentum 0 is FedAvg.
         outer_momentum: outer Nesterov momentum.
         global_batch_tokens: split one batch over the clients of a round, in whole micro-batches, instead of
             `model.recipe.batch_tokens` each.
-        codec: how weights travel.
-        message_timeout: seconds beyond a round's budget after which a client that has not answered is given up.
-        max_failed_rounds: rounds in a row without one accepted reply after which the run ends with an error.
+        down_codec: how weights travel to the clients.
+        up_codec: how they come back.
+        max_failed_rounds: rounds in a row in which clients answered and nothing could be merged, after which the run ends with an
+            error; by default 5 on one machine, and never across sites, where the server tries again less and less often.
     """
 
     clients: int = 2
     rounds: int | None = None
     round_seconds: float = 300.0
     round_steps: int | None = None
+    quorum: int = 1
+    quorum_seconds: float = 600.0
+    grace_seconds: float = 300.0
     availability: float = 1.0
     client_speeds: list[float] | None = None
+    sharding: Literal["shards", "full", "local"] = "shards"
     weighting: Literal["uniform", "tokens"] = "uniform"
+    merge: Literal["mean", "median", "trimmed_mean"] = "mean"
+    trim: float = 0.2
+    max_norm_ratio: float | None = 5.0
+    on_large_norm: Literal["clip", "reject"] = "clip"
     outer_lr: float = 0.7
     outer_momentum: float = 0.6
     global_batch_tokens: int | None = None
-    codec: Literal["fp32"] = "fp32"
-    message_timeout: float = 600.0
-    max_failed_rounds: int = 5
+    down_codec: Literal["fp32", "bf16"] = "fp32"
+    up_codec: Literal["fp32", "bf16"] = "fp32"
+    max_failed_rounds: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no federation can run with."""
@@ -63,9 +81,25 @@ class FederationConfig:
                 )
             if not all(speed > 0 for speed in self.client_speeds):
                 raise ConfigError(f"federation.client_speeds must be positive, not {self.client_speeds}")
-        if not self.message_timeout > 0:
-            raise ConfigError(f"federation.message_timeout must be positive, not {self.message_timeout}")
-        if self.max_failed_rounds < 1:
+        self._check_rounds()
+        if self.merge != "mean" and self.weighting != "uniform":
+            raise ConfigError(
+                f"federation.merge={self.merge} weighs all clients the same: set federation.weighting to uniform"
+            )
+        if not 0 <= self.trim < 0.5:
+            raise ConfigError(f"federation.trim is the share cut off on each side, in [0, 0.5), not {self.trim}")
+        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
+            raise ConfigError(
+                f"federation.max_norm_ratio must be above 1, or null for any norm, not {self.max_norm_ratio}"
+            )
+
+    def _check_rounds(self) -> None:
+        if self.quorum < 1:
+            raise ConfigError(f"federation.quorum must be at least 1, not {self.quorum}")
+        for name in ("quorum_seconds", "grace_seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"federation.{name} must be positive, not {getattr(self, name)}")
+        if self.max_failed_rounds is not None and self.max_failed_rounds < 1:
             raise ConfigError(f"federation.max_failed_rounds must be at least 1, not {self.max_failed_rounds}")
 
     def speed(self, client: int) -> float:

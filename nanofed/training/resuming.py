@@ -40,7 +40,9 @@ FREE = (
     "data.tokenizer",  # its fingerprint counts, not its folder
     "federation.round_seconds",
     "federation.client_speeds",
-    "federation.message_timeout",
+    "federation.quorum",
+    "federation.quorum_seconds",
+    "federation.grace_seconds",
     "federation.max_failed_rounds",
 )
 # Says how to start, not what to train.

@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row, RowRange
 from nanofed.data.streams import DataState
-from nanofed.federated.wire.codec import hash_arrays, hash_weights
+from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY, Instructions, Report
 
 STREAMS = 2
@@ -30,10 +30,13 @@ def instructions(**changes: Any) -> Instructions:
         "run": "a" * 32,
         "round": 3,
         "client": "client-0",
-        "base_hash": hash_weights(weights()),
-        "codec": "fp32",
+        "base_hash": hash_arrays(list(weights().values())),
+        "nonce": "c" * 32,
+        "down_codec": "fp32",
+        "up_codec": "fp32",
         "max_steps": 4,
         "seconds": None,
+        "deadline_seconds": None,
         "participants": 2,
         "batch_tokens": 64,
         "clock_step": 8,
@@ -62,6 +65,7 @@ def report(**changes: Any) -> Report:
         "run": asked.run,
         "round": asked.round,
         "client": asked.client,
+        "nonce": asked.nonce,
         "base_hash": asked.base_hash,
         "payload_hash": hash_arrays(list(weights(1).values())),
         "steps": 3,

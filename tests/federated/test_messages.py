@@ -1,16 +1,29 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.messages import KEY, MAX_JSON, Hello, Instructions, Report, code_hash
+from nanofed.federated.wire.messages import KEY, MAX_JSON, Hello, Instructions, Report, SiteShard, code_hash
 from tests.federated.replies import instructions, report
 
-HELLO = Hello("site-1", code_hash(), {"n_layer": 2, "n_embd": 128}, "t" * 64, "d" * 64, 8)
+HELLO = Hello(
+    "site-1",
+    code_hash(),
+    {"n_layer": 2, "n_embd": 128},
+    "t" * 64,
+    "d" * 64,
+    8,
+    training={"matrix_lr": "0.02", "packing": "contiguous"},
+    versions={"python": "3.12.1", "flwr": "1.41.0"},
+    devices=4,
+    tokens_per_second=1234.5,
+    shards=(SiteShard("shard_00000.parquet", 100, 4000, "f" * 64),),
+)
 NOTES: list[Hello | Instructions | Report] = [HELLO, instructions(), instructions(data=None, seconds=7.25), report()]
 IDS = ["hello", "instructions", "fresh-instructions", "report"]
 
@@ -36,7 +49,7 @@ def test_every_field_is_needed_and_no_other_is_taken(note: Hello | Instructions 
 @pytest.mark.parametrize("note", NOTES, ids=IDS)
 def test_a_value_of_another_kind_is_refused_by_name(note: Hello | Instructions | Report) -> None:
     plain = json.loads(note.to_config()[KEY])
-    optional = {"seconds": isinstance(note, Instructions), "data": isinstance(note, Instructions)}
+    optional = {field.name for field in fields(note) if str(field.type).endswith(" | None")}
     garbage: list[Any] = [None, True, "3", "", 1.5, -1, [], [1], {}, {"a": 1}, 10**30, 1e308, [[[]]], "x" * 3000]
     for field in fields(note):
         kinds = {
@@ -47,7 +60,7 @@ def test_a_value_of_another_kind_is_refused_by_name(note: Hello | Instructions |
             "float | None": (int, float),
         }.get(str(field.type))
         for value in garbage:
-            if value is None and optional.get(field.name):
+            if value is None and field.name in optional:
                 continue
             config = {KEY: json.dumps({**plain, field.name: value})}
             if kinds is None:  # a structure: garbage never gives anything but a well-formed one
@@ -56,8 +69,13 @@ def test_a_value_of_another_kind_is_refused_by_name(note: Hello | Instructions |
                 except WireError as error:
                     assert len(str(error)) < 500
                 else:
-                    assert (field.name, value) in [("lease", []), ("model", {}), ("model", {"a": 1})]
-                    assert got == (tuple(value) if field.name == "lease" else value)
+                    kind = "list" if field.name in ("lease", "shards") else "dict"
+                    assert (kind, field.name, value) in [
+                        ("list", field.name, []),
+                        ("dict", field.name, {}),
+                        ("dict", "model", {"a": 1}),
+                    ]
+                    assert got == (tuple(value) if kind == "list" else value)
             elif type(value) not in kinds or value == 10**30:
                 with pytest.raises(WireError, match=f"{type(note).__name__}.* {field.name} is ") as refused:
                     type(note).from_config(config)
@@ -127,6 +145,28 @@ def test_numbers_that_are_none_are_refused(name: str, value: str) -> None:
 def test_a_client_has_a_plain_name(name: str) -> None:
     with pytest.raises(WireError, match="no plain word"):
         Hello.from_config(replace(HELLO, name=name).to_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"training": {"packing": 3}}, "training packing is 3, not str"),
+        ({"versions": {"torch": "2.11\x1b[31m"}}, "versions 'torch' is no plain text"),
+        ({"versions": {"x" * 1000: "1"}}, "is no plain text"),
+        ({"devices": 0}, "0 devices"),
+        ({"tokens_per_second": -1.0}, "-1.0 tokens a second"),
+        ({"shards": [{"name": "a", "num_rows": 1, "text_bytes": 9}]}, "fingerprint"),
+        ({"shards": [{"name": "a\nb", "num_rows": 1, "text_bytes": 9, "fingerprint": "f"}]}, "no plain name"),
+        ({"shards": [{"name": "a", "num_rows": 0, "text_bytes": 9, "fingerprint": "f"}]}, "has 0 rows"),
+        ({"shards": [{"name": "a", "num_rows": 1.5, "text_bytes": 9, "fingerprint": "f"}]}, "num_rows is 1.5"),
+        ({"shards": [{"name": "a", "num_rows": 1, "text_bytes": 9, "fingerprint": "f"}] * 2}, "named twice"),
+    ],
+)
+def test_a_hello_is_of_plain_words_and_counts(changes: dict[str, Any], says: str) -> None:
+    plain = {**json.loads(HELLO.to_config()[KEY]), **changes}
+    with pytest.raises(WireError, match=re.escape(says)) as refused:
+        Hello.from_config({KEY: json.dumps(plain)})
+    assert len(str(refused.value)) < 300 and str(refused.value).isprintable()
 
 
 def test_an_unknown_field_of_any_size_makes_a_short_message() -> None:

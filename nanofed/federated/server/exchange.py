@@ -32,13 +32,13 @@ def exchange(
     Args:
         grid: the connection to the nodes.
         nodes: client -> node id.
-        instructions: client -> what it is to do; all with the same codec.
+        instructions: client -> what it is to do; all with the same down-link codec.
         weights: the global weights, sent to all.
         streams: of every client's data.
         seconds: until a client is given up.
     """
     waiting: dict[str, str] = {}  # message id -> client
-    codec = CODECS[next(iter(instructions.values())).codec]
+    codec = CODECS[next(iter(instructions.values())).down_codec]
     arrays = ArrayRecord(codec.encode(weights))  # one for all: in process every message shares it
     for client, node in nodes.items():
         asked = instructions[client]

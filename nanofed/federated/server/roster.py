@@ -15,6 +15,7 @@ from nanofed.federated.wire.messages import Hello
 
 logger = logging.getLogger(__name__)
 
+OWN = ("name", "versions", "devices", "tokens_per_second", "shards")  # may differ from the server's
 HELLO_SECONDS = 120.0  # a fresh Ray actor imports torch before it answers
 ASK_AGAIN_SECONDS = 600.0  # a node that was refused or silent must not hold up every round
 
@@ -66,7 +67,7 @@ class Roster:
             differing = [
                 f"{f.name} {getattr(hello, f.name)} there, {getattr(self._expected, f.name)} here"
                 for f in fields(Hello)
-                if f.name != "name" and getattr(hello, f.name) != getattr(self._expected, f.name)
+                if f.name not in OWN and getattr(hello, f.name) != getattr(self._expected, f.name)
             ]
             if differing:
                 self._refuse(hello.name, "; ".join(differing))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import secrets
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from nanofed.federated.server.merge import MeanAccumulator
 from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.validation import Refused, Update
-from nanofed.federated.wire.codec import Array, hash_weights, payload_bytes
+from nanofed.federated.wire.codec import CODECS, Array, hash_arrays, payload_bytes
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
 from nanofed.training.checkpoint import (
     check_model,
@@ -105,7 +106,7 @@ class RoundLoop:
         self.weights: dict[str, Array] = {
             name: tensor.detach().cpu().numpy().copy() for name, tensor in module.gpt.state_dict().items()
         }
-        self._roster = Roster(grid, Hello.of("", module.config, data))
+        self._roster = Roster(grid, Hello.of("", module, data))
 
     # --- the run
 
@@ -119,7 +120,7 @@ class RoundLoop:
             if merged is None:
                 continue
             failed = 0 if merged else failed + 1
-            if failed >= self._config.max_failed_rounds:
+            if failed >= (self._config.max_failed_rounds or 5):
                 raise NanofedError(f"{failed} rounds in a row brought no update that could be merged ({self._why()})")
         if self._evaluated != self._clock.round:
             self._evaluate()  # the last round was an empty one
@@ -174,13 +175,13 @@ class RoundLoop:
 
     def _wait_for_clients(self) -> dict[str, int]:
         """Return the clients connected now; where there is none, wait for one as long as for a message."""
-        deadline = time.monotonic() + self._config.message_timeout
+        deadline = time.monotonic() + self._config.grace_seconds
         while not (connected := self._roster.connected()):
             if self._simulated and self._roster.refused:
                 raise NanofedError(f"no client can take part ({self._why()})")
             if time.monotonic() > deadline:
                 raise NanofedError(
-                    f"no client was there for {self._config.message_timeout:.0f} s ({self._why()}); the run goes on from "
+                    f"no client was there for {self._config.grace_seconds:.0f} s ({self._why()}); the run goes on from "
                     "its last checkpoint with --ckpt_path last"
                 )
             time.sleep(POLL_SECONDS)
@@ -208,7 +209,7 @@ class RoundLoop:
             batch_tokens = max(micro, config.global_batch_tokens // len(clients) // micro * micro)
         left = -(-(self._horizon - self._clock.tokens) // (batch_tokens * len(clients)))
         max_steps = min(left, config.round_steps) if config.round_steps else left
-        base = hash_weights(self.weights)
+        base = hash_arrays(CODECS[config.down_codec].encode(self.weights))
         out = {}
         for client in clients:
             tokens = max_steps * batch_tokens
@@ -224,9 +225,12 @@ class RoundLoop:
                 round=number,
                 client=client,
                 base_hash=base,
-                codec=config.codec,
+                nonce=secrets.token_hex(16),
+                down_codec=config.down_codec,
+                up_codec=config.up_codec,
                 max_steps=max_steps,
                 seconds=None if config.round_steps else config.round_seconds,
+                deadline_seconds=None if self._simulated else config.round_seconds + config.grace_seconds,
                 participants=len(clients),
                 batch_tokens=batch_tokens,
                 clock_step=self._clock.step,
@@ -240,7 +244,7 @@ class RoundLoop:
     def _updates(self, nodes: Mapping[str, int], instructions: Mapping[str, Instructions]) -> Iterator[Update]:
         """Send the round to its clients and yield accepted updates as they arrive, one at a time."""
         number = next(iter(instructions.values())).round
-        budget = (self._config.round_seconds if not self._config.round_steps else 0.0) + self._config.message_timeout
+        budget = self._config.round_seconds + self._config.grace_seconds
         budget *= len(nodes) if self._simulated else 1  # the last answer comes after all the others' turns
         for client, answer in exchange(
             self._grid, nodes, instructions, self.weights, streams=self._data.streams, seconds=budget

@@ -53,10 +53,10 @@ def check_reply(reply: Message, instructions: Instructions, weights: Weights, st
         # Not with `to_numpy_ndarrays(keep_input=False)`: it collects garbage each time, 0.1 s and more a reply.
         arrays = [record.pop(name).numpy() for name in list(record)]
         payload = sum(array.nbytes for array in arrays)
-        local = CODECS[instructions.codec].decode(arrays, weights)
+        local = CODECS[instructions.up_codec].decode(arrays, weights)
     except Exception as error:  # foreign bytes: NumPy's reader raises a dozen kinds
         raise Refused(str(error) if isinstance(error, WireError) else f"it cannot be read: {error!r}") from error
-    for name in ("run", "round", "client", "base_hash"):
+    for name in ("run", "round", "client", "nonce", "base_hash"):
         if getattr(report, name) != getattr(instructions, name):
             raise Refused(f"it is for {name} {getattr(report, name)!r}, not {getattr(instructions, name)!r}")
     steps = report.steps

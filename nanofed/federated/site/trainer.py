@@ -18,7 +18,7 @@ from torch import Tensor
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays, hash_weights
+from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
@@ -85,7 +85,7 @@ class FabricTrainer:
 
     def hello(self, client: str) -> Hello:
         """Say who the client is and what it runs."""
-        return Hello.of(client, self._module.config, self._data)
+        return Hello.of(client, self._module, self._data)
 
     def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
         """Train one round and return the local weights and the report.
@@ -94,11 +94,10 @@ class FabricTrainer:
             WireError: the weights are not the ones that the instructions describe.
             NanofedError: the training cannot be done (a batch that does not divide, a loss that is not finite).
         """
-        codec = CODECS[instructions.codec]
         module, optimizer = self._module, self._optimizer
-        weights = codec.decode(arrays, self._like)
-        if hash_weights(weights) != instructions.base_hash:
+        if hash_arrays(arrays) != instructions.base_hash:
             raise WireError("the weights that arrived do not have the hash that was announced")
+        weights = CODECS[instructions.down_codec].decode(arrays, self._like)
         accumulation = accumulation_steps(
             instructions.batch_tokens,
             device_batch_size=self._data.device_batch_size,
@@ -137,11 +136,12 @@ class FabricTrainer:
         if not all(np.isfinite(array).all() for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
         self._keep(instructions, ClientState(instructions.round, optimizer.state))
-        payload = codec.encode(local)
+        payload = CODECS[instructions.up_codec].encode(local)
         report = Report(
             run=instructions.run,
             round=instructions.round,
             client=instructions.client,
+            nonce=instructions.nonce,
             base_hash=instructions.base_hash,
             payload_hash=hash_arrays(payload),
             steps=result.steps,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,12 +20,14 @@ from nanofed.federated.wire.codec import WireError
 
 if TYPE_CHECKING:
     from nanofed.data.datamodule import TokenDataModule
-    from nanofed.model import GPTConfig
+    from nanofed.training.module import GPTModule
 
 # In a client's failure: its next lease is longer.
 LEASE_TOO_SHORT = "the leased rows hold too little text for one optimizer step"
 KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
+MAX_TEXT = 200  # characters of a version or a shard's name
+SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a client: it becomes a folder's and is logged
 
 
@@ -91,6 +95,8 @@ JSON_KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "dict[str, int]": (dict,),
+    "dict[str, str]": (dict,),
+    "tuple[SiteShard, ...]": (list,),
     "tuple[RowRange, ...]": (list,),
     "DataState": (dict,),
 }
@@ -114,8 +120,43 @@ def _range(plain: dict[str, Any]) -> RowRange:
 
 
 @dataclass(frozen=True)
+class SiteShard:
+    """A shard as a site describes it: its name, how much is in it, and a fingerprint; nothing of its text."""
+
+    name: str
+    num_rows: int
+    text_bytes: int
+    fingerprint: str
+
+    @classmethod
+    def _build(cls, plain: dict[str, Any]) -> SiteShard:
+        shard = cls(**plain)
+        for name, kind in (("name", "str"), ("num_rows", "int"), ("text_bytes", "int"), ("fingerprint", "str")):
+            _check_kind(f"shard {name}", kind, getattr(shard, name))
+        if not (0 < len(shard.name) <= MAX_TEXT and shard.name.isprintable() and len(shard.fingerprint) <= MAX_TEXT):
+            raise ValueError(f"shard {shard.name[:80]!r} has no plain name and fingerprint")
+        if shard.num_rows < 1 or shard.text_bytes < 1:
+            raise ValueError(f"shard {shard.name!r} has {shard.num_rows} rows of {shard.text_bytes} bytes")
+        return shard
+
+
+@dataclass(frozen=True)
 class Hello(_Note):
-    """What a client says of itself before its first round; what differs from the server's own is refused."""
+    """What a client says of itself before its first round.
+
+    Attributes:
+        name: of the client.
+        code: hash of its nanofed's sources.
+        model: sizes of its GPT.
+        tokenizer: fingerprint.
+        dataset: fingerprint.
+        streams: of its data.
+        training: what else decides the arithmetic of a step: rates, decay, packing.
+        versions: of Python and of the packages that matter.
+        devices: it trains on.
+        tokens_per_second: measured in its last round, None before it has trained any.
+        shards: found at the site, training shards only.
+    """
 
     name: str
     code: str
@@ -123,12 +164,45 @@ class Hello(_Note):
     tokenizer: str
     dataset: str
     streams: int
+    training: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    devices: int = 1
+    tokens_per_second: float | None = None
+    shards: tuple[SiteShard, ...] = ()
 
     @classmethod
-    def of(cls, name: str, model: GPTConfig, data: TokenDataModule) -> Self:
+    def of(
+        cls,
+        name: str,
+        module: GPTModule,
+        data: TokenDataModule,
+        *,
+        devices: int = 1,
+        tokens_per_second: float | None = None,
+    ) -> Self:
         """Return what this process runs; both sides say it in the same way."""
-        dataset = data.dataset.fingerprint()
-        return cls(name, code_hash(), vars(model).copy(), data.tokenizer.fingerprint, dataset, data.streams)
+        dataset = data.dataset
+        recipe = {key: str(value) for key, value in vars(module.recipe).items() if key not in SENT}
+        return cls(
+            name=name,
+            code=code_hash(),
+            model=vars(module.config).copy(),
+            tokenizer=data.tokenizer.fingerprint,
+            dataset=dataset.fingerprint(),
+            streams=data.streams,
+            training={**recipe, "packing": data.packing},
+            versions={"python": platform.python_version(), "nanofed": nanofed.__version__}
+            | {package: version(package) for package in ("torch", "flwr")},
+            devices=devices,
+            tokens_per_second=tokens_per_second,
+            shards=tuple(
+                SiteShard(s.name, s.num_rows, s.text_bytes, _fingerprint([s.name, s.num_rows, s.num_bytes, s.sha256]))
+                for s in dataset.train
+            ),
+        )
+
+    def _plain(self) -> dict[str, Any]:
+        return {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
 
     @classmethod
     def _build(cls, plain: dict[str, Any]) -> Self:
@@ -136,7 +210,21 @@ class Hello(_Note):
             raise ValueError(f"name is {plain['name'][:80]!r}, no plain word")
         for name, size in plain["model"].items():
             _check_kind(f"model {name:.40}", "int", size)
-        return cls(**plain)
+        for section in ("training", "versions"):
+            for name, text in plain[section].items():
+                _check_kind(f"{section} {name:.40}", "str", text)
+                if not (name.isprintable() and text.isprintable() and max(len(name), len(text)) <= MAX_TEXT):
+                    raise ValueError(f"{section} {name[:40]!r} is no plain text")
+        if not (plain["devices"] >= 1 and (plain["tokens_per_second"] or 0) >= 0):
+            raise ValueError(f"{plain['devices']} devices at {plain['tokens_per_second']} tokens a second")
+        shards = tuple(SiteShard._build(shard) for shard in plain["shards"])
+        if len({shard.name for shard in shards}) != len(shards):
+            raise ValueError("a shard is named twice")
+        return cls(**{**plain, "shards": shards})
+
+
+def _fingerprint(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -147,10 +235,14 @@ class Instructions(_Note):
         run: id of the run.
         round: number of the round, from 1.
         client: name of the client, so that a reply cannot be taken for another's.
-        base_hash: of the weights sent along.
-        codec: of the weights both ways.
+        nonce: of this message alone; the report returns it.
+        base_hash: of the arrays sent along.
+        down_codec: of the arrays sent along.
+        up_codec: of those to be sent back.
         max_steps: optimizer steps at most (the round's, or what is left to the horizon).
         seconds: training budget on the client's own clock; None in a round of steps.
+        deadline_seconds: from receipt, on the client's own clock: the answer has to be there by then, or it is worth nothing;
+            None where clients have no clock of their own (in process).
         participants: clients in this round; the learning-rate clock runs so many times faster than one client trains.
         batch_tokens: tokens of this client's optimizer step.
         clock_step: optimizer steps of the run so far.
@@ -164,10 +256,13 @@ class Instructions(_Note):
     run: str
     round: int
     client: str
+    nonce: str
     base_hash: str
-    codec: str
+    down_codec: str
+    up_codec: str
     max_steps: int
     seconds: float | None
+    deadline_seconds: float | None
     participants: int
     batch_tokens: int
     clock_step: int
@@ -192,9 +287,10 @@ class Report(_Note):
     """What a client did in a round.
 
     Attributes:
-        run: id of the run, from the instructions, like `round`, `client` and `base_hash`.
+        run: id of the run, from the instructions, like `round`, `client`, `nonce` and `base_hash`.
         round: see `run`.
         client: see `run`.
+        nonce: see `run`.
         base_hash: see `run`.
         payload_hash: of the arrays sent along.
         steps: full optimizer steps.
@@ -209,6 +305,7 @@ class Report(_Note):
     run: str
     round: int
     client: str
+    nonce: str
     base_hash: str
     payload_hash: str
     steps: int

@@ -1,0 +1,337 @@
+"""Certificates and keys of a federation: one authority, one server certificate, a key pair for each site."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from nanofed.errors import ConfigError, NanofedError
+
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # wire.messages.SAFE_NAME, without importing torch
+HOST_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+LOOPBACK = ("localhost", "127.0.0.1")  # the SuperLink has the same certificate, and is called there
+DAYS = 365  # of the server certificate
+CA_DAYS = 3650
+WARN_DAYS = 30.0
+_CLOCKS = datetime.timedelta(hours=1)  # a site's clock may be behind by so much
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The folder of a federation's certificates and keys; private ones have mode 0600, folders 0700.
+
+    `ca.pem` and `ca.key` sign; `server.pem` and `server.key` are for the proxy and the SuperLink behind it; `sites/NAME.pub` is
+    what `flwr supernode register` and the proxy read; `handout/NAME` (`ca.pem` and `site.key`) goes to the site, by a safe way,
+    and may be deleted here afterwards.
+
+    Attributes:
+        folder: see above.
+        created: what `init` wrote, relative to the folder.
+    """
+
+    folder: Path
+    created: tuple[str, ...] = ()
+
+    @property
+    def ca(self) -> Path:
+        """The authority's certificate: what a SuperNode takes as `--root-certificates`."""
+        return self.folder / "ca.pem"
+
+    @property
+    def ca_key(self) -> Path:
+        """The authority's private key: needed only to issue a server certificate, so it may be kept elsewhere."""
+        return self.folder / "ca.key"
+
+    @property
+    def certificate(self) -> Path:
+        """The server's certificate."""
+        return self.folder / "server.pem"
+
+    @property
+    def key(self) -> Path:
+        """The server's private key."""
+        return self.folder / "server.key"
+
+    @property
+    def sites(self) -> Path:
+        """The folder of the sites' public keys."""
+        return self.folder / "sites"
+
+    def public_key(self, site: str) -> Path:
+        """Return where a site's public key is, in OpenSSH's form: what `flwr supernode register` takes."""
+        return self.sites / f"{site}.pub"
+
+    def handout(self, site: str) -> Path:
+        """Return the folder that goes to a site."""
+        return self.folder / "handout" / site
+
+    def private_key(self, site: str) -> Path:
+        """Return where a site's private key is, in OpenSSH's form: `--auth-supernode-private-key` of a SuperNode."""
+        return self.handout(site) / "site.key"
+
+    def names(self) -> list[str]:
+        """Return the sites that have a public key here."""
+        return sorted(path.stem for path in self.sites.glob("*.pub"))
+
+    def hosts(self) -> list[str]:
+        """Return the names and addresses that the server certificate is for."""
+        extension = read_certificate(self.certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        return [str(name.value) for name in extension.value]
+
+    def expiry(self) -> datetime.datetime:
+        """Return when the first of server certificate and authority ends, UTC."""
+        return min(read_certificate(path).not_valid_after_utc for path in (self.certificate, self.ca))
+
+    def days_left(self) -> float:
+        """Return the days until `expiry`; negative afterwards."""
+        return (self.expiry() - _now()).total_seconds() / 86400
+
+    def warning(self, days: float = WARN_DAYS) -> str | None:
+        """Return what to tell the operator where fewer than `days` are left, else None."""
+        left = self.days_left()
+        if left >= days:
+            return None
+        ends = f"ends in {left:.0f} days" if left > 0 else f"ended {-left:.0f} days ago"
+        return f"the certificate {self.certificate} {ends} ({self.expiry():%Y-%m-%d}): issue a new one with --force"
+
+
+def init(folder: Path, hosts: Sequence[str], sites: Sequence[str], *, days: int = DAYS, force: bool = False) -> Keys:
+    """Write what is missing of an authority, a server certificate and a key pair for each site.
+
+    Args:
+        folder: where; made if need be.
+        hosts: names and addresses by which sites call the server; localhost and 127.0.0.1 are added.
+        sites: names of the sites.
+        days: validity of the server certificate.
+        force: issue the server certificate and the keys of `sites` anew. The authority stays, so that the other sites notice
+            nothing; for a new authority take a new folder.
+
+    Raises:
+        ConfigError: a name that is no host's or site's; a server certificate that is there and not for `hosts`; an authority
+            that is not whole, or ends.
+        NanofedError: the folder cannot be written.
+    """
+    for site in sites:
+        if not SITE_NAME.fullmatch(site):
+            raise ConfigError(f"{site!r:.80} is no name for a site: up to 64 letters, digits, '.', '_' and '-'")
+    if twice := sorted({site for site in sites if list(sites).count(site) > 1}):
+        raise ConfigError(f"the site {twice[0]} is named twice")
+    if not 1 <= days <= CA_DAYS:
+        raise ConfigError(f"a certificate is valid for 1 to {CA_DAYS} days, not {days}")
+    names = [_alternative(host) for host in dict.fromkeys((*hosts, *LOOPBACK))]
+    keys = Keys(folder)
+    created: list[Path] = []
+    try:
+        for part in (folder, keys.sites, keys.handout("x").parent):
+            part.mkdir(parents=True, exist_ok=True)
+            part.chmod(0o700)
+        if not keys.ca.exists():
+            created += _make_authority(keys)
+        if force or not keys.certificate.exists():
+            created += _make_server(keys, names, days)
+        elif missing := [host for host in hosts if str(_alternative(host).value) not in keys.hosts()]:
+            raise ConfigError(f"{keys.certificate} is not for {missing[0]}: add --force to issue it anew")
+        for site in sites:
+            if force or not keys.public_key(site).exists():
+                created += _make_site(keys, site)
+    except OSError as error:
+        raise NanofedError(f"the keys cannot be written to {folder}: {error.strerror or error}") from error
+    return Keys(folder, tuple(path.relative_to(folder).as_posix() for path in created))
+
+
+def load(folder: Path) -> Keys:
+    """Return the keys of a folder that `init` wrote.
+
+    Raises:
+        ConfigError: something that a server needs is missing, damaged, or open to others, or the certificate has ended.
+    """
+    keys = Keys(folder)
+    for path in (keys.ca, keys.certificate, keys.key):
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: `nanofed server init` writes it")
+    if keys.key.stat().st_mode & 0o077:
+        raise ConfigError(f"{keys.key} can be read by others: chmod 600 {keys.key}")
+    if not keys.names():
+        raise ConfigError(f"{keys.sites} holds no site's key: add one with `nanofed server init`")
+    read_sites(keys.sites)
+    if keys.days_left() <= 0:
+        raise ConfigError(str(keys.warning()))
+    return keys
+
+
+def read_sites(folder: Path) -> dict[bytes, str]:
+    """Return the name of each site by its public key, in the form in which a SuperNode sends it (PEM).
+
+    Args:
+        folder: of `NAME.pub` files.
+
+    Raises:
+        ConfigError: a file is no key of an elliptic curve, or two sites have one key.
+    """
+    found: dict[bytes, str] = {}
+    for path in sorted(folder.glob("*.pub")):
+        try:
+            key = serialization.load_ssh_public_key(path.read_bytes())
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            raise ConfigError(f"{path} cannot be read as a public key of OpenSSH's form: {error}") from error
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not SITE_NAME.fullmatch(path.stem):
+            raise ConfigError(f"{path} must be a site's name and hold a key of an elliptic curve")
+        pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        if pem in found:
+            raise ConfigError(f"the sites {found[pem]} and {path.stem} have the same key")
+        found[pem] = path.stem
+    return found
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """Return a certificate.
+
+    Raises:
+        ConfigError: there is none in the file.
+    """
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as a certificate: {error}") from error
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        if not HOST_NAME.fullmatch(host) or host.replace(".", "").isdigit():
+            raise ConfigError(
+                f"{host!r:.80} is neither a host's name nor an address (without scheme and port)"
+            ) from None
+        return x509.DNSName(host)
+
+
+def _make_authority(keys: Keys) -> list[Path]:
+    if keys.ca_key.exists():
+        raise ConfigError(f"{keys.ca_key} is there and {keys.ca} is not: put it back, or take another folder")
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name(
+        [x509.NameAttribute(NameOID.COMMON_NAME, f"nanofed federation {x509.random_serial_number():x}"[:40])]
+    )
+    certificate = _certificate(key.public_key(), name, name, key, days=CA_DAYS, authority=True)
+    _write(keys.ca_key, _private(key, serialization.PrivateFormat.PKCS8))
+    _write(keys.ca, certificate.public_bytes(serialization.Encoding.PEM))
+    return [keys.ca_key, keys.ca]
+
+
+def _make_server(keys: Keys, names: Sequence[x509.GeneralName], days: int) -> list[Path]:
+    ca = read_certificate(keys.ca)
+    if not keys.ca_key.is_file():
+        raise ConfigError(f"{keys.ca_key} is needed to issue a server certificate: put it back for that")
+    try:
+        signer = serialization.load_pem_private_key(keys.ca_key.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{keys.ca_key} cannot be read as a private key: {error}") from error
+    if not isinstance(signer, ec.EllipticCurvePrivateKey) or signer.public_key() != ca.public_key():
+        raise ConfigError(f"{keys.ca_key} is not the key of {keys.ca}: put the right one back, or take another folder")
+    if ca.not_valid_after_utc < _now() + datetime.timedelta(days=days):
+        raise ConfigError(
+            f"the authority {keys.ca} ends {ca.not_valid_after_utc:%Y-%m-%d}, before {days} days: ask for fewer, or make a new "
+            "one in another folder"
+        )
+    # P-256 for the handshakes, of which there are many; clients know it everywhere.
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nanofed server")])
+    certificate = _certificate(key.public_key(), name, ca.subject, signer, days=days, names=names)
+    _write(keys.key, _private(key, serialization.PrivateFormat.PKCS8))
+    _write(keys.certificate, certificate.public_bytes(serialization.Encoding.PEM))
+    return [keys.key, keys.certificate]
+
+
+def _make_site(keys: Keys, site: str) -> list[Path]:
+    key = ec.generate_private_key(ec.SECP384R1())
+    handout = keys.handout(site)
+    handout.mkdir(exist_ok=True)
+    handout.chmod(0o700)
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    _write(handout / "ca.pem", keys.ca.read_bytes())
+    _write(keys.private_key(site), _private(key, serialization.PrivateFormat.OpenSSH))
+    _write(keys.public_key(site), public + b" " + site.encode() + b"\n")  # last: a site without it is made anew
+    return [handout / "ca.pem", keys.private_key(site), keys.public_key(site)]
+
+
+def _certificate(
+    public: ec.EllipticCurvePublicKey,
+    subject: x509.Name,
+    issuer: x509.Name,
+    signer: ec.EllipticCurvePrivateKey,
+    *,
+    days: int,
+    names: Sequence[x509.GeneralName] = (),
+    authority: bool = False,
+) -> x509.Certificate:
+    """Return a signed certificate with what RFC 5280 wants: Python 3.13 refuses an authority without it."""
+    usage = dict.fromkeys(
+        (
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "encipher_only",
+            "decipher_only",
+        ),
+        False,
+    )
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(_now() - _CLOCKS)
+        .not_valid_after(_now() + datetime.timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
+        .add_extension(
+            x509.KeyUsage(digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, **usage),
+            critical=True,
+        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+    )
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    return builder.sign(signer, hashes.SHA384())
+
+
+def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file for this user's eyes only, whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}."
+    )  # mode 0600 from the first moment
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
