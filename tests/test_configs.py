@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanofed.federated.config import FederationConfig
-from nanofed.federated.run import build_parser
+from nanofed.federated.arguments import build_parser
 from nanofed.training.config import FitCLI
 from nanofed.training.module import GPTModule
 from nanofed.training.parsing import parse

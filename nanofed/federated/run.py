@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from lightning import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
-from nanofed.federated.config import FederationConfig
+from nanofed.federated.arguments import Arguments
 from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.board import Board
@@ -24,96 +19,40 @@ from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest
-from nanofed.training.config import link_model_and_data, run_options
 from nanofed.training.fitting import Place
-from nanofed.training.module import GPTModule
-from nanofed.training.options import RunOptions
-from nanofed.training.parsing import parse
 from nanofed.training.preflight import check_start
 from nanofed.training.run import SUMMARY, Summary, check_unused, open_run, resume_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class FabricOptions:
-    """Where a client trains.
-
-    Attributes:
-        accelerator: `auto`, `cpu` or `cuda`.
-        devices: devices of one client: 1 in process and in simulation.
-    """
-
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse a client on any other number of devices: several need a launcher, which a site's trainer is to have."""
-        if self.devices < 1:
-            raise ConfigError(f"fabric.devices must be at least 1, not {self.devices}")
-        if self.devices > 1:
-            raise ConfigError(
-                f"fabric.devices={self.devices}: in process and in simulation a client trains on one device; set it to 1"
-            )
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `nanofed federate`: the sections of `nanofed fit`, with `federation` and `fabric` for `trainer`."""
-    parser = ArgumentParser(prog="nanofed federate", exit_on_error=False)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file in YAML")
-    parser.add_argument(
-        "--runtime", type=Literal["in-process", "simulation"], default="in-process", help="what runs server and clients"
-    )
-    parser.add_argument("--seed_everything", type=int, default=42, help="seed of weights and draws")
-    parser.add_class_arguments(RunOptions, None, as_group=False)
-    parser.set_defaults({"eval_every": 1, "save_every": 1})  # rounds: a killed server loses at most the one it was in
-    parser.add_class_arguments(GPTModule, "model")
-    parser.add_class_arguments(TokenDataModule, "data")
-    parser.add_class_arguments(FederationConfig, "federation")
-    parser.add_class_arguments(FabricOptions, "fabric")
-    link_model_and_data(parser)
-    return parser
-
-
-@dataclass
-class Federation:
+class Federation(Arguments):
     """A parsed configuration, and the objects it describes."""
 
-    parser: ArgumentParser
-    config: Namespace
-
-    @classmethod
-    def from_args(cls, args: Sequence[str]) -> Federation:
-        """Parse command-line arguments.
-
-        Raises:
-            ConfigError: a wrong key or value.
-        """
-        parser = build_parser()
-        return cls(parser, parse(parser, args))
-
-    @property
-    def options(self) -> RunOptions:
-        """The options of the run."""
-        return run_options(self.config)
-
-    @property
-    def federation(self) -> FederationConfig:
-        """The options of the federation."""
-        return FederationConfig(**vars(self.config.federation))
+    def anchor(self) -> None:
+        """Make the config's paths absolute: Flower's processes have another working directory."""
+        config = self.config
+        config.runs_dir = _absolute(config.runs_dir)
+        for section, name, words in (
+            (config.data, "path", ("demo", "fineweb-edu")),
+            (config.data, "tokenizer", ("gpt2",)),
+            (config, "ckpt_path", ("last",)),
+            (config, "init_from", ()),
+        ):
+            if section[name] is not None and section[name] not in words:
+                section[name] = _absolute(section[name])
 
     def fabric(self) -> Fabric:
         """Return the Fabric that a client trains with."""
-        options = FabricOptions(**vars(self.config.fabric))
+        options = self.fabric_options
+        if options.devices > 1 and self.config.runtime != "deployment":
+            raise ConfigError(
+                f"fabric.devices={options.devices}: in process and in simulation a client trains on one device; set it to 1"
+            )
         try:
-            return Fabric(accelerator=options.accelerator, devices=options.devices)
+            return Fabric(accelerator=options.accelerator, devices=1)
         except (MisconfigurationException, RuntimeError) as error:  # devices that are not there
             raise ConfigError(f"fabric: {str(error).strip().splitlines()[0]}") from error
-
-    def build(self) -> tuple[GPTModule, TokenDataModule]:
-        """Return a module and its data, not shared with anybody."""
-        built = self.parser.instantiate(self.config)
-        return built.model, built.data
 
     @property
     def folder(self) -> Path:
@@ -161,6 +100,10 @@ class Federation:
             check_model(read_manifest(path), module.config, path)
             loop.load_weights(path)
         return loop
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def client_name(index: int) -> str:
