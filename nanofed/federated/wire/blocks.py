@@ -1,0 +1,82 @@
+"""Large arrays in blocks that stay in the cache, spread over threads: work at the speed of memory, with no large temporary."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Elements. Two fp64 buffers of it fit into a core's cache, and PyTorch does not spread an operation of 32,768 elements over
+# threads of its own. A multiple of every vector width, so that where blocks end changes no rounding.
+BLOCK = 1 << 15
+
+J = TypeVar("J")
+T = TypeVar("T")
+
+
+def flat(array: npt.NDArray[np.generic]) -> Tensor:
+    """Return the array's elements as a one-dimensional tensor on the same memory; a non-contiguous array is copied.
+
+    Of a read-only array, too: then the tensor is for reading.
+    """
+    elements = np.ascontiguousarray(array).reshape(-1)
+    if elements.flags.writeable:
+        return torch.from_numpy(elements)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it could be written to
+        return torch.from_numpy(elements)
+
+
+def in_threads(jobs: Sequence[J], worker: Callable[[], Callable[[J], T]]) -> list[T]:
+    """Do the jobs on as many threads as PyTorch may use, and return their results in the order of the jobs.
+
+    Args:
+        jobs: what is to be done; whichever thread is free takes the next.
+        worker: called once on every thread, for what does the jobs there: it may hold buffers of its own.
+    """
+    threads = min(torch.get_num_threads(), len(jobs))
+    if threads <= 1:
+        do = worker()
+        return [do(job) for job in jobs]
+    queue = iter(enumerate(jobs))  # one for all threads: the interpreter hands out its items one at a time
+    results: dict[int, T] = {}
+
+    def run() -> None:
+        do = worker()
+        for number, job in queue:
+            results[number] = do(job)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for running in [pool.submit(run) for _ in range(threads)]:
+            running.result()
+    return [results[number] for number in range(len(jobs))]
+
+
+def over_blocks(
+    sizes: Sequence[int], worker: Callable[[], Callable[[int, slice], T]], *, block: int | None = None
+) -> list[T]:
+    """Work on every block of several arrays, and return the results in the order of the blocks.
+
+    Args:
+        sizes: of the arrays, in elements.
+        worker: called once on every thread, for a function of an array's index and the elements of a block.
+        block: elements of a block at most; `BLOCK` by default.
+    """
+    step = block or BLOCK
+    blocks = [
+        (index, slice(start, min(start + step, size)))
+        for index, size in enumerate(sizes)
+        for start in range(0, size, step)
+    ]
+
+    def unpacking() -> Callable[[tuple[int, slice]], T]:
+        do = worker()
+        return lambda job: do(*job)
+
+    return in_threads(blocks, unpacking)
