@@ -1,0 +1,69 @@
+"""The ClientApp that a site's SuperNode starts anew for every message: it hands the message to the site's trainer.
+
+Its imports are what every round waits for: Flower's and NumPy, neither torch nor lightning (a test looks).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Context
+from flwr.client import Client, NumPyClient
+from flwr.clientapp import ClientApp
+
+from nanofed.federated.site.channel import ChannelError, call
+
+WAIT = 120.0  # seconds for a trainer that starts, or is started anew; the node's config may say otherwise
+
+
+class ChannelClient(NumPyClient):
+    """Passes each message to the trainer behind a socket, and its answer back.
+
+    Args:
+        name: of the site; the trainer refuses another's.
+        trainer: its socket.
+        wait: seconds for it to be there.
+    """
+
+    def __init__(self, name: str, trainer: Path, wait: float = WAIT) -> None:
+        self._name = name
+        self._trainer = trainer
+        self._wait = wait
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Answer the server's hello."""
+        return self._call("get_properties", config)[2]
+
+    def fit(
+        self, parameters: list[npt.NDArray[np.generic]], config: dict[str, Any]
+    ) -> tuple[list[npt.NDArray[np.generic]], int, dict[str, Any]]:
+        """Have one round trained."""
+        return self._call("fit", config, parameters)
+
+    def _call(
+        self, kind: str, config: dict[str, Any], arrays: list[npt.NDArray[np.generic]] | None = None
+    ) -> tuple[list[npt.NDArray[np.generic]], int, dict[str, Any]]:
+        try:
+            return call(self._trainer, kind, {"client": self._name, "message": config}, arrays or [], self._wait)
+        except ChannelError as error:
+            raise ChannelError(f"site {self._name}: {error}") from error
+
+
+def client_fn(context: Context) -> Client:
+    """Return the client of a node whose config has `name`, `trainer` (the socket's path), and perhaps `trainer_wait`.
+
+    Raises:
+        ValueError: it lacks one of them.
+    """
+    config = context.node_config
+    missing = [key for key in ("name", "trainer") if not config.get(key)]
+    if missing:
+        raise ValueError(f"the node's config lacks {' and '.join(missing)}: flower-supernode --node-config gives it")
+    wait = float(config.get("trainer_wait", WAIT))
+    return ChannelClient(str(config["name"]), Path(str(config["trainer"])), wait).to_client()
+
+
+client = ClientApp(client_fn=client_fn)
