@@ -177,3 +177,65 @@ def federate(
 
         return run_simulation(federation)
     return run_in_process(federation)
+
+
+def serve(
+    config: str | Path | None = None,
+    *,
+    args: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    listen: str = "127.0.0.1:9092",
+    keys: str | Path | None = None,
+) -> Summary:
+    """Serve a federation of sites until its end and return what the run came to; a run that is there already goes on.
+
+    Args:
+        config: YAML file.
+        args: further command-line arguments, as `nanofed federate` takes them.
+        overrides: dotted keys and values.
+        listen: `host:port` where sites reach the server.
+        keys: folder that `nanofed server init` wrote; without one, loopback only.
+
+    Raises:
+        ConfigError: a wrong option, an address on the network without keys, another server on the run.
+        DataError: no shards or no tokenizer.
+        NanofedError: the run crashed again and again.
+    """
+    from nanofed.federated.run import Federation
+    from nanofed.federated.runtimes.deployment import ServerOptions, run_server
+
+    federation = Federation.from_args([*arguments(config, overrides or {}), *args])
+    return run_server(federation, ServerOptions(listen, None if keys is None else str(keys)))
+
+
+def join(
+    config: str | Path | None = None,
+    *,
+    superlink: str,
+    name: str,
+    args: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    keys: str | Path | None = None,
+    devices: int = 1,
+    state: str | Path | None = None,
+) -> None:
+    """Take part in a federation with this machine's devices until this process is told to stop.
+
+    Args:
+        config: YAML file: model and data as at the server.
+        superlink: `host:port` of the server.
+        name: of this site.
+        args: further command-line arguments, as `nanofed federate` takes them.
+        overrides: dotted keys and values.
+        keys: the folder that was handed out to the site; without one, loopback only.
+        devices: devices of this machine that train together.
+        state: folder for what the site keeps; by default `sites/NAME` in the cache folder.
+
+    Raises:
+        ConfigError: a wrong option, an address on the network without keys, the same site running already.
+        DataError: no shards or no tokenizer.
+    """
+    from nanofed.federated.site.supervisor import run_site, site_options
+
+    options = site_options(superlink, name, keys=keys, devices=devices, state=state)
+    run_site(options, [*arguments(config, overrides or {}), *args])

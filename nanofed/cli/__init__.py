@@ -13,6 +13,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("nanofed.cli.fit", "train on one machine or cluster with Lightning"),
     "validate": ("nanofed.cli.fit", "bits per byte of a checkpoint on the validation shard"),
     "federate": ("nanofed.cli.federate", "train across clients with Flower"),
+    "server": ("nanofed.cli.server", "serve a federation of sites; write their keys (server init)"),
+    "site": ("nanofed.cli.site", "take part in a federation with this machine's devices"),
     "data": ("nanofed.cli.data", "download, build, list and verify parquet shards"),
     "tokenizer": ("nanofed.cli.tokenizer", "train and evaluate the BPE tokenizer"),
     "generate": ("nanofed.cli.generate", "sample text from a checkpoint"),

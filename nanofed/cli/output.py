@@ -5,14 +5,23 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from nanofed import runtime
 from nanofed.cli.imports import import_lightning
 
+if TYPE_CHECKING:
+    from nanofed.training.run import Summary
 
-def show_progress() -> None:
-    """Print nanofed's log lines as they are, and keep what other libraries say about themselves out of them."""
-    import_lightning()  # sets the levels of its logs when it is first imported
+
+def show_progress(*, lightning: bool = True) -> None:
+    """Print nanofed's log lines as they are, and keep what other libraries say about themselves out of them.
+
+    Args:
+        lightning: this process will use it.
+    """
+    if lightning:
+        import_lightning()  # sets the levels of its logs when it is first imported
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("nanofed")
@@ -22,3 +31,12 @@ def show_progress() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.fabric.utilities.seed", "flwr"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+
+
+def describe(summary: Summary) -> str:
+    """Return what a run came to, in one line."""
+    start, end = summary.bpb_start, summary.bpb_end
+    return (
+        f"{summary.name}: {summary.tokens / 1e6:.2f} M tokens in {summary.seconds:.1f} s, "
+        f"bits per byte {float('nan') if start is None else start:.4f} -> {float('nan') if end is None else end:.4f}"
+    )

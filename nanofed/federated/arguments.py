@@ -40,7 +40,10 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="nanofed federate", exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file in YAML")
     parser.add_argument(
-        "--runtime", type=Literal["in-process", "simulation"], default="in-process", help="what runs server and clients"
+        "--runtime",
+        type=Literal["in-process", "simulation", "deployment"],
+        default="in-process",
+        help="what runs server and clients",
     )
     parser.add_argument("--seed_everything", type=int, default=42, help="seed of weights and draws")
     parser.add_class_arguments(RunOptions, None, as_group=False)

@@ -84,15 +84,21 @@ class Federation(Arguments):
         names = {client_name(index): config.speed(index) for index in range(config.clients)}
         return FabricTrainer(module, data, self.fabric(), self.folder / "clients", lambda name: names.get(name, 1.0))
 
-    def loop(self, grid: Grid, run: Path) -> RoundLoop:
-        """Return the server's round loop, resumed or started from other weights where that is asked for."""
+    def loop(self, grid: Grid, run: Path, *, simulated: bool = True) -> RoundLoop:
+        """Return the server's round loop, resumed or started from other weights where that is asked for.
+
+        Args:
+            grid: the connection to the clients.
+            run: the run's folder.
+            simulated: the clients share this machine.
+        """
         module, data = self.build()
         options = self.options
         resume = resume_checkpoint(run, options.ckpt_path)
         known = resume is not None and (run / SUMMARY).is_file()
         board = Board(run, Summary.read(run) if known else Summary(options.name, "federated"))
         device = self.fabric().device
-        loop = RoundLoop(grid, module, data, self.federation, options, run, board, device, simulated=True)
+        loop = RoundLoop(grid, module, data, self.federation, options, run, board, device, simulated=simulated)
         if resume is not None:
             loop.resume(resume)
         elif options.init_from:

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.run import Federation, run_in_process
-from nanofed.federated.runtimes import simulation
+from nanofed.federated.runtimes import simulation, superlink
 from nanofed.federated.runtimes.connections import Resources
-from nanofed.federated.runtimes.processes import marked_sessions, members, stop_marked
+from nanofed.federated.processes import marked_sessions, members, stop_marked
 from nanofed.federated.wire.messages import code_hash
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run import Summary
@@ -88,7 +88,7 @@ def test_the_bundle_carries_the_package_itself(of: str, tmp_path: Path) -> None:
     if of == "package":
         app = tmp_path / "app"
         app.mkdir()
-        simulation.write_app(app)
+        superlink.write_app(app, f"{simulation.APP}:server", f"{simulation.APP}:client")
     bundle = build_fab_from_disk(app)
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
         names = set(archive.namelist())
@@ -132,10 +132,10 @@ def test_without_ray_it_says_what_to_install(
 def test_an_error_of_the_server_keeps_its_exit_code() -> None:
     for said, kind in (("exit 2: a", ConfigError), ("exit 3: b", DataError), ("exit 1: c", NanofedError)):
         with pytest.raises(NanofedError, match=rf"^{said[-1]}$") as raised:
-            simulation.raise_failure(said, "otherwise")
+            superlink.raise_failure(said, "otherwise")
         assert type(raised.value) is kind
     with pytest.raises(NanofedError, match=r"^otherwise$"):
-        simulation.raise_failure("", "otherwise")
+        superlink.raise_failure("", "otherwise")
 
 
 @needs_proc

@@ -15,18 +15,18 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.settings import check, to_args
+from nanofed.federated.runtimes.superlink import LOG_FORMAT
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
 
 logger = logging.getLogger(__name__)
 
 NODES_SECONDS = 60.0  # the engine registers its nodes while the server starts
-LOG_FORMAT = "nanofed %(levelname)s: %(message)s"  # `nanofed federate` picks these lines out of Flower's and Ray's
 
 
 def trainer(context: Context) -> FabricTrainer:
     """Return the trainer of this process: a Ray actor, which serves every client that is sent to it."""
-    _show_log()
+    show_log()
     return _trainer(_args(context))
 
 
@@ -53,7 +53,7 @@ server = ServerApp()
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
     """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
-    _show_log()
+    show_log()
     try:
         server_app(round_loop)(grid, context)
     except NanofedError as error:
@@ -73,7 +73,8 @@ def _args(context: Context) -> tuple[str, ...]:
     return tuple(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
 
 
-def _show_log() -> None:
+def show_log() -> None:
+    """Let this process print our log in the form that is picked out of Flower's and Ray's."""
     ours = logging.getLogger("nanofed")
     if not ours.handlers:
         handler = logging.StreamHandler(sys.stdout)

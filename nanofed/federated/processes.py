@@ -82,6 +82,29 @@ def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -
     process.wait()
 
 
+def end_marked(marker: str, *, spare: int | None = None) -> None:
+    """Kill every session in which a process was started with `marker`, but for that of the process `spare`.
+
+    Args:
+        marker: `NAME=value` in the environment.
+        spare: leader of a session that stays.
+    """
+    while left := members(marked_sessions(marker) - {spare, os.getsid(0)}):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def started_as(marker: str, name: str) -> bool:
+    """Tell whether a process of a marked session has `name` in its command line."""
+    for pid in members(marked_sessions(marker)):
+        with contextlib.suppress(OSError):
+            if name.encode() in (PROC / str(pid) / "cmdline").read_bytes():
+                return True
+    return False
+
+
 def marked_sessions(marker: str) -> set[int]:
     """Return the sessions in which a process was started with `marker`, `NAME=value`, in its environment."""
     found = set()

@@ -1,0 +1,62 @@
+"""`nanofed server` and `nanofed server init`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+USAGE = """nanofed server --config FILE [--listen HOST:PORT] [--keys KEYS] [options of nanofed federate]
+       nanofed server init KEYS --host HOST [--host …] --site NAME [--site …]"""
+
+
+def main(argv: list[str]) -> int:
+    """Serve a federation of sites, or write the keys that it needs."""
+    if argv[1:2] == ["init"]:
+        return _init(argv[2:])
+    parser = argparse.ArgumentParser(
+        prog="nanofed server",
+        usage=USAGE,
+        description="Serve a federation of sites until its end: start Flower's SuperLink, run the rounds, go on after crashes.",
+        epilog="Everything else is an option of nanofed federate (nanofed federate --help). Started again with the same "
+        "arguments, it goes on from the last committed round.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--listen", default="127.0.0.1:9092", help="where sites reach the server (default: %(default)s)"
+    )
+    parser.add_argument("--keys", help="folder of nanofed server init: TLS, and a key for each site")
+    own, rest = parser.parse_known_args(argv[1:])
+    from nanofed import api
+    from nanofed.cli.output import describe, show_progress
+
+    show_progress()
+    print(describe(api.serve(args=rest, listen=own.listen, keys=own.keys)))
+    return 0
+
+
+def _init(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nanofed server init",
+        description="Write a certificate authority, the server's certificate, and a key pair for each site.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("keys", metavar="KEYS", type=Path, help="folder; what is there already stays")
+    parser.add_argument("--host", action="append", default=[], help="name or address by which sites call the server")
+    parser.add_argument("--site", action="append", default=[], help="name of a site")
+    parser.add_argument("--port", type=int, default=9092, help="of the server, for the commands printed")
+    parser.add_argument("--days", type=int, default=365, help="validity of the server's certificate")
+    parser.add_argument(
+        "--force", action="store_true", help="issue the server's certificate and these sites' keys anew"
+    )
+    options = parser.parse_args(argv)
+    from nanofed.federated.server.keys import init
+
+    keys = init(options.keys, options.host, options.site, days=options.days, force=options.force)
+    host = options.host[0] if options.host else "localhost"
+    listen = f"{'127.0.0.1' if host in ('localhost', '127.0.0.1') else '0.0.0.0'}:{options.port}"
+    print(f"wrote {len(keys.created)} files to {keys.folder}; private keys are readable by you alone")
+    print(f"\nhere:\n  nanofed server --config CONFIG --listen {listen} --keys {keys.folder}")
+    for name in keys.names():
+        print(f"\nat {name}, with {keys.handout(name)} copied there by a safe way:")
+        print(f"  nanofed site --config CONFIG --superlink {host}:{options.port} --name {name} --keys {name}")
+    return 0

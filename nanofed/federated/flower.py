@@ -1,0 +1,48 @@
+"""Flower's commands, as nanofed starts them: of this Python environment, in a home of their own, sending nothing anywhere."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import sys
+from pathlib import Path
+
+from nanofed import runtime
+
+
+def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
+    """Return the environment of Flower's processes: a home of their own, nothing installed, nothing sent anywhere."""
+    binaries = str(Path(sys.executable).parent)
+    return runtime.environment(
+        **{
+            "PATH": f"{binaries}:{runtime.environment().get('PATH', '')}",
+            "PYTHONUNBUFFERED": "1",
+            "FLWR_HOME": str(home),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            **changes,
+        }
+    )
+
+
+def binary(name: str) -> str:
+    """Return the path of a command of this Python environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+def free_port() -> int:
+    """Return a port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host can be this machine alone; a name that is not localhost is taken for the network."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

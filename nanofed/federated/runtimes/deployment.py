@@ -1,0 +1,244 @@
+"""The service around a SuperLink: `nanofed server` starts it and what faces the network, and keeps a run going."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nanofed import runtime
+from nanofed.errors import ConfigError, DataError
+from nanofed.federated.flower import is_loopback
+from nanofed.federated.processes import end_marked, ended_on_sigterm, started_as, undisturbed
+from nanofed.federated.run import Federation
+from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
+from nanofed.federated.server.keys import Keys, load
+from nanofed.training.checkpoint import checkpoints
+from nanofed.training.run import Summary, is_used
+
+logger = logging.getLogger(__name__)
+
+SERVER_APP = "nanofed.federated.runtimes.deployment_app:server"
+CLIENT_APP = "nanofed.federated.site.app:client"
+FOLDER = "server"  # of the run's folder: Flower's home and database, the lock, the log
+WATCH_SECONDS = 0.5
+GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
+CRASHES = 8  # in a row without a committed round, after which the run is given up
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where sites reach the server.
+
+    Attributes:
+        listen: `host:port`; without keys on loopback only.
+        keys: folder that `nanofed server init` wrote: then sites come by TLS, each with its key.
+    """
+
+    listen: str = "127.0.0.1:9092"
+    keys: str | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port.
+
+        Raises:
+            ConfigError: it is no `host:port`.
+        """
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+            raise ConfigError(f"--listen must be host:port, not {self.listen!r}")
+        return host.strip("[]"), int(port)
+
+    def check(self) -> Keys | None:
+        """Return the keys.
+
+        Raises:
+            ConfigError: sites would come from the network without TLS; keys that cannot be used.
+        """
+        host, _ = self.address
+        if self.keys is not None:
+            keys = load(Path(self.keys).expanduser().resolve())
+            if warning := keys.warning():
+                logger.warning("%s", warning)
+            return keys
+        if not is_loopback(host):
+            raise ConfigError(
+                f"--listen {self.listen} is reached from the network: that needs TLS and keys. Write them with "
+                f"`nanofed server init KEYS --host {host} --site NAME …` and pass --keys KEYS, or listen on 127.0.0.1"
+            )
+        return None
+
+
+def run_server(federation: Federation, options: ServerOptions) -> Summary:
+    """Serve a federation until its end, through crashes of the SuperLink and of the round loop.
+
+    Started again after it was killed itself, it goes on from the run's last checkpoint.
+
+    Raises:
+        ConfigError: a wrong option; another server works on the run.
+        DataError: no shards or no tokenizer.
+        NanofedError: the run crashed again and again.
+    """
+    keys = options.check()
+    federation.config.runtime = "deployment"
+    federation.anchor()
+    folder = federation.folder / FOLDER
+    with ended_on_sigterm(), _lock(federation.folder):
+        end_marked(f"FLWR_HOME={folder / 'home'}")  # what a server that was killed left behind
+        run = _open(federation)
+        folder.mkdir(exist_ok=True)
+        service = _Service(run, folder, options, keys)
+        try:
+            service.serve()
+        finally:
+            service.stop()
+    return Summary.read(run)
+
+
+def _lock(run: Path) -> FileLock:
+    """Return the lock on a run, taken; the kernel gives it back when this process dies."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.parent / f".{run.name}.server.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"another `nanofed server` works on {run}: choose another --name, or stop that one") from None
+    return lock
+
+
+def _open(federation: Federation) -> Path:
+    options = federation.options
+    if is_used(options.folder) and not options.overwrite:
+        if checkpoints(options.folder):
+            federation.config.ckpt_path = "last"
+            logger.info("%s is there already: going on from its last checkpoint", options.folder)
+        else:  # it ended before its first checkpoint: there is nothing to lose
+            federation.config.overwrite = True
+    return federation.open()
+
+
+class _Service:
+    """A SuperLink, the proxy in front of it, and one run after another until one completes."""
+
+    def __init__(self, run: Path, folder: Path, options: ServerOptions, keys: Keys | None) -> None:
+        self._run = run
+        self._folder = folder
+        self._options = options
+        self._keys = keys
+        self._log = folder / "flower.log"
+        self._link = SuperLink(folder, self._log, authority=keys.ca if keys else None)
+        self._app = folder / "app"
+        self._proxy: subprocess.Popen[bytes] | None = None
+
+    def serve(self) -> None:
+        """Run to the end."""
+        shutil.rmtree(self._app, ignore_errors=True)
+        self._app.mkdir()
+        write_app(self._app, SERVER_APP, CLIENT_APP)
+        settings = {"run_dir": str(self._run.resolve()), "base_dir": str(runtime.base_dir().resolve())}
+        crashes, before = 0, self._round()
+        while True:
+            self._start()
+            run_id = self._link.submit(self._app, settings)
+            failure = self._watch(run_id)
+            if failure is None:
+                return
+            if (match := EXIT.fullmatch(failure)) and int(match[1]) in (ConfigError.exit_code, DataError.exit_code):
+                raise_failure(failure, failure)
+            now = self._round()
+            crashes = 1 if now > before else crashes + 1
+            before = now
+            if crashes >= CRASHES:
+                raise_failure(
+                    failure, f"the run ended {crashes} times without a round between ({failure}); see {self._log}"
+                )
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (crashes - 1))
+            logger.warning("the run ended (%s); it goes on from round %d in %.0f s", failure, now, pause)
+            end_marked(self._link.marker, spare=self._link.pid)
+            time.sleep(pause)
+
+    def _round(self) -> int:
+        """Return the number of the last committed round."""
+        found = checkpoints(self._run)
+        return int(found[-1].name.removeprefix("round_")) if found else 0
+
+    def _start(self) -> None:
+        """Start what is not there of SuperLink and proxy."""
+        if not self._link.alive:
+            self._link.stop()
+            options = ["--database", str(self._folder / "superlink.db"), "--disable-runtime-dependency-installation"]
+            if self._keys is None:
+                self._link.start([*options, "--insecure"], port=self._options.address[1])
+            else:
+                secure = ["--ssl-ca-certfile", self._keys.ca, "--ssl-certfile", self._keys.certificate]
+                secure += ["--ssl-keyfile", self._keys.key]
+                self._link.start([*options, *map(str, secure), "--enable-supernode-auth"])
+                self._register(self._keys)
+        if self._keys is not None and not self._proxy_alive():
+            self._start_proxy(self._keys)
+        logger.info("serving sites on %s; Flower's own log is %s", self._options.listen, self._log)
+
+    def _register(self, keys: Keys) -> None:
+        """Register the sites' keys; those in the database already are known to it."""
+        for name in keys.names():
+            said = self._link.command("supernode", "register", str(keys.public_key(name)), LINK, check=False)
+            logger.debug("site %s: %s", name, " ".join(said.split()))
+
+    def _start_proxy(self, keys: Keys) -> None:
+        command = [sys.executable, "-m", "nanofed.federated.server.proxy", "--listen", self._options.listen]
+        command += ["--upstream", f"127.0.0.1:{self._link.port}", "--upstream_ca", str(keys.ca)]
+        command += ["--certificate", str(keys.certificate), "--key", str(keys.key), "--sites", str(keys.sites)]
+        command += ["--status", str(self._folder / "proxy.json")]
+        with (self._folder / "proxy.log").open("ab") as log:
+            self._proxy = subprocess.Popen(
+                command,
+                env=runtime.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _proxy_alive(self) -> bool:
+        return self._proxy is not None and self._proxy.poll() is None
+
+    def _watch(self, run_id: int) -> str | None:
+        """Wait until a run ends and return why it failed, None if it completed; restarts the proxy meanwhile."""
+        said: list[str] = []
+        follower = threading.Thread(target=lambda: said.append(self._link.follow(run_id)), daemon=True)
+        follower.start()
+        seen, missing = False, 0.0
+        while follower.is_alive():
+            follower.join(WATCH_SECONDS)
+            if not self._link.alive:
+                return "the SuperLink died"
+            if self._keys is not None and not self._proxy_alive():
+                logger.warning("the proxy died; it is started again")
+                self._start_proxy(self._keys)
+            # Flower notices a killed round loop by its missing heartbeats, which takes a minute.
+            alive = started_as(self._link.marker, "flwr-serverapp")
+            seen, missing = seen or alive, 0.0 if alive else missing + WATCH_SECONDS
+            if seen and missing >= GONE_SECONDS:
+                self._link.command("stop", str(run_id), LINK, check=False)
+                return "the round loop died"
+        if not self._link.alive:
+            return "the SuperLink died"
+        status, details = self._link.status(run_id)
+        if status == "finished:completed":
+            return None
+        return (said[0] if said else "") or f"{status}: {details or 'no reason given'}"
+
+    def stop(self) -> None:
+        """Stop everything."""
+        with undisturbed():
+            self._link.stop()
+            end_marked(self._link.marker)

@@ -1,0 +1,44 @@
+"""The app of a deployment: `nanofed server` submits it, anew after every crash; a site answers with a trainer of its own."""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from nanofed import runtime
+from nanofed.errors import NanofedError
+from nanofed.federated.run import Federation
+from nanofed.federated.runtimes.app import server_app
+from nanofed.federated.runtimes.flower_app import show_log
+from nanofed.federated.runtimes.settings import check, to_args
+from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.site.app import client
+from nanofed.training.checkpoint import checkpoints
+
+__all__ = ["client", "server"]
+
+logger = logging.getLogger(__name__)
+server = ServerApp()
+
+
+def round_loop(grid: Grid, context: Context) -> RoundLoop:
+    """Return the server's round loop, from the run's last checkpoint where it has one."""
+    settings = check(context.run_config)
+    runtime.use_base_dir(str(settings["base_dir"]))
+    federation = Federation.from_args(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
+    if checkpoints(federation.folder):
+        federation.config.ckpt_path = "last"
+    return federation.loop(grid, federation.folder, simulated=False)
+
+
+@server.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
+    show_log()
+    try:
+        server_app(round_loop)(grid, context)
+    except NanofedError as error:
+        logger.error("exit %d: %s", error.exit_code, " ".join(str(error).split()))
+        raise

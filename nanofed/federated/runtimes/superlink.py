@@ -1,0 +1,229 @@
+"""A SuperLink of our own and Flower's commands against it: start, submit a run, follow its log, ask what became of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import nanofed
+from nanofed.errors import ConfigError, DataError, NanofedError
+from nanofed.federated.flower import binary, flower_environment, free_port
+from nanofed.federated.processes import stop_marked, undisturbed
+from nanofed.federated.runtimes.settings import DEFAULTS, Value
+
+logger = logging.getLogger(__name__)
+
+LINK = "nanofed"  # our own connection, in a Flower home of the run's own
+START_SECONDS = 120.0
+COMMAND_SECONDS = 120.0
+END_SECONDS = 30.0  # between the last line of a run's log and its final status
+STOP_SECONDS = 5.0
+LOG_FORMAT = "nanofed %(levelname)s: %(message)s"  # our lines among Flower's and Ray's
+LINE = re.compile(r"nanofed (DEBUG|INFO|WARNING|ERROR|CRITICAL): (.*)")
+EXIT = re.compile(r"exit (\d+): (.*)")
+
+
+def write_app(folder: Path, server: str, client: str) -> None:
+    """Write the app that `flwr run` bundles: this package's sources and the least pyproject.toml that Flower takes.
+
+    Args:
+        folder: an empty one.
+        server: `module:object` of the ServerApp.
+        client: of the ClientApp.
+    """
+    sources = Path(nanofed.__file__).parent
+    shutil.copytree(sources, folder / sources.name, ignore=shutil.ignore_patterns("__pycache__", "configs"))
+    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in DEFAULTS.items())
+    (folder / "pyproject.toml").write_text(
+        f'[project]\nname = "nanofed-lightning"\nversion = "{nanofed.__version__}"\n'
+        'description = "nanofed, as it runs here"\nlicense = "Apache-2.0"\n\n'
+        '[tool.flwr.app]\npublisher = "nanofed"\n\n'
+        f'[tool.flwr.app.components]\nserverapp = "{server}"\nclientapp = "{client}"\n\n'
+        f"[tool.flwr.app.config]\n{settings}\n",
+        encoding="utf-8",
+    )
+
+
+def raise_failure(failure: str, otherwise: str) -> NoReturn:
+    """Raise what the server said of its end, as the error that it was there."""
+    if match := EXIT.fullmatch(failure):
+        kinds = {kind.exit_code: kind for kind in (NanofedError, ConfigError, DataError)}
+        raise kinds.get(int(match[1]), NanofedError)(match[2])
+    raise NanofedError(otherwise)
+
+
+class SuperLink:
+    """A SuperLink on loopback, and Flower's commands against it.
+
+    Args:
+        folder: for Flower's home, and the empty working directory that Ray puts first on sys.path.
+        log: file to which everything that it prints is appended.
+        environment: changes to its environment.
+        authority: certificate of the CA that signed the SuperLink's own; without one it speaks plain HTTP.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: Path,
+        *,
+        environment: Mapping[str, str | None] | None = None,
+        authority: Path | None = None,
+    ) -> None:
+        self._nowhere = folder / "nowhere"
+        self.home = folder / "home"
+        for made in (self._nowhere, self.home):
+            made.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        self._authority = authority
+        self._environment = flower_environment(self.home, **(environment or {}))
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def marker(self) -> str:
+        """What only this SuperLink's processes have in their environment."""
+        return f"FLWR_HOME={self.home}"
+
+    @contextmanager
+    def running(self, options: Sequence[str]) -> Iterator[None]:
+        """Start it, and stop it and everything it has started at the end."""
+        try:
+            self.start(options)
+            yield
+        finally:
+            self.stop()
+
+    def start(self, options: Sequence[str], port: int | None = None) -> None:
+        """Start it with options beside its address, and wait until it answers."""
+        self.port = port or free_port()
+        secure = f'root-certificates = "{self._authority}"' if self._authority else "insecure = true"
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "127.0.0.1:{self.port}"\n{secure}\n'
+        )
+        address = ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(self.port)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [binary("flower-superlink"), *address, *options],
+                cwd=self._nowhere,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us: the run is stopped in order
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise NanofedError(f"Flower's SuperLink did not start on port {self.port}; see {self._log}")
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """Stop it and everything that it has started."""
+        if self._process is not None:
+            with undisturbed():
+                stop_marked(self._process, self.marker, STOP_SECONDS)
+            self._process = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, and that of its session."""
+        return self._process.pid if self._process else None
+
+    def submit(self, app: Path, settings: Mapping[str, Value], *options: str) -> int:
+        """Submit a run with settings over those of its app, and return its id."""
+        path = self.home / "settings.toml"
+        path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+        answer = _json(self.command("run", str(app), LINK, *options, "--run-config", str(path), "--format", "json"))
+        if not answer.get("success"):
+            raise NanofedError(f"Flower did not take the run: {answer.get('error-message', answer)}")
+        return int(answer["run-id"])
+
+    def follow(self, run_id: int) -> str:
+        """Pass on our lines of the run's log until it ends, and return the last error among them."""
+        failure = ""
+        with (
+            self._log.open("a", encoding="utf-8") as log,
+            subprocess.Popen(
+                [binary("flwr"), "log", str(run_id), LINK, "--stream"],
+                env=self._environment,
+                cwd=self._nowhere,
+                text=True,
+                errors="replace",
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            ) as process,
+        ):
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    log.write(line)
+                    if match := LINE.search(line):
+                        if EXIT.fullmatch(match[2]):
+                            failure = match[2]
+                        else:
+                            logger.log(logging.getLevelNamesMapping()[match[1]], "%s", match[2])
+            finally:
+                process.kill()
+        return failure
+
+    def status(self, run_id: int) -> tuple[str, str]:
+        """Return what became of a run, and Flower's reason; waits while it is still ending."""
+        deadline = time.monotonic() + END_SECONDS
+        while True:
+            (row,) = _json(self.command("list", LINK, "--run-id", str(run_id), "--format", "json"))["runs"]
+            if row["status"].startswith("finished") or time.monotonic() > deadline:
+                return row["status"], row["status-details"]
+            time.sleep(1)
+
+    def command(self, *args: str, check: bool = True) -> str:
+        """Run `flwr` and return what it prints."""
+        done = subprocess.run(
+            [binary("flwr"), *args],
+            cwd=self._nowhere,
+            env=self._environment,
+            text=True,
+            capture_output=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
+            start_new_session=True,
+        )
+        if check and done.returncode != 0:
+            said = " ".join((done.stderr + done.stdout).split())
+            raise NanofedError(f"`flwr {args[0]}` failed with exit code {done.returncode}: {said[-500:]}")
+        return done.stdout
+
+    def _answers(self) -> bool:
+        scheme = "https" if self._authority else "http"
+        context = ssl.create_default_context(cafile=str(self._authority)) if self._authority else None
+        with suppress(urllib.error.URLError, OSError):
+            url = f"{scheme}://127.0.0.1:{self.port}/health"
+            with urllib.request.urlopen(url, timeout=1, context=context) as reply:
+                return bool(reply.status == 200)
+        return False
+
+
+def _json(text: str) -> Any:
+    """Return the JSON object at the end of what `flwr --format json` prints."""
+    start = text.find("{")
+    try:
+        return json.loads(text[start:])
+    except ValueError as error:
+        raise NanofedError(f"`flwr` answered with something else than JSON: {text[:200]!r}") from error

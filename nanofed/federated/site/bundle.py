@@ -1,0 +1,103 @@
+"""What a site starts in place of Flower's `flwr-clientapp`: it runs no bundle but the nanofed that is installed here.
+
+Whoever can submit a run to the SuperLink decides what the sites run; so a bundle is compared with the installed package, file
+by file, and its own code is never executed: the message is handled by the installed one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import io
+import logging
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nanofed
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "nanofed"
+LISTING = ".info/CONTENT"  # Flower's
+SETTINGS = "pyproject.toml"
+
+
+class BundleError(Exception):
+    """A bundle that this site does not run."""
+
+
+def check_bundle(content: bytes) -> None:
+    """Refuse a bundle whose code is not that of the installed package.
+
+    Args:
+        content: the bundle, a zip file.
+
+    Raises:
+        BundleError: no bundle, other files than the package's, or one that differs.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            files = {
+                name: hashlib.sha256(archive.read(name)).hexdigest()
+                for name in archive.namelist()
+                if name not in (LISTING, SETTINGS)
+            }
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
+        raise BundleError(f"the bundle cannot be read: {error}") from error
+    here = installed()
+    if files != here:
+        differing = sorted({name for name, digest in files.items() if here.get(name) != digest} | (here.keys() - files))
+        raise BundleError(
+            f"this site runs only the nanofed that is installed here: the bundle differs in {len(differing)} files "
+            f"({', '.join(differing[:3])}); server and sites need the same version"
+        )
+
+
+@functools.cache
+def installed() -> dict[str, str]:
+    """Return the SHA-256 of every source file of the installed package, by its name in a bundle."""
+    root = Path(nanofed.__file__).parent
+    return {
+        f"{PACKAGE}/{path.relative_to(root).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*.py")
+    }
+
+
+def guard(run_clientapp: Any) -> None:
+    """Make Flower's client process check its bundle instead of installing it, and load the installed ClientApp.
+
+    Args:
+        run_clientapp: Flower's module of that name.
+
+    Raises:
+        BundleError: this Flower is another one than the guard was made for: nothing may run unchecked.
+    """
+    if not all(hasattr(run_clientapp, name) for name in ("install_from_fab", "get_load_client_app_fn")):
+        raise BundleError("this version of Flower loads bundles in another way: nanofed cannot check them")
+
+    def check(content: bytes, *_: object, **__: object) -> None:
+        check_bundle(content)
+
+    def loader(*_: object, **__: object) -> Callable[[str, str, str], Any]:
+        return lambda *_: importlib.import_module("nanofed.federated.site.app").client
+
+    run_clientapp.install_from_fab = check
+    run_clientapp.get_load_client_app_fn = loader
+
+
+def main() -> None:
+    """Handle one message, as `flwr-clientapp` does with the same arguments."""
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp
+
+    guard(run_clientapp)
+    sys.argv[0] = "flwr-clientapp"
+    flwr_clientapp()
+
+
+if __name__ == "__main__":
+    main()

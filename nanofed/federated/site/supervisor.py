@@ -1,0 +1,303 @@
+"""The service around a SuperNode: `nanofed site` keeps it and the trainer going, whatever dies or hangs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nanofed import runtime
+from nanofed.errors import ConfigError, DataError
+from nanofed.federated.flower import binary, flower_environment, free_port, is_loopback
+from nanofed.federated.processes import end_marked, ended_on_sigterm, stop_marked, undisturbed
+from nanofed.federated.site.channel import ChannelError, call
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 1.0
+PING_SECONDS = 10.0  # a trainer answers at any time; silent for so long, it hangs
+START_SECONDS = 600.0  # until a trainer that has just been started answers its first ping
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+STEADY_SECONDS = 60.0  # who lived so long starts again with the first pause
+STOP_SECONDS = 5.0
+MARK = "NANOFED_SITE"
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # wire.messages.SAFE_NAME, without importing torch
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """Who the site is, and where its server is.
+
+    Attributes:
+        superlink: `host:port` of the server.
+        name: of the site, the same as long as it takes part.
+        authority: certificate of the server's CA; without one plain HTTP, on loopback only.
+        key: the site's private key; the server knows the public one.
+        folder: what the site keeps: optimizer state, logs, its lock.
+        devices: devices of this machine that train together.
+        stall_seconds: longest time without a step, while training, before the trainer is started anew.
+    """
+
+    superlink: str
+    name: str
+    authority: Path | None
+    key: Path | None
+    folder: Path
+    devices: int = 1
+    stall_seconds: float = 600.0
+
+
+def site_options(
+    superlink: str,
+    name: str,
+    *,
+    keys: str | Path | None = None,
+    devices: int = 1,
+    state: str | Path | None = None,
+) -> SiteOptions:
+    """Return checked options.
+
+    Args:
+        superlink: `host:port`.
+        name: of the site.
+        keys: the folder that `nanofed server init` hands out for a site.
+        devices: of this machine.
+        state: the site's folder; by default `sites/NAME` in the cache folder.
+
+    Raises:
+        ConfigError: what is no address or name, keys that are not there, or an address on the network without any.
+    """
+    host, _, port = superlink.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--superlink must be host:port, not {superlink!r}")
+    if not SAFE_NAME.fullmatch(name):
+        raise ConfigError(f"--name {name!r} must be up to 64 letters, digits, '.', '_' and '-'")
+    if devices < 1:
+        raise ConfigError(f"--devices must be at least 1, not {devices}")
+    authority = key = None
+    if keys is not None:
+        folder = Path(keys).expanduser().resolve()
+        authority, key = folder / "ca.pem", folder / "site.key"
+        for path in (authority, key):
+            if not path.is_file():
+                raise ConfigError(
+                    f"{path} is missing: --keys names the folder that `nanofed server init` made for this site"
+                )
+    elif not is_loopback(host.strip("[]")):
+        raise ConfigError(
+            f"--superlink {superlink} is reached over the network: that needs --keys, the folder that the server handed out"
+        )
+    folder = Path(state).expanduser() if state is not None else runtime.base_dir() / "sites" / name
+    return SiteOptions(superlink, name, authority, key, folder, devices)
+
+
+class _Child:
+    """A process that is started again when it ends, later each time that it did not live long."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path, marker: str) -> None:
+        self.name = name
+        self._command = command
+        self._environment = environment
+        self._log = log
+        self._marker = marker
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pause = FIRST_PAUSE
+        self._due = 0.0
+        self.started = 0.0
+
+    def keep(self) -> int | None:
+        """Start it where it is not there and its pause is over; return the exit code of one that has just ended."""
+        if self._process is not None:
+            code = self._process.poll()
+            if code is None:
+                return None
+            lived = time.monotonic() - self.started
+            self._pause = FIRST_PAUSE if lived > STEADY_SECONDS else min(LONGEST_PAUSE, 2 * self._pause)
+            self.stop()  # what it has started may still be there
+            self._due = time.monotonic() + self._pause
+            logger.warning(
+                "the %s ended with exit code %d after %.0f s; starting it again in %.0f s (%s)",
+                self.name, code, lived, self._pause, self._log,
+            )  # fmt: skip
+            return code
+        if time.monotonic() >= self._due:
+            self._start()
+        return None
+
+    def _start(self) -> None:
+        self.started = time.monotonic()
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def replace(self, reason: str) -> None:
+        """Kill it; the next `keep` starts it at once."""
+        logger.warning("the %s %s: it is started anew", self.name, reason)
+        self.stop(0.0)
+        self._due = 0.0
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """End it and what it has started."""
+        if self._process is not None:
+            stop_marked(self._process, self._marker, seconds)
+            self._process = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it is there."""
+        return self._process is not None and self._process.poll() is None
+
+
+def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[], bool] = lambda: True) -> None:
+    """Keep a site's SuperNode and trainer going until this process is told to stop.
+
+    Args:
+        options: of the site.
+        arguments: of `nanofed federate`, for the trainer.
+        alive: asked every second; False ends the site.
+
+    Raises:
+        ConfigError: the trainer refuses its configuration; the site runs on this machine already.
+        DataError: the trainer finds no data.
+    """
+    options.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FileLock(options.folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"the site {options.name!r} is running already (it holds {options.folder}): two of one name cannot take part"
+        ) from None
+    site = _Site(options, arguments)
+    with ended_on_sigterm(), lock:
+        site.end_left()
+        try:
+            while alive():
+                site.watch()
+                time.sleep(WATCH_SECONDS)
+        finally:
+            with undisturbed():
+                site.stop()
+
+
+class _Site:
+    def __init__(self, options: SiteOptions, arguments: Sequence[str]) -> None:
+        self._options = options
+        self._folder = options.folder.resolve()
+        self._socket = self._folder / "trainer.sock"
+        self._answered = False
+        self._silent = 0.0  # since when the trainer has not answered
+        home = self._folder / "flower"
+        home.mkdir(exist_ok=True)
+        marks = {name: f"{self._folder}:{name}" for name in ("trainer", "supernode")}
+        trainer = self._trainer_command(arguments)
+        self._marks = [f"{MARK}={mark}" for mark in marks.values()]
+        self.trainer = _Child(
+            "trainer",
+            trainer,
+            runtime.environment(**{MARK: marks["trainer"]}),
+            self._folder / "trainer.log",
+            self._marks[0],
+        )
+        environment = flower_environment(
+            home,
+            PATH=f"{self._write_launcher()}:{Path(sys.executable).parent}:{runtime.environment().get('PATH', '')}",
+            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.02",
+            **{MARK: marks["supernode"]},
+        )
+        self.supernode = _Child(
+            "SuperNode", self._supernode_command(), environment, self._folder / "supernode.log", self._marks[1]
+        )
+
+    def _trainer_command(self, arguments: Sequence[str]) -> list[str]:
+        options = self._options
+        python = [sys.executable, "-P", "-m"]
+        if options.devices > 1:
+            python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
+        own = ["--name", options.name, "--socket", str(self._socket), "--state", str(self._folder / "state")]
+        return [*python, "nanofed.federated.site.service", *own, *arguments, f"--fabric.devices={options.devices}"]
+
+    def _supernode_command(self) -> list[str]:
+        options = self._options
+        secure = ["--insecure"] if options.authority is None else ["--root-certificates", str(options.authority)]
+        if options.key is not None:
+            secure += ["--auth-supernode-private-key", str(options.key)]
+        config = f'name="{options.name}" trainer="{self._socket}"'
+        where = ["--superlink", options.superlink, "--host", "127.0.0.1", "--port", str(free_port())]
+        return [binary("flower-supernode"), *where, *secure, "--node-config", config]
+
+    def _write_launcher(self) -> Path:
+        """Write the command that the SuperNode starts for each message; it finds it by name, first on its PATH."""
+        folder = self._folder / "bin"
+        folder.mkdir(exist_ok=True)
+        launcher = folder / "flwr-clientapp"
+        launcher.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m nanofed.federated.site.bundle "$@"\n')
+        launcher.chmod(0o700)
+        return folder
+
+    def end_left(self) -> None:
+        """End what a site that was killed has left behind."""
+        for mark in self._marks:
+            end_marked(mark)
+
+    def watch(self) -> None:
+        """Start what is not there, and replace a trainer that hangs."""
+        code = self.trainer.keep()
+        if code is not None:
+            self._answered = False
+            if code in (ConfigError.exit_code, DataError.exit_code):
+                kind = ConfigError if code == ConfigError.exit_code else DataError
+                raise kind(f"the trainer cannot start: {last_line(self._folder / 'trainer.log')}")
+        self.supernode.keep()
+        if self.trainer.running:
+            self._check_trainer()
+
+    def _check_trainer(self) -> None:
+        now = time.monotonic()
+        try:
+            state = self._ping()
+        except ChannelError:
+            self._silent = self._silent or now
+            limit = PING_SECONDS if self._answered else START_SECONDS
+            if now - self._silent > limit:
+                self._replace(f"has not answered for {now - self._silent:.0f} s")
+            return
+        if not self._answered:
+            logger.info("the trainer is ready after %.1f s", now - self.trainer.started)
+        self._answered, self._silent = True, 0.0
+        if state.get("state") == "training" and state.get("idle_seconds", 0.0) > self._options.stall_seconds:
+            self._replace(f"has made no step for {state['idle_seconds']:.0f} s")
+
+    def _ping(self) -> dict[str, Any]:
+        _, _, state = call(self._socket, "ping", {}, wait=1.0)
+        return state
+
+    def _replace(self, reason: str) -> None:
+        self.trainer.replace(reason)
+        self._answered, self._silent = False, 0.0
+
+    def stop(self) -> None:
+        """End both, the SuperNode first: it says good-bye to its server."""
+        self.supernode.stop()
+        self.trainer.stop()
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
