@@ -1,0 +1,210 @@
+"""Who may come in, how often, and what became of it: caps, rates and counters by address and site."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+ADDRESSES = 4096  # remembered by name; the refusals of more are counted in all, but not by address
+FORGET_SECONDS = 600.0
+LOG_SECONDS = 60.0  # between two lines about the same address and reason
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one proxy takes.
+
+    Attributes:
+        body: bytes of an object's body; Flower cuts arrays into pieces of about 5 MB.
+        small_body: bytes of any other body.
+        head: bytes of a head.
+        connections: at a time; half of them are for addresses of known sites only.
+        address_connections: of one address.
+        handshakes: a second and address.
+        handshake_burst: at once.
+        requests: a second and address; a few milliseconds too early wait, more are refused.
+        request_burst: at once.
+        handshake_seconds: of a TLS handshake.
+        head_seconds: from a connection's start, or a head's first byte, to its end.
+        idle_seconds: between two requests.
+        bytes_per_second: the slowest a body may come or be taken, on average, after `head_seconds`.
+        answer_seconds: until the SuperLink answers.
+    """
+
+    body: int = 64 << 20
+    small_body: int = 4 << 20
+    head: int = 16 << 10
+    connections: int = 256
+    address_connections: int = 64
+    handshakes: float = 20.0
+    handshake_burst: int = 100
+    requests: float = 500.0
+    request_burst: int = 1000
+    handshake_seconds: float = 10.0
+    head_seconds: float = 10.0
+    idle_seconds: float = 75.0
+    bytes_per_second: int = 16 << 10
+    answer_seconds: float = 60.0
+
+    def body_seconds(self, length: int) -> float:
+        """Return how long a body of a length may take."""
+        return self.head_seconds + length / self.bytes_per_second
+
+
+class Bucket:
+    """Tokens that come back at a rate; taking one that is not there yet says how long to wait for it.
+
+    Args:
+        rate: tokens a second.
+        burst: tokens at most, and at first.
+    """
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._rate, self._burst = rate, burst
+        self._tokens, self._at = float(burst), time.monotonic()
+
+    def take(self, patience: float = 0.0) -> float | None:
+        """Take a token; returns the seconds until it is due, None (and takes none) where these are more than `patience`."""
+        now = time.monotonic()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        wait = max(0.0, (1 - self._tokens) / self._rate)
+        if wait > patience:
+            return None
+        self._tokens -= 1
+        return wait
+
+
+@dataclass
+class Visitor:
+    """An address: an IPv4 address, or the /64 of an IPv6 one, which is what one host gets."""
+
+    name: str
+    handshakes: Bucket
+    requests: Bucket
+    connections: int = 0
+    seen: float = field(default_factory=time.monotonic)
+    known_until: float = 0.0
+
+
+class Guard:
+    """Caps and rates by address, and counters.
+
+    Args:
+        limits: the caps.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._visitors: dict[str, Visitor] = {}
+        self._logged: dict[tuple[str, str], tuple[float, int]] = {}
+        self._swept = time.monotonic()
+        self._began = time.time()
+        self.connections = 0
+        self.passed: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.refused_by_address: dict[str, Counter[str]] = {}
+        self.sites: dict[str, dict[str, float]] = {}
+
+    def enter(self, address: str) -> Visitor | None:
+        """Let a connection in; None where it is refused."""
+        visitor = self._visitor(address)
+        limits, known = self._limits, visitor.known_until > time.monotonic()
+        if self.connections >= (limits.connections if known else limits.connections // 2):
+            self.refuse("connections", visitor)
+        elif visitor.connections >= limits.address_connections:
+            self.refuse("address_connections", visitor)
+        elif visitor.handshakes.take() is None:
+            self.refuse("handshake_rate", visitor)
+        else:
+            self.connections += 1
+            visitor.connections += 1
+            return visitor
+        return None
+
+    def leave(self, visitor: Visitor) -> None:
+        """Note that a connection has ended."""
+        self.connections -= 1
+        visitor.connections -= 1
+        visitor.seen = time.monotonic()
+
+    def know(self, visitor: Visitor) -> None:
+        """Note that a registered site calls from an address."""
+        visitor.known_until = time.monotonic() + FORGET_SECONDS
+
+    def refuse(self, reason: str, visitor: Visitor, detail: str = "") -> None:
+        """Count a refusal, and say it in the log where it is not just the same again."""
+        self.refused[reason] += 1
+        if visitor.name in self.refused_by_address or len(self.refused_by_address) < ADDRESSES:
+            self.refused_by_address.setdefault(visitor.name, Counter())[reason] += 1
+        key, now = (visitor.name, reason), time.monotonic()
+        last, times = self._logged.get(key, (0.0, 0))
+        if times and now - last < LOG_SECONDS:
+            self._logged[key] = (last, times + 1)
+        elif times or len(self._logged) < ADDRESSES:
+            again = f" ({times} times since)" if times > 1 else ""
+            logger.warning("refused %s: %s%s%s", visitor.name, reason, f": {detail}" if detail else "", again)
+            self._logged[key] = (now, 1)
+
+    def count(self, site: str, call: str, up: int, down: int) -> None:
+        """Count a request that was passed and answered, with the bytes of its bodies."""
+        self.passed[call] += 1
+        figures = self.sites.setdefault(site, {"requests": 0, "bytes_up": 0, "bytes_down": 0, "last": 0.0})
+        figures["requests"] += 1
+        figures["bytes_up"] += up
+        figures["bytes_down"] += down
+        figures["last"] = round(time.time(), 3)
+
+    def figures(self) -> dict[str, Any]:
+        """Return all counters, since the start."""
+        self._sweep()
+        return {
+            "began": round(self._began, 3),
+            "connections": self.connections,
+            "passed": dict(self.passed),
+            "refused": dict(self.refused),
+            "refused_by_address": {name: dict(counter) for name, counter in self.refused_by_address.items()},
+            "sites": self.sites,
+        }
+
+    def _visitor(self, address: str) -> Visitor:
+        name = _host(address)
+        if name not in self._visitors:
+            limits = self._limits
+            self._visitors[name] = Visitor(
+                name,
+                Bucket(limits.handshakes, limits.handshake_burst),
+                Bucket(limits.requests, limits.request_burst),
+            )
+            if len(self._visitors) > ADDRESSES:
+                self._sweep(at_once=True)
+        visitor = self._visitors[name]
+        visitor.seen = time.monotonic()
+        return visitor
+
+    def _sweep(self, *, at_once: bool = False) -> None:
+        """Forget who has not come for long, so that a process of weeks does not grow."""
+        now = time.monotonic()
+        if now - self._swept < (1.0 if at_once else LOG_SECONDS):
+            return
+        self._swept = now
+        limits = self._limits
+        full = max(limits.handshake_burst / limits.handshakes, limits.request_burst / limits.requests)
+        quiet = min(FORGET_SECONDS, full) if at_once else FORGET_SECONDS  # by then its buckets are full again anyway
+        self._visitors = {n: v for n, v in self._visitors.items() if v.connections or now - v.seen < quiet}
+        self._logged = {key: note for key, note in self._logged.items() if now - note[0] < FORGET_SECONDS}
+
+
+def _host(address: str) -> str:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped:
+            return str(ip.ipv4_mapped)
+        return str(ipaddress.ip_network((ip, 64), strict=False))
+    return str(ip)

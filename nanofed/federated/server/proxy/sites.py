@@ -1,0 +1,115 @@
+"""Which site a request comes from: Flower's SuperNode authentication, checked before the body, each signature once."""
+
+from __future__ import annotations
+
+import binascii
+import datetime
+import time
+from base64 import b64decode
+from collections import deque
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from nanofed.federated.server.keys import read_sites
+from nanofed.federated.server.proxy.http import Refused
+
+PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
+OLDEST, NEWEST = (
+    305.0,
+    5.0,
+)  # seconds: what Flower's node authentication takes (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE)
+
+
+class Sites:
+    """The sites whose keys are in a folder, and what each has signed lately.
+
+    Args:
+        folder: of `NAME.pub` files.
+
+    Raises:
+        ConfigError: a file is no public key.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._used: set[tuple[str, str]] = set()
+        self._order: deque[tuple[float, float, tuple[str, str]]] = deque()  # when to forget, when signed
+        self._floor = time.time()  # what was signed until then may have been used and forgotten, however clocks jump
+        self._keys: dict[bytes, tuple[str, ec.EllipticCurvePublicKey]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Read the folder again: a key that has gone is refused from now on.
+
+        Raises:
+            ConfigError: a file is no public key; what was read before stays.
+        """
+        keys = {}
+        for pem, name in read_sites(self._folder).items():
+            key = serialization.load_pem_public_key(pem)
+            assert isinstance(key, ec.EllipticCurvePublicKey)
+            keys[pem] = (name, key)
+        self._keys = keys
+
+    def names(self) -> list[str]:
+        """Return the sites."""
+        return sorted(name for name, _ in self._keys.values())
+
+    def identify(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return the name of the site that signed a request.
+
+        The signature covers the time only, so the same time of the same site is a replay, in whatever form it is written: who has
+        seen a signature can write it differently (other padding in base64, n - s for s), but cannot sign another time.
+
+        Raises:
+            Refused: no site's key, not its signature, a time that Flower would not take, or one that was used.
+        """
+        try:
+            pem = b64decode(headers[PUBLIC_KEY], validate=True)
+            signature = b64decode(headers[SIGNATURE], validate=True)
+            timestamp = headers[TIMESTAMP].decode("ascii")
+            signed_at = datetime.datetime.fromisoformat(timestamp)
+            if signed_at.tzinfo is None:
+                raise ValueError("a time without its zone")
+            signed = signed_at.timestamp()
+        except (KeyError, ValueError, OverflowError, binascii.Error) as error:
+            raise Refused(
+                "unsigned", HTTPStatus.UNAUTHORIZED, "no SuperNode's signature: start it with its key"
+            ) from error
+        if pem not in self._keys:
+            raise Refused("unknown_key", HTTPStatus.UNAUTHORIZED, "the operator has not registered this key")
+        name, key = self._keys[pem]
+        try:
+            key.verify(signature, timestamp.encode(), ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature as error:
+            raise Refused("bad_signature", HTTPStatus.UNAUTHORIZED, f"this is not the signature of {name}") from error
+        self._use(name, timestamp, signed)
+        return name
+
+    def _use(self, name: str, timestamp: str, signed: float) -> None:
+        age, now = time.time() - signed, time.monotonic()
+        if not -NEWEST < age < OLDEST:
+            raise Refused(
+                "stale_signature",
+                HTTPStatus.UNAUTHORIZED,
+                f"{name} signed this {abs(age):.0f} seconds {'ago' if age > 0 else 'ahead'}: set its clock",
+            )
+        while self._order and self._order[0][0] < now:
+            _, forgotten, key = self._order.popleft()
+            self._used.discard(key)
+            self._floor = max(self._floor, forgotten)
+        if signed <= self._floor:
+            raise Refused(
+                "early_signature", HTTPStatus.SERVICE_UNAVAILABLE, "signed before this proxy began: sign anew"
+            )
+        if (name, timestamp) in self._used:
+            raise Refused(
+                "replayed_signature", HTTPStatus.SERVICE_UNAVAILABLE, f"{name} has used this signature: sign anew"
+            )
+        self._used.add((name, timestamp))
+        self._order.append((now + OLDEST + NEWEST, signed, (name, timestamp)))
