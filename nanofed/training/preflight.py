@@ -89,3 +89,5 @@ def check_checkpoints(module: GPTModule, data: TokenDataModule, options: RunOpti
     elif options.init_from:
         path = find_checkpoint(options.init_from)
         check_model(read_manifest(path), module.config, path)
+        if options.overwrite and path.resolve().is_relative_to(run.resolve()):
+            raise ConfigError(f"--overwrite true would remove {path}, which --init_from is to start from: choose another --name")

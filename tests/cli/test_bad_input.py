@@ -395,6 +395,12 @@ def test_a_checkpoint_of_the_other_path_or_of_another_run(corpus: Corpus, runs: 
     refused(into, 2, str(runs / "fit"), "already holds a run", "is not of it")
 
 
+def test_a_run_is_not_replaced_by_one_that_starts_from_it(corpus: Corpus, runs: Path, refused: Refusal) -> None:
+    for command, config in (("fit", corpus.fit), ("federate", corpus.federate)):
+        over = [command, "--config", str(config), f"--runs_dir={runs}", f"--name={command}", "--overwrite=true"]
+        refused([*over, f"--init_from={runs / command}"], 2, "--overwrite true would remove", str(runs / command))
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
