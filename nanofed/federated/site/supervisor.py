@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,7 +202,7 @@ class _Site:
     def __init__(self, options: SiteOptions, arguments: Sequence[str]) -> None:
         self._options = options
         self._folder = options.folder.resolve()
-        self._socket = self._folder / "trainer.sock"
+        self._socket = socket_path(self._folder)
         self._answered = False
         self._silent = 0.0  # since when the trainer has not answered
         home = self._folder / "flower"
@@ -295,6 +298,12 @@ class _Site:
         """End both, the SuperNode first: it says good-bye to its server."""
         self.supernode.stop()
         self.trainer.stop()
+
+
+def socket_path(folder: Path) -> Path:
+    """Return where a site's trainer listens: a socket's path has room for about 100 characters, a site's folder may be longer."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"nanofed-{os.getuid()}-{name}" / "trainer.sock"
 
 
 def last_line(log: Path) -> str:
