@@ -111,9 +111,11 @@ class Perimeter:
         self.options = Options(
             f"{HOST}:{self.port}",
             f"{HOST}:{upstream}",
-            keys.folder,
+            keys.certificate,
+            keys.key,
+            keys.sites,
+            None if plain else keys.ca,
             self.status,
-            plain_upstream=plain,
             limits=limits or Limits(),
         )
         self.trust = ssl.create_default_context(cafile=str(keys.ca))

@@ -100,12 +100,8 @@ class Keys:
         return (self.expiry() - _now()).total_seconds() / 86400
 
     def warning(self, days: float = WARN_DAYS) -> str | None:
-        """Return what to tell the operator where fewer than `days` are left, else None."""
-        left = self.days_left()
-        if left >= days:
-            return None
-        ends = f"ends in {left:.0f} days" if left > 0 else f"ended {-left:.0f} days ago"
-        return f"the certificate {self.certificate} {ends} ({self.expiry():%Y-%m-%d}): issue a new one with --force"
+        """Return what to tell the operator where fewer than `days` are left of server certificate or authority, else None."""
+        return expiry_warning(self.certificate, days) or expiry_warning(self.ca, days)
 
 
 def init(folder: Path, hosts: Sequence[str], sites: Sequence[str], *, days: int = DAYS, force: bool = False) -> Keys:
@@ -168,7 +164,7 @@ def load(folder: Path) -> Keys:
         raise ConfigError(f"{keys.sites} holds no site's key: add one with `nanofed server init`")
     read_sites(keys.sites)
     if keys.days_left() <= 0:
-        raise ConfigError(str(keys.warning()))
+        raise ConfigError(str(keys.warning(0)))
     return keys
 
 
@@ -206,6 +202,20 @@ def read_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as a certificate: {error}") from error
+
+
+def expiry_warning(path: Path, days: float = WARN_DAYS) -> str | None:
+    """Return what to tell the operator where a certificate has fewer than `days` left, else None.
+
+    Raises:
+        ConfigError: see `read_certificate`.
+    """
+    ends = read_certificate(path).not_valid_after_utc
+    left = (ends - _now()).total_seconds() / 86400
+    if left > days:
+        return None
+    when = f"ends in {left:.0f} days" if left > 0 else f"ended {-left:.0f} days ago"
+    return f"the certificate {path} {when} ({ends:%Y-%m-%d}): issue a new one with --force"
 
 
 def _now() -> datetime.datetime:

@@ -31,13 +31,15 @@ def _options(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m nanofed.federated.server.proxy", description="nanofed's TLS proxy")
     parser.add_argument("--listen", required=True, help="host:port that faces the network")
     parser.add_argument("--upstream", required=True, help="host:port of the SuperLink, on loopback")
-    parser.add_argument("--keys", required=True, type=Path, help="the folder that `nanofed server init` wrote")
+    parser.add_argument("--certificate", required=True, type=Path, help="of the server")
+    parser.add_argument("--key", required=True, type=Path, help="of the certificate")
+    parser.add_argument("--sites", required=True, type=Path, help="folder of the sites' public keys, NAME.pub")
+    parser.add_argument("--upstream_ca", type=Path, help="the authority of the SuperLink's certificate")
     parser.add_argument("--status", type=Path, help="file for the counters, written twice a second")
     parser.add_argument("--parent", type=int, help="end when this is no longer the parent process")
-    parser.add_argument("--plain-upstream", action="store_true", help="the SuperLink has no TLS")
     for limit in fields(Limits):
         kind = {"int": int, "float": float}[str(limit.type)]
-        parser.add_argument(f"--{limit.name.replace('_', '-')}", type=kind, default=limit.default)
+        parser.add_argument(f"--{limit.name}", type=kind, default=limit.default)
     given = vars(parser.parse_args(arguments))
     limits = Limits(**{limit.name: given.pop(limit.name) for limit in fields(Limits)})
     return Options(**given, limits=limits)

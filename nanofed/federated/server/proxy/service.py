@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.federated.server.keys import Keys, load
+from nanofed.federated.server.keys import expiry_warning, read_certificate
 from nanofed.federated.server.proxy.guard import Guard, Limits, Visitor
 from nanofed.federated.server.proxy.relay import Relay, Upstream
 from nanofed.federated.server.proxy.sites import Sites
@@ -36,31 +36,36 @@ class Options:
     Attributes:
         listen: host:port that faces the network; [host]:port for IPv6; port 0 takes a free one.
         upstream: host:port of the SuperLink.
-        keys: the folder that `keys.init` wrote.
+        certificate: of the server.
+        key: of the certificate.
+        sites: folder of the sites' public keys, `NAME.pub`.
+        upstream_ca: certificate of the authority that the SuperLink's certificate is of; None where it has no TLS, as in tests
+            (Flower refuses node authentication then).
         status: file to which the counters are written twice a second, as JSON; none if left out.
         parent: process id without which the proxy ends; none if left out.
-        plain_upstream: the SuperLink has no TLS; Flower refuses node authentication then, so this is for tests.
         limits: what the proxy takes.
     """
 
     listen: str
     upstream: str
-    keys: Path
+    certificate: Path
+    key: Path
+    sites: Path
+    upstream_ca: Path | None = None
     status: Path | None = None
     parent: int | None = None
-    plain_upstream: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def command(self) -> list[str]:
         """Return the command that starts this proxy as a process."""
-        options = ["--listen", self.listen, "--upstream", self.upstream, "--keys", str(self.keys)]
-        options += ["--status", str(self.status)] if self.status else []
-        options += ["--parent", str(self.parent)] if self.parent else []
-        options += ["--plain-upstream"] if self.plain_upstream else []
+        options = []
+        for name in ("listen", "upstream", "certificate", "key", "sites", "upstream_ca", "status", "parent"):
+            if (value := getattr(self, name)) is not None:
+                options += [f"--{name}", str(value)]
         for limit in fields(Limits):
             value = getattr(self.limits, limit.name)
             if value != limit.default:
-                options += [f"--{limit.name.replace('_', '-')}", str(value)]
+                options += [f"--{limit.name}", str(value)]
         return [sys.executable, "-m", "nanofed.federated.server.proxy", *options]
 
 
@@ -78,11 +83,10 @@ class Proxy:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.guard = Guard(options.limits)
-        self._keys = load(options.keys)
-        self._sites = Sites(self._keys.sites)
-        self._context = _server_context(self._keys)
+        self._sites = Sites(options.sites)
+        self._context = _server_context(options)
         host, port = parse_address(options.upstream)
-        self._upstream = Upstream(host, port, None if options.plain_upstream else _client_context(self._keys))
+        self._upstream = Upstream(host, port, _client_context(options))
         self._relay = Relay(self.guard, self._sites, self._upstream, options.limits)
         self._seen = self._state_of_files()
         self._warned = 0.0
@@ -159,7 +163,7 @@ class Proxy:
         self._write_status()
         if time.monotonic() - self._warned > DAY or not self._warned:
             self._warned = time.monotonic()
-            if warning := self._keys.warning():
+            if warning := expiry_warning(self.options.certificate):
                 logger.warning("%s", warning)
 
     def _is_orphan(self) -> bool:
@@ -173,20 +177,20 @@ class Proxy:
         self._seen = state
         try:
             self._sites.read()
-            context, upstream = _server_context(self._keys), _client_context(self._keys)
+            context, upstream = _server_context(self.options), _client_context(self.options)
         except (NanofedError, OSError) as error:
-            logger.error("the changed keys in %s are not taken over: %s", self._keys.folder, error)
+            logger.error("the changed certificate or keys are not taken over: %s", error)
             return
-        self._context = context
-        if self._upstream.context is not None:
-            self._upstream.context = upstream
+        self._context, self._upstream.context = context, upstream
         self._warned = 0.0
         logger.info("certificate and keys are read again; sites: %s", ", ".join(self._sites.names()))
 
     def _state_of_files(self) -> tuple[tuple[str, int, int], ...]:
-        paths = [self._keys.ca, self._keys.certificate, self._keys.key, *sorted(self._keys.sites.glob("*.pub"))]
+        options = self.options
         state = []
-        for path in paths:
+        for path in (options.certificate, options.key, options.upstream_ca, *sorted(options.sites.glob("*.pub"))):
+            if path is None:
+                continue
             with contextlib.suppress(OSError):
                 stat = path.stat()
                 state.append((path.name, stat.st_mtime_ns, stat.st_ino))
@@ -197,7 +201,8 @@ class Proxy:
             return
         figures = {**self.guard.figures(), "port": self.port, "pid": os.getpid(), "written": round(time.time(), 3)}
         with contextlib.suppress(ConfigError):  # just being replaced
-            figures["certificate_days_left"] = round(self._keys.days_left(), 2)
+            ends = read_certificate(self.options.certificate).not_valid_after_utc
+            figures["certificate_ends"] = ends.isoformat()
         temporary = self.options.status.with_name(f".{self.options.status.name}.{os.getpid()}")
         try:
             temporary.write_text(json.dumps(figures))
@@ -251,23 +256,27 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _server_context(keys: Keys) -> ssl.SSLContext:
+def _server_context(options: Options) -> ssl.SSLContext:
+    if warning := expiry_warning(options.certificate, 0):
+        raise ConfigError(warning)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     try:
-        context.load_cert_chain(keys.certificate, keys.key)
+        context.load_cert_chain(options.certificate, options.key)
     except (ssl.SSLError, OSError) as error:
-        raise ConfigError(f"{keys.certificate} and {keys.key} do not go together: {_reason(error)}") from error
+        raise ConfigError(f"{options.certificate} and {options.key} do not go together: {_reason(error)}") from error
     return context
 
 
-def _client_context(keys: Keys) -> ssl.SSLContext:
+def _client_context(options: Options) -> ssl.SSLContext | None:
+    if options.upstream_ca is None:
+        return None
     try:
-        return ssl.create_default_context(cafile=str(keys.ca))
+        return ssl.create_default_context(cafile=str(options.upstream_ca))
     except (ssl.SSLError, OSError) as error:
-        raise ConfigError(f"{keys.ca} cannot be read as a certificate: {_reason(error)}") from error
+        raise ConfigError(f"{options.upstream_ca} cannot be read as a certificate: {_reason(error)}") from error
 
 
 def _reason(error: OSError) -> str:
