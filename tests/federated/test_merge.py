@@ -1,40 +1,74 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from nanofed.federated.server.merge import MeanAccumulator
+from nanofed.federated.server.merge import Merger, Method, PseudoGradient, make_merger, update_norm
 from nanofed.federated.server.outer import OuterNesterov
-from nanofed.federated.wire.codec import Array
+from nanofed.federated.wire import blocks
+from nanofed.federated.wire.codec import CODECS, Array, Weights, WireError, hash_weights
+from tests.federated.arrays import odd_weights, random_weights, trained, vector
 
-FEDAVG = OuterNesterov(lr=1.0, momentum=0.0)
-
-
-def random_weights(seed: int, size: int = 20_000) -> dict[str, Array]:
-    """Mixed magnitudes over 18 decades, zeros of both signs and denormals among them."""
-    generator = np.random.default_rng(seed)
-    values = generator.normal(size=size) * 10.0 ** generator.uniform(-9, 9, size)
-    values[:50], values[50:100], values[100:150] = 0.0, -0.0, generator.uniform(-1e-40, 1e-40, 50)
-    generator.shuffle(values)
-    return {"a": values[: size // 2].reshape(100, -1).astype(np.float32), "b": values[size // 2 :].astype(np.float32)}
+FP32, BF16 = CODECS["fp32"], CODECS["bf16"]
+LINKS = list(itertools.product(CODECS, CODECS))  # down, up
+METHODS: tuple[Method, ...] = ("mean", "median", "trimmed_mean")
+NOWHERE = Path("never used by the mean")
 
 
-def trained(weights: dict[str, Array], seed: int) -> dict[str, Array]:
-    """Every weight moved by up to its own size: what a round does."""
-    generator = np.random.default_rng(seed)
-    return {n: (w * generator.uniform(0.01, 2, w.shape)).astype(np.float32) for n, w in weights.items()}
+def merger(
+    old: Weights, down: str = "fp32", up: str = "fp32", method: Method = "mean", spool: Path = NOWHERE
+) -> Merger:
+    return make_merger(method, old, CODECS[down].encode(old), CODECS[down], CODECS[up], spool)
 
 
+def base_of(old: Weights, down: str) -> dict[str, Array]:
+    return CODECS[down].decode(CODECS[down].encode(old), old)
+
+
+def received(local: Weights, base: Weights, up: str) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """What arrives of base - local: NumPy's fp64, from a decoded reply."""
+    arrived = CODECS[up].decode(CODECS[up].pack(local, base), base)
+    if CODECS[up].lossless:
+        return {name: base[name].astype(np.float64) - arrived[name] for name in base}
+    return {name: -arrived[name].astype(np.float64) for name in base}
+
+
+def plain(method: Method, gradients: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, Any]:
+    """The merge as NumPy has it, in fp64."""
+    stacked = {name: np.stack([g[name] for g in gradients]) for name in gradients[0]}
+    if method == "mean":
+        return {name: np.average(values, axis=0, weights=shares) for name, values in stacked.items()}
+    if method == "median":
+        return {name: np.median(values, axis=0) for name, values in stacked.items()}
+    cut = len(gradients) // 5
+    return {n: np.sort(v, axis=0)[cut : len(gradients) - cut].mean(axis=0) for n, v in stacked.items()}
+
+
+def stepped(old: Weights, gradient: PseudoGradient) -> dict[str, Array]:
+    """One step of FedAvg."""
+    new = {name: np.array(array, order="C") for name, array in old.items()}
+    OuterNesterov(lr=1.0, momentum=0.0).step(new, gradient)
+    return new
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("weight", [1.0, 24_576.0, 1e-3, 3.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_one_client_with_fedavg_gets_its_own_weights_back_to_the_bit(seed: int, weight: float) -> None:
+def test_one_client_with_fedavg_gets_its_own_weights_back_to_the_bit(
+    seed: int, weight: float, method: Method, tmp_path: Path
+) -> None:
     old = random_weights(seed)
     local = trained(old, seed + 100)
-    accumulator = MeanAccumulator(old)
-    accumulator.fold(local, weight)
-    new = FEDAVG.step(old, accumulator.mean())
+    one = merger(old, method=method, spool=tmp_path)
+    one.fold("a", FP32.pack(local, old), weight)
+    new = stepped(old, one.result())
     for name, array in local.items():
         assert new[name].dtype == np.float32
         assert (new[name] == array).all()
@@ -44,9 +78,9 @@ def test_where_the_mean_of_one_client_is_not_exact() -> None:
     """A weight that shrinks more than 2^28 fold in a round comes back to within 2^-52 of its old size, not to the bit."""
     old = {"w": np.array([1.0, -1.0, 1e3], np.float32)}
     local = {"w": np.array([1e-12, 1e-30, 1e-7], np.float32)}
-    accumulator = MeanAccumulator(old)
-    accumulator.fold(local, 3.0)
-    new = FEDAVG.step(old, accumulator.mean())["w"]
+    one = merger(old)
+    one.fold("a", FP32.pack(local, old), 3.0)
+    new = stepped(old, one.result())["w"]
     assert (new != local["w"]).any()
     assert (np.abs(new.astype(np.float64) - local["w"]) <= 2.0**-52 * np.abs(old["w"])).all()
 
@@ -57,50 +91,211 @@ def test_fp32_would_not_do() -> None:
     assert (old - (old - local) != local).mean() > 0.01
 
 
-def test_the_weighted_mean_is_numpys() -> None:
-    old = random_weights(1)
-    clients = [trained(old, seed) for seed in range(5)]
-    shares = [3.0, 1.0, 0.5, 7.0, 2.0]
-    accumulator = MeanAccumulator(old)
-    norms = [accumulator.fold(local, share) for local, share in zip(clients, shares, strict=True)]
-    mean = accumulator.mean()
-    for name in old:
-        stacked = np.stack([old[name].astype(np.float64) - local[name] for local in clients])
-        np.testing.assert_allclose(mean[name], np.average(stacked, axis=0, weights=shares), rtol=1e-9, atol=1e-30)
-    for local, norm in zip(clients, norms, strict=True):
-        flat = np.concatenate([(old[n].astype(np.float64) - local[n]).ravel() for n in old])
-        assert norm == pytest.approx(np.linalg.norm(flat), rel=1e-12)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("down", "up"), LINKS)
+def test_it_is_numpys_for_any_shape_codec_and_number_of_clients(
+    down: str, up: str, method: Method, tmp_path: Path
+) -> None:
+    for clients in (1, 2, 3, 5, 8):
+        old = odd_weights(clients)
+        base = base_of(old, down)
+        locals_ = [trained(base, seed) for seed in range(clients)]
+        shares = list(np.random.default_rng(clients).uniform(0.5, 7, clients))
+        round_ = merger(old, down, up, method, tmp_path)
+        for client, (local, share) in enumerate(zip(locals_, shares, strict=True)):
+            round_.fold(f"client-{client}", CODECS[up].pack(local, base), share)
+        result = round_.result()
+        expected = plain(method, [received(local, base, up) for local in locals_], shares)
+        assert list(result) == list(old)
+        wide = CODECS[up].lossless
+        for name, array in result.items():
+            assert array.dtype == (np.float64 if wide else np.float32)
+            assert array.shape == old[name].shape
+            rtol, atol = (1e-12, 1e-14) if wide else (1e-5, 1e-6)
+            np.testing.assert_allclose(array, expected[name], rtol=rtol, atol=atol, err_msg=name)
+        merged = vector(expected)
+        for client, local in enumerate(locals_):  # every third coordinate is looked at
+            g = vector(received(local, base, up))
+            cosine = g @ merged / (np.linalg.norm(g) * np.linalg.norm(merged))
+            assert round_.cosines()[f"client-{client}"] == pytest.approx(cosine, abs=0.02)
+        round_.close()
+        assert not list(tmp_path.iterdir())
 
 
-def test_the_order_of_arrival_does_not_matter() -> None:
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("up", CODECS)
+def test_neither_blocks_nor_threads_change_a_bit(
+    up: str, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {"w": random_weights(0, 100_200)["b"], **odd_weights(0)}
+    clients = [trained(old, seed) for seed in range(4)]
+    digests, norms = set(), set()
+    for threads, block in ((1, blocks.BLOCK), (2, blocks.BLOCK), (4, 4096), (3, 64), (1, 1 << 14)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for module in ("wire.blocks", "wire.codec", "server.updates", "server.merge", "server.robust"):
+            monkeypatch.setattr(f"nanofed.federated.{module}.BLOCK", block)
+        round_ = merger(old, up=up, method=method, spool=tmp_path)
+        for client, local in enumerate(clients):
+            packed = CODECS[up].pack(local, old)
+            round_.fold(str(client), packed, 1.7 + client, scale=1 / (1 + client))
+            if block == blocks.BLOCK:
+                norms.add(update_norm(packed, old, FP32.encode(old), FP32, CODECS[up]))
+        digests.add(hash_weights(round_.result()))
+    assert len(digests) == 1
+    assert len(norms) >= len(clients)
+
+
+@pytest.mark.parametrize("up", CODECS)
+def test_the_order_of_arrival_does_not_matter(up: str) -> None:
     old = random_weights(2, 2_000)
-    clients = [(trained(old, seed), float(seed + 1)) for seed in range(4)]
+    clients = [(CODECS[up].pack(trained(old, seed), old), (seed + 1) / 3) for seed in range(4)]
+    largest = np.maximum.reduce([np.abs(vector(received(trained(old, seed), old, up))) for seed in range(4)])
     results = []
-    for order in itertools.permutations(clients):
-        accumulator = MeanAccumulator(old)
-        for local, share in order:
-            accumulator.fold(local, share)
-        results.append(FEDAVG.step(old, accumulator.mean()))
-    for name in old:
-        stacked = np.stack([result[name] for result in results])
-        spread = stacked.max(axis=0).astype(np.float64) - stacked.min(axis=0)
-        assert (spread <= 1e-6 * np.abs(old[name])).all()
+    for order in itertools.permutations(range(4)):
+        round_ = merger(old, up=up)
+        for client in order:
+            round_.fold(str(client), *clients[client])
+        results.append(vector(round_.result()))
+    spread = np.max(results, axis=0) - np.min(results, axis=0)
+    rounding = 2.0**-50 if CODECS[up].lossless else 2.0**-21
+    assert (spread <= rounding * largest + 1e-44).all()
+    assert spread.any(), "the bound above would prove nothing"
 
 
-def test_fedavg_is_the_mean_of_the_weights_and_leaves_the_old_ones() -> None:
+def test_fedavg_is_the_mean_of_the_weights_and_a_merge_leaves_the_old_ones() -> None:
     old = random_weights(3)
-    before = {name: array.copy() for name, array in old.items()}
+    before = hash_weights(old)
     clients = [trained(old, seed) for seed in range(3)]
-    accumulator = MeanAccumulator(old)
-    for local in clients:
-        accumulator.fold(local, 1.0)
-    new = FEDAVG.step(old, accumulator.mean())
-    for name in old:
+    round_ = merger(old)
+    for client, local in enumerate(clients):
+        round_.fold(str(client), FP32.pack(local, old), 1.0)
+    gradient = round_.result()
+    assert hash_weights(old) == before
+    for name, new in stepped(old, gradient).items():
         mean = np.mean([local[name].astype(np.float64) for local in clients], axis=0)
-        np.testing.assert_allclose(new[name], mean, rtol=1e-6, atol=1e-44)  # denormals are that coarse
-        assert (old[name] == before[name]).all()
+        np.testing.assert_allclose(new, mean, rtol=1e-6, atol=1e-44)  # denormals are that coarse
 
 
-def test_nobody_has_no_mean() -> None:
+def test_what_the_down_link_rounds_off_is_no_update() -> None:
+    """A client that moves nothing leaves the global weights as they are, although it never saw their last digits."""
+    old = random_weights(4)
+    base = base_of(old, "bf16")
+    assert any((base[name] != old[name]).any() for name in old)
+    for up in CODECS:
+        round_ = merger(old, "bf16", up)
+        packed = CODECS[up].pack(base, base)
+        round_.fold("a", packed, 1.0)
+        assert hash_weights(stepped(old, round_.result())) == hash_weights(old)
+        assert update_norm(packed, old, BF16.encode(old), BF16, CODECS[up]) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("up", CODECS)
+def test_a_clipped_update_counts_for_its_part(up: str, method: Method, tmp_path: Path) -> None:
+    old = random_weights(5)
+    local = trained(old, 6)
+    round_ = merger(old, up=up, method=method, spool=tmp_path)
+    round_.fold("a", CODECS[up].pack(local, old), 5.0, scale=0.125)
+    expected = 0.125 * vector(received(local, old, up))
+    np.testing.assert_allclose(vector(round_.result()), expected, rtol=1e-6, atol=1e-44)
+
+
+@pytest.mark.parametrize(("down", "up"), LINKS)
+def test_the_norm_is_numpys(down: str, up: str) -> None:
+    for seed in range(3):
+        old = odd_weights(seed)
+        base = base_of(old, down)
+        local = trained(base, seed)
+        norm = update_norm(CODECS[up].pack(local, base), old, CODECS[down].encode(old), CODECS[down], CODECS[up])
+        assert norm == pytest.approx(float(np.linalg.norm(vector(received(local, base, up)))), rel=1e-12)
+    nothing: dict[str, Array] = {"w": np.zeros((0, 3), np.float32)}
+    assert update_norm(CODECS[up].encode(nothing), nothing, CODECS[down].encode(nothing), CODECS[down], CODECS[up]) == 0
+
+
+@pytest.mark.parametrize("up", CODECS)
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_the_norm_shows_one_value_that_is_not_finite_anywhere(up: str, value: float) -> None:
+    old = odd_weights(1)
+    sent = FP32.encode(old)
+    packed = CODECS[up].pack(old, old)
+    assert update_norm(packed, old, sent, FP32, CODECS[up]) == 0
+    bad = np.array([value], np.float32)
+    pattern = bad[0] if up == "fp32" else BF16.encode({"": bad})[0][0]
+    for array in packed:
+        array = np.array(array)
+        for place in sorted(
+            {p % array.size for p in (0, 1, 16, 1021, blocks.BLOCK - 1, blocks.BLOCK, -2, -1)} if array.size else ()
+        ):
+            spoilt = array.copy()
+            spoilt.reshape(-1)[place] = pattern
+            arrays = [spoilt if other.shape == spoilt.shape else other for other in packed]
+            assert not math.isfinite(update_norm(arrays, old, sent, FP32, CODECS[up])), (array.shape, place)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("up", CODECS)
+def test_what_does_not_fit_is_refused_and_nothing_of_it_is_folded_in(up: str, method: Method, tmp_path: Path) -> None:
+    old = random_weights(7, 2_000)
+    good = CODECS[up].pack(trained(old, 1), old)
+    round_ = merger(old, up=up, method=method, spool=tmp_path)
+    round_.fold("good", good, 1.0)
+    spoils: list[Callable[[Any], Any]] = [
+        lambda array: array[:1],
+        lambda array: array.astype(np.float64),
+        lambda array: array.T if array.ndim > 1 else array[None],
+    ]
+    for spoil in spoils:
+        for index in range(2):
+            arrays = [spoil(array) if n == index else array for n, array in enumerate(good)]
+            with pytest.raises(WireError, match="^" + "ab"[index]):
+                round_.fold("bad", arrays, 1.0)
+            with pytest.raises(WireError, match="^" + "ab"[index]):
+                update_norm(arrays, old, FP32.encode(old), FP32, CODECS[up])
+    with pytest.raises(WireError, match="1 arrays arrived, 2 are expected"):
+        round_.fold("bad", good[:1], 1.0)
+    for weight, scale in (
+        (0.0, 1.0),
+        (-9.0, 1.0),
+        (math.nan, 1.0),
+        (math.inf, 1.0),
+        (1.0, 0.0),
+        (1.0, 1.5),
+        (1.0, math.nan),
+    ):
+        with pytest.raises(ValueError, match="share of bad"):
+            round_.fold("bad", good, weight, scale)
+    with pytest.raises(ValueError, match="good has been folded in already"):
+        round_.fold("good", good, 1.0)
+    alone = merger(old, up=up)
+    alone.fold("good", good, 1.0)
+    result, expected = round_.result(), alone.result()
+    assert all((result[name] == expected[name]).all() for name in old)
+    assert list(round_.cosines()) == ["good"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nobody_has_no_mean(method: Method, tmp_path: Path) -> None:
+    nobody = merger(random_weights(0, 200), method=method, spool=tmp_path)
     with pytest.raises(ValueError, match="no client"):
-        MeanAccumulator(random_weights(0, 200)).mean()
+        nobody.result()
+    with pytest.raises(ValueError, match="no result yet"):
+        nobody.cosines()
+
+
+def test_cosines_of_a_model_that_is_sampled_are_near_the_true_ones() -> None:
+    size = 1_500_000
+    generator = np.random.default_rng(0)
+    old = {"w": np.zeros((1000, size // 1000), np.float32), "v": np.zeros(500, np.float32)}
+    common = generator.normal(size=size)
+    locals_ = [
+        {"w": (common + noise * generator.normal(size=size)).astype(np.float32).reshape(1000, -1)}
+        for noise in (0.2, 1, 5)
+    ]
+    round_ = merger(old)
+    for client, local in enumerate(locals_):
+        round_.fold(str(client), FP32.encode({**local, "v": np.ones(500, np.float32)}), 1.0)
+    merged = round_.result()["w"].reshape(-1)
+    for client, local in enumerate(locals_):
+        g = -local["w"].reshape(-1).astype(np.float64)
+        true = g @ merged / np.linalg.norm(g) / np.linalg.norm(merged)
+        assert round_.cosines()[str(client)] == pytest.approx(true, abs=0.02)

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from nanofed.errors import ConfigError
+from nanofed.federated.server.folding import PseudoGradient
 from nanofed.federated.server.outer import OuterNesterov
+from nanofed.federated.wire import blocks
+from nanofed.federated.wire.codec import Array, Weights, hash_weights
+from tests.federated.arrays import odd_weights
 
 SHAPES = {"a": (7, 5), "b": (11,)}
 
 
-def weights(seed: int = 0) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+def weights(seed: int = 0) -> dict[str, Array]:
     generator = np.random.default_rng(seed)
     return {name: generator.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 
@@ -22,15 +27,22 @@ def gradient(seed: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.flo
     return {name: generator.normal(size=shape) * 1e-2 for name, shape in SHAPES.items()}
 
 
+def stepped(outer: OuterNesterov, old: Weights, g: Any, **options: float) -> dict[str, Array]:
+    """Step a copy of the weights."""
+    new = {name: np.array(array, order="C") for name, array in old.items()}
+    outer.step(new, g, **options)
+    return new
+
+
 @pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.6), (0.7, 0.9), (1.0, 0.5), (0.3, 0.0)])
 def test_it_is_torchs_nesterov_step_by_step(lr: float, momentum: float) -> None:
     ours = weights()
     outer = OuterNesterov(lr, momentum)
-    theirs = {name: torch.from_numpy(array).double().requires_grad_() for name, array in ours.items()}
+    theirs = {name: torch.tensor(array).double().requires_grad_() for name, array in ours.items()}
     sgd = torch.optim.SGD(theirs.values(), lr=lr, momentum=momentum, nesterov=momentum > 0)
     for step in range(12):
         g = gradient(step)
-        ours = outer.step(ours, g)
+        outer.step(ours, g)
         for name, parameter in theirs.items():
             parameter.grad = torch.from_numpy(g[name])
         sgd.step()
@@ -39,55 +51,137 @@ def test_it_is_torchs_nesterov_step_by_step(lr: float, momentum: float) -> None:
             assert ours[name].dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_is_numpys_to_the_bit_for_any_shape_and_number_of_threads(
+    dtype: type[Any], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    outer = OuterNesterov(0.7, 0.6)
+    ours = {name: np.array(array, order="C") for name, array in odd_weights(3).items()}
+    theirs = {name: array.copy() for name, array in ours.items()}
+    velocity = {name: np.zeros(array.shape, np.float32) for name, array in ours.items()}
+    for step, fraction in enumerate((1.0, 0.25, 1.0)):
+        generator = np.random.default_rng(step)
+        g: PseudoGradient = {n: np.asarray(generator.normal(size=w.shape), dtype) for n, w in ours.items()}
+        outer.step(ours, g, fraction=fraction)
+        for name, old in theirs.items():
+            wide = velocity[name] * np.float64(0.6) + g[name].astype(np.float64)
+            theirs[name] = (old - 0.7 * (g[name] + fraction * 0.6 * wide)).astype(np.float32)
+            velocity[name] = wide.astype(np.float32)
+        assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+        assert all(outer.state_dict()[name].numpy().tobytes() == velocity[name].tobytes() for name in ours)
+
+
 def test_a_part_of_a_round_takes_a_part_of_the_momentum() -> None:
     """Half the steps make half the gradient; of what was gathered over full rounds they get half as well."""
     start, first, second = weights(), gradient(0), gradient(1)
     for fraction in (0.0, 0.25, 1.0):
         outer = OuterNesterov(0.7, 0.6)
-        moved = outer.step(start, first)
-        new = outer.step(moved, second, fraction=fraction)
+        moved = stepped(outer, start, first)
+        new = stepped(outer, moved, second, fraction=fraction)
         for name in SHAPES:
             velocity = 0.6 * first[name] + second[name]
             expected = moved[name] - 0.7 * (second[name] + fraction * 0.6 * velocity)
             np.testing.assert_allclose(new[name], expected, rtol=0, atol=1e-6)
     plain = OuterNesterov(1.0, 0.0)
-    for name, array in plain.step(start, first, fraction=0.1).items():
+    for name, array in stepped(plain, start, first, fraction=0.1).items():
         assert (array == (start[name] - first[name]).astype(np.float32)).all(), "FedAvg has no momentum to share"
 
 
 def test_a_resume_goes_on_to_the_bit() -> None:
     outer, ours = OuterNesterov(0.7, 0.6), weights()
     for step in range(4):
-        ours = outer.step(ours, gradient(step))
+        outer.step(ours, gradient(step))
     buffer = io.BytesIO()
     torch.save(outer.state_dict(), buffer)
     buffer.seek(0)
-    resumed, theirs = OuterNesterov(0.7, 0.6), dict(ours)
+    resumed, theirs = OuterNesterov(0.7, 0.6), {name: array.copy() for name, array in ours.items()}
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     for step in range(4, 8):
-        ours, theirs = outer.step(ours, gradient(step)), resumed.step(theirs, gradient(step))
+        outer.step(ours, gradient(step))
+        resumed.step(theirs, gradient(step))
         assert all((ours[name] == theirs[name]).all() for name in SHAPES)
 
 
-def test_saved_momentum_is_not_changed_by_later_steps() -> None:
-    outer = OuterNesterov(0.7, 0.6)
-    ours = outer.step(weights(), gradient(0))
-    saved = outer.state_dict()
+def test_a_loaded_momentum_is_a_copy() -> None:
+    outer, ours = OuterNesterov(0.7, 0.6), weights()
+    outer.step(ours, gradient(0))
+    saved = {name: tensor.clone() for name, tensor in outer.state_dict().items()}
     copies = {name: tensor.clone() for name, tensor in saved.items()}
+    outer.load_state_dict(saved)
     outer.step(ours, gradient(1))
     assert all(torch.equal(saved[name], copies[name]) for name in SHAPES)
 
 
-def test_other_names_and_shapes_are_refused_and_change_nothing() -> None:
+def after(g: Any) -> tuple[str, str, str]:
+    """What a refused gradient leaves of weights and momentum, and why it was refused."""
     outer, ours = OuterNesterov(0.7, 0.6), weights()
+    outer.step(ours, gradient(0))
+    state = {name: tensor.numpy() for name, tensor in outer.state_dict().items()}
+    before = hash_weights(ours), hash_weights(state)
+    with pytest.raises(ValueError) as refusal:
+        outer.step(ours, g)
+    assert (hash_weights(ours), hash_weights(state)) == before
+    outer.step(ours, gradient(1))  # and it goes on as if nothing had been
+    expected, theirs = OuterNesterov(0.7, 0.6), weights()
+    expected.step(theirs, gradient(0))
+    expected.step(theirs, gradient(1))
+    assert hash_weights(ours) == hash_weights(theirs)
+    return (*before, str(refusal.value))
+
+
+def test_other_names_and_shapes_are_refused_and_change_nothing() -> None:
     g = gradient(0)
-    with pytest.raises(ValueError, match="'b'"):
-        outer.step(ours, {"a": g["a"]})
-    with pytest.raises(ValueError, match=r"b has shape \(1,\)"):
-        outer.step(ours, {"a": g["a"], "b": g["b"][:1]})
-    new = outer.step(ours, g)
-    expected = OuterNesterov(0.7, 0.6).step(ours, g)
-    assert all((new[name] == expected[name]).all() for name in SHAPES), "a refused gradient leaves no momentum behind"
+    assert "'b'" in after({"a": g["a"]})[2]
+    assert "differently" in after({"b": g["b"], "a": g["a"]})[2], "another order is another model"
+    assert "b has shape (1,)" in after({"a": g["a"], "b": g["b"][:1]})[2]
+    first = OuterNesterov(0.7, 0.6)
+    with pytest.raises(ValueError, match="shape"):
+        first.step(weights(), {"a": g["a"], "b": g["b"][:1]})
+    assert first.state_dict() == {}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39, 6e38])
+@pytest.mark.parametrize("place", [0, 5, -1])
+def test_what_is_not_finite_or_leaves_fp32_is_refused_and_changes_nothing(value: float, place: int) -> None:
+    g = gradient(0)
+    g["b"][place] = value
+    assert "the pseudo-gradient of b is not finite" in after(g)[2]
+
+
+def test_the_last_element_of_many_blocks_is_looked_at_before_the_first_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ours = {"w": np.ones(3 * blocks.BLOCK + 7, np.float32)}
+    g = {"w": np.ones(ours["w"].size)}
+    for place in (0, blocks.BLOCK - 1, blocks.BLOCK, ours["w"].size - 1):
+        bad = {"w": g["w"].copy()}
+        bad["w"][place] = np.nan
+        with pytest.raises(ValueError, match="not finite"):
+            OuterNesterov(0.7, 0.6).step(ours, bad)
+        assert (ours["w"] == 1).all()
+
+
+def test_momentum_of_another_model_is_refused() -> None:
+    outer, ours = OuterNesterov(0.7, 0.6), weights()
+    outer.load_state_dict({"a": torch.zeros(7, 5), "c": torch.zeros(11)})
+    with pytest.raises(ValueError, match="momentum names"):
+        outer.step(ours, gradient(0))
+    outer.load_state_dict({"a": torch.zeros(7, 5), "b": torch.zeros(12)})
+    with pytest.raises(ValueError, match="momentum of b has shape"):
+        outer.step(ours, gradient(0))
+    assert hash_weights(ours) == hash_weights(weights())
+
+
+def test_weights_that_cannot_be_stepped_in_place_are_refused() -> None:
+    for spoil in (
+        np.asfortranarray,
+        lambda array: array.astype(np.float64),
+        lambda array: np.broadcast_to(array, (7, 5)),
+    ):
+        ours = weights() | {"a": spoil(weights()["a"])}
+        with pytest.raises(ValueError, match="a cannot be stepped in place"):
+            OuterNesterov().step(ours, gradient(0))
 
 
 @pytest.mark.parametrize(("lr", "momentum"), [(0.0, 0.5), (-1.0, 0.5), (1.0, 1.0), (1.0, -0.1), (float("nan"), 0.5)])

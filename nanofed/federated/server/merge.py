@@ -1,55 +1,100 @@
-"""Folding clients' weights into one pseudo-gradient: one accumulator, whatever the number of clients."""
+"""The merge of a round: the mean by default, folded into one accumulator whatever the number of clients."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from nanofed.federated.wire.codec import Weights
+from nanofed.federated.server.folding import Merger, PseudoGradient
+from nanofed.federated.server.robust import Median, TrimmedMean
+from nanofed.federated.server.updates import Base, update_norm
+from nanofed.federated.wire.blocks import BLOCK, flat, over_blocks
+from nanofed.federated.wire.codec import Codec, Weights
 
-PseudoGradient = dict[str, npt.NDArray[np.float64]]
+__all__ = ["Mean", "Merger", "Method", "PseudoGradient", "make_merger", "update_norm"]
+
+Method = Literal["mean", "median", "trimmed_mean"]
 
 
-class MeanAccumulator:
-    """The weighted mean of (global - local) over the clients of a round, folded in one at a time.
+class Mean(Merger):
+    """The weighted mean: each reply is added to one accumulator and forgotten.
 
-    In fp64: in fp32, w - (w - l) differs from l in 13 % of the elements, and one client with FedAvg must give its own
-    weights back to the bit.
-
-    Args:
-        weights: the global weights that the clients started from.
+    The sum is in the order of arrival, so another order differs by rounding, in fp64 or with a lossy codec in fp32.
     """
 
-    def __init__(self, weights: Weights) -> None:
-        self._global = weights
-        self._sum: PseudoGradient = {name: np.zeros(array.shape, np.float64) for name, array in weights.items()}
+    def __init__(self, base: Base) -> None:
+        super().__init__(base)
+        kind = np.float64 if base.dtype == torch.float64 else np.float32
+        self._sums = [
+            flat(np.zeros(size, kind)) for size in base.sizes
+        ]  # NumPy's zeros take no memory before they are used
         self._total = 0.0
 
-    def fold(self, local: Weights, weight: float) -> float:
-        """Add one client's weights and return the L2 norm of its update.
+    def _fold(
+        self,
+        arrays: Sequence[npt.NDArray[np.generic]],
+        opened: Sequence[Sequence[Tensor]],
+        weight: float,
+        scale: float,
+    ) -> None:
+        def worker() -> Callable[[int, slice], None]:
+            read, buffer = self._base.reader(self._base.dtype), torch.empty(BLOCK, dtype=self._base.dtype)
 
-        Args:
-            local: its weights, of the global weights' names and shapes.
-            weight: its share in the mean, positive; shares need not sum to 1.
-        """
-        squares = 0.0
-        for name, total in self._sum.items():
-            difference = np.subtract(self._global[name], local[name], dtype=np.float64)
-            flat = difference.reshape(-1)
-            squares += float(flat @ flat)
-            difference *= weight
-            total += difference
+            def add(index: int, part: slice) -> None:
+                update = buffer[: part.stop - part.start]
+                read(opened[index], index, part, update)
+                self._sums[index][part].sub_(update, alpha=weight * scale)
+
+            return add
+
+        over_blocks(self._base.sizes, worker)
         self._total += weight
-        return float(np.sqrt(squares))
 
-    def mean(self) -> PseudoGradient:
-        """Return the mean pseudo-gradient; the accumulator is used up.
+    def _merge(self) -> list[Tensor]:
+        def divide(index: int, part: slice) -> None:
+            self._sums[index][part].div_(self._total)
 
-        Raises:
-            ValueError: nothing was folded in.
-        """
-        if self._total <= 0:
-            raise ValueError("there is no client to take the mean of")
-        for total in self._sum.values():
-            total /= self._total
-        return self._sum
+        if self._total != 1.0:
+            over_blocks(self._base.sizes, lambda: divide)
+        return self._sums
+
+    def close(self) -> None:
+        """Let the accumulator go."""
+        self._sums = []
+
+
+def make_merger(
+    method: Method,
+    weights: Weights,
+    down_payload: Sequence[npt.NDArray[np.generic]],
+    down: Codec,
+    up: Codec,
+    spool: Path,
+    *,
+    trim: float = 0.2,
+) -> Merger:
+    """Return the merge of one round.
+
+    Args:
+        method: `mean`, `median` or `trimmed_mean`.
+        weights: the global weights: names and shapes.
+        down_payload: what the clients are sent, `down.encode(weights)`.
+        down: the codec of that.
+        up: the codec of their replies.
+        spool: the folder in which median and trimmed mean keep the replies of the round; what is left there of an earlier one is
+            removed.
+        trim: of the trimmed mean: the share of clients cut on each side, below 0.5.
+
+    Raises:
+        NanofedError: the spool folder cannot be used.
+    """
+    base = Base(weights, down_payload, down, up)
+    if method == "mean":
+        return Mean(base)
+    return Median(base, spool) if method == "median" else TrimmedMean(base, spool, trim)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanofed.errors import ConfigError
-from nanofed.federated.server.merge import PseudoGradient
+from nanofed.federated.server.folding import PseudoGradient
+from nanofed.federated.wire.blocks import BLOCK, flat, over_blocks
 from nanofed.federated.wire.codec import Array, Weights
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class OuterNesterov:
@@ -34,41 +38,90 @@ class OuterNesterov:
             )
         self.lr = lr
         self.momentum = momentum
-        self._velocity: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+        self._velocity: dict[str, Array] = {}
 
-    def step(self, weights: Weights, gradient: PseudoGradient, *, fraction: float = 1.0) -> dict[str, Array]:
-        """Return the new global weights; the old ones stay as they are.
+    def step(self, weights: Weights, gradient: PseudoGradient, *, fraction: float = 1.0) -> None:
+        """Step the weights in place, block by block: there is no second copy of them.
+
+        All is checked before the first weight moves, so that a step is made as a whole or not at all.
 
         Args:
             weights: the global weights.
-            gradient: the mean pseudo-gradient.
+            gradient: the mean pseudo-gradient, fp64 or fp32.
             fraction: how much of a full round it is: a round cut short by the horizon takes that share of the momentum,
                 which was gathered over full rounds.
 
         Raises:
-            ValueError: the gradient has other names or shapes than the weights.
+            ValueError: the gradient or the momentum has other names or shapes than the weights, the gradient is not finite,
+                or the step could carry a weight beyond fp32; nothing has changed then.
         """
-        if list(gradient) != list(weights):
-            raise ValueError(f"the pseudo-gradient names {sorted(set(gradient) ^ set(weights))} differently")
-        new: dict[str, Array] = {}
-        velocities = dict(self._velocity)
-        for name, old in weights.items():
-            g = gradient[name]
-            if g.shape != old.shape:
-                raise ValueError(f"the pseudo-gradient of {name} has shape {g.shape}, the weights {old.shape}")
-            update = g
-            if self.momentum:
-                velocity = self._velocity.get(name, np.zeros(old.shape, np.float32)) * np.float64(self.momentum) + g
-                update = g + fraction * self.momentum * velocity
-                velocities[name] = velocity.astype(np.float32)
-            new[name] = (old - self.lr * update).astype(np.float32)
-        self._velocity = velocities  # only now: a gradient that is refused leaves none behind
-        return new
+        share = fraction * self.momentum
+        velocity = self._velocity
+        if self.momentum and not velocity:
+            velocity = {name: np.zeros(array.shape, np.float32) for name, array in weights.items()}
+        _check_shapes(weights, gradient, velocity if self.momentum else {})
+        names = list(weights)
+        ws, gs = [flat(weights[name]) for name in names], [flat(gradient[name]) for name in names]
+        vs = [flat(velocity[name]) for name in names] if self.momentum else []
+        self._check_values(names, ws, gs, vs, share)
+
+        def worker() -> Callable[[int, slice], None]:
+            buffers = torch.empty(3, BLOCK, dtype=torch.float64)
+
+            def step(index: int, part: slice) -> None:
+                w, g, update = buffers[:, : part.stop - part.start]
+                w.copy_(ws[index][part])
+                g.copy_(gs[index][part])
+                update.copy_(g)
+                if self.momentum:
+                    update.copy_(vs[index][part]).mul_(self.momentum).add_(g)  # the new velocity
+                    vs[index][part].copy_(update)
+                    update.mul_(share).add_(g)
+                ws[index][part].copy_(w.sub_(update.mul_(self.lr)))
+
+            return step
+
+        over_blocks([w.numel() for w in ws], worker)
+        self._velocity = velocity
+
+    def _check_values(
+        self, names: list[str], ws: list[Tensor], gs: list[Tensor], vs: list[Tensor], share: float
+    ) -> None:
+        """Refuse a step that could end in a weight or momentum that fp32 does not hold, by the largest values of each block."""
+
+        def largest(tensor: Tensor) -> float:
+            low, high = torch.aminmax(tensor)  # both are NaN where one element is
+            return max(abs(float(low)), abs(float(high)))
+
+        def reach(index: int, part: slice) -> tuple[int, float]:
+            g = largest(gs[index][part])
+            velocity = self.momentum * largest(vs[index][part]) + g if vs else 0.0
+            return index, max(velocity, largest(ws[index][part]) + self.lr * (g + share * velocity))
+
+        for index, bound in over_blocks([w.numel() for w in ws], lambda: reach):
+            if not bound <= LARGEST:
+                raise ValueError(
+                    f"the pseudo-gradient of {names[index]} is not finite, or its step would leave the range of fp32"
+                )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the momentum, fp32, by parameter."""
+        """Return the momentum, fp32, by parameter: as in PyTorch's optimizers the tensors themselves, which steps change."""
         return {name: torch.from_numpy(array) for name, array in self._velocity.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take up a saved momentum."""
         self._velocity = {name: tensor.numpy().copy() for name, tensor in state.items()}
+
+
+def _check_shapes(weights: Weights, gradient: PseudoGradient, velocity: Weights) -> None:
+    for what, arrays in (("pseudo-gradient", gradient), ("momentum", velocity)):
+        if what == "momentum" and not velocity:
+            continue
+        if list(arrays) != list(weights):
+            raise ValueError(f"the {what} names {sorted(set(arrays) ^ set(weights))} differently")
+        for name, old in weights.items():
+            if arrays[name].shape != old.shape:
+                raise ValueError(f"the {what} of {name} has shape {arrays[name].shape}, the weights {old.shape}")
+    for name, old in weights.items():
+        if old.dtype != np.float32 or not old.flags.c_contiguous or not old.flags.writeable:
+            raise ValueError(f"{name} cannot be stepped in place: it must be a contiguous, writable fp32 array")

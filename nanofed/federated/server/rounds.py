@@ -22,7 +22,7 @@ from nanofed.federated.server.board import Board
 from nanofed.federated.server.evaluation import Evaluator
 from nanofed.federated.server.exchange import POLL_SECONDS, exchange
 from nanofed.federated.server.ledger import Ledger
-from nanofed.federated.server.merge import MeanAccumulator
+from nanofed.federated.server.merge import Merger, make_merger, update_norm
 from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.validation import Refused, Update
@@ -138,18 +138,22 @@ class RoundLoop:
             self._clock.round = number
             return None
         instructions = self._instruct(number, list(present))
-        accumulator = MeanAccumulator(self.weights)
+        down, up = CODECS[self._config.down_codec], CODECS[self._config.up_codec]
+        sent = down.encode(self.weights)
+        merger = make_merger("mean", self.weights, sent, down, up, self._run / "spool")
         accepted: dict[str, Update] = {}
         norms: dict[str, float] = {}
         for update in self._updates(present, instructions):
             client = update.report.client
             weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
-            norms[client] = accumulator.fold(update.weights, weight)
+            arrays = list(update.weights.values())
+            norms[client] = update_norm(arrays, self.weights, sent, down, up)
+            merger.fold(client, arrays, weight)
             accepted[client] = replace(update, weights={})  # folded: the arrays may go
         if not accepted:
             logger.warning("round %d: no client's update could be merged; the model stays as it is", number)
             return False
-        self._commit(number, accumulator, accepted, instructions)
+        self._commit(number, merger, accepted, instructions)
         self.board.merged(
             accepted,
             norms,
@@ -269,7 +273,7 @@ class RoundLoop:
     def _commit(
         self,
         number: int,
-        accumulator: MeanAccumulator,
+        merger: Merger,
         accepted: Mapping[str, Update],
         instructions: Mapping[str, Instructions],
     ) -> None:
@@ -280,7 +284,7 @@ class RoundLoop:
             fraction = asked.max_steps / self._config.round_steps  # below 1 only where the horizon cut the round short
         elif all(report.steps == asked.max_steps for report in reports):
             fraction = min(1.0, max(report.seconds for report in reports) / self._config.round_seconds)
-        self.weights = self._outer.step(self.weights, accumulator.mean(), fraction=fraction)
+        self._outer.step(self.weights, merger.result(), fraction=fraction)
         for report in reports:
             self._ledger.commit(report.client, report.data)
             self._rates[report.client] = report.tokens / report.seconds if report.seconds > 0 else 0.0
@@ -350,4 +354,4 @@ class RoundLoop:
     def load_weights(self, path: Path) -> None:
         """Take the global weights from a checkpoint of either path."""
         saved = read_weights(path)
-        self.weights = {name: saved[name].numpy() for name in self.weights}
+        self.weights = {name: saved[name].numpy().copy() for name in self.weights}  # stepped in place, the file stays

@@ -1,0 +1,109 @@
+"""What every merge of a round is: replies are folded in one at a time, and one pseudo-gradient comes out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanofed.federated.server.updates import Base
+
+PseudoGradient = Mapping[str, npt.NDArray[np.floating[Any]]]
+
+
+class Merger(ABC):
+    """Takes the replies of a round one at a time and gives the pseudo-gradient, base - local, of them all.
+
+    It is fp64 where clients sent their weights as they are, and fp32 where a codec has rounded their updates. Replies have been
+    validated before: a Merger checks their names, shapes and dtypes only. `close`, or a `with` block, gives back what it holds.
+
+    Args:
+        base: what the clients were sent.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._samples: dict[str, Tensor] = {}
+        self._mean: Tensor | None = None
+
+    def fold(self, client: str, arrays: Sequence[npt.NDArray[np.generic]], weight: float, scale: float = 1.0) -> None:
+        """Take a client's reply; its arrays are not needed afterwards.
+
+        Args:
+            client: its name.
+            arrays: what it sent, in the up-link's codec.
+            weight: its share in the mean, positive; shares need not sum to 1.
+            scale: of its update: below 1 where its norm is clipped.
+
+        Raises:
+            WireError: the arrays do not fit; nothing was folded in.
+            ValueError: weight or scale make no sense, or the client is there already; nothing was folded in.
+            NanofedError: the disk on which replies are kept is full; the round cannot be merged.
+        """
+        if not 0 < weight < math.inf or not 0 < scale <= 1:
+            raise ValueError(f"the share of {client} is {weight} and its scale {scale}")
+        if client in self._samples:
+            raise ValueError(f"{client} has been folded in already")
+        opened = self._base.open(arrays)
+        self._fold(arrays, opened, weight, scale)
+        self._samples[client] = self._base.sample(opened)
+
+    def result(self) -> PseudoGradient:
+        """Return the pseudo-gradient; what was folded in is used up.
+
+        Raises:
+            ValueError: nothing was folded in.
+        """
+        if not self._samples:
+            raise ValueError("there is no client to take the mean of")
+        merged = self._merge()
+        self._mean = self._base.sample_of(merged).neg_()
+        shaped = zip(self._base.shapes.items(), merged, strict=True)
+        return {name: tensor.numpy().reshape(shape) for (name, shape), tensor in shaped}
+
+    def cosines(self) -> dict[str, float]:
+        """Return the cosine of each client's update with the merged one, 0 where one of them is zero; after `result`.
+
+        Estimated from some 65,536 coordinates spread evenly over the model: the updates themselves are gone.
+        """
+        if self._mean is None:
+            raise ValueError("there is no result yet to compare with")
+        return {client: _cosine(sample, self._mean) for client, sample in self._samples.items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what it holds, in memory or on disk; harmless when repeated. A result stays."""
+
+    @abstractmethod
+    def _fold(
+        self,
+        arrays: Sequence[npt.NDArray[np.generic]],
+        opened: Sequence[Sequence[Tensor]],
+        weight: float,
+        scale: float,
+    ) -> None:
+        """Take a checked reply."""
+
+    @abstractmethod
+    def _merge(self) -> list[Tensor]:
+        """Return the pseudo-gradient of each weight, one-dimensional."""
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    lengths = float(a.norm() * b.norm())
+    return float(torch.dot(a, b)) / lengths if lengths else 0.0
