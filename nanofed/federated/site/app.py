@@ -47,7 +47,7 @@ class ChannelClient(NumPyClient):
         self, kind: str, config: dict[str, Any], arrays: list[npt.NDArray[np.generic]] | None = None
     ) -> tuple[list[npt.NDArray[np.generic]], int, dict[str, Any]]:
         try:
-            return call(self._trainer, kind, {"client": self._name, "message": config}, arrays or [], self._wait)
+            return call(self._trainer, kind, {"client": self._name, "message": dict(config)}, arrays or [], self._wait)
         except ChannelError as error:
             raise ChannelError(f"site {self._name}: {error}") from error
 
