@@ -3,11 +3,33 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 
-from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_weights, payload_bytes
+from nanofed.federated.wire import blocks
+from nanofed.federated.wire.codec import CODECS, Array, Codec, WireError, hash_arrays, hash_weights, payload_bytes
+from tests.federated.arrays import odd_weights, random_weights, trained
 
 CODEC = CODECS["fp32"]
+BF16 = CODECS["bf16"]
+Bits = npt.NDArray[np.uint32]
+
+
+def rounded(bits: Bits) -> npt.NDArray[np.uint16]:
+    """The upper halves of fp32 bit patterns, rounded to nearest with ties to even, in integers alone."""
+    return ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def not_a_number(pattern: npt.NDArray[np.uint16]) -> npt.NDArray[np.bool_]:
+    return (pattern & 0x7FFF) > 0x7F80
+
+
+def encoded(bits: Bits) -> npt.NDArray[np.uint16]:
+    (array,) = BF16.encode({"w": bits.view(np.float32)})
+    assert array.dtype == np.uint16
+    assert array.shape == bits.shape
+    return array.astype(np.uint16, copy=False)
 
 
 def weights() -> dict[str, Array]:
@@ -60,6 +82,138 @@ def test_what_does_not_fit_is_refused_by_name(index: int, array: Any) -> None:
     arrays[index] = array
     with pytest.raises(WireError, match="^" + list(weights())[index]):
         CODEC.decode(arrays, weights())
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("shape", [(4, 6), (24,), (), (1, 1), (4,), (6, 1), (0, 4), (1, 6, 4)])
+def test_another_shape_or_dtype_is_refused_by_every_codec_before_anything_is_read(
+    codec: Codec, shape: tuple[int, ...]
+) -> None:
+    arrays = codec.encode(weights())
+    codec.check(arrays, weights())
+    for spoilt in (
+        np.zeros(shape, arrays[0].dtype),
+        np.zeros((6, 4), np.int16),
+        np.zeros((6, 4), arrays[0].dtype.newbyteorder()),
+    ):
+        spoilt_arrays = [spoilt, *arrays[1:]]
+        for read in (codec.check, codec.decode, codec.tensors):
+            with pytest.raises(WireError, match=r"^wte (has shape|is )"):
+                read(spoilt_arrays, weights())
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_names_and_shapes_travel_in_exactly_so_many_bytes(
+    codec: Codec, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for seed in range(4):
+        original = odd_weights(seed)
+        arrays = codec.encode(original)
+        size = {"fp32": 4, "bf16": 2}[codec.name] * sum(array.size for array in original.values())
+        assert codec.nbytes(original) == payload_bytes(arrays) == size
+        base = codec.decode(arrays, original)
+        assert list(base) == list(original)
+        assert all(base[name].shape == array.shape for name, array in original.items())
+        local = trained(base, seed)
+        packed = codec.pack(local, base)
+        codec.check(packed, original)
+        assert payload_bytes(packed) == size
+        for name, array in codec.decode(packed, original).items():
+            if codec.lossless:
+                assert array.tobytes() == local[name].tobytes()
+            else:
+                update = np.asarray(local[name] - base[name], order="C")
+                assert (array.view(np.uint32) == rounded(update.view(np.uint32)).astype(np.uint32) << 16).all(), name
+
+
+def test_every_bf16_number_arrives_as_it_is() -> None:
+    patterns = np.arange(1 << 16, dtype=np.uint32)
+    (wide,) = BF16.decode([patterns.astype(np.uint16)], {"w": np.zeros(1 << 16, np.float32)}).values()
+    assert (wide.view(np.uint32) == patterns << 16).all(), "widening is exact, of NaNs too"
+    back = encoded((patterns << 16).astype(np.uint32))
+    nan = not_a_number(patterns.astype(np.uint16))
+    assert (back[~nan] == patterns[~nan]).all()
+    assert not_a_number(back[nan]).all()
+
+
+@pytest.mark.parametrize("length", [1 << 20, 1 << 16, 1027])
+def test_bf16_rounds_to_nearest_with_ties_to_even(length: int) -> None:
+    """All exponents, ties and their neighbours, subnormals, what overflows, NaNs of every kind."""
+    generator = np.random.default_rng(length)
+    kinds = [
+        generator.integers(0, 1 << 32, length, dtype=np.uint32),
+        (generator.integers(0, 1 << 16, length, dtype=np.uint32) << 16)
+        + 0x8000
+        + generator.integers(-1, 2, length).astype(np.uint32),
+        generator.integers(0, 1 << 23, length, dtype=np.uint32)
+        | (generator.integers(0, 2, length, dtype=np.uint32) << 31),
+        0x7F7F0000 + generator.integers(0, 1 << 16, length, dtype=np.uint32),
+        0x7F800000 | generator.integers(0, 1 << 23, length, dtype=np.uint32),
+    ]
+    for kind in kinds:
+        bits = kind.astype(np.uint32)
+        ours = encoded(bits)
+        nan = np.isnan(bits.view(np.float32))
+        assert (ours[~nan] == rounded(bits)[~nan]).all()
+        assert not_a_number(ours[nan]).all()
+        torchs = torch.from_numpy(bits.view(np.float32)).bfloat16().view(torch.uint16).numpy()
+        assert (ours[~nan] == torchs[~nan]).all()
+    edges = np.array([3.4e38, -3.4e38, np.inf, -np.inf, 1e-45, -0.0], np.float32)
+    assert encoded(edges.view(np.uint32)).tolist() == [0x7F80, 0xFF80, 0x7F80, 0xFF80, 0, 0x8000]
+
+
+def test_bf16_sends_up_what_was_moved_and_not_where_to() -> None:
+    """An update of a thousandth of a weight keeps 8 bits of its own; of the weight itself not one of them would be left."""
+    base = random_weights(0)
+    local = {name: (array * np.float32(1.001)).astype(np.float32) for name, array in base.items()}
+    update = BF16.decode(BF16.pack(local, base), base)
+    for name in base:
+        moved = local[name] - base[name]
+        assert (np.abs(update[name] - moved) <= 2.0**-8 * np.abs(moved) + 1e-40).all()
+        absolute = BF16.decode(BF16.encode({name: local[name]}), {name: base[name]})[name]
+        assert np.abs(absolute - base[name] - moved).sum() > np.abs(moved).sum()
+
+
+def test_what_is_not_finite_stays_so_on_its_way_up() -> None:
+    base = {"w": np.zeros(6, np.float32)}
+    local = {"w": np.array([np.nan, np.inf, -np.inf, 3.4e38, 1.0, -0.0], np.float32)}
+    (up,) = BF16.decode(BF16.pack(local, base), base).values()
+    assert np.isnan(up[0])
+    assert (up[1:] == [np.inf, -np.inf, np.inf, 1.0, 0.0]).all()
+
+
+def test_read_only_and_strided_arrays_are_read_and_left_alone() -> None:
+    size = blocks.BLOCK + 3
+    frozen = np.arange(2 * size, dtype=np.float32)[::2]
+    frozen.flags.writeable = False
+    for codec in CODECS.values():
+        before = frozen.tobytes()
+        arrays = codec.encode({"w": frozen})
+        for array in arrays:
+            array.flags.writeable = False
+        (decoded,) = codec.decode(arrays, {"w": frozen}).values()
+        assert (decoded == codec.decode(codec.encode({"w": frozen.copy()}), {"w": frozen})["w"]).all()
+        assert frozen.tobytes() == before
+
+
+def test_the_hash_of_a_payload_sees_everything_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for codec in CODECS.values():
+        arrays = codec.encode(weights())
+        original = hash_arrays(arrays)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        assert hash_arrays(codec.encode(weights())) == original
+        monkeypatch.undo()
+        seen = {original, hash_arrays(arrays[:-1]), hash_arrays(arrays[::-1]), hash_arrays([*arrays, np.zeros(0)])}
+        seen.add(hash_arrays([arrays[0].reshape(-1), *arrays[1:]]))
+        seen.add(hash_arrays([arrays[0].view(np.int32 if codec.name == "fp32" else np.int16), *arrays[1:]]))
+        for index, array in enumerate(arrays):
+            for byte in range(array.nbytes):
+                damaged = array.copy()
+                damaged.reshape(-1).view(np.uint8)[byte] ^= 1
+                seen.add(hash_arrays([*arrays[:index], damaged, *arrays[index + 1 :]]))
+        assert len(seen) == 6 + payload_bytes(arrays)
 
 
 @pytest.mark.parametrize("number", [0, 2, 4])
