@@ -48,6 +48,7 @@ class SiteOptions:
         folder: what the site keeps: optimizer state, logs, its lock.
         devices: devices of this machine that train together.
         stall_seconds: longest time without a step, while training, before the trainer is started anew.
+        trainer: module that is run as the trainer.
     """
 
     superlink: str
@@ -57,6 +58,7 @@ class SiteOptions:
     folder: Path
     devices: int = 1
     stall_seconds: float = 600.0
+    trainer: str = "nanofed.federated.site.service"
 
 
 def site_options(
@@ -233,7 +235,7 @@ class _Site:
         if options.devices > 1:
             python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
         own = ["--name", options.name, "--socket", str(self._socket), "--state", str(self._folder / "state")]
-        return [*python, "nanofed.federated.site.service", *own, *arguments, f"--fabric.devices={options.devices}"]
+        return [*python, options.trainer, *own, *arguments, f"--fabric.devices={options.devices}"]
 
     def _supernode_command(self) -> list[str]:
         options = self._options
