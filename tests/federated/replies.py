@@ -13,7 +13,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row, RowRange
 from nanofed.data.streams import DataState
-from nanofed.federated.wire.codec import hash_arrays
+from nanofed.federated.server.validation import Sent
+from nanofed.federated.wire.codec import CODECS, hash_arrays
 from nanofed.federated.wire.messages import KEY, Instructions, Report
 
 STREAMS = 2
@@ -23,6 +24,10 @@ def weights(seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
     generator = np.random.default_rng(seed)
     shapes = {"transformer.wte.weight": (5, 4), "lm_head.weight": (5, 4), "scale": (1,)}
     return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def sent(up: str = "fp32") -> Sent:
+    return Sent(weights(), list(weights().values()), CODECS["fp32"], CODECS[up])
 
 
 def instructions(**changes: Any) -> Instructions:

@@ -17,21 +17,23 @@ from nanofed.data.streams import DataState
 from nanofed.federated.server.validation import Refused, Update, check_reply
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY
-from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, weights, with_json
+from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, sent, weights, with_json
 
 SHARD = "shard_00000.parquet"
 
 
 def check(message: Message) -> Update:
-    return check_reply(message, instructions(), weights(), STREAMS)
+    return check_reply(message, instructions(), sent(), STREAMS)
 
 
 def test_an_honest_reply_is_accepted_as_it_is() -> None:
     update = check(reply())
     assert update.report == report()
     assert update.payload_bytes == 4 * 41
-    for name, array in weights(1).items():
-        assert (update.weights[name] == array).all()
+    for array, theirs in zip(weights(1).values(), update.arrays, strict=True):
+        assert (theirs == array).all()
+    moved = [(weights(1)[name].astype(np.float64) - array).ravel() for name, array in weights().items()]
+    assert update.norm == pytest.approx(float(np.linalg.norm(np.concatenate(moved))), rel=1e-12)
 
 
 def changed(index: int, array: Any) -> list[Any]:
@@ -305,10 +307,10 @@ def test_no_corruption_reaches_the_model_and_none_raises_anything_else(count: Ca
         # Accepted: then it is well formed in all that is merged, and says something that an honest client might say.
         harmless += 1
         assert kinds[seed % len(kinds)] in (corrupt_json, corrupt_text, corrupt_array), seed
-        for name, array in weights(1).items():
-            assert (update.weights[name] == array).all(), (seed, name)
+        for (name, array), theirs in zip(weights(1).items(), update.arrays, strict=True):
+            assert (theirs == array).all(), (seed, name)
         honest = report()
-        for field in ("run", "round", "client", "base_hash", "payload_hash", "steps", "tokens"):
+        for field in ("run", "round", "client", "nonce", "base_hash", "payload_hash", "steps", "tokens"):
             assert getattr(update.report, field) == getattr(honest, field), (seed, field)
             assert type(getattr(update.report, field)) is type(getattr(honest, field))
     assert harmless < number / 5, f"{harmless} of {number}"

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from nanofed.federated.server.validation import Update
+from nanofed.federated.server.display import RoundBar
+from nanofed.federated.server.events import KINDS, Events
+from nanofed.federated.server.figures import Merged, RoundFigures
+from nanofed.federated.wire.plain import plain
 from nanofed.training.run import Point, Summary
 
 logger = logging.getLogger(__name__)
 
+SITES = "sites"
+MAX_SITES = 64  # with a folder and an open file each
+
 
 class Board:
-    """Writes nanochat's tags with `fed/...` beside them, by step and by tokens, so that both paths overlay.
+    """Writes nanochat's tags with `fed/...` beside them, by step, tokens and seconds, so that both paths overlay.
+
+    The run's own figures are in its folder, those of a client in `sites/<client>` below it. A full disk costs figures, not the
+    run.
 
     Args:
         run: the run's folder.
@@ -24,80 +33,121 @@ class Board:
 
     def __init__(self, run: Path, summary: Summary) -> None:
         self.summary = summary
+        self.bar = RoundBar()
         self._run = run
-        self._writer = SummaryWriter(str(run))
+        self._writers: dict[str, SummaryWriter] = {}
+        self._is_full = False
 
-    def merged(
-        self,
-        accepted: Mapping[str, Update],
-        norms: Mapping[str, float],
-        *,
-        round_number: int,
-        step: int,
-        tokens: int,
-        figures: Mapping[str, float],
-    ) -> None:
+    def merged(self, figures: RoundFigures, *, step: int, tokens: int, rows: int, events: Events) -> None:
         """Write what a round came to.
 
         Args:
-            accepted: client -> its merged reply.
-            norms: client -> L2 norm of its update.
-            round_number: of the round.
+            figures: of the round.
             step: optimizer steps of the run so far, which scalars are written at.
             tokens: merged so far.
-            figures: further scalars by tag.
+            rows: merged so far.
+            events: of the run so far.
         """
-        reports = [update.report for update in accepted.values()]
+        reports = [part.update.report for part in figures.merged.values()]
         self.summary.tokens = tokens
-        # Clients train at the same time, each on its own clock.
-        seconds = max(report.seconds for report in reports)
-        self.summary.seconds += seconds
+        self.summary.seconds += figures.train_seconds()
         loss = sum(report.loss_last for report in reports) / len(reports)
         scalars = {
             "train/loss": loss,
             "train/tok_per_sec": sum(report.tokens / report.seconds for report in reports if report.seconds > 0),
             "train/tokens": tokens,
             "train/seconds": self.summary.seconds,
-            "fed/round": round_number,
-            "fed/clients_merged": len(accepted),
-            "fed/steps_mean": sum(report.steps for report in reports) / len(reports),
-            "fed/bytes_up": sum(update.payload_bytes for update in accepted.values()),
-            "fed/train_seconds": seconds,
-            "fed/update_norm_mean": sum(norms.values()) / len(norms),
-            "fed/update_norm_max": max(norms.values()),
-            **figures,
+            **figures.scalars(),
+            "fed/rows_merged": rows,
+            "fed/events_total": events.total(),
+            **{f"fed/events/{kind}": count for kind in KINDS if (count := events.total(kind))},
         }
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.add_scalar("train/loss_by_tokens", loss, tokens)
+        self._scalars("", scalars, step)
+        self._scalars("", {"train/loss_by_tokens": loss}, tokens)
+        for client, part in figures.merged.items():
+            self._site(client, part, step=step, events=events)
+        self.bar.clear()
         logger.info(
             "round %3d  %d of %d clients  %8.2f M tokens  %s steps  train loss %.3f  %7.1f s",
-            round_number,
-            len(accepted),
-            int(figures["fed/clients_asked"]),
+            figures.round,
+            len(reports),
+            figures.asked,
             tokens / 1e6,
             "+".join(str(report.steps) for report in reports),
             loss,
             self.summary.seconds,
         )
 
-    def validation(self, *, round_number: int, step: int, tokens: int, bpb: float) -> None:
-        """Write bits per byte after a round: against optimizer steps, as the vanilla path does, and against tokens."""
-        self.summary.add(Point(round_number, tokens, round(self.summary.seconds, 3), bpb))
-        self._writer.add_scalar("val/bpb", bpb, step)
-        self._writer.add_scalar("val/bpb_by_tokens", bpb, tokens)
+    def _site(self, client: str, part: Merged, *, step: int, events: Events) -> None:
+        if client not in self._writers and len(self._writers) > MAX_SITES:
+            return
+        report = part.update.report
+        scalars = {
+            "train/loss": report.loss_last,
+            "train/tok_per_sec": report.tokens / report.seconds if report.seconds > 0 else 0.0,
+            "fed/steps": report.steps,
+            "fed/train_seconds": report.seconds,
+            "fed/update_norm": part.update.norm,
+            "fed/update_scale": part.scale,
+            "fed/bytes_up": part.update.payload_bytes,
+            "fed/events_total": events.total(client=client),
+        }
+        if part.cosine is not None:
+            scalars["fed/cosine_to_merged"] = part.cosine
+        self._scalars(client, scalars, step)
+
+    def validation(self, point: Point, *, step: int, seconds: float) -> None:
+        """Write bits per byte after a round: against optimizer steps, as the vanilla path does, tokens and seconds.
+
+        Args:
+            point: round, tokens, seconds of training by then, and the figure.
+            step: optimizer steps of the run by then.
+            seconds: that the evaluation took.
+        """
+        self.summary.add(point)
+        self._scalars("", {"val/bpb": point.bpb, "fed/evaluate_seconds": seconds}, step)
+        self._scalars("", {"val/bpb_by_tokens": point.bpb}, point.tokens)
+        self._scalars("", {"val/bpb_by_seconds": point.bpb}, round(point.seconds))
+        self.bar.clear()
+        logger.info("round %3d  %21.2f M tokens  val %.4f bits per byte", point.step, point.tokens / 1e6, point.bpb)
         self.save()
 
     def text(self, prompt: str, sample: str, step: int) -> None:
         """Write a text sample."""
-        self._writer.add_text(f"sample/{prompt[:40]}", sample, step)
+        self._try(lambda: self._writer("").add_text(f"sample/{plain(prompt, 40)}", sample, step))
+
+    def _scalars(self, client: str, scalars: dict[str, float], step: int) -> None:
+        def write() -> None:
+            for tag, value in scalars.items():
+                self._writer(client).add_scalar(tag, value, step)
+
+        self._try(write)
+
+    def _writer(self, client: str) -> SummaryWriter:
+        if client not in self._writers:
+            self._writers[client] = SummaryWriter(str(self._run / SITES / client if client else self._run))
+        return self._writers[client]
+
+    def _try(self, write: Callable[[], object]) -> None:
+        """Write, and where that fails say so once; the next round opens the files anew."""
+        try:
+            write()
+            self._is_full = False
+        except OSError as error:
+            if not self._is_full:
+                logger.warning("the figures of %s cannot be written: %s", self._run, error.strerror or error)
+            self._is_full = True
+            self._writers.clear()  # TensorBoard's thread of it has ended with the error
 
     def save(self) -> None:
         """Write events and summary to disk."""
-        self._writer.flush()
-        self.summary.write(self._run)
+        for writer in list(self._writers.values()):
+            self._try(writer.flush)
+        self._try(lambda: self.summary.write(self._run))
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the event files."""
+        self.bar.close()
         self.save()
-        self._writer.close()
+        for writer in list(self._writers.values()):
+            self._try(writer.close)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
@@ -27,22 +31,31 @@ class Evaluator:
         self._data = data
         self._device = device
         self._metric = BitsPerByte(torch.tensor(data.tokenizer.token_bytes)).to(device)
+        self.stopped = threading.Event()
 
-    def bits_per_byte(self, weights: Weights) -> float:
-        """Return bits per byte of `weights` on the validation shard."""
-        self._load(weights)
-        batches = ((batch.inputs, batch.targets) for batch in self._data.validation_loader())
-        return evaluate_bits_per_byte(self._gpt, batches, self._metric, self._device)
-
-    def sample(self, weights: Weights, prompt: str, max_tokens: int = 48) -> str:
-        """Return what the model with `weights` says after a prompt, the likeliest token each time."""
-        self._load(weights)
-        return prompt + "".join(
-            generate(self._gpt, self._data.tokenizer, prompt, max_tokens=max_tokens, temperature=0.0)
-        )
-
-    def _load(self, weights: Weights) -> None:
+    def load(self, weights: Weights) -> None:
+        """Copy weights into the model: what is measured from now on, whatever becomes of them."""
         parameters = self._gpt.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, array in weights.items():
                 parameters[name].copy_(torch.from_numpy(array))
+
+    def bits_per_byte(self) -> float:
+        """Return bits per byte of the loaded weights on the validation shard."""
+        return evaluate_bits_per_byte(self._gpt, self._batches(), self._metric, self._device)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._data.validation_loader():
+            if self.stopped.is_set():
+                raise Stopped
+            yield batch.inputs, batch.targets
+
+    def sample(self, prompt: str, max_tokens: int = 48) -> str:
+        """Return what the model with the loaded weights says after a prompt, the likeliest token each time."""
+        return prompt + "".join(
+            generate(self._gpt, self._data.tokenizer, prompt, max_tokens=max_tokens, temperature=0.0)
+        )
+
+
+class Stopped(Exception):
+    """The run has ended; the figure is not needed."""

@@ -1,63 +1,140 @@
-"""One round's messages: send the weights to every client, and take the answers one at a time."""
+"""A round's messages: send the weights to every client, and take the answers one at a time."""
 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from nanofed.federated.server.validation import Refused, Update, check_reply
-from nanofed.federated.wire.codec import CODECS, Weights
+from nanofed.federated.server.events import SERVER, Events
+from nanofed.federated.server.validation import Refused, Sent, Update, check_reply
 from nanofed.federated.wire.messages import Instructions
 
 POLL_SECONDS = 0.1
+MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them, less often
+T = TypeVar("T")
+
+REMEMBERED = 1000  # messages of earlier rounds, whose answers can still be told apart
 
 
-def exchange(
-    grid: Grid,
-    nodes: Mapping[str, int],
-    instructions: Mapping[str, Instructions],
-    weights: Weights,
-    *,
-    streams: int,
-    seconds: float,
-) -> Iterator[tuple[str, Update | Refused]]:
-    """Send a round and yield every client with its checked answer, in the order of arrival.
+@dataclass(frozen=True)
+class Answer:
+    """What came of one client's message.
 
-    One answer is held at a time: the caller folds it in before the next is pulled. Duplicates and answers to other rounds
-    are passed over; who has not answered in time is refused.
+    Attributes:
+        client: its name.
+        result: an update to be merged, or why there is none.
+        seconds: from the round's dispatch until the answer was here and checked.
+    """
+
+    client: str
+    result: Update | Refused
+    seconds: float
+
+
+class Exchange:
+    """Sends rounds and takes their answers; what is no answer to the round is counted and dropped.
 
     Args:
         grid: the connection to the nodes.
-        nodes: client -> node id.
-        instructions: client -> what it is to do; all with the same down-link codec.
-        weights: the global weights, sent to all.
-        streams: of every client's data.
-        seconds: until a client is given up.
+        events: where strays are counted.
     """
-    waiting: dict[str, str] = {}  # message id -> client
-    codec = CODECS[next(iter(instructions.values())).down_codec]
-    arrays = ArrayRecord(codec.encode(weights))  # one for all: in process every message shares it
-    for client, node in nodes.items():
-        asked = instructions[client]
-        content = RecordDict({"fitins.parameters": arrays, "fitins.config": ConfigRecord(asked.to_config())})
-        message = Message(content, node, MessageType.TRAIN, ttl=seconds, group_id=str(asked.round))
-        waiting.update(dict.fromkeys(grid.push_messages([message]), client))
-    deadline = time.monotonic() + seconds
-    while waiting and time.monotonic() < deadline:
-        replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
-            answered = reply.metadata.reply_to_message_id
-            if answered not in waiting:
-                continue
-            client = waiting.pop(answered)
-            try:
-                yield client, check_reply(reply, instructions[client], weights, streams)
-            except Refused as refusal:
-                yield client, refusal
-        if not replies and waiting:
-            time.sleep(POLL_SECONDS)
-    for client in waiting.values():
-        yield client, Refused(f"no answer within {seconds:.0f} s")
+
+    def __init__(self, grid: Grid, events: Events) -> None:
+        self._grid = grid
+        self._events = events
+        self._given_up: OrderedDict[str, tuple[str, float]] = OrderedDict()  # message -> client, and until when to ask
+        self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
+
+    def round(
+        self,
+        nodes: Mapping[str, int],
+        instructions: Mapping[str, Instructions],
+        sent: Sent,
+        *,
+        streams: int,
+        seconds: float,
+    ) -> Iterator[Answer]:
+        """Send a round and yield every client with its checked answer, in the order of arrival.
+
+        One answer is held at a time: the caller folds it in before the next is pulled. Who has not answered in time is
+        refused.
+
+        Args:
+            nodes: client -> node id.
+            instructions: client -> what it is to do.
+            sent: the weights, the same for all.
+            streams: of every client's data.
+            seconds: until a client is given up: the messages' time to live.
+        """
+        number = next(iter(instructions.values())).round
+        started = time.monotonic()
+        deadline = started + seconds
+        waiting: dict[str, str] = {}  # message id -> client
+        arrays = ArrayRecord(sent.payload)  # one for all: in process every message shares it
+        for client, node in nodes.items():
+            content = RecordDict(
+                {"fitins.parameters": arrays, "fitins.config": ConfigRecord(instructions[client].to_config())}
+            )
+            message = Message(content, node, MessageType.TRAIN, ttl=seconds, group_id=str(number))
+            waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
+        try:
+            while waiting and time.monotonic() < deadline:
+                idle = True
+                for reply in self._pull(waiting):
+                    idle = False
+                    message_id = reply.metadata.reply_to_message_id
+                    asked = waiting.get(message_id)
+                    if asked is None or not (reply.has_error() or reply.metadata.src_node_id == nodes[asked]):
+                        self._stray(reply, number)
+                        continue
+                    client = waiting.pop(message_id)
+                    self._remember(self._answered, message_id, client)
+                    result: Update | Refused
+                    try:
+                        result = check_reply(reply, instructions[client], sent, streams)
+                    except Refused as refusal:
+                        result = refusal
+                    del reply
+                    yield Answer(client, result, time.monotonic() - started)
+                    del result
+                if idle and waiting:
+                    time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * len(waiting)))
+            for client in waiting.values():
+                yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds)
+        finally:
+            for message_id, client in waiting.items():
+                self._remember(self._given_up, message_id, (client, time.monotonic() + seconds))
+
+    def _pull(self, waiting: Mapping[str, str]) -> Iterator[Message]:
+        """Ask for each message's answer by itself: a grid that is asked for all of them holds all of them in memory."""
+        now = time.monotonic()
+        self._given_up = OrderedDict((key, value) for key, value in self._given_up.items() if value[1] > now)
+        for message_id in [*waiting, *self._given_up]:
+            if not waiting:
+                return  # in process, a client that was given up would train now
+            yield from self._grid.pull_messages([message_id])
+
+    def _stray(self, reply: Message, number: int) -> None:
+        """Count an answer that nobody waits for."""
+        message_id = reply.metadata.reply_to_message_id
+        if message_id in self._given_up:
+            client, _ = self._given_up.pop(message_id)
+            if not reply.has_error():  # Flower's own word for a message whose time is over
+                self._events.add("late", client, "its answer came after the round", number)
+        elif message_id in self._answered:
+            self._events.add("duplicate", self._answered[message_id], "it has answered this message before", number)
+        else:
+            node = reply.metadata.src_node_id
+            self._events.add("foreign", SERVER, f"node {node} answered a message that it was not sent", number)
+
+    @staticmethod
+    def _remember(where: OrderedDict[str, T], message_id: str, value: T) -> None:
+        where[message_id] = value
+        while len(where) > REMEMBERED:
+            where.popitem(last=False)

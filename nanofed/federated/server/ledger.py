@@ -1,25 +1,43 @@
-"""Who may read which rows: leases, least-progressed shard first, committed with the merge.
+"""Who may read which rows: leases of rows, committed with the merge.
 
 Every row of a shard is, in each epoch, free, on lease to one client, or merged; so a training row is merged at most once an
 epoch. A client that goes on keeps reading where it stands; one that leaves gives back what is not merged.
+
+Leases are stretches of the least-progressed shard, or with a stride, every n-th stretch of all shards in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from nanofed.data.rows import Row, RowRange
-from nanofed.data.shards import Shard
+from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.errors import DataError
+from nanofed.federated.server.reading import locate, rows_between, rows_read
 
 FREE, LEASED, MERGED = 0, 1, 2
 TEXT_BYTES_PER_TOKEN = 5.0  # more than tokenizers give: a lease is rather too long than too short
+
+
+class AnyShard(Protocol):
+    """What a ledger has to know of a shard."""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+
+    @property
+    def num_rows(self) -> int:
+        """Documents in it."""
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of them."""
 
 
 @dataclass
@@ -37,7 +55,7 @@ class Ledger:
         streams: streams of every client: stream s reads the rows r with r mod streams = s.
     """
 
-    def __init__(self, shards: Iterable[Shard], streams: int) -> None:
+    def __init__(self, shards: Iterable[AnyShard], streams: int) -> None:
         self._shards = {shard.name: shard for shard in shards}
         self._streams = streams
         self._text_bytes = sum(shard.text_bytes for shard in self._shards.values())
@@ -46,10 +64,9 @@ class Ledger:
         self._epoch = dict.fromkeys(self._shards, 0)  # newest epoch opened, or to be opened, of every shard
         self._clients: dict[str, _Client] = {}
 
-    @property
-    def total_tokens(self) -> float:
-        """Tokens in all shards, at `TEXT_BYTES_PER_TOKEN`."""
-        return self._text_bytes / TEXT_BYTES_PER_TOKEN
+    def share(self, client: str, clients: int) -> int:
+        """Return about how many tokens an equal share of all shards has, at `TEXT_BYTES_PER_TOKEN`."""
+        return int(self._text_bytes / TEXT_BYTES_PER_TOKEN / clients)
 
     def progress(self, shard: str) -> float:
         """Return how often a shard has been merged: 1.25 is once, and a quarter of the second epoch."""
@@ -65,7 +82,9 @@ class Ledger:
         closed = sum(epoch not in opened for epoch in range(self._epoch[shard]))
         return closed * self._shards[shard].num_rows + sum(int((rows == MERGED).sum()) for rows in opened.values())
 
-    def lease(self, client: str, tokens: int, *, spare_rows: int = 0) -> tuple[RowRange, ...]:
+    def lease(
+        self, client: str, tokens: int, *, spare_rows: int = 0, stride: tuple[int, int] | None = None
+    ) -> tuple[RowRange, ...]:
         """Return the rows that a client may read, in order, with text that nobody else reads.
 
         Streams do not advance evenly, as one's documents are longer than another's: each of them gets enough.
@@ -74,6 +93,9 @@ class Ledger:
             client: who is to read.
             tokens: about how many tokens it will train on.
             spare_rows: rows a stream beyond them, since documents vary and packers read ahead.
+            stride: (i, n) to read the whole set as the i-th of n clients: of each n stretches of one row a stream, the i-th,
+                shard after shard; what absent or slower clients leave over of an epoch is read before the next begins.
+                By default the least-progressed shard is read on.
         """
         held = self._clients.setdefault(client, _Client())
         wanted = tokens / self._streams * TEXT_BYTES_PER_TOKEN / self._row_bytes + spare_rows
@@ -83,7 +105,9 @@ class Ledger:
             unread -= self._unread(last)
             self._part(last)[:] = FREE
         while unread.min() < wanted:
-            unread += self._unread(self._extend(held, int(wanted - unread.min()) + 1))
+            turns = int(wanted - unread.min()) + 1
+            new = self._extend(held, turns) if stride is None else self._extend_by_stride(held, turns, *stride)
+            unread += sum(map(self._unread, new))
         return tuple(held.ranges)
 
     def _unread(self, part: RowRange) -> npt.NDArray[np.float64]:
@@ -91,7 +115,7 @@ class Ledger:
         rows = part.start + np.flatnonzero(self._part(part) == LEASED)
         return np.bincount(rows % self._streams, minlength=self._streams).astype(np.float64)
 
-    def _extend(self, held: _Client, turns: int) -> RowRange:
+    def _extend(self, held: _Client, turns: int) -> list[RowRange]:
         """Lease `turns` more rows a stream: on from where the client reads, else from the least-progressed shard."""
         last = held.ranges[-1] if held.ranges else None
         start = last.stop if last is not None else 0
@@ -104,12 +128,35 @@ class Ledger:
         count = turns * self._streams
         taken = np.flatnonzero(rows[start : start + count] != FREE)
         stop = start + int(taken[0]) if len(taken) else min(start + count, len(rows))
-        rows[start:stop] = LEASED
-        if last is not None and (last.epoch, last.shard, last.stop) == (epoch, shard, start):
-            held.ranges[-1] = RowRange(shard, last.start, stop, epoch)
+        return [self._take(held, RowRange(shard, start, stop, epoch))]
+
+    def _extend_by_stride(self, held: _Client, turns: int, part: int, parts: int) -> list[RowRange]:
+        """Lease up to `turns` more rows a stream, of the part-th of each `parts` stretches of the first shard that has some."""
+        turn = {name: self._turn(name)[0] for name in sorted(self._shards)}
+        epoch = min(turn.values())
+        for own in (True, False):
+            for shard in (name for name, at in turn.items() if at == epoch):
+                self._epoch[shard] = max(self._epoch[shard], epoch)
+                free = np.flatnonzero(self._open(epoch, shard) == FREE)
+                stretch = free // self._streams
+                if own:
+                    free, stretch = free[stretch % parts == part], stretch[stretch % parts == part]
+                if not len(free):
+                    continue
+                taken = free[stretch < np.unique(stretch)[:turns][-1] + 1]
+                runs = np.split(taken, np.flatnonzero(np.diff(taken) != 1) + 1)
+                return [self._take(held, RowRange(shard, int(run[0]), int(run[-1]) + 1, epoch)) for run in runs]
+        raise AssertionError("an epoch with free rows has none")
+
+    def _take(self, held: _Client, part: RowRange) -> RowRange:
+        """Lease a range, as the end of a client's last one where it goes on there."""
+        self._open(part.epoch, part.shard)[part.start : part.stop] = LEASED
+        last = held.ranges[-1] if held.ranges else None
+        if last is not None and (last.epoch, last.shard, last.stop) == (part.epoch, part.shard, part.start):
+            held.ranges[-1] = RowRange(part.shard, last.start, part.stop, part.epoch)
         else:
-            held.ranges.append(RowRange(shard, start, stop, epoch))
-        return RowRange(shard, start, stop, epoch)
+            held.ranges.append(part)
+        return part
 
     def _is_free(self, epoch: int, shard: str, row: int) -> bool:
         rows = self._rows.get((epoch, shard))
@@ -121,20 +168,20 @@ class Ledger:
         A shard counts with its oldest epoch that has free rows (a client may have given some back long after the next
         epoch began), or with its next one, which is opened when its turn comes.
         """
-
-        def turn(name: str) -> tuple[int, float]:
-            opened = sorted(epoch for epoch, shard in self._rows if shard == name)
-            for epoch in opened:
-                rows = self._rows[(epoch, name)]
-                if (rows == FREE).any():
-                    return epoch, float((rows != FREE).mean())
-            return self._epoch[name] + (self._epoch[name] in opened), 0.0
-
-        turns = {name: turn(name) for name in self._shards}
+        turns = {name: self._turn(name) for name in self._shards}
         shard = min(turns, key=lambda name: (turns[name], name))
         epoch = turns[shard][0]
         self._epoch[shard] = max(self._epoch[shard], epoch)
         return epoch, shard
+
+    def _turn(self, name: str) -> tuple[int, float]:
+        """Return the epoch with which a shard counts, and which part of that is merged or on lease."""
+        opened = sorted(epoch for epoch, shard in self._rows if shard == name)
+        for epoch in opened:
+            rows = self._rows[(epoch, name)]
+            if (rows == FREE).any():
+                return epoch, float((rows != FREE).mean())
+        return self._epoch[name] + (self._epoch[name] in opened), 0.0
 
     def _open(self, epoch: int, shard: str) -> npt.NDArray[np.uint8]:
         return self._rows.setdefault((epoch, shard), np.zeros(self._shards[shard].num_rows, np.uint8))
@@ -151,6 +198,12 @@ class Ledger:
         """Return where a client's streams stand in what it holds; None at its begin."""
         return self._clients[client].data if client in self._clients else None
 
+    def text_bytes(self, client: str, state: DataState) -> float:
+        """Return about how much text there is between what is merged of a client's rows and `state`."""
+        held = self._clients[client]
+        rows = rows_between(held.ranges, self._streams, held.data, state)
+        return sum(len(found) for found in rows.values()) * self._row_bytes
+
     def commit(self, client: str, state: DataState) -> int:
         """Mark as merged what a client has read to its last token, and return the number of rows.
 
@@ -162,37 +215,21 @@ class Ledger:
         held.data = state
         pending = {row for stream in state.streams.values() for row in stream.pending}
         merged = 0
-        for stream, at in state.streams.items():
-            if at.position is None:
-                continue
-            index = self._locate(held.ranges, at.position)
-            if index is None:
-                continue
-            held.reached = max(held.reached, index)
-            for number, part in enumerate(held.ranges[: index + 1]):
-                stop = part.stop if number < index else min(part.stop, at.position.row)
-                first = part.start + (stream - part.start) % self._streams
-                if first >= stop:
-                    continue
-                rows = self._rows[(part.epoch, part.shard)]
-                read = np.arange(first, stop, self._streams)
-                kept = [r.row for r in pending if (r.epoch, r.shard) == (part.epoch, part.shard)]
-                read = read[(rows[read] == LEASED) & ~np.isin(read, kept)]
-                rows[read] = MERGED
-                merged += len(read)
+        for at in state.streams.values():
+            index = None if at.position is None else locate(held.ranges, at.position)
+            held.reached = max(held.reached, index or 0)
+        for (epoch, shard), read in rows_read(held.ranges, self._streams, state).items():
+            rows = self._rows[(epoch, shard)]
+            kept = [r.row for r in pending if (r.epoch, r.shard) == (epoch, shard)]
+            read = read[(rows[read] == LEASED) & ~np.isin(read, kept)]
+            rows[read] = MERGED
+            merged += len(read)
         # From the front only: a stream that stands behind a range that left must find the next one first in its plan.
         while held.ranges and (self._part(held.ranges[0]) == MERGED).all():
             held.ranges.pop(0)
             held.reached = max(0, held.reached - 1)
         self._close()
         return merged
-
-    @staticmethod
-    def _locate(ranges: list[RowRange], position: Row) -> int | None:
-        for index, part in enumerate(ranges):
-            if (part.epoch, part.shard) == (position.epoch, position.shard) and part.covers(position.row - 1):
-                return index
-        return None
 
     def _part(self, part: RowRange) -> npt.NDArray[np.uint8]:
         return self._rows[(part.epoch, part.shard)][part.start : part.stop]
@@ -237,6 +274,8 @@ class Ledger:
         Raises:
             DataError: it is over other shards than these.
         """
+        if "rows" not in state:
+            raise DataError("the saved ledger is of the sites' own shards: it was made with federation.sharding=local")
         sizes = {name: sum(length for _, length in runs) for _, name, runs in state["rows"]}
         if set(state["epoch"]) != set(self._shards) or any(
             rows != self._shards[name].num_rows for name, rows in sizes.items()

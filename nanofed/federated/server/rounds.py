@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import random
-import secrets
 import time
-import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,39 +17,29 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.evaluation import Evaluator
-from nanofed.federated.server.exchange import POLL_SECONDS, exchange
-from nanofed.federated.server.ledger import Ledger
-from nanofed.federated.server.merge import Merger, make_merger, update_norm
-from nanofed.federated.server.outer import OuterNesterov
+from nanofed.federated.server.events import SERVER
+from nanofed.federated.server.exchange import Answer, Exchange
+from nanofed.federated.server.figures import Merged, RoundFigures
+from nanofed.federated.server.instructing import Instructor
+from nanofed.federated.server.local_ledger import LocalLedger
+from nanofed.federated.server.measuring import Measuring
+from nanofed.federated.server.merge import Merger, make_merger
+from nanofed.federated.server.owner import Owner
+from nanofed.federated.server.presence import Presence
 from nanofed.federated.server.roster import Roster
-from nanofed.federated.server.validation import Refused, Update
-from nanofed.federated.wire.codec import CODECS, Array, hash_arrays, payload_bytes
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
-from nanofed.training.checkpoint import (
-    check_model,
-    checkpoints,
-    prune_checkpoints,
-    read_manifest,
-    read_state,
-    read_weights,
-    write_checkpoint,
-)
+from nanofed.federated.server.state import State, prune, saved_round
+from nanofed.federated.server.tokens import check_tokens
+from nanofed.federated.server.validation import Refused, Sent
+from nanofed.federated.wire.codec import CODECS, Array, hash_arrays
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
+from nanofed.training.checkpoint import SaveError
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 
 logger = logging.getLogger(__name__)
 
-MAX_MARGIN = 8.0  # of a lease over what a client should need
-SPARE_ROWS = {"contiguous": 16, "best_fit": 160}  # rows a stream reads ahead, beyond what it trains on
-
-
-@dataclass
-class Clock:
-    """Where the run is: rounds committed, tokens merged, and optimizer steps along one client's path."""
-
-    round: int = 0
-    tokens: int = 0
-    step: int = 0
+FAILED_ROUNDS = 5  # in a row end a run on one machine, where nothing but the program can be at fault
+MAX_PAUSE_SECONDS = 60.0  # between failed rounds across sites
 
 
 class RoundLoop:
@@ -83,275 +70,268 @@ class RoundLoop:
         *,
         simulated: bool = False,
     ) -> None:
+        if simulated and config.quorum > config.clients:
+            raise ConfigError(
+                f"federation.quorum={config.quorum} is more than the {config.clients} clients that there are"
+            )
         self._simulated = simulated
-        self._grid = grid
         self._module = module
         self._data = data
         self._config = config
         self._options = options
         self._run = run
         self.board = board
-        self._evaluator = Evaluator(module, data, device)
-        RowPlan.whole(data.dataset).check_streams(data.streams)
-        self._ledger = Ledger(data.dataset.train, data.streams)
-        self._outer = OuterNesterov(config.outer_lr, config.outer_momentum)
-        self._clock = Clock()
+        self._measuring = Measuring(Evaluator(module, data, device), board, options, beside=not simulated)
+        self._owner = Owner(run)
+        if config.sharding != "local":
+            RowPlan.whole(data.dataset).check_streams(data.streams)
+        self._shards = {shard.name: shard for shard in data.dataset.train}
         self._horizon = module.recipe.horizon(module.config)
-        self._rates: dict[str, float] = {}  # client -> tokens a second, as measured in its last round
-        self._margin: dict[str, float] = {}  # client -> how much more it is leased than it should need
-        self._refusals = 0
-        self._last_bpb: float | None = None
-        self._evaluated = -1  # the round of the last evaluation
-        self.run_id = uuid.uuid4().hex
-        self.weights: dict[str, Array] = {
-            name: tensor.detach().cpu().numpy().copy() for name, tensor in module.gpt.state_dict().items()
-        }
-        self._roster = Roster(grid, Hello.of("", module, data))
-
-    # --- the run
-
-    def train(self) -> None:
-        """Run rounds until the horizon or the last round."""
-        failed = 0
-        if self._clock.round == 0:
-            self._evaluate()
-        while self._clock.tokens < self._horizon and self._clock.round < (self._config.rounds or 1 << 62):
-            merged = self._round(self._clock.round + 1, failed)
-            if merged is None:
-                continue
-            failed = 0 if merged else failed + 1
-            if failed >= (self._config.max_failed_rounds or 5):
-                raise NanofedError(f"{failed} rounds in a row brought no update that could be merged ({self._why()})")
-        if self._evaluated != self._clock.round:
-            self._evaluate()  # the last round was an empty one
-        if self._saved_round() != self._clock.round:
-            self._save()
-
-    def _round(self, number: int, attempt: int) -> bool | None:
-        """Run one round and tell whether it changed the model; None if nobody took part."""
-        started = time.monotonic()
-        present = self._available(self._wait_for_clients(), number, attempt)
-        for client in set(self._ledger.clients()) - set(present):
-            self._ledger.release(client)  # who is not here gives back what is not merged
-        if not present:
-            logger.info("round %3d  nobody takes part", number)
-            self._clock.round = number
-            return None
-        instructions = self._instruct(number, list(present))
-        down, up = CODECS[self._config.down_codec], CODECS[self._config.up_codec]
-        sent = down.encode(self.weights)
-        merger = make_merger("mean", self.weights, sent, down, up, self._run / "spool")
-        accepted: dict[str, Update] = {}
-        norms: dict[str, float] = {}
-        for update in self._updates(present, instructions):
-            client = update.report.client
-            weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
-            arrays = list(update.weights.values())
-            norms[client] = update_norm(arrays, self.weights, sent, down, up)
-            merger.fold(client, arrays, weight)
-            accepted[client] = replace(update, weights={})  # folded: the arrays may go
-        if not accepted:
-            logger.warning("round %d: no client's update could be merged; the model stays as it is", number)
-            return False
-        self._commit(number, merger, accepted, instructions)
-        self.board.merged(
-            accepted,
-            norms,
-            round_number=number,
-            step=self._clock.step,
-            tokens=self._clock.tokens,
-            figures={
-                "fed/clients_asked": len(present),
-                "fed/refused_total": self._refusals,
-                "fed/bytes_down": len(present) * payload_bytes(list(self.weights.values())),
-                "fed/round_seconds": time.monotonic() - started,
-                "fed/rows_merged": self._ledger.merged_rows(),
-            },
+        self._instructor = Instructor(module, data, config, simulated=simulated)
+        self.state = State.new(module, data, config, run)
+        events = self.state.events
+        self._exchange = Exchange(grid, events)
+        self._roster = Roster(
+            grid,
+            Hello.of("", module, data),
+            events,
+            simulated=simulated,
+            admit=self._admit,
+            any_dataset=config.sharding == "local",
         )
-        if number % self._options.eval_every == 0 or self._finished():
-            self._evaluate()
-        if (self._options.save_every and number % self._options.save_every == 0) or self._finished():
-            self._save()
-        return True
+        self._presence = Presence(self._roster, config, events, module.seed, simulated=simulated)
+        self._unsaved = False  # a checkpoint was due and could not be written
 
-    def _finished(self) -> bool:
-        return self._clock.tokens >= self._horizon or self._clock.round == self._config.rounds
-
-    def _wait_for_clients(self) -> dict[str, int]:
-        """Return the clients connected now; where there is none, wait for one as long as for a message."""
-        deadline = time.monotonic() + self._config.grace_seconds
-        while not (connected := self._roster.connected()):
-            if self._simulated and self._roster.refused:
-                raise NanofedError(f"no client can take part ({self._why()})")
-            if time.monotonic() > deadline:
-                raise NanofedError(
-                    f"no client was there for {self._config.grace_seconds:.0f} s ({self._why()}); the run goes on from "
-                    "its last checkpoint with --ckpt_path last"
-                )
-            time.sleep(POLL_SECONDS)
-        return connected
-
-    def _why(self) -> str:
-        return "; ".join(f"{name}: {reason}" for name, reason in self._roster.refused.items()) or "none was refused"
-
-    def _available(self, connected: Mapping[str, int], number: int, attempt: int) -> dict[str, int]:
-        """Draw who takes part: each with its chance, the same draw for the same seed, round, attempt and name."""
-        chance = self._config.availability
-        return {
-            name: node
-            for name, node in connected.items()
-            if chance >= 1 or random.Random(f"{self._module.seed}/{number}.{attempt}/{name}").random() < chance
-        }
-
-    # --- one round
-
-    def _instruct(self, number: int, clients: list[str]) -> dict[str, Instructions]:
-        config, recipe = self._config, self._module.recipe
-        batch_tokens = recipe.batch_tokens
-        if config.global_batch_tokens is not None:
-            micro = self._data.device_batch_size * self._data.sequence_len
-            batch_tokens = max(micro, config.global_batch_tokens // len(clients) // micro * micro)
-        left = -(-(self._horizon - self._clock.tokens) // (batch_tokens * len(clients)))
-        max_steps = min(left, config.round_steps) if config.round_steps else left
-        base = hash_arrays(CODECS[config.down_codec].encode(self.weights))
-        out = {}
-        for client in clients:
-            tokens = max_steps * batch_tokens
-            if config.round_steps is None:
-                rate = self._rates.get(client)  # not known before the first round: then an equal share of all there is
-                share = int(self._ledger.total_tokens / len(clients))
-                tokens = int(min(tokens, rate * config.round_seconds * 1.25 if rate else share))
-            margin = self._margin.get(client, 1.0)
-            spare = SPARE_ROWS[self._data.packing]
-            lease = self._ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin))
-            out[client] = Instructions(
-                run=self.run_id,
-                round=number,
-                client=client,
-                base_hash=base,
-                nonce=secrets.token_hex(16),
-                down_codec=config.down_codec,
-                up_codec=config.up_codec,
-                max_steps=max_steps,
-                seconds=None if config.round_steps else config.round_seconds,
-                deadline_seconds=None if self._simulated else config.round_seconds + config.grace_seconds,
-                participants=len(clients),
-                batch_tokens=batch_tokens,
-                clock_step=self._clock.step,
-                clock_tokens=self._clock.tokens,
-                horizon_tokens=self._horizon,
-                lease=lease,
-                data=self._ledger.data(client),
-            )
-        return out
-
-    def _updates(self, nodes: Mapping[str, int], instructions: Mapping[str, Instructions]) -> Iterator[Update]:
-        """Send the round to its clients and yield accepted updates as they arrive, one at a time."""
-        number = next(iter(instructions.values())).round
-        budget = self._config.round_seconds + self._config.grace_seconds
-        budget *= len(nodes) if self._simulated else 1  # the last answer comes after all the others' turns
-        for client, answer in exchange(
-            self._grid, nodes, instructions, self.weights, streams=self._data.streams, seconds=budget
-        ):
-            if isinstance(answer, Refused):
-                self._refuse(client, number, str(answer))
-            else:
-                self._roster.refused.pop(client, None)
-                yield answer
-
-    def _refuse(self, client: str, number: int, reason: str) -> None:
-        logger.warning("round %d: client %s is not merged: %s", number, client, reason)
-        self._roster.refused[client] = reason
-        self._refusals += 1
-        self._ledger.release(client)
-        if LEASE_TOO_SHORT in reason:
-            self._widen(client)
-
-    def _widen(self, client: str) -> None:
-        self._margin[client] = min(MAX_MARGIN, 2 * self._margin.get(client, 1.0))
-
-    def _commit(
-        self,
-        number: int,
-        merger: Merger,
-        accepted: Mapping[str, Update],
-        instructions: Mapping[str, Instructions],
-    ) -> None:
-        reports = [update.report for update in accepted.values()]
-        asked = next(iter(instructions.values()))
-        fraction = 1.0
-        if self._config.round_steps:
-            fraction = asked.max_steps / self._config.round_steps  # below 1 only where the horizon cut the round short
-        elif all(report.steps == asked.max_steps for report in reports):
-            fraction = min(1.0, max(report.seconds for report in reports) / self._config.round_seconds)
-        self._outer.step(self.weights, merger.result(), fraction=fraction)
-        for report in reports:
-            self._ledger.commit(report.client, report.data)
-            self._rates[report.client] = report.tokens / report.seconds if report.seconds > 0 else 0.0
-            if report.exhausted:
-                self._widen(report.client)
-        self._clock.round = number
-        self._clock.tokens += sum(report.tokens for report in reports)
-        self._clock.step += round(sum(report.steps for report in reports) / len(reports))
-
-    # --- between rounds
-
-    def _evaluate(self) -> None:
-        self._evaluated = self._clock.round
-        bpb = self._evaluator.bits_per_byte(self.weights)
-        self._last_bpb = bpb
-        number, step, tokens = self._clock.round, self._clock.step, self._clock.tokens
-        self.board.validation(round_number=number, step=step, tokens=tokens, bpb=bpb)
-        logger.info("round %3d  %21.2f M tokens  val %.4f bits per byte", number, tokens / 1e6, bpb)
-        if self._options.sample_every and number % self._options.sample_every == 0:
-            for prompt in self._options.sample_prompts:
-                self.board.text(prompt, self._evaluator.sample(self.weights, prompt), step)
-
-    def _saved_round(self) -> int | None:
-        found = checkpoints(self._run)
-        return int(found[-1].name.removeprefix("round_")) if found else None
-
-    def _save(self) -> None:
-        write_checkpoint(
-            self._run / "checkpoints" / f"round_{self._clock.round:08d}",
-            kind="federated",
-            weights={name: torch.from_numpy(array) for name, array in self.weights.items()},
-            state={
-                "run": self.run_id,
-                "clock": vars(self._clock).copy(),
-                "outer": self._outer.state_dict(),
-                "ledger": self._ledger.state_dict(),
-                "rates": self._rates,
-                "margin": self._margin,
-            },
-            config=self._module.config,
-            tokenizer=self._data.tokenizer,
-            step=self._clock.step,
-            tokens=self._clock.tokens,
-            metrics={} if self._last_bpb is None else {"val/bpb": self._last_bpb},
-        )
-        prune_checkpoints(self._run, self._options.keep_checkpoints, self._options.keep_every)
+    @property
+    def weights(self) -> Mapping[str, Array]:
+        """The global weights."""
+        return self.state.weights
 
     def resume(self, path: Path) -> None:
-        """Take up a saved round: weights, outer state, ledger and clock.
+        """Take up a saved round.
 
         Raises:
             ConfigError: it is of the vanilla path, or of another model.
         """
-        manifest = read_manifest(path)
-        check_model(manifest, self._module.config, path)
-        if manifest.kind != "federated":
-            raise ConfigError(f"{path} is a {manifest.kind} checkpoint: start from its weights with --init_from")
-        state = read_state(path)
-        self.load_weights(path)
-        self._outer.load_state_dict(state["outer"])
-        self._ledger.load_state_dict(state["ledger"])
-        self._clock = Clock(**state["clock"])
-        self._rates, self._margin = dict(state["rates"]), dict(state["margin"])
-        self.run_id = state["run"]
-        logger.info("resuming after round %d from %s", self._clock.round, path)
+        self.state.load(path, self._module, self.board.summary)
 
     def load_weights(self, path: Path) -> None:
-        """Take the global weights from a checkpoint of either path."""
-        saved = read_weights(path)
-        self.weights = {name: saved[name].numpy().copy() for name in self.weights}  # stepped in place, the file stays
+        """Start from the weights of a checkpoint of either path."""
+        self.state.load_weights(path)
+
+    # --- the run
+
+    def train(self) -> None:
+        """Run rounds until the horizon or the last round.
+
+        Raises:
+            NanofedError: another server is on this run; or on one machine, nobody can take part or no round succeeds.
+            SaveError: the last checkpoint cannot be written.
+        """
+        with self._owner:
+            self.board.bar.open(self.state.clock.tokens, self._horizon)
+            try:
+                self._rounds()
+            finally:
+                self._measuring.stop()
+                self.board.bar.close()
+
+    def _rounds(self) -> None:
+        failed, clock = 0, self.state.clock
+        if clock.round == 0:
+            self._measuring.start(self.state)
+        while clock.tokens < self._horizon and clock.round < (self._config.rounds or 1 << 62):
+            merged = self._round(clock.round + 1, failed)
+            self._measuring.take(self.state)
+            if merged is None:
+                continue
+            failed = 0 if merged else failed + 1
+            limit = self._config.max_failed_rounds or (FAILED_ROUNDS if self._simulated else None)
+            if limit is not None and failed >= limit:
+                why = self._presence.why()
+                raise NanofedError(f"{failed} rounds in a row brought no update that could be merged ({why})")
+            if failed and not self._simulated:
+                time.sleep(min(MAX_PAUSE_SECONDS, 2.0**failed))
+        if self._measuring.round != clock.round:
+            self._measuring.start(self.state, last=True)  # the last round was an empty one
+        if self._unsaved or saved_round(self._run) != clock.round:
+            self._save(last=True)
+
+    def _round(self, number: int, attempt: int) -> bool | None:
+        """Run one round and tell whether it changed the model; None if too few took part."""
+        state, config = self.state, self._config
+        started = time.monotonic()
+        self._say("waiting", number)
+        self._roster.round = number
+        connected = self._presence.wait(number, lambda waiting: self._while_waiting(number, waiting))
+        present = self._presence.draw(connected, number, attempt)
+        for client in set(state.ledger.clients()) - set(present):
+            state.ledger.release(client)  # who is not here gives back what is not merged
+        if len(present) < config.quorum:
+            logger.info("round %3d  %d of %d clients take part: nothing changes", number, len(present), config.quorum)
+            state.events.add("quorum", SERVER, f"{len(present)} clients take part, {config.quorum} are needed", number)
+            state.clock.round = number
+            return None
+        figures = RoundFigures(number, asked=len(present), wait=time.monotonic() - started)
+        self._say("training", number, clients=sorted(present))
+        down, up = CODECS[config.down_codec], CODECS[config.up_codec]
+        sent = Sent(state.weights, down.encode(state.weights), down, up)
+        figures.bytes_down = len(present) * down.nbytes(state.weights)
+        asked = self._instructor.instruct(number, list(present), state, hash_arrays(sent.payload))
+        try:
+            with make_merger(
+                config.merge, state.weights, sent.payload, down, up, self._run / "spool", trim=config.trim
+            ) as merger:
+                self._collect(present, asked, sent, merger, figures)
+                merged = len(figures.merged) >= config.quorum and self._commit(merger, asked, figures)
+        except NanofedError as error:  # the disk on which replies are kept is full
+            state.events.add("disk", SERVER, error, number)
+            logger.warning("round %d: %s", number, error)
+            merged = False
+        if not merged:
+            logger.warning(
+                "round %d: %d of %d updates could be merged, %d are needed; the model stays as it is",
+                number,
+                len(figures.merged),
+                len(present),
+                config.quorum,
+            )
+            return False
+        clock, rows = state.clock, state.ledger.merged_rows()
+        self.board.merged(figures, step=clock.step, tokens=clock.tokens, rows=rows, events=state.events)
+        if number % self._options.eval_every == 0 or self._finished():
+            self._measuring.start(state, last=self._finished())
+        due = bool(self._options.save_every) and number % self._options.save_every == 0
+        if due or self._unsaved or self._finished():
+            self._save()
+        return True
+
+    def _finished(self) -> bool:
+        return self.state.clock.tokens >= self._horizon or self.state.clock.round == self._config.rounds
+
+    def _admit(self, hello: Hello) -> None:
+        if isinstance(self.state.ledger, LocalLedger):
+            self.state.ledger.admit(hello.name, hello.shards)
+
+    # --- one round
+
+    def _collect(
+        self,
+        present: Mapping[str, int],
+        asked: Mapping[str, Instructions],
+        sent: Sent,
+        merger: Merger,
+        figures: RoundFigures,
+    ) -> None:
+        """Send the round to its clients, and fold what they answer as it arrives, one at a time."""
+        started = time.monotonic()
+        ttl = self._instructor.ttl(len(present))
+        for answer in self._exchange.round(present, asked, sent, streams=self._data.streams, seconds=ttl):
+            folding = time.monotonic()
+            try:
+                figures.merged[answer.client] = self._fold(answer, asked[answer.client], merger)
+            except Refused as refusal:
+                figures.silent += refusal.kind == "silent"
+                figures.refused += refusal.kind != "silent"
+                self._refuse(answer.client, figures.round, refusal)
+            figures.merge += time.monotonic() - folding
+            self._say("training", figures.round, merged=sorted(figures.merged))
+        figures.exchange = time.monotonic() - started - figures.merge
+
+    def _fold(self, answer: Answer, asked: Instructions, merger: Merger) -> Merged:
+        """Check an answer against what is known of its client, and fold it in.
+
+        Raises:
+            Refused: it must not be merged.
+        """
+        if isinstance(answer.result, Refused):
+            raise answer.result
+        update, client, state = answer.result, answer.client, self.state
+        if not self._simulated:
+            state.pace.check(update.report, answer.seconds)
+        if isinstance(state.ledger, LocalLedger):
+            possible = int(state.ledger.text_bytes(client, update.report.data))
+            if possible < 1:
+                raise Refused("tokens", f"it claims {update.report.tokens} tokens and has read no row")
+            update = replace(update, report=replace(update.report, tokens=min(update.report.tokens, possible)))
+        else:
+            check_tokens(update.report, asked, self._shards, self._data.streams)
+        scale = state.norms.scale(update.norm, update.report.steps)
+        if scale < 1:
+            reason = f"its update was {1 / scale:.1f} times as long as the longest allowed"
+            state.events.add("clipped", client, reason, asked.round)
+            logger.warning("round %d: client %s: %s", asked.round, client, reason)
+        weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
+        merger.fold(client, update.arrays, weight, scale)
+        self._roster.refused.pop(client, None)
+        return Merged(replace(update, arrays=[]), weight, scale, answer.seconds)  # folded: the arrays may go
+
+    def _refuse(self, client: str, number: int, refusal: Refused) -> None:
+        logger.warning("round %d: client %s is not merged: %s", number, client, refusal)
+        self._roster.refused[client] = str(refusal)
+        self.state.events.add(refusal.kind, client, refusal, number)
+        self.state.ledger.release(client)
+        if LEASE_TOO_SHORT in str(refusal):
+            self.state.pace.widen(client)
+
+    def _commit(self, merger: Merger, asked: Mapping[str, Instructions], figures: RoundFigures) -> bool:
+        """Step the weights, and enter the round in ledger, clock and what is known of the clients: all of it or nothing."""
+        state, started = self.state, time.monotonic()
+        reports = [part.update.report for part in figures.merged.values()]
+        gradient = merger.result()
+        figures.take(gradient, merger.cosines())
+        try:
+            state.outer.step(state.weights, gradient, fraction=self._fraction(reports, asked))
+        except ValueError as error:  # finite updates of which no finite model can be made
+            state.events.add("not_finite", SERVER, error, figures.round)
+            logger.warning("round %d: %s", figures.round, error)
+            return False
+        for part in figures.merged.values():
+            report = part.update.report
+            state.ledger.commit(report.client, report.data)
+            state.norms.accept(part.update.norm, report.steps)
+            state.pace.learn(report, None if self._simulated else part.seconds)
+        state.clock.round = figures.round
+        state.clock.tokens += sum(report.tokens for report in reports)
+        state.clock.step += round(sum(report.steps for report in reports) / len(reports))
+        figures.merge += time.monotonic() - started
+        state.pace.learn_merge(time.monotonic() - started)
+        return True
+
+    def _fraction(self, reports: list[Report], asked: Mapping[str, Instructions]) -> float:
+        """Return how much of a full round this one was: less than all only where the horizon cut it short."""
+        first = asked[reports[0].client]
+        if self._config.round_steps:
+            return first.max_steps / self._config.round_steps
+        if all(report.steps == first.max_steps for report in reports):
+            return min(1.0, max(report.seconds / (asked[report.client].seconds or 1.0) for report in reports))
+        return 1.0
+
+    # --- between rounds
+
+    def _save(self, *, last: bool = False) -> None:
+        """Write the round's checkpoint. Where there is no room the run goes on, and tries again after every round."""
+        try:
+            self.state.save(self._run, self._module, self._data, self.board.summary)
+        except SaveError as error:
+            if last:
+                raise
+            self._unsaved = True
+            self.state.events.add("disk", SERVER, error, self.state.clock.round)
+            logger.warning("round %d is not saved, the run goes on: %s", self.state.clock.round, error)
+            return
+        self._unsaved = False
+        prune(self._run, self._options)
+
+    def _while_waiting(self, number: int, waiting: str) -> None:
+        self._measuring.take(self.state)
+        self._say("waiting", number, waiting_for=waiting)
+
+    def _say(self, phase: str, number: int, **figures: object) -> None:
+        """Tell the terminal and `nanofed status` what is going on."""
+        clients = list(figures.get("clients", self._roster.seen))  # type: ignore[call-overload]
+        tokens = self.state.clock.tokens
+        self._owner.say(
+            phase=phase, round=number, tokens=tokens, horizon=self._horizon, refused=self._roster.refused, **figures
+        )
+        self.board.bar.show(f"round {number}, {len(clients)} clients, {phase}", tokens)

@@ -1,0 +1,155 @@
+"""Everything that a federated run is at the end of a round: saved and taken up as one."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanofed.data.datamodule import TokenDataModule
+from nanofed.errors import ConfigError
+from nanofed.federated.config import FederationConfig
+from nanofed.federated.server.events import Events
+from nanofed.federated.server.ledger import Ledger
+from nanofed.federated.server.local_ledger import LocalLedger
+from nanofed.federated.server.norms import NormGuard
+from nanofed.federated.server.outer import OuterNesterov
+from nanofed.federated.server.pace import Pace
+from nanofed.federated.wire.codec import Array
+from nanofed.training.checkpoint import (
+    check_model,
+    checkpoints,
+    prune_checkpoints,
+    read_manifest,
+    read_state,
+    read_weights,
+    write_checkpoint,
+)
+from nanofed.training.module import GPTModule
+from nanofed.training.options import RunOptions
+from nanofed.training.run import Point, Summary
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Clock:
+    """Where the run is: rounds committed, tokens merged, and optimizer steps along one client's path."""
+
+    round: int = 0
+    tokens: int = 0
+    step: int = 0
+
+
+@dataclass
+class State:
+    """The global weights and all that decides what the next round does with them.
+
+    Attributes:
+        weights: stepped in place.
+        ledger: who may read which rows.
+        outer: the outer optimizer with its momentum.
+        norms: of accepted updates.
+        pace: of the clients.
+        events: what went wrong.
+        clock: where the run is.
+        run_id: of the run; it stays over resumes.
+    """
+
+    weights: dict[str, Array]
+    ledger: Ledger | LocalLedger
+    outer: OuterNesterov
+    norms: NormGuard
+    events: Events
+    pace: Pace = field(default_factory=Pace)
+    clock: Clock = field(default_factory=Clock)
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def new(cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
+        """Return the state before the first round, with the module's initial weights."""
+        local = config.sharding == "local"
+        return cls(
+            weights={name: tensor.detach().cpu().numpy().copy() for name, tensor in module.gpt.state_dict().items()},
+            ledger=LocalLedger(data.streams) if local else Ledger(data.dataset.train, data.streams),
+            outer=OuterNesterov(config.outer_lr, config.outer_momentum),
+            norms=NormGuard(config.max_norm_ratio, config.on_large_norm),
+            events=Events(run),
+        )
+
+    def save(self, run: Path, module: GPTModule, data: TokenDataModule, summary: Summary) -> None:
+        """Write the checkpoint of the round, all of it or nothing.
+
+        Raises:
+            SaveError: it cannot be written; the ones before it are whole.
+        """
+        write_checkpoint(
+            run / "checkpoints" / f"round_{self.clock.round:08d}",
+            kind="federated",
+            weights={name: torch.from_numpy(array) for name, array in self.weights.items()},
+            state={
+                "run": self.run_id,
+                "clock": vars(self.clock).copy(),
+                "outer": self.outer.state_dict(),
+                "ledger": self.ledger.state_dict(),
+                "norms": self.norms.state_dict(),
+                "pace": self.pace.state_dict(),
+                "events": self.events.state_dict(),
+                "seconds": summary.seconds,
+                "curve": [vars(point).copy() for point in summary.curve],
+            },
+            config=module.config,
+            tokenizer=data.tokenizer,
+            step=self.clock.step,
+            tokens=self.clock.tokens,
+            metrics={} if summary.bpb_end is None else {"val/bpb": summary.bpb_end},
+        )
+
+    def load(self, path: Path, module: GPTModule, summary: Summary) -> None:
+        """Take up a saved round: weights, outer momentum, ledger, clocks, norms, events and the curve so far.
+
+        Raises:
+            ConfigError: it is of the vanilla path, of another model, or of a nanofed that saved less.
+        """
+        manifest = read_manifest(path)
+        check_model(manifest, module.config, path)
+        if manifest.kind != "federated":
+            raise ConfigError(f"{path} is a {manifest.kind} checkpoint: start from its weights with --init_from")
+        saved: dict[str, Any] = read_state(path)
+        if missing := {"norms", "pace", "events", "seconds", "curve"} - set(saved):
+            raise ConfigError(
+                f"{path} was saved by an older nanofed and lacks {', '.join(sorted(missing))}: start from its weights with "
+                "--init_from"
+            )
+        self.load_weights(path)
+        self.outer.load_state_dict(saved["outer"])
+        self.ledger.load_state_dict(saved["ledger"])
+        self.norms.load_state_dict(saved["norms"])
+        self.events.load_state_dict(saved["events"])
+        self.pace = Pace(**saved["pace"])
+        self.clock = Clock(**saved["clock"])
+        self.run_id = saved["run"]
+        # The summary beside it may be ahead, of rounds that were lost, or lost itself.
+        summary.tokens, summary.seconds = self.clock.tokens, saved["seconds"]
+        summary.curve = [Point(**point) for point in saved["curve"]]
+        logger.info("resuming after round %d from %s", self.clock.round, path)
+
+    def load_weights(self, path: Path) -> None:
+        """Take the global weights from a checkpoint of either path."""
+        saved = read_weights(path)
+        self.weights = {name: saved[name].numpy().copy() for name in self.weights}  # stepped in place, the file stays
+
+
+def saved_round(run: Path) -> int | None:
+    """Return the round of a run's newest checkpoint, None if there is none."""
+    found = checkpoints(run)
+    return int(found[-1].name.removeprefix("round_")) if found else None
+
+
+def prune(run: Path, options: RunOptions) -> None:
+    """Remove the checkpoints that the options do not keep."""
+    prune_checkpoints(run, options.keep_checkpoints, options.keep_every)

@@ -1,0 +1,17 @@
+"""Words of others, made fit for a log, a terminal and a file: cut, and without what is no printable character."""
+
+from __future__ import annotations
+
+MAX_TEXT = 300
+
+
+def plain(text: object, limit: int = MAX_TEXT) -> str:
+    """Return a text of at most `limit` characters in one line; line ends, escapes and the like are shown as escapes.
+
+    A client's failure, a name or a metric may hold what it likes: control characters that rewrite a terminal, characters
+    that turn the direction of writing, lone surrogates that no file takes, megabytes of them.
+    """
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)[: limit + 1]
+    )
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
