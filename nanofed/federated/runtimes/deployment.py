@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -197,7 +198,7 @@ class _Service:
         command = [sys.executable, "-m", "nanofed.federated.server.proxy", "--listen", self._options.listen]
         command += ["--upstream", f"127.0.0.1:{self._link.port}", "--upstream_ca", str(keys.ca)]
         command += ["--certificate", str(keys.certificate), "--key", str(keys.key), "--sites", str(keys.sites)]
-        command += ["--status", str(self._folder / "proxy.json")]
+        command += ["--status", str(self._folder / "proxy.json"), "--parent", str(os.getpid())]
         with (self._folder / "proxy.log").open("ab") as log:
             self._proxy = subprocess.Popen(
                 command,

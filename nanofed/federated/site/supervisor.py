@@ -27,8 +27,8 @@ from nanofed.federated.site.channel import ChannelError, call
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0
-PING_SECONDS = 10.0  # a trainer answers at any time; silent for so long, it hangs
-START_SECONDS = 600.0  # until a trainer that has just been started answers its first ping
+PING_SECONDS = 10.0  # a trainer answers at any time, from its first second on; silent for so long, it hangs
+START_SECONDS = 1800.0  # longest silence of a trainer that starts, or compiles for its first step
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY_SECONDS = 60.0  # who lived so long starts again with the first pause
 STOP_SECONDS = 5.0
@@ -205,7 +205,7 @@ class _Site:
         self._options = options
         self._folder = options.folder.resolve()
         self._socket = socket_path(self._folder)
-        self._answered = False
+        self._ready = False
         self._silent = 0.0  # since when the trainer has not answered
         home = self._folder / "flower"
         home.mkdir(exist_ok=True)
@@ -235,6 +235,7 @@ class _Site:
         if options.devices > 1:
             python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
         own = ["--name", options.name, "--socket", str(self._socket), "--state", str(self._folder / "state")]
+        own += ["--supervisor", str(os.getpid())]
         return [*python, options.trainer, *own, *arguments, f"--fabric.devices={options.devices}"]
 
     def _supernode_command(self) -> list[str]:
@@ -264,10 +265,10 @@ class _Site:
         """Start what is not there, and replace a trainer that hangs."""
         code = self.trainer.keep()
         if code is not None:
-            self._answered = False
+            self._ready = False
             if code in (ConfigError.exit_code, DataError.exit_code):
                 kind = ConfigError if code == ConfigError.exit_code else DataError
-                raise kind(f"the trainer cannot start: {last_line(self._folder / 'trainer.log')}")
+                raise kind(f"the trainer cannot start: {last_error(self._folder / 'trainer.log')}")
         self.supernode.keep()
         if self.trainer.running:
             self._check_trainer()
@@ -278,15 +279,17 @@ class _Site:
             state = self._ping()
         except ChannelError:
             self._silent = self._silent or now
-            limit = PING_SECONDS if self._answered else START_SECONDS
-            if now - self._silent > limit:
+            if now - self._silent > PING_SECONDS:
                 self._replace(f"has not answered for {now - self._silent:.0f} s")
             return
-        if not self._answered:
+        self._silent = 0.0
+        if state["state"] != "starting" and not self._ready:
+            self._ready = True
             logger.info("the trainer is ready after %.1f s", now - self.trainer.started)
-        self._answered, self._silent = True, 0.0
-        if state.get("state") == "training" and state.get("idle_seconds", 0.0) > self._options.stall_seconds:
-            self._replace(f"has made no step for {state['idle_seconds']:.0f} s")
+        # A first step may compile for minutes.
+        limit = self._options.stall_seconds if state["warm"] else max(START_SECONDS, self._options.stall_seconds)
+        if state["quiet_seconds"] > limit:
+            self._replace(f"is {state['state']} and has done nothing for {state['quiet_seconds']:.0f} s")
 
     def _ping(self) -> dict[str, Any]:
         _, _, state = call(self._socket, "ping", {}, wait=1.0)
@@ -294,7 +297,7 @@ class _Site:
 
     def _replace(self, reason: str) -> None:
         self.trainer.replace(reason)
-        self._answered, self._silent = False, 0.0
+        self._ready, self._silent = False, 0.0
 
     def stop(self) -> None:
         """End both, the SuperNode first: it says good-bye to its server."""
@@ -308,7 +311,8 @@ def socket_path(folder: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"nanofed-{os.getuid()}-{name}" / "trainer.sock"
 
 
-def last_line(log: Path) -> str:
-    """Return the last line of a log that is not empty."""
+def last_error(log: Path) -> str:
+    """Return the last error in a trainer's log: what it said when it ended, or its last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    said = [line.partition(": exit ")[2].partition(": ")[2] for line in lines if " ERROR: exit " in line]
+    return (said or lines or ["it said nothing"])[-1]
