@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 SERVER_APP = "nanofed.federated.runtimes.deployment_app:server"
 CLIENT_APP = "nanofed.federated.site.app:client"
 FOLDER = "server"  # of the run's folder: Flower's home and database, the lock, the log
+NODES = "nodes.json"  # in that folder: site -> its node
 WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
@@ -127,6 +131,15 @@ def _open(federation: Federation) -> Path:
     return federation.open()
 
 
+def read_nodes(folder: Path) -> dict[str, dict[str, str]]:
+    """Return what is known of each site's node: its id, and a hash of the key that it was registered with."""
+    try:
+        nodes: dict[str, dict[str, str]] = json.loads((folder / NODES).read_text())
+    except (OSError, ValueError):
+        return {}
+    return nodes
+
+
 class _Service:
     """A SuperLink, the proxy in front of it, and one run after another until one completes."""
 
@@ -138,6 +151,7 @@ class _Service:
         self._log = folder / "flower.log"
         self._link = SuperLink(folder, self._log, authority=keys.ca if keys else None)
         self._app = folder / "app"
+        self._database = folder / "superlink.db"
         self._proxy: subprocess.Popen[bytes] | None = None
 
     def serve(self) -> None:
@@ -176,7 +190,7 @@ class _Service:
         """Start what is not there of SuperLink and proxy."""
         if not self._link.alive:
             self._link.stop()
-            options = ["--database", str(self._folder / "superlink.db"), "--disable-runtime-dependency-installation"]
+            options = ["--database", str(self._database), "--disable-runtime-dependency-installation"]
             if self._keys is None:
                 self._link.start([*options, "--insecure"], port=self._options.address[1])
             else:
@@ -189,10 +203,22 @@ class _Service:
         logger.info("serving sites on %s; Flower's own log is %s", self._options.listen, self._log)
 
     def _register(self, keys: Keys) -> None:
-        """Register the sites' keys; those in the database already are known to it."""
+        """Register the keys of new sites, and write down which node is whose: a node's key is its identity."""
+        known = read_nodes(self._folder) if self._database.exists() else {}
         for name in keys.names():
-            said = self._link.command("supernode", "register", str(keys.public_key(name)), LINK, check=False)
-            logger.debug("site %s: %s", name, " ".join(said.split()))
+            digest = hashlib.sha256(keys.public_key(name).read_bytes()).hexdigest()
+            if name in known and known[name]["key"] == digest:
+                continue
+            key = str(keys.public_key(name))
+            said = self._link.command("supernode", "register", key, LINK, "--format", "json", check=False)
+            if match := re.search(r'"node-id":\s*"?(\d+)', said):
+                known[name] = {"node": match[1], "key": digest}
+                logger.info("site %s may take part", name)
+            else:
+                logger.warning("site %s cannot be registered: %.300s", name, " ".join(said.split()))
+        temporary = self._folder / f".{NODES}.tmp"
+        temporary.write_text(json.dumps(known))
+        temporary.replace(self._folder / NODES)
 
     def _start_proxy(self, keys: Keys) -> None:
         command = [sys.executable, "-m", "nanofed.federated.server.proxy", "--listen", self._options.listen]
@@ -217,7 +243,7 @@ class _Service:
         said: list[str] = []
         follower = threading.Thread(target=lambda: said.append(self._link.follow(run_id)), daemon=True)
         follower.start()
-        seen, missing = False, 0.0
+        seen, missing, sites = False, 0.0, self._keys.names() if self._keys else []
         while follower.is_alive():
             follower.join(WATCH_SECONDS)
             if not self._link.alive:
@@ -225,6 +251,9 @@ class _Service:
             if self._keys is not None and not self._proxy_alive():
                 logger.warning("the proxy died; it is started again")
                 self._start_proxy(self._keys)
+            if self._keys is not None and self._keys.names() != sites:
+                self._register(self._keys)
+                sites = self._keys.names()
             # Flower notices a killed round loop by its missing heartbeats, which takes a minute.
             alive = started_as(self._link.marker, "flwr-serverapp")
             seen, missing = seen or alive, 0.0 if alive else missing + WATCH_SECONDS
