@@ -146,7 +146,8 @@ class Sorted(Merger):
                     torch.maximum(rows[i], rows[j], out=rows[j])
                     rows[i], spare = spare, rows[i]
                 self._choose(rows, out[part])
-                out[part].neg_()  # of local - base is made base - local
+                # Of local - base is made base - local; and of zeros of both signs, which sort as equals, one.
+                out[part].neg_().add_(0.0)
 
             return merge
 
