@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "federate": ("nanofed.cli.federate", "train across clients with Flower"),
     "server": ("nanofed.cli.server", "serve a federation of sites; write their keys (server init)"),
     "site": ("nanofed.cli.site", "take part in a federation with this machine's devices"),
+    "status": ("nanofed.cli.status", "how far a federated run is, who is here, what was refused and why"),
     "data": ("nanofed.cli.data", "download, build, list and verify parquet shards"),
     "tokenizer": ("nanofed.cli.tokenizer", "train and evaluate the BPE tokenizer"),
     "generate": ("nanofed.cli.generate", "sample text from a checkpoint"),

@@ -296,7 +296,7 @@ def test_rounds_of_seconds_on_clients_of_two_speeds(
 
 def test_too_few_rows_for_the_streams_are_refused_at_the_start(tiny_corpus: Path, tmp_path: Path) -> None:
     config = federation(tiny_corpus, tmp_path, "run", **{"data.streams": 64})
-    with pytest.raises(DataError, match="too few rows for 64 streams|lower data.device_batch_size or data.streams"):
+    with pytest.raises(DataError, match=r"too few rows for 64 streams|lower data\.device_batch_size or data\.streams"):
         train(config)
 
 

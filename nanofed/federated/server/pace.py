@@ -24,6 +24,7 @@ class Pace:
         rate: tokens a second of training, as of a client's last merged round.
         fastest: the highest rate of its merged rounds; what it claims is held against it.
         rounds: how often it was merged.
+        tokens: that were merged of it.
         overhead: seconds a round that a client is not training: transfers, start of a process, waiting for others' turns.
         margin: how much more text a client is leased than it should need.
         merge_seconds: from the last answer to the commit.
@@ -32,6 +33,7 @@ class Pace:
     rate: dict[str, float] = field(default_factory=dict)
     fastest: dict[str, float] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     overhead: dict[str, float] = field(default_factory=dict)
     margin: dict[str, float] = field(default_factory=dict)
     merge_seconds: float = 0.0
@@ -73,6 +75,7 @@ class Pace:
         self.rate[client] = rate
         self.fastest[client] = max(rate, self.fastest.get(client, 0.0))
         self.rounds[client] = self.rounds.get(client, 0) + 1
+        self.tokens[client] = self.tokens.get(client, 0) + report.tokens
         if elapsed is not None:
             self._mean(self.overhead, client, max(0.0, elapsed - report.seconds))
         if report.exhausted:

@@ -63,6 +63,11 @@ class Roster:
         self.seen: dict[str, float] = {}  # client -> when it was last connected
         self.round = 0  # for the events
 
+    @property
+    def clients(self) -> list[str]:
+        """Who was connected when that was last asked."""
+        return sorted(self._names.values())
+
     def connected(self) -> dict[str, int]:
         """Return client name -> node id of those connected now; new nodes are asked who they are first."""
         nodes = set(self._grid.get_node_ids())

@@ -173,7 +173,7 @@ class RoundLoop:
             state.clock.round = number
             return None
         figures = RoundFigures(number, asked=len(present), wait=time.monotonic() - started)
-        self._say("training", number, clients=sorted(present))
+        self._say("training", number, clients=sorted(present), merged=[])
         down, up = CODECS[config.down_codec], CODECS[config.up_codec]
         sent = Sent(state.weights, down.encode(state.weights), down, up)
         figures.bytes_down = len(present) * down.nbytes(state.weights)
@@ -329,9 +329,6 @@ class RoundLoop:
 
     def _say(self, phase: str, number: int, **figures: object) -> None:
         """Tell the terminal and `nanofed status` what is going on."""
-        clients = list(figures.get("clients", self._roster.seen))  # type: ignore[call-overload]
-        tokens = self.state.clock.tokens
-        self._owner.say(
-            phase=phase, round=number, tokens=tokens, horizon=self._horizon, refused=self._roster.refused, **figures
-        )
-        self.board.bar.show(f"round {number}, {len(clients)} clients, {phase}", tokens)
+        tokens, refused = self.state.clock.tokens, self._roster.refused
+        self._owner.say(phase=phase, round=number, tokens=tokens, horizon=self._horizon, refused=refused, **figures)
+        self.board.bar.show(f"round {number}, {len(self._roster.clients)} clients, {phase}", tokens)

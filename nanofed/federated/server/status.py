@@ -1,0 +1,223 @@
+"""What a run's folder says of it, also while its server runs: checkpoint, events, and what the server said last."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanofed.errors import ConfigError
+from nanofed.federated.server.events import KINDS, SERVER, Events
+from nanofed.federated.server.owner import live
+from nanofed.training.checkpoint import STATE, CheckpointError, Manifest, checkpoints, read_manifest
+from nanofed.training.run import CONFIG
+
+FREE, LEASED, MERGED = 0, 1, 2  # rows, as the ledger saves them
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is.
+
+    Attributes:
+        run: its folder.
+        round: the last one saved; 0 before the first.
+        tokens: merged by then.
+        horizon: tokens of the whole run, where the server has said so.
+        bpb: the last bits per byte by then.
+        saved: when the checkpoint was written, seconds since 1970.
+        server: what the server said last, with `alive`: whether it still runs, None where that cannot be known from here.
+        sites: name -> rounds, tokens, tokens_per_second, overhead_seconds, rows on lease.
+        shards: name -> how often it was merged, and rows on lease.
+        events: name of a client -> kind -> count, reason, round, when.
+    """
+
+    run: str
+    round: int
+    tokens: int
+    horizon: int | None
+    bpb: float | None
+    saved: float | None
+    server: dict[str, Any] | None
+    sites: dict[str, dict[str, float]]
+    shards: dict[str, dict[str, float]]
+    events: dict[str, dict[str, dict[str, Any]]]
+
+
+def read_status(run: Path) -> Status:
+    """Return the status of a federated run.
+
+    Raises:
+        ConfigError: the folder holds no federated run.
+        CheckpointError: its newest checkpoint cannot be read.
+    """
+    if not run.is_dir() or not ((run / CONFIG).is_file() or checkpoints(run)):
+        raise ConfigError(f"{run} is no run's folder: name one such as runs/tiny_federated")
+    said = live(run)
+    newest = _newest(run)
+    if newest is None and said is None:
+        raise ConfigError(f"{run} holds no federated run that has begun: no server has said anything, nothing is saved")
+    manifest, state, saved = newest or (None, {}, None)
+    events = Events()
+    events.load_state_dict(state.get("events", []))
+    return Status(
+        run=str(run),
+        round=int(state.get("clock", {}).get("round", 0)),
+        tokens=manifest.tokens if manifest else 0,
+        horizon=(said or {}).get("horizon"),
+        bpb=manifest.metrics.get("val/bpb") if manifest else None,
+        saved=saved,
+        server=None if said is None else {**said, "alive": _alive(said)},
+        sites=_sites(state),
+        shards=_shards(state.get("ledger", {})),
+        events={
+            client: {kind: vars(count).copy() for kind, count in counts.items()}
+            for client, counts in events.by_client().items()
+        },
+    )
+
+
+def _newest(run: Path) -> tuple[Manifest, dict[str, Any], float] | None:
+    """Return manifest and state of the newest checkpoint; the server may remove it while it is read."""
+    for attempt in range(3):
+        found = checkpoints(run)
+        if not found:
+            return None
+        try:
+            manifest = read_manifest(found[-1], verify=False)
+            if manifest.kind != "federated":
+                raise ConfigError(f"{run} holds a {manifest.kind} run: `nanofed status` reads federated ones")
+            # Mapped: of a large model's momentum nothing is read.
+            state = torch.load(found[-1] / STATE, map_location="cpu", weights_only=True, mmap=True)
+            return manifest, state, found[-1].stat().st_mtime
+        except (CheckpointError, OSError, RuntimeError) as error:
+            if attempt == 2 and found[-1].exists():
+                raise CheckpointError(f"{found[-1]} cannot be read: {error}") from error
+    return None
+
+
+def _alive(said: dict[str, Any]) -> bool | None:
+    """Tell whether the server's process runs: known only on its own machine."""
+    if said.get("phase") in ("ended", "failed"):
+        return False
+    if said.get("host") != socket.gethostname():
+        return None
+    try:
+        os.kill(int(said["pid"]), 0)
+    except PermissionError:
+        return True
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
+    pace, ledger = state.get("pace", {}), state.get("ledger", {})
+    parts = [saved["ledger"] for saved in ledger["local"].values()] if "local" in ledger else [ledger]
+    held = {
+        name: sum(stop - start for _, start, stop, _ in client["ranges"])
+        for part in parts
+        for name, client in part.get("clients", {}).items()
+    }
+    names = sorted(pace.get("rounds", {}).keys() | held.keys())
+    return {
+        name: {
+            "rounds": pace.get("rounds", {}).get(name, 0),
+            "tokens": pace.get("tokens", {}).get(name, 0),
+            "tokens_per_second": pace.get("rate", {}).get(name, 0.0),
+            "overhead_seconds": pace.get("overhead", {}).get(name, 0.0),
+            "rows_held": held.get(name, 0),
+        }
+        for name in names
+    }
+
+
+def _shards(ledger: dict[str, Any]) -> dict[str, dict[str, float]]:
+    if "local" in ledger:
+        return {
+            f"{client}/{name}": figures
+            for client, saved in sorted(ledger["local"].items())
+            for name, figures in _shards(saved["ledger"]).items()
+        }
+    out = {}
+    for name, epoch in sorted(ledger.get("epoch", {}).items()):
+        opened = {at: dict.fromkeys((FREE, LEASED, MERGED), 0) for at, shard, _ in ledger["rows"] if shard == name}
+        for at, shard, runs in ledger["rows"]:
+            for kind, length in runs if shard == name else ():
+                opened[at][kind] += length
+        progress = float(sum(at not in opened for at in range(epoch)))
+        progress += sum(rows[MERGED] / max(1, sum(rows.values())) for rows in opened.values())
+        out[name] = {"epochs_merged": progress, "rows_leased": sum(rows[LEASED] for rows in opened.values())}
+    return out
+
+
+def as_text(status: Status) -> str:
+    """Return a status for people."""
+    lines = [f"{status.run}: round {status.round}, {status.tokens / 1e6:.2f} M tokens merged"]
+    if status.horizon:
+        lines[0] += f" of {status.horizon / 1e6:.2f} M ({status.tokens / status.horizon:.0%})"
+    if status.bpb is not None:
+        lines[0] += f", {status.bpb:.4f} bits per byte"
+    lines.append(f"saved: {_ago(status.saved)}" if status.saved else "saved: nothing yet")
+    lines += _server_lines(status.server)
+    lines += [
+        "",
+        f"{'site':<24} {'rounds':>7} {'M tokens':>10} {'tok/s':>10} {'overhead':>9} {'rows held':>10}  events",
+    ]
+    for name in sorted(status.sites.keys() | (status.events.keys() - {SERVER})):
+        site = status.sites.get(name, {})
+        kinds = status.events.get(name, {})
+        counted = ", ".join(f"{kinds[kind]['count']} {kind}" for kind in KINDS if kind in kinds)
+        lines.append(
+            f"{name:<24} {site.get('rounds', 0):>7} {site.get('tokens', 0) / 1e6:>10.2f} "
+            f"{site.get('tokens_per_second', 0):>10,.0f} {site.get('overhead_seconds', 0):>8.1f}s "
+            f"{site.get('rows_held', 0):>10,}  {counted}".rstrip()
+        )
+    lines += ["", f"{'shard':<40} {'epochs merged':>13} {'rows on lease':>13}"]
+    lines += [
+        f"{name:<40} {shard['epochs_merged']:>13.3f} {shard['rows_leased']:>13,.0f}"
+        for name, shard in status.shards.items()
+    ]
+    if status.events:
+        lines += ["", "what went wrong, and why the last time:"]
+        lines += [
+            f"  {client} {kind} x{count['count']}, round {count['round']}, {_ago(count['when'])}: {count['reason']}"
+            for client, kinds in status.events.items()
+            for kind, count in kinds.items()
+        ]
+    return "\n".join(lines)
+
+
+def _server_lines(server: dict[str, Any] | None) -> list[str]:
+    if server is None:
+        return ["server: none has run here"]
+    where = f"process {server.get('pid')} on {server.get('host')}"
+    if server["alive"] is False:
+        return [
+            f"server: does not run ({where} {server.get('phase', '')}, last heard of {_ago(server.get('when', 0))})"
+        ]
+    known = "" if server["alive"] else " (another machine: whether it still runs is not known here)"
+    lines = [
+        f"server: {where}, {server.get('phase')} round {server.get('round', '')}, {_ago(server.get('when', 0))}{known}"
+    ]
+    if server.get("phase") == "waiting" and server.get("waiting_for"):
+        lines.append(f"waiting for {server['waiting_for']}")
+    elif server.get("clients"):
+        lines.append(
+            f"here: {', '.join(server['clients'])}; merged so far: {', '.join(server.get('merged', [])) or 'none'}"
+        )
+    lines += [f"refused: {client}: {reason}" for client, reason in server.get("refused", {}).items()]
+    return lines
+
+
+def _ago(when: float) -> str:
+    seconds = max(0.0, time.time() - when)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
