@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import secrets
+import re
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -41,7 +42,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(0.02)
     return value
 
 
@@ -116,6 +117,7 @@ class Perimeter:
             keys.sites,
             None if plain else keys.ca,
             self.status,
+            tick=0.05,
             limits=limits or Limits(),
         )
         self.trust = ssl.create_default_context(cafile=str(keys.ca))
@@ -275,5 +277,43 @@ class Flower:
         return {int(node["node-id"]): node["status"] for node in self.command("supernode", "list", LINK)["nodes"]}
 
 
-def nonce(size: int) -> bytes:
-    return secrets.token_bytes(size)
+class Recorder:
+    """Stands behind a proxy and writes down what arrives there; it takes every request at its word, as the proxy wrote it."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.requests: list[tuple[bytes, bytes]] = []
+        self.wait = 0.0  # seconds before an answer
+        self.answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/protobuf\r\ncontent-length: 2\r\n\r\nok"
+        self._listener = socket.create_server((HOST, port))
+        self.port = int(self._listener.getsockname()[1])
+        self._connections: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self._connections.append(connection)
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection, connection.makefile("rb") as file:
+            while top := self._head(file):
+                length = int(re.search(rb"content-length: (\d+)", top.lower())[1])  # type: ignore[index]
+                self.requests.append((top, file.read(length)))
+                time.sleep(self.wait)
+                connection.sendall(self.answer)
+
+    @staticmethod
+    def _head(file: BinaryIO) -> bytes:
+        lines = []
+        while (line := file.readline()) not in (b"", b"\r\n"):
+            lines.append(line)
+        return b"".join(lines)

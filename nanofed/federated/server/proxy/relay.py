@@ -130,7 +130,7 @@ class Relay:
         try:
             async with self._upstream.connection() as upstream:
                 down = await self._pass(client, upstream, request)
-        except (BadAnswer, TimeoutError, OSError) as error:
+        except (BadAnswer, HeadTooLarge, TimeoutError, OSError) as error:
             if client.gone:
                 raise error if isinstance(error, Closed) else Closed("broken_off") from error
             detail = f"the SuperLink behind this proxy does not answer as it should ({type(error).__name__})"

@@ -24,7 +24,7 @@ from nanofed.federated.server.proxy.stream import Stream
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS = 0.5
+SHUTDOWN_SECONDS = 1.0  # for the other side's part of ending TLS
 GRACE_SECONDS = 5.0  # for requests under way when the proxy is told to end
 DAY = 86400.0
 
@@ -41,8 +41,9 @@ class Options:
         sites: folder of the sites' public keys, `NAME.pub`.
         upstream_ca: certificate of the authority that the SuperLink's certificate is of; None where it has no TLS, as in tests
             (Flower refuses node authentication then).
-        status: file to which the counters are written twice a second, as JSON; none if left out.
+        status: file to which the counters are written at each tick, as JSON; none if left out.
         parent: process id without which the proxy ends; none if left out.
+        tick: seconds between two looks at files and parent.
         limits: what the proxy takes.
     """
 
@@ -54,12 +55,13 @@ class Options:
     upstream_ca: Path | None = None
     status: Path | None = None
     parent: int | None = None
+    tick: float = 1.0
     limits: Limits = field(default_factory=Limits)
 
     def command(self) -> list[str]:
         """Return the command that starts this proxy as a process."""
         options = []
-        for name in ("listen", "upstream", "certificate", "key", "sites", "upstream_ca", "status", "parent"):
+        for name in ("listen", "upstream", "certificate", "key", "sites", "upstream_ca", "status", "parent", "tick"):
             if (value := getattr(self, name)) is not None:
                 options += [f"--{name}", str(value)]
         for limit in fields(Limits):
@@ -102,7 +104,7 @@ class Proxy:
             while not stop.is_set() and not self._is_orphan():
                 self._tick()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(TICK_SECONDS):
+                    async with asyncio.timeout(self.options.tick):
                         await stop.wait()
                 if accepting.done():
                     accepting.result()
@@ -143,7 +145,7 @@ class Proxy:
                 connection,
                 ssl=self._context,
                 ssl_handshake_timeout=self.options.limits.handshake_seconds,
-                ssl_shutdown_timeout=TICK_SECONDS,
+                ssl_shutdown_timeout=SHUTDOWN_SECONDS,
             )
             await self._relay.serve(stream, visitor)
         except (ssl.SSLError, OSError) as error:

@@ -39,13 +39,13 @@ class Stream(asyncio.BufferedProtocol):
         self._ended = self._lost = False
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
-        self.transport = cast(asyncio.Transport, None)
+        self._transport = cast(asyncio.Transport, None)
 
     # asyncio calls these
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
-        self.transport = cast(asyncio.Transport, transport)
+        self._transport = cast(asyncio.Transport, transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where to read to; never empty, since nothing is read while the buffer is full."""
@@ -58,7 +58,7 @@ class Stream(asyncio.BufferedProtocol):
         self._end += nbytes
         if self._end == BUFFER:
             self._full = True
-            self.transport.pause_reading()
+            self._transport.pause_reading()
         self._wake(self._reader)
 
     def eof_received(self) -> None:
@@ -69,6 +69,7 @@ class Stream(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go whoever waits."""
         self._ended = self._lost = True
+        self._transport = cast(asyncio.Transport, None)  # it knows us: kept, both would wait for the garbage collector
         self._wake(self._reader)
         self._wake(self._writer)
 
@@ -101,7 +102,7 @@ class Stream(asyncio.BufferedProtocol):
     @property
     def gone(self) -> bool:
         """Whether the connection is no more, or about to end."""
-        return self._ended or self.transport.is_closing()
+        return self._ended or self._transport.is_closing()
 
     @property
     def stalled(self) -> bool:
@@ -151,9 +152,8 @@ class Stream(asyncio.BufferedProtocol):
         stop = min(self._end, self._start + most)
         taken = bytes(self._buffer[self._start : stop])
         self._start = stop
-        if self._full and self._start == self._end:
-            self._full = False
-            self.transport.resume_reading()
+        if self._start == self._end:
+            self._read_on()
         return taken
 
     async def write(self, content: bytes) -> None:
@@ -162,20 +162,22 @@ class Stream(asyncio.BufferedProtocol):
         Raises:
             Closed: the other side has gone.
         """
-        if self._lost or self.transport.is_closing():  # not `gone`: who sends no more may still read
+        if self._lost or self._transport.is_closing():  # not `gone`: who sends no more may still read
             raise Closed
-        self.transport.write(content)
+        self._transport.write(content)
         while self._stalled and not self._lost:
             self._writer = self._loop.create_future()
             await self._writer
 
     def close(self) -> None:
         """Send what was written, and end."""
-        self.transport.close()
+        if not self._lost:
+            self._transport.close()
 
     def abort(self) -> None:
         """End at once."""
-        self.transport.abort()
+        if not self._lost:
+            self._transport.abort()
 
     async def _more(self) -> None:
         self._reader = self._loop.create_future()
@@ -185,6 +187,10 @@ class Stream(asyncio.BufferedProtocol):
         size = self.pending
         self._buffer[:size] = bytes(self._buffer[self._start : self._end])
         self._start, self._end = 0, size
-        if self._full and self._end < BUFFER:
+        if size < BUFFER:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        if self._full and not self._lost:
             self._full = False
-            self.transport.resume_reading()
+            self._transport.resume_reading()
