@@ -27,7 +27,7 @@ from nanofed.federated.site.channel import ChannelError, call
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0
-PING_SECONDS = 10.0  # a trainer answers at any time, from its first second on; silent for so long, it hangs
+PING_SECONDS = 30.0  # a trainer answers at any time, from its first second on; silent for so long, it hangs
 START_SECONDS = 1800.0  # longest silence of a trainer that starts, or compiles for its first step
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY_SECONDS = 60.0  # who lived so long starts again with the first pause
