@@ -90,6 +90,14 @@ def is_first_rank() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
 
 
+def launched_ranks() -> tuple[int, int] | None:
+    """Return the ranks of this machine and the number of machines where torchrun has launched this process, else None."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    return here, int(os.environ["WORLD_SIZE"]) // here
+
+
 def seconds_to_hold_back() -> float:
     """Return how long this rank keeps to itself an error that the others may have too: before the ranks have met.
 

@@ -20,12 +20,19 @@ class Stopwatch:
 
     With `speed` 1 it is real time. A client of speed 0.5 is a machine half as fast as this one: its seconds pass twice as
     quickly, so a budget holds half the steps.
+
+    Args:
+        speed: of this machine.
+        clock: in seconds; one that never jumps.
+        start: when the time began to run on that clock; by default now.
     """
 
-    def __init__(self, speed: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, speed: float = 1.0, clock: Callable[[], float] = time.monotonic, start: float | None = None
+    ) -> None:
         self._clock = clock
         self._speed = speed
-        self._start = clock()
+        self._start = clock() if start is None else start
 
     def elapsed(self) -> float:
         """Return the seconds since the start on this watch."""
@@ -73,7 +80,7 @@ def train_steps(
         fabric: set up and launched.
         module: the GPTModule as `fabric.setup` returned it.
         optimizer: likewise.
-        batches: this rank's micro-batches, on the CPU.
+        batches: this rank's micro-batches, on the CPU; with several ranks they end, or fail, on all at the same one.
         accumulation: micro-batches an optimizer step.
         step_tokens: tokens a step over all ranks.
         num_steps: steps to take.
@@ -85,15 +92,16 @@ def train_steps(
     module.train()
     iterator: Iterator[Batch] = iter(batches)
     losses: list[torch.Tensor] = []
-    begin = watch.elapsed()
+    ends: list[float] = []  # of the steps so far, and the begin of the first
     committed: DataState | None = inner.data_state
     exhausted = False
     inner.pop_losses()
     optimizer.zero_grad()  # a stretch that ended in an error may have left gradients
     while num_steps is None or len(losses) < num_steps:
-        spent = watch.elapsed()
-        mean_step = (spent - begin) / max(1, len(losses))
-        if seconds is not None and losses and spent + mean_step > seconds:
+        if seconds is not None and losses:
+            losses[-1].item()  # the host runs ahead of a device: from here on by no more than a backward pass
+        ends.append(watch.elapsed())
+        if seconds is not None and losses and ends[-1] + _pace(ends) > seconds:
             break
         for micro in range(accumulation):
             batch = next(iterator, None)
@@ -115,3 +123,8 @@ def train_steps(
         losses.append(torch.stack(inner.pop_losses()).mean())
     values = tuple(torch.stack(losses).tolist()) if losses else ()  # waits for the device: the time below is real
     return LoopResult(len(values), len(values) * step_tokens, watch.elapsed(), values, exhausted)
+
+
+def _pace(ends: list[float]) -> float:
+    """Return the seconds of a step: the mean without the first one, which compiles, as soon as there are others."""
+    return (ends[-1] - ends[1]) / (len(ends) - 2) if len(ends) > 2 else ends[1] - ends[0]

@@ -18,7 +18,7 @@ from nanofed.model import GPT, GPTConfig
 from nanofed.model.attention import use_flash_attention
 from nanofed.optim import Clock, DistMuonAdamW, MuonAdamW, parameter_groups
 from nanofed.training.recipe import OCTOBER, Recipe
-from nanofed.training.strategy import ShardedStrategy
+from nanofed.training.strategy import FabricShardedStrategy, ShardedStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,8 @@ class GPTModule(LightningModule):
             lr_scale=recipe.lr_scale,
         )
         # Under a strategy without a reducer the optimizer is what moves gradients between ranks.
-        sharded = self._trainer is not None and isinstance(self._trainer.strategy, ShardedStrategy)
+        driver: Any = self._trainer or self._fabric
+        sharded = driver is not None and isinstance(driver.strategy, (ShardedStrategy, FabricShardedStrategy))
         optimizer = DistMuonAdamW if sharded else MuonAdamW
         return optimizer(
             groups,

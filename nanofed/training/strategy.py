@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.strategies.ddp import DDPStrategy as FabricDDPStrategy
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from nanofed.errors import ConfigError
 from nanofed.optim import DistMuonAdamW
@@ -27,8 +32,7 @@ class ShardedStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Start all ranks from the first one's weights; nothing is wrapped."""
         assert self.model is not None
-        for tensor in self.model.state_dict(keep_vars=True).values():
-            dist.broadcast(tensor.detach(), src=0)
+        send_weights(self.model)
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Let the module make its optimizer, which has to be one that reduces: nobody else does."""
@@ -43,6 +47,43 @@ class ShardedStrategy(DDPStrategy):
         assert isinstance(optimizer, DistMuonAdamW)
         with optimizer.no_sync():
             yield
+
+
+class FabricShardedStrategy(FabricDDPStrategy):
+    """The same for a Fabric loop: DDP's processes, a module that is not wrapped, and one `DistMuonAdamW`.
+
+    Takes DDPStrategy's arguments.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._backward_sync_control = _OptimizerControl()
+
+    def setup_module(self, module: Module) -> Module:  # type: ignore[override]
+        """Start all ranks from the first one's weights; nothing is wrapped."""
+        send_weights(module)
+        return module
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Remember the optimizer, which has to be one that reduces."""
+        if not isinstance(optimizer, DistMuonAdamW):
+            raise ConfigError("a sharded Fabric loop reduces no gradients: it needs one DistMuonAdamW")
+        assert isinstance(self._backward_sync_control, _OptimizerControl)
+        self._backward_sync_control.optimizer = optimizer
+        return super().setup_optimizer(optimizer)
+
+
+class _OptimizerControl(_BackwardSyncControl):
+    optimizer: DistMuonAdamW
+
+    def no_backward_sync(self, module: Module, enabled: bool) -> AbstractContextManager[None]:
+        return self.optimizer.no_sync() if enabled else nullcontext()
+
+
+def send_weights(module: Module) -> None:
+    """Give all ranks the first one's weights."""
+    for tensor in module.state_dict(keep_vars=True).values():
+        dist.broadcast(tensor.detach(), src=0)
 
 
 def automatic(**trainer: Any) -> str | ShardedStrategy:

@@ -36,6 +36,10 @@ def make_corpus(folder: Path) -> Path:
 
 def federation(corpus: Path, runs: Path, name: str, **federation: Any) -> Federation:
     """Parse a federation; keys without a dot are of `federation`."""
+    return Federation.from_args(arguments(corpus, runs, name, **federation))
+
+
+def arguments(corpus: Path, runs: Path, name: str, **federation: Any) -> list[str]:
     given = {
         "name": name,
         "runs_dir": runs,
@@ -59,7 +63,7 @@ def federation(corpus: Path, runs: Path, name: str, **federation: Any) -> Federa
         key if "." in key or key in given or key in ("ckpt_path", "seed_everything") else f"federation.{key}": value
         for key, value in own.items()
     }
-    return Federation.from_args([f"--{key}={value}" for key, value in given.items()])
+    return [f"--{key}={value}" for key, value in given.items()]
 
 
 @dataclass

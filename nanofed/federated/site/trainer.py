@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +17,16 @@ from torch import Tensor
 
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
+from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
+from nanofed.federated.site.ranks import Ranks, SharedBatches, SharedStopwatch, Turn
+from nanofed.federated.site.states import Saved, StateFolder
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, SAFE_NAME, Hello, Instructions, Report
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import accumulation_steps
+from nanofed.training.strategy import send_weights
 
 logger = logging.getLogger(__name__)
 
@@ -39,26 +43,35 @@ class LocalTrainer(Protocol):
         """Train one round from the weights in `arrays`."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ClientState:
-    """What a client keeps between rounds: its optimizer state after round `round`."""
+    """What a client keeps between rounds: its optimizer state after round `round` of a run."""
 
-    round: int = 0
-    optimizer: defaultdict[Tensor, Any] = field(default_factory=lambda: defaultdict(dict))
+    run: str
+    round: int
+    optimizer: defaultdict[Tensor, Any]
 
 
 class FabricTrainer:
     """Trains with Fabric, for one client or for several that take turns on the same model.
 
     Weights and data position come with every message, so clients in one process share the model and each keeps only its
-    optimizer state: in memory, and on disk so that a stopped run goes on exactly and a Ray actor finds what another left.
+    optimizer state: in memory, and on disk so that a stopped run goes on exactly and a Ray actor finds what another left. A
+    round that fails or is aborted leaves what is kept as it was.
+
+    With several ranks each has a trainer, and all train the same round at the same time.
 
     Args:
         module: the GPTModule, not yet configured.
         data: the shards and tokenizer.
-        fabric: one device.
+        fabric: launched; with several devices under FabricShardedStrategy.
         folder: where the clients' states are kept.
         speed: client name -> its speed; 1 is this machine.
+        durable: whether a state counts as saved only when the disk has it.
+
+    Attributes:
+        ranks: all of this trainer's.
+        states: what is kept, on the first rank.
     """
 
     def __init__(
@@ -68,75 +81,97 @@ class FabricTrainer:
         fabric: Fabric,
         folder: Path,
         speed: Callable[[str], float] = lambda client: 1.0,
+        *,
+        durable: bool = False,
     ) -> None:
         with fabric.init_module():
             module.configure_model()
+        module.fabric = fabric
+        self.ranks = Ranks()
+        self.states = StateFolder(folder, durable=durable)
         self._module = module
         self._data = data
         self._fabric = fabric
-        self._folder = folder
         self._speed = speed
         self._optimizer = module.configure_optimizers()
         self._fabric_module, self._fabric_optimizer = fabric.setup(module, self._optimizer)
         self._parameters: dict[str, Tensor] = dict(module.gpt.state_dict(keep_vars=True))
         # Names and shapes alone: arrays of no memory.
         self._like = {n: np.broadcast_to(np.float32(0), tuple(p.shape)) for n, p in self._parameters.items()}
-        self._states: dict[str, ClientState] = {}
+        self._kept: dict[str, ClientState] = {}
+        self._pace: dict[str, float] = {}
 
     def hello(self, client: str) -> Hello:
         """Say who the client is and what it runs."""
-        return Hello.of(client, self._module, self._data)
+        return Hello.of(
+            client, self._module, self._data, devices=self.ranks.size, tokens_per_second=self._pace.get(client)
+        )
 
-    def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
+    def fit(
+        self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions, turn: Turn | None = None
+    ) -> tuple[Arrays, Report]:
         """Train one round and return the local weights and the report.
+
+        Args:
+            arrays: the weights, on the first rank; the others take them from it, and return none.
+            instructions: what to do; equal on all ranks.
+            turn: lets whoever asked follow the round and end it.
 
         Raises:
             WireError: the weights are not the ones that the instructions describe.
             NanofedError: the training cannot be done (a batch that does not divide, a loss that is not finite).
+            Exception: what `turn.check` raises.
+            Agreed: in the place of all these where there are several ranks, on all of them.
         """
-        module, optimizer = self._module, self._optimizer
-        if hash_arrays(arrays) != instructions.base_hash:
-            raise WireError("the weights that arrived do not have the hash that was announced")
-        weights = CODECS[instructions.down_codec].decode(arrays, self._like)
-        accumulation = accumulation_steps(
-            instructions.batch_tokens,
-            device_batch_size=self._data.device_batch_size,
-            sequence_len=self._data.sequence_len,
-            world_size=self._fabric.world_size,
-        )
-        state = self._state_before(instructions)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(torch.from_numpy(np.array(weights[name])))
-        optimizer.state = state.optimizer
+        turn = turn or Turn()
+        ranks, data, module = self.ranks, self._data, self._module
+        with ranks.together():
+            if ranks.first:
+                self._take_weights(arrays, instructions)
+            accumulation = accumulation_steps(
+                instructions.batch_tokens,
+                device_batch_size=data.device_batch_size,
+                sequence_len=data.sequence_len,
+                world_size=ranks.size,
+            )
+            plan = RowPlan(instructions.lease, data.dataset.train, repeat=False)
+            loader = data.loader(plan, state=instructions.data, rank=ranks.number, world_size=ranks.size)
+        if ranks.size > 1:
+            send_weights(module.gpt)
+        self._optimizer.state = self._state_before(instructions)
         clock = module.clock
         clock.step, clock.tokens = instructions.clock_step, instructions.clock_tokens
         clock.step_tokens = instructions.batch_tokens * instructions.participants
         clock.horizon_tokens = instructions.horizon_tokens
         module.data_state = instructions.data
-        plan = RowPlan(instructions.lease, self._data.dataset.train, repeat=False)
-        stopwatch = Stopwatch(self._speed(instructions.client))
+        arrived = ranks.from_first(turn.arrived)
+        watch = self._stopwatch(instructions.client, arrived)
+        before = 0.0 if arrived is None else watch.elapsed()
         result = train_steps(
             self._fabric,
             self._fabric_module,
             self._fabric_optimizer,
-            self._data.loader(plan, state=instructions.data),
+            SharedBatches(loader, turn, ranks),
             accumulation=accumulation,
             step_tokens=instructions.batch_tokens,
             num_steps=instructions.max_steps,
             seconds=instructions.seconds,
-            stopwatch=stopwatch,
+            stopwatch=watch,
         )
-        if result.steps == 0 or module.data_state is None:
-            raise NanofedError(LEASE_TOO_SHORT)
-        if not np.isfinite(result.losses).all():
-            step = int(np.argmin(np.isfinite(result.losses)))
-            raise NanofedError(f"the training loss is {result.losses[step]} at step {step + 1} of the round")
-        local = {name: p.detach().to("cpu", copy=True).numpy() for name, p in self._parameters.items()}
-        if not all(np.isfinite(array).all() for array in local.values()):
-            raise NanofedError("the weights are no longer finite after the last step of the round")
-        self._keep(instructions, ClientState(instructions.round, optimizer.state))
-        payload = CODECS[instructions.up_codec].encode(local)
+        losses = ranks.mean(result.losses)
+        payload: Arrays = []
+        with ranks.together():
+            if result.steps == 0 or module.data_state is None:
+                raise NanofedError(LEASE_TOO_SHORT)
+            if not np.isfinite(losses).all():
+                step = int(np.argmin(np.isfinite(losses)))
+                raise NanofedError(f"the training loss is {losses[step]} at step {step + 1} of the round")
+            if ranks.first:
+                payload = self._local_weights(arrays, instructions)
+                turn.check()
+        self._keep(instructions)
+        seconds = result.seconds - before
+        self._pace[instructions.client] = result.tokens / seconds if seconds > 0 else 0.0
         report = Report(
             run=instructions.run,
             round=instructions.round,
@@ -146,45 +181,71 @@ class FabricTrainer:
             payload_hash=hash_arrays(payload),
             steps=result.steps,
             tokens=result.tokens,
-            seconds=result.seconds,
-            loss_first=result.losses[0],
-            loss_last=result.losses[-1],
+            seconds=seconds,
+            loss_first=losses[0],
+            loss_last=losses[-1],
             exhausted=result.exhausted,
-            data=module.data_state,
+            data=DataState.merge(ranks.gather(module.data_state)),
         )
         return payload, report
 
-    def _state_before(self, instructions: Instructions) -> ClientState:
+    def _take_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> None:
+        for name, text in (("run", instructions.run), ("client", instructions.client)):
+            if not SAFE_NAME.fullmatch(text):  # each names a folder
+                raise WireError(f"the {name} is {text[:80]!r}, no plain word")
+        if hash_arrays(arrays) != instructions.base_hash:
+            raise WireError("the weights that arrived do not have the hash that was announced")
+        weights = CODECS[instructions.down_codec].decode(arrays, self._like)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(torch.from_numpy(np.array(weights[name])))
+
+    def _local_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> Arrays:
+        local = {name: p.detach().to("cpu", copy=True).numpy() for name, p in self._parameters.items()}
+        if not all(np.isfinite(array).all() for array in local.values()):
+            raise NanofedError("the weights are no longer finite after the last step of the round")
+        down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
+        return up.pack(local, {} if up.lossless else down.decode(arrays, self._like))
+
+    def _stopwatch(self, client: str, arrived: float | None) -> Stopwatch:
+        watch = Stopwatch(self._speed(client)) if arrived is None else Stopwatch(start=arrived)
+        return SharedStopwatch(self.ranks, watch) if self.ranks.size > 1 else watch
+
+    def _state_before(self, instructions: Instructions) -> defaultdict[Tensor, Any]:
         """Return the newest state from before this round: in memory, on disk, or a fresh one."""
-        client, number = instructions.client, instructions.round
-        kept = self._states.pop(client, None)  # training changes it in place: a failed round must not leave it behind
-        files = {int(f.stem.removeprefix("round_")): f for f in self._client_folder(client).glob("round_*.pt")}
-        newest = max((n for n in files if n < number), default=0)
-        if kept is not None and newest <= kept.round < number:
-            return kept
-        if not newest:
-            return ClientState()
-        saved: dict[str, Any] = torch.load(files[newest], map_location=self._fabric.device, weights_only=True)
-        if saved["run"] != instructions.run:
-            raise NanofedError(f"{files[newest]} belongs to run {saved['run']}, not {instructions.run}: remove it")
+        client, run, number = instructions.client, instructions.run, instructions.round
+        kept = self._kept.pop(client, None)  # training changes it in place: a failed round must not leave it behind
+        saved: Saved | None = None
+        with self.ranks.together():
+            if self.ranks.first:
+                newest = self.states.newest(client, run, number)
+                if kept is not None and (kept.run != run or not newest <= kept.round < number):
+                    kept = None
+                found = self.states.load(client, run, number) if kept is None else None
+                saved = found[1] if found else None
+        if self.ranks.from_first(kept is not None):
+            assert kept is not None
+            return kept.optimizer
+        saved = self._send_state(saved)
+        if saved is None:
+            return defaultdict(dict)
         self._optimizer.state = defaultdict(dict)
-        self._optimizer.load_state_dict(saved["optimizer"])
-        return ClientState(newest, self._optimizer.state)
+        self._optimizer.load_state_dict(saved)
+        return self._optimizer.state
 
-    def _keep(self, instructions: Instructions, state: ClientState) -> None:
-        self._states[instructions.client] = state
-        folder = self._client_folder(instructions.client)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".state.tmp"
-        saved = {"run": instructions.run, "optimizer": self._optimizer.state_dict()}
-        torch.save(saved, temporary)
-        temporary.replace(folder / f"round_{instructions.round:08d}.pt")
-        # Two stay: a server that lost its open round asks for the one before. Later ones are of a future that was lost.
-        numbered = {int(f.stem.removeprefix("round_")): f for f in folder.glob("round_*.pt")}
-        stay = sorted(number for number in numbered if number <= instructions.round)[-2:]
-        for number, file in numbered.items():
-            if number not in stay:
-                file.unlink()
+    def _send_state(self, saved: Saved | None) -> Saved | None:
+        """Give all ranks the first one's saved state, a parameter at a time."""
+        if self.ranks.size == 1:
+            return saved
+        rest = self.ranks.from_first({**saved, "state": None} if saved else None)
+        if rest is None:
+            return None
+        indices = self.ranks.from_first(list(saved["state"]) if saved else [])
+        return {**rest, "state": {i: self.ranks.from_first(saved["state"][i] if saved else None) for i in indices}}
 
-    def _client_folder(self, client: str) -> Path:
-        return self._folder / client
+    def _keep(self, instructions: Instructions) -> None:
+        client, run, number = instructions.client, instructions.run, instructions.round
+        self._kept[client] = ClientState(run, number, self._optimizer.state)
+        state = self._optimizer.state_dict()  # all ranks: it is collected on the first
+        if self.ranks.first:
+            self.states.save(client, run, number, state)
