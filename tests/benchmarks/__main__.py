@@ -13,8 +13,10 @@ BENCHMARKS = {
     "data": "tokens a second from parquet to batch",
     "tokenizer": "tokens a second encoded",
     "trainer": "Trainer.fit against a bare loop over the same module and data",
+    "merge": "the server's merge against the speed of memory and against Flower's; codecs",
     "checkpoint": "seconds, bytes and memory of saving and loading",
     "startup": "seconds from `nanofed fit` to the first step, in its parts",
+    "round": "a round over real SuperLink and SuperNodes beside its training: phases, bytes, memory; against FedAvg",
     "time_to_bpb": "seconds to a given bits per byte, against the plain path on the same batches",
 }
 

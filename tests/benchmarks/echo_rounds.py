@@ -1,0 +1,103 @@
+"""The rounds of a trainer that trains nothing: same codecs, hashes and report, so that a round's cost is that of its ways.
+
+It holds the weights in fp32, as a model would, reads the text of one optimizer step, and answers with weights that have moved
+a little, each chunk of them otherwise: Flower sends an object that is there already only once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanofed.data.rows import RowPlan
+from nanofed.federated.arguments import Arguments
+from nanofed.federated.site.listener import Request
+from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
+from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.model import GPT
+from nanofed.training.recipe import accumulation_steps
+from tests.benchmarks.round_probe import marked
+
+CHANGE = 1e-3
+NOISE = 1_000_003  # numbers of noise, laid end to end over a weight from another start each time
+
+
+class EchoTrainer:
+    """Answers rounds with the weights that came, moved a little.
+
+    Args:
+        name: of the site.
+        args: of `nanofed federate`.
+    """
+
+    def __init__(self, name: str, args: Sequence[str]) -> None:
+        self._name = name
+        self._module, self._data = Arguments.from_args(args).build()
+        with torch.device("meta"):
+            shapes = {n: tuple(t.shape) for n, t in GPT(self._module.config).state_dict().items()}
+        self._weights: dict[str, Array] = {n: np.zeros(shape, np.float32) for n, shape in shapes.items()}
+        self._random = np.random.default_rng(0)
+        self._noise = CHANGE * self._random.standard_normal(NOISE, dtype=np.float32)
+
+    def hello(self) -> dict[str, Any]:
+        """Return what the site says of itself."""
+        return Hello.of(self._name, self._module, self._data).to_config()
+
+    def answer(self, request: Request) -> None:
+        """Answer one round."""
+        instructions = Instructions.from_config(request.config.get("message"))
+        if hash_arrays(request.arrays) != instructions.base_hash:
+            raise WireError("the weights that arrived do not have the hash that was announced")
+        down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
+        for (name, weight), array in zip(self._weights.items(), request.arrays, strict=True):
+            weight[...] = down.decode([array], {name: weight})[name]
+        with marked("train"):
+            start = time.monotonic()
+            for weight in self._weights.values():
+                self._move(weight)
+            state = self._read(instructions)
+            seconds = time.monotonic() - start
+        payload = []
+        for (name, weight), array in zip(self._weights.items(), request.arrays, strict=True):
+            payload += up.pack({name: weight}, {name: down.decode([array], {name: weight})[name]})
+        report = Report(
+            run=instructions.run,
+            round=instructions.round,
+            client=self._name,
+            nonce=instructions.nonce,
+            base_hash=instructions.base_hash,
+            payload_hash=hash_arrays(payload),
+            steps=1,
+            tokens=instructions.batch_tokens,
+            seconds=seconds,
+            loss_first=1.0,
+            loss_last=1.0,
+            exhausted=False,
+            data=state,
+        )
+        request.answer(payload, report.tokens, report.to_config())
+
+    def _move(self, weight: Array) -> None:
+        flat, at = weight.reshape(-1), -int(self._random.integers(NOISE))
+        while at < flat.size:
+            part = flat[max(0, at) : at + NOISE]
+            part += self._noise[max(0, -at) :][: part.size]
+            at += NOISE
+
+    def _read(self, instructions: Instructions) -> Any:
+        """Read the text of one optimizer step and return where the streams stand after it."""
+        data = self._data
+        count = accumulation_steps(
+            instructions.batch_tokens,
+            device_batch_size=data.device_batch_size,
+            sequence_len=data.sequence_len,
+            world_size=1,
+        )
+        loader = data.loader(RowPlan(instructions.lease, data.dataset.train, repeat=False), state=instructions.data)
+        *_, last = itertools.islice(loader, count)
+        return last.state

@@ -1,0 +1,28 @@
+"""`nanofed site` with a trainer that trains nothing: the same supervisor, SuperNode and client processes.
+
+python -m tests.benchmarks.echo_site --superlink HOST:PORT --name N --state FOLDER [--keys FOLDER] ARGUMENTS OF FEDERATE
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+
+from nanofed.federated.site.supervisor import run_site, site_options
+
+TRAINER = "tests.benchmarks.echo_trainer"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("superlink", "name", "state", "keys"):
+        parser.add_argument(f"--{name}", required=name != "keys")
+    own, rest = parser.parse_known_args()
+    logging.basicConfig(level=logging.INFO)
+    options = site_options(own.superlink, own.name, keys=own.keys, state=own.state)
+    run_site(replace(options, trainer=TRAINER), rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""`bin/bench round`: what a round costs beside training, over a real SuperLink and SuperNodes on loopback, in its phases.
+
+A round lasts from the first push of its weights to that of the next. Without --train the sites' trainers train nothing (see
+`echo_trainer`): what is left is the way of the weights. Memory counts all processes, those of supervision too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanofed import runtime
+from nanofed.errors import ConfigError
+from nanofed.model import GPTConfig
+from nanofed.tokenizer import load_tokenizer
+from tests.benchmarks import machine
+from tests.benchmarks.corpus import default_data, tokenizer_folder
+from tests.benchmarks.report import print_json, progress, table
+from tests.benchmarks.round_fleet import Fleet, end_on_sigterm, ours, stock
+from tests.benchmarks.round_phases import PHASES
+
+CPU = torch.device("cpu")
+
+
+def fleet(args: argparse.Namespace) -> Fleet:
+    """Return what the options ask for."""
+    tokenizer = tokenizer_folder(args.data, args.vocab_size)
+    config = GPTConfig.from_depth(
+        args.depth, vocab_size=load_tokenizer(tokenizer).vocab_size, sequence_len=args.sequence_len
+    )
+    rows = args.device_batch_size * args.sequence_len
+    given: dict[str, object] = {
+        "eval_every": 1 << 30,
+        "save_every": 1,
+        "keep_checkpoints": 1,
+        "model.depth": args.depth,
+        "model.sequence_len": args.sequence_len,
+        "model.compile": "false",
+        "model.recipe.batch_tokens": rows,
+        "model.recipe.num_steps": 10_000_000,
+        "data.path": str(runtime.dataset_dir(args.data)),
+        "data.tokenizer": str(tokenizer),
+        "data.device_batch_size": args.device_batch_size,
+        "data.eval_tokens": rows,
+        "federation.clients": args.sites,
+        "federation.down_codec": args.down,
+        "federation.up_codec": args.up,
+        "federation.round_seconds": args.round_seconds,
+        "fabric.accelerator": "cpu",
+    }
+    if not args.train:
+        given["federation.round_steps"] = 1
+    environment = dict(pair.split("=", 1) for pair in args.environment)
+    arguments = [f"--{key}={value}" for key, value in given.items()] + args.set
+    return Fleet(config, arguments, args.sites, args.rounds, args.train, args.secure, environment, args.seconds)
+
+
+def lines(result: dict[str, Any]) -> list[list[object]]:
+    """Return the rows of the table: a figure, and each side's value."""
+    sides = [result, result["stock"]] if "stock" in result else [result]
+    rows: list[list[object]] = [
+        [name, *(side[name] for side in sides)]
+        for name in ("overhead_seconds", "overhead_seconds_first", "round_seconds", "bytes_down", "bytes_up")
+    ]
+    rows += [[f"  {phase}", *(side["phases"][phase] for side in sides)] for phase in PHASES]
+    names = sorted({name for side in sides for name in side["peak_rss_mb"]})
+    rows += [[f"MB {name}", *(side["peak_rss_mb"].get(name) for side in sides)] for name in names]
+    return [*rows, ["MB together", *(side["peak_rss_mb_together"] for side in sides)]]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bin/bench round", description=__doc__)
+    add = parser.add_argument
+    add("--depth", type=int, default=4, help="d20 takes 13 GB of memory and 12 GB of disk; stock d12 about as much")
+    add("--sites", type=int, default=1)
+    add("--rounds", type=int, default=4, help="that count; one more is run")
+    add("--vocab_size", type=int, default=65_536)
+    add("--sequence_len", type=int, default=128)
+    add("--device_batch_size", type=int, default=8)
+    add("--data", default=default_data())
+    add("--down", choices=("fp32", "bf16"), default="bf16", help="codec of the weights")
+    add("--up", choices=("fp32", "bf16"), default="bf16", help="codec of the updates")
+    add("--train", action="store_true", help="with the real trainer, for rounds of --round_seconds")
+    add("--round_seconds", type=float, default=5.0)
+    add("--secure", action="store_true", help="TLS and keys, through the proxy")
+    add("--against", choices=("stock",), help="then Flower's own FedAvg in fp32, with the same sites and shapes")
+    add("--set", action="append", default=[], metavar="--KEY=VALUE", help="further options of nanofed federate")
+    add("--environment", action="append", default=[], metavar="NAME=VALUE", help="of all processes")
+    add("--folder", type=Path, help="where runs and logs go (default: a temporary folder); kept if named")
+    add("--seconds", type=float, default=1800.0, help="after which a side is given up")
+    add("--json", action="store_true", help="print one object instead of a table")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.sites < 1:
+        raise ConfigError("--rounds and --sites must be at least 1")
+    end_on_sigterm()
+    setting = fleet(args)
+    payload = 4 * setting.config.num_parameters
+    folder = args.folder.absolute() if args.folder else Path(tempfile.mkdtemp(prefix="nanofed-round-"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < 8 * payload:
+            raise ConfigError(f"{8 * payload / 1e9:.0f} GB must be free in {folder}: name another --folder")
+        progress(f"d{args.depth}: {setting.config.num_parameters:,} parameters, {args.sites} sites")
+        result = ours(setting, folder / "ours")
+        if args.against:
+            shutil.rmtree(folder / "ours" / "runs")
+            progress("Flower's FedAvg")
+            result["stock"] = stock(setting, folder / "stock")
+            result["ratio_seconds"] = result["overhead_seconds"] / result["stock"]["overhead_seconds"]
+    finally:
+        if not args.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+    result |= {name: getattr(args, name) for name in ("depth", "sites", "rounds", "down", "up", "train", "secure")}
+    result |= {"parameters": setting.config.num_parameters, **machine.describe(CPU)}
+    if args.json:
+        print_json(result)
+        return 0
+    print(table(lines(result), ["median after the first round", "ours", *(["stock"] if args.against else [])]))
+    return 0

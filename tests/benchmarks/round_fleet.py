@@ -1,0 +1,227 @@
+"""The processes of a federation on loopback, ours and Flower's stock one: started, watched to their end, and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanofed.federated.flower import binary, flower_environment, free_port
+from nanofed.federated.runtimes.settings import Value
+from nanofed.federated.runtimes.superlink import LINK, SuperLink
+from nanofed.federated.server.keys import init
+from nanofed.model import GPT, GPTConfig
+from nanofed.training.checkpoint import checkpoints
+from tests.benchmarks import round_probe, stock_app
+from tests.benchmarks.machine import ROOT
+from tests.benchmarks.report import progress
+from tests.benchmarks.round_memory import Sampler
+from tests.benchmarks.round_phases import Trace, medians
+
+MARK = "NANOFED_BENCH"
+STOP_SECONDS = 20.0
+NAME = "bench"
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What to run.
+
+    Attributes:
+        config: of the model.
+        args: of `nanofed federate`, for server and sites.
+        sites: how many.
+        rounds: that count; one more is run, whose begin ends the last one.
+        train: with the real trainer; otherwise one that trains nothing.
+        secure: TLS, keys and the proxy.
+        environment: changes to that of all processes.
+        seconds: after which a run is given up.
+    """
+
+    config: GPTConfig
+    args: Sequence[str]
+    sites: int
+    rounds: int
+    train: bool
+    secure: bool
+    environment: Mapping[str, str]
+    seconds: float
+
+
+class FleetError(RuntimeError):
+    """A process failed; the message ends with its log."""
+
+
+@contextmanager
+def _traced(fleet: Fleet, folder: Path) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Yield the environment of processes to be measured, and a dictionary that holds the figures when the block ends."""
+    watching = folder / "watching"
+    watching.mkdir(parents=True)
+    (watching / "sitecustomize.py").write_text(
+        "from tests.benchmarks import round_probe\n\nround_probe.install()\n", encoding="utf-8"
+    )
+    mark, trace = uuid.uuid4().hex, folder / "trace.jsonl"
+    changes = {
+        MARK: mark,
+        round_probe.FILE: str(trace),
+        "PYTHONPATH": f"{watching}:{ROOT}",
+        **fleet.environment,
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    figures: dict[str, Any] = {}
+    try:
+        with Sampler(f"{MARK}={mark}") as memory:
+            yield dict(os.environ), figures
+        figures |= medians(Trace(trace).rounds())
+        figures["peak_rss_mb"] = dict(sorted(memory.peaks.items()))
+        figures["peak_rss_mb_together"] = memory.together
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@contextmanager
+def _process(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process while the block lasts; it stops what it has started when it is asked to end."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), cwd=ROOT
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def ours(fleet: Fleet, folder: Path) -> dict[str, Any]:
+    """Run `nanofed server` and as many `nanofed site` as there are sites, and return the figures.
+
+    Raises:
+        FleetError: a process failed, or the run took too long.
+    """
+    address, names = f"127.0.0.1:{free_port()}", [f"site-{index}" for index in range(fleet.sites)]
+    rounds = ["--federation.rounds", str(fleet.rounds + 1), "--federation.quorum", str(fleet.sites)]
+    python = [sys.executable, "-P", "-m"]
+    server = [*python, "nanofed", "server", "--listen", address, "--name", NAME, "--runs_dir", str(folder / "runs")]
+    site = [*python, "nanofed", "site"] if fleet.train else [*python, "tests.benchmarks.echo_site"]
+    keys: dict[str, list[str]] = {name: [] for name in names}
+    if fleet.secure:
+        made = init(folder / "keys", ["127.0.0.1"], names)
+        server += ["--keys", str(made.folder)]
+        keys = {name: ["--keys", str(made.handout(name))] for name in names}
+    with _traced(fleet, folder) as (environment, figures), ExitStack() as stack:
+        log = folder / "server.log"
+        service = stack.enter_context(_process([*server, *fleet.args, *rounds], log, environment))
+        sites = {}
+        for name in names:
+            own = ["--superlink", address, "--name", name, "--state", str(folder / name), *keys[name]]
+            site_log = folder / f"{name}.log"
+            sites[name] = stack.enter_context(_process([*site, *own, *fleet.args], site_log, environment)), site_log
+        _wait(service, log, sites, fleet.seconds)
+    committed = int(checkpoints(folder / "runs" / NAME)[-1].name.removeprefix("round_"))
+    if committed != fleet.rounds + 1:
+        raise FleetError(f"{committed} rounds were committed, not {fleet.rounds + 1}: {_tail(folder / 'server.log')}")
+    return figures
+
+
+def _wait(
+    service: subprocess.Popen[bytes],
+    log: Path,
+    sites: Mapping[str, tuple[subprocess.Popen[bytes], Path]],
+    seconds: float,
+) -> None:
+    deadline = time.monotonic() + seconds
+    while service.poll() is None:
+        for name, (process, site_log) in sites.items():
+            if process.poll() is not None:
+                raise FleetError(f"{name} ended with exit code {process.returncode}: {_tail(site_log)}")
+        if time.monotonic() > deadline:
+            raise FleetError(f"the run has taken {seconds:.0f} s: {_tail(log)}")
+        time.sleep(0.2)
+    if service.returncode != 0:
+        raise FleetError(f"nanofed server ended with exit code {service.returncode}: {_tail(log)}")
+
+
+def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
+    """Run Flower's FedAvg in fp32 over a SuperLink and SuperNodes as Flower sets them up, and return the figures.
+
+    Raises:
+        FleetError: the run failed or took too long.
+    """
+    app = folder / "app"
+    app.mkdir(parents=True)
+    source = Path(stock_app.__file__)
+    (app / source.name).write_bytes(source.read_bytes())
+    (app / "pyproject.toml").write_text(
+        '[project]\nname = "stock"\nversion = "1.0.0"\ndescription = "FedAvg"\nlicense = "Apache-2.0"\n\n'
+        '[tool.flwr.app]\npublisher = "nanofed"\n\n[tool.flwr.app.components]\n'
+        f'serverapp = "{source.stem}:server"\nclientapp = "{source.stem}:client"\n\n'
+        '[tool.flwr.app.config]\nsites = 1\nrounds = 1\nshapes = ""\n',
+        encoding="utf-8",
+    )
+    with torch.device("meta"):
+        shapes = {name: list(tensor.shape) for name, tensor in GPT(fleet.config).state_dict().items()}
+    (folder / "shapes.json").write_text(json.dumps(shapes), encoding="utf-8")
+    settings: dict[str, Value] = {
+        "sites": fleet.sites,
+        "rounds": fleet.rounds + 1,
+        "shapes": str(folder / "shapes.json"),
+    }
+    log = folder / "flower.log"
+    with _traced(fleet, folder) as (environment, figures), ExitStack() as stack:
+        link = SuperLink(folder, log)
+        database = ["--database", str(folder / "superlink.db")]
+        stack.enter_context(link.running(["--insecure", *database, "--disable-runtime-dependency-installation"]))
+        for index in range(fleet.sites):
+            command = [binary("flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{link.port}"]
+            command += ["--host", "127.0.0.1", "--port", str(free_port())]
+            home = folder / f"site-{index}"
+            home.mkdir()
+            supernode = flower_environment(home)
+            stack.enter_context(_process(command, folder / f"site-{index}.log", {**environment, **supernode}))
+        run_id = link.submit(app, settings)
+        deadline = time.monotonic() + fleet.seconds
+        while not (row := _run_row(link, run_id))["status"].startswith("finished"):
+            if time.monotonic() > deadline:
+                raise FleetError(f"the stock run has taken {fleet.seconds:.0f} s: {_tail(log)}")
+            time.sleep(2)
+        if row["status"] != "finished:completed":
+            raise FleetError(f"the stock run ended as {row['status']} ({row['status-details']}): {_tail(log)}")
+    return figures
+
+
+def _run_row(link: SuperLink, run_id: int) -> dict[str, Any]:
+    text = link.command("list", LINK, "--run-id", str(run_id), "--format", "json")
+    row: dict[str, Any] = json.loads(text[text.find("{") :])["runs"][0]
+    return row
+
+
+def _tail(log: Path) -> str:
+    return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, so that no process is left behind."""
+
+    def end(number: int, frame: object) -> None:
+        progress("told to end")
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)

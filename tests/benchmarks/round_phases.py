@@ -1,0 +1,174 @@
+"""From the marks of all processes to the phases of each round: which part of it the last client's answer waited for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.round_memory import kind
+
+PHASES = (
+    "push",  # the server hashes and sends the weights
+    "SuperNode waits",  # for its next poll
+    "download",
+    "client starts",
+    "client pulls",
+    "hand-over",  # to the trainer, up to its first step
+    "train",
+    "hand-back",
+    "client pushes",
+    "upload",  # what is left of it
+    "server pulls",
+    "validate",
+    "merge and outer step",
+    "checkpoint",
+    "until next push",  # evaluate, encode, lease, see who is here
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A call in one process: seconds of the monotonic clock, and what `round_probe` noted of it."""
+
+    name: str
+    pid: int
+    start: float
+    end: float
+    info: Any
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round, from the first push of its weights to the first push of the next."""
+
+    seconds: float
+    phases: dict[str, float]
+    bytes_down: int
+    bytes_up: int
+
+    @property
+    def overhead(self) -> float:
+        """Seconds in which the last client did not train."""
+        return self.seconds - self.phases["train"]
+
+
+class Trace:
+    """All marks of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self._marks = [Mark(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        started = [mark for mark in self._marks if mark.name == "process"]
+        self._parents = {mark.pid: mark.info[0] for mark in started}
+        self._kinds = {mark.pid: kind(mark.info[1]) for mark in started}  # a forked process is what it became last
+        self._commands = {mark.pid: mark.info[1] for mark in started}
+
+    def rounds(self) -> list[Round]:
+        """Return the rounds but the last, whose end nothing marks.
+
+        Raises:
+            ValueError: a round lacks a mark that each has: somebody failed, or functions have other names by now.
+        """
+        starts: dict[object, float] = {}
+        for index, mark in enumerate(sorted(self._of("serverapp", "push"), key=lambda mark: mark.start)):
+            message, group = mark.info[0]
+            if message == "train":
+                starts.setdefault(group or index, mark.start)
+        times = sorted(starts.values())
+        return [self._round(*window) for window in itertools.pairwise(times)]
+
+    def _round(self, start: float, stop: float) -> Round:
+        inside = [mark for mark in self._marks if start <= mark.start and mark.end <= stop]
+
+        def find(what: str, where: Callable[[Mark], bool], choose: Callable[..., Mark] = max) -> Mark:
+            found = [mark for mark in inside if mark.name == what and where(mark)]
+            if not found:
+                raise ValueError(f"round at {start:.1f}: there is no mark {what!r} until {stop:.1f}; see the logs")
+            return choose(found, key=lambda mark: mark.end)
+
+        def anyone(mark: Mark) -> bool:
+            return True
+
+        last = find("client push", anyone)  # of the client that answers last
+
+        def client(mark: Mark) -> bool:
+            return mark.pid == last.pid
+
+        node = self._ancestor(last.pid, "supernode")
+
+        def supernode(mark: Mark) -> bool:
+            return mark.pid == node
+
+        app = find("app", client)
+
+        def trains(mark: Mark) -> bool:
+            return app.start <= mark.start and mark.end <= app.end and self._same_site(mark.pid, last.pid, inside)
+
+        train = find("train", trains)
+        server = [mark for mark in inside if self._kinds[mark.pid] == "serverapp"]
+        checkpoints = [mark.end for mark in server if mark.name == "checkpoint"]
+        validated = [mark.end for mark in server if mark.name == "validate"]
+        pulled = find("pull", lambda mark: mark.info is not None).end
+        ends = [
+            max(mark.end for mark in server if mark.name == "push"),
+            find("download", supernode).start,
+            find("download", supernode).end,
+            find("client", client).start,
+            find("client pull", client).end,
+            train.start,
+            train.end,
+            app.end,
+            last.end,
+            find("upload", supernode).end,
+            pulled,
+            max(validated, default=pulled),
+            find("outer", anyone).end,
+            max(checkpoints, default=0.0),
+            stop,
+        ]
+        phases, before = {}, start
+        for name, end in zip(PHASES, ends, strict=True):
+            phases[name] = max(0.0, end - before)  # what was over before the last phase ended took no time of its own
+            before = max(before, end)
+        nodes = [mark for mark in inside if self._kinds[mark.pid] == "supernode"]
+        return Round(
+            seconds=stop - start,
+            phases=phases,
+            bytes_down=sum(mark.info for mark in nodes if mark.name == "pull objects"),
+            bytes_up=sum(mark.info for mark in nodes if mark.name == "push objects"),
+        )
+
+    def _of(self, where: str, name: str) -> Iterable[Mark]:
+        return (mark for mark in self._marks if mark.name == name and self._kinds[mark.pid] == where)
+
+    def _ancestor(self, pid: int, name: str) -> int:
+        while self._kinds[pid] != name:
+            pid = self._parents[pid]
+        return pid
+
+    def _same_site(self, trainer: int, client: int, inside: Sequence[Mark]) -> bool:
+        """Tell whether a trainer is the one that a client called; a stock client trains by itself."""
+        if trainer == client:
+            return True
+        calls = [mark for mark in inside if mark.name == "call" and mark.pid == client]
+        return any(f"--name {call.info[1]} " in self._commands[trainer] for call in calls)
+
+
+def medians(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Return the figures of the rounds after the first, and the first by itself."""
+    first, *later = rounds
+    later = later or [first]
+    return {
+        "overhead_seconds": statistics.median(one.overhead for one in later),
+        "overhead_seconds_first": first.overhead,
+        "overhead_seconds_each": [one.overhead for one in rounds],
+        "round_seconds": statistics.median(one.seconds for one in later),
+        "phases": {name: statistics.median(one.phases[name] for one in later) for name in PHASES},
+        "phases_first": first.phases,
+        "bytes_down": statistics.median(one.bytes_down for one in later),
+        "bytes_up": statistics.median(one.bytes_up for one in later),
+    }
