@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("deployment")
-    corpus = make_corpus(folder / "corpus")
+    corpus = make_corpus(folder / "corpus", 6000)
     keys = init(folder / "keys", ["localhost"], ["lab-a", "lab-b", "lab-c"]).folder
     with deployment(folder, config(corpus, folder), keys) as made:
         made.serve()

@@ -23,11 +23,11 @@ BATCH = 512
 Fit = Callable[[Sequence[Any], Instructions], tuple[Arrays, Report]]
 
 
-def make_corpus(folder: Path) -> Path:
+def make_corpus(folder: Path, documents: int = 160) -> Path:
     generator = np.random.default_rng(0)
     texts = [
         " ".join(generator.choice(["alpha", "beta", "gamma", "delta", "of", "the"], int(generator.integers(10, 60))))
-        for _ in range(160)
+        for _ in range(documents)
     ]
     write_shards(texts, folder / "data", num_shards=4, rows_per_group=16)
     train_tokenizer(texts, vocab_size=300).save(folder / "tokenizer")
