@@ -282,14 +282,34 @@ def certificate(proxy: Perimeter) -> bytes | None:
 
 
 def test_requests_under_way_are_answered_before_the_end(start: Start, keys: Keys, recorder: Recorder) -> None:
-    recorder.wait = 1.0
     proxy = start()
-    with proxy.connection() as channel:
-        channel.sendall(Site(keys, "lab-a").request("pull-messages"))
-        wait_until(lambda: recorder.requests, 5, "it is under way")
+    with proxy.connection() as idle, proxy.connection() as busy:
+        idle.sendall(Site(keys, "lab-a").request("pull-messages"))
+        assert read_reply(idle).status == 200
+        recorder.wait = 2.0
+        busy.sendall(Site(keys, "lab-a").request("pull-messages"))
+        wait_until(lambda: len(recorder.requests) == 2, 5, "it is under way")
         proxy.process.terminate()
-        assert read_reply(channel).status == 200
+        assert idle.recv(1) == b""
+        busy.setblocking(False)
+        with pytest.raises(ssl.SSLWantReadError):  # not answered yet: who is idle did not have to wait for it
+            busy.recv(1)
+        busy.settimeout(10)
+        assert read_reply(busy).status == 200
     assert proxy.process.wait(10) == 0
+
+
+def test_an_answer_that_breaks_off_is_not_made_whole(start: Start, keys: Keys, recorder: Recorder) -> None:
+    good, recorder.answer = recorder.answer, b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n" + b"x" * 100
+    proxy = start()
+    with proxy.counts("upstream"), proxy.connection() as channel:
+        channel.sendall(Site(keys, "lab-a").request("pull-object"))
+        wait_until(lambda: recorder.requests, 5, "it is under way")
+        time.sleep(0.2)
+        recorder.hang_up()
+        assert read_reply(channel).body == b"x" * 100
+    recorder.answer = good
+    assert served(proxy, keys)
 
 
 def test_it_ends_with_its_parent(keys: Keys, recorder: Recorder, tmp_path: Path) -> None:
@@ -361,7 +381,9 @@ def test_addresses_without_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) ->
         guard.refuse("handshake", visitor)
         guard.leave(visitor)
     assert guard.refused["handshake"] == 2000
-    assert max(len(guard._visitors), len(guard._logged), len(guard.refused_by_address)) <= 200
+    assert max(len(guard._visitors), len(guard._logged)) <= 200
+    assert len(guard.refused_by_address) == 256
+    assert "2001:db8:7:cf::/64" in guard.refused_by_address  # the last one
 
 
 def test_an_ipv6_host_is_one_address_however_it_calls_itself() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-ADDRESSES = 4096  # remembered by name; the refusals of more are counted in all, but not by address
+ADDRESSES = 4096  # whose rates are remembered at a time
+NAMED = 256  # addresses whose refusals are listed: those refused last
 FORGET_SECONDS = 600.0
 LOG_SECONDS = 60.0  # between two lines about the same address and reason
 
@@ -141,8 +142,11 @@ class Guard:
     def refuse(self, reason: str, visitor: Visitor, detail: str = "") -> None:
         """Count a refusal, and say it in the log where it is not just the same again."""
         self.refused[reason] += 1
-        if visitor.name in self.refused_by_address or len(self.refused_by_address) < ADDRESSES:
-            self.refused_by_address.setdefault(visitor.name, Counter())[reason] += 1
+        counter = self.refused_by_address.pop(visitor.name, Counter())
+        counter[reason] += 1
+        self.refused_by_address[visitor.name] = counter  # last, since a dictionary keeps its order
+        if len(self.refused_by_address) > NAMED:
+            del self.refused_by_address[next(iter(self.refused_by_address))]
         key, now = (visitor.name, reason), time.monotonic()
         last, times = self._logged.get(key, (0.0, 0))
         if times and now - last < LOG_SECONDS:

@@ -90,16 +90,18 @@ class Relay:
 
     def __init__(self, guard: Guard, sites: Sites, upstream: Upstream, limits: Limits) -> None:
         self._guard, self._sites, self._upstream, self._limits = guard, sites, upstream, limits
+        self._waiting: set[Stream] = set()
+        self._ending = False
 
     async def serve(self, client: Stream, visitor: Visitor) -> None:
         """Answer a client's requests, one after another, until one of both sides ends."""
+        served = False
         try:
-            async with asyncio.timeout(self._limits.head_seconds):  # nobody may linger before the first request
-                await client.arrived()
-            while await self._arrived(client) and await self._exchange(client, visitor):
-                pass
+            while await self._arrived(client, served) and await self._exchange(client, visitor):
+                served = True
         except TimeoutError:
-            self._guard.refuse("silent", visitor)
+            if not served:
+                self._guard.refuse("silent", visitor)
         except Refused as refused:
             self._guard.refuse(refused.reason, visitor, refused.detail)
             await self._say(client, refused)
@@ -108,12 +110,20 @@ class Relay:
         finally:
             client.close()
 
-    async def _arrived(self, client: Stream) -> bool:
+    def end(self) -> None:
+        """Let the requests under way be the last, and end the connections that wait for one."""
+        self._ending = True
+        for client in self._waiting:
+            client.close()
+
+    async def _arrived(self, client: Stream, served: bool) -> bool:
+        self._waiting.add(client)
         try:
-            async with asyncio.timeout(self._limits.idle_seconds):
+            # Before the first request nobody may linger.
+            async with asyncio.timeout(self._limits.idle_seconds if served else self._limits.head_seconds):
                 return await client.arrived()
-        except TimeoutError:
-            return False
+        finally:
+            self._waiting.discard(client)
 
     async def _exchange(self, client: Stream, visitor: Visitor) -> bool:
         """Pass one request and its answer; returns whether another may follow."""
@@ -136,7 +146,7 @@ class Relay:
             detail = f"the SuperLink behind this proxy does not answer as it should ({type(error).__name__})"
             raise Refused("upstream", HTTPStatus.BAD_GATEWAY, detail) from error
         self._guard.count(site, request.path.decode().rpartition("/")[2], request.length, down)
-        return not request.last
+        return not (request.last or self._ending)
 
     async def _head(self, client: Stream) -> bytes:
         try:
@@ -169,9 +179,10 @@ class Relay:
             async with asyncio.timeout(limits.body_seconds(answer.length)):
                 await client.write(answer.head(close=request.last))
                 await _pump(upstream, client, answer.length)
-        except TimeoutError:
+        except (Closed, TimeoutError) as error:
+            reason = "broken_off" if client.gone else "slow_reader" if client.stalled else "upstream"
             client.abort()  # the answer has begun: nothing else can be said
-            raise Closed("slow_reader") from None
+            raise Closed(reason) from error
         if answer.last or upstream.pending:
             upstream.abort()
         return answer.length

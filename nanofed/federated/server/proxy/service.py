@@ -111,6 +111,7 @@ class Proxy:
         finally:
             accepting.cancel()
             self._listener.close()
+            self._relay.end()
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=GRACE_SECONDS)
             for task in self._tasks:
