@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from typing import Literal
 
 from nanofed.federated.server.validation import Refused
 
 WINDOW = 64  # accepted updates that the median is taken over
-WARM_UP = 8  # of them before there is a limit
+WARM_UP = 8  # of them before the median counts
+FIRST_RATIO = 10.0  # of an update's norm to the weights', before that
+LARGEST = 1e30  # of any update: fp32 has to hold the weights after it, whatever else is allowed
 
 
 class NormGuard:
@@ -32,34 +35,39 @@ class NormGuard:
         self._action = action
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
-    @property
-    def limit(self) -> float:
-        """The largest norm per root of steps; infinite during warm-up."""
-        if self._ratio is None or len(self._norms) < WARM_UP:
-            return math.inf
-        return self._ratio * statistics.median(self._norms)
+    def limit(self, weights_norm: Callable[[], float]) -> float:
+        """Return the largest norm per root of steps; in the warm-up a multiple of the weights' own norm, of all steps."""
+        if self._ratio is None:
+            return LARGEST
+        if len(self._norms) < WARM_UP:
+            return min(LARGEST, FIRST_RATIO * weights_norm())
+        return min(LARGEST, self._ratio * statistics.median(self._norms))
 
-    def scale(self, norm: float, steps: int) -> float:
+    def scale(self, norm: float, steps: int, weights_norm: Callable[[], float]) -> float:
         """Return what an update is to be multiplied with: 1, or less where it is clipped.
+
+        Args:
+            norm: L2 norm of the update.
+            steps: that it took.
+            weights_norm: returns that of the global weights; asked for in the warm-up only.
 
         Raises:
             Refused: it is too large, and such updates are rejected.
         """
-        size, limit = norm / math.sqrt(steps), self.limit
+        size, limit = norm / math.sqrt(steps), self.limit(weights_norm)
         if size <= limit:
             return 1.0
-        if self._action == "reject" or not limit > 0:
-            self._norms.append(limit)
+        if self._action == "reject" or limit == 0:
+            if len(self._norms) >= WARM_UP:
+                self._norms.append(limit)
             raise Refused(
-                "large_norm",
-                f"its update is {size:.3g} long per root of steps, {size / limit if limit else math.inf:.1f} times the limit of "
-                f"{limit:.3g}",
+                "large_norm", f"its update is {size:.3g} long per root of steps, more than the limit of {limit:.3g}"
             )
         return limit / size
 
     def accept(self, norm: float, steps: int) -> None:
-        """Count the norm of an update that was merged."""
-        self._norms.append(min(norm / math.sqrt(steps), self.limit))
+        """Count the norm of an update that was merged, as it was merged."""
+        self._norms.append(norm / math.sqrt(steps))
 
     def state_dict(self) -> list[float]:
         """Return the norms that the median is of."""

@@ -256,7 +256,7 @@ class RoundLoop:
             update = replace(update, report=replace(update.report, tokens=min(update.report.tokens, possible)))
         else:
             check_tokens(update.report, asked, self._shards, self._data.streams)
-        scale = state.norms.scale(update.norm, update.report.steps)
+        scale = state.norms.scale(update.norm, update.report.steps, state.weights_norm)
         if scale < 1:
             reason = f"its update was {1 / scale:.1f} times as long as the longest allowed"
             state.events.add("clipped", client, reason, asked.round)
@@ -289,7 +289,7 @@ class RoundLoop:
         for part in figures.merged.values():
             report = part.update.report
             state.ledger.commit(report.client, report.data)
-            state.norms.accept(part.update.norm, report.steps)
+            state.norms.accept(part.update.norm * part.scale, report.steps)
             state.pace.learn(report, None if self._simulated else part.seconds)
         state.clock.round = figures.round
         state.clock.tokens += sum(report.tokens for report in reports)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +138,10 @@ class State:
         summary.tokens, summary.seconds = self.clock.tokens, saved["seconds"]
         summary.curve = [Point(**point) for point in saved["curve"]]
         logger.info("resuming after round %d from %s", self.clock.round, path)
+
+    def weights_norm(self) -> float:
+        """Return the L2 norm of the global weights."""
+        return math.sqrt(math.fsum(float(torch.from_numpy(array).norm()) ** 2 for array in self.weights.values()))
 
     def load_weights(self, path: Path) -> None:
         """Take the global weights from a checkpoint of either path."""
