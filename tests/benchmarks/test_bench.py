@@ -108,6 +108,16 @@ def test_trainer_and_the_bare_loop_take_turns(corpus: str, capsys: pytest.Captur
     assert figures["cpu"]["trainer_ms"]["median"] > 0 < figures["cpu"]["bare_ms"]["median"]
 
 
+def test_merge_takes_turns_with_flower(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "merge", "--parameters=200e3", "--clients=2", "--turns=2")
+    assert {"gb_per_second", "share_of_copy", "ratio_to_flower"} <= result.keys()
+    for codec, worst in (("fp32", 1e-6), ("bf16", 0.05)):
+        figures = result["codecs"][codec]
+        assert figures["largest_difference"] < worst, "both sides come to the same weights"
+        assert figures["gb_per_second"]["median"] > 0 < figures["ratio_to_flower"]["median"]
+        assert figures["parts"]["fold"]["share_of_copy"] > 0 < figures["parts"]["flower"]["seconds"]["median"]
+
+
 @pytest.mark.slow
 def test_checkpoint_saves_and_loads(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(capsys, "checkpoint", "--depth=1", "--vocab_size=300", "--repeat=1", f"--data={corpus}")

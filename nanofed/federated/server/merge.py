@@ -25,16 +25,16 @@ Method = Literal["mean", "median", "trimmed_mean"]
 class Mean(Merger):
     """The weighted mean: each reply is added to one accumulator and forgotten.
 
-    The sum is in the order of arrival, so another order differs by rounding, in fp64 or with a lossy codec in fp32.
+    What is added is what travels: local weights, from whose mean the base is taken off at the end, or updates. The sum is in
+    the order of arrival, so another order differs by rounding, in fp64 or with a lossy codec in fp32.
     """
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
         kind = np.float64 if base.dtype == torch.float64 else np.float32
-        self._sums = [
-            flat(np.zeros(size, kind)) for size in base.sizes
-        ]  # NumPy's zeros take no memory before they are used
+        self._sums = [flat(np.zeros(size, kind)) for size in base.sizes]  # NumPy's zeros take no memory before use
         self._total = 0.0
+        self._scaled = 0.0  # the total of shares times scales
 
     def _fold(
         self,
@@ -43,25 +43,43 @@ class Mean(Merger):
         weight: float,
         scale: float,
     ) -> None:
+        up = self._base.up
+        factor = weight * scale * (1 if up.lossless else -1)  # of updates, local - base, base - local is wanted
+
         def worker() -> Callable[[int, slice], None]:
-            read, buffer = self._base.reader(self._base.dtype), torch.empty(BLOCK, dtype=self._base.dtype)
+            buffer = torch.empty(BLOCK, dtype=self._base.dtype)
 
             def add(index: int, part: slice) -> None:
-                update = buffer[: part.stop - part.start]
-                read(opened[index], index, part, update)
-                self._sums[index][part].sub_(update, alpha=weight * scale)
+                values = buffer[: part.stop - part.start]
+                up.read(opened[index], part, values)
+                self._sums[index][part].add_(values, alpha=factor)
 
             return add
 
         over_blocks(self._base.sizes, worker)
         self._total += weight
+        self._scaled += weight * scale
 
     def _merge(self) -> list[Tensor]:
-        def divide(index: int, part: slice) -> None:
-            self._sums[index][part].div_(self._total)
+        def updates() -> Callable[[int, slice], None]:
+            def finish(index: int, part: slice) -> None:
+                self._sums[index][part].div_(self._total)
 
-        if self._total != 1.0:
-            over_blocks(self._base.sizes, lambda: divide)
+            return finish
+
+        def weights() -> Callable[[int, slice], None]:
+            buffer = torch.empty(BLOCK, dtype=self._base.dtype)
+
+            def finish(index: int, part: slice) -> None:
+                base = buffer[: part.stop - part.start]
+                self._base.read(index, part, base)
+                mean = self._sums[index][part].div_(self._total)
+                # +0.0: where nothing moved, a weight of -0.0 stays one.
+                torch.sub(base.mul_(self._scaled / self._total), mean, out=mean).add_(0.0)
+
+            return finish
+
+        over_blocks(self._base.sizes, weights if self._base.up.lossless else updates)
         return self._sums
 
     def close(self) -> None:

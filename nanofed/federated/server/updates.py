@@ -51,6 +51,10 @@ class Base:
         """
         return self.up.tensors(arrays, self._weights)
 
+    def read(self, index: int, part: slice, out: Tensor) -> None:
+        """Write a part of one weight's base into `out`."""
+        self._down.read(self._sent[index], part, out)
+
     def reader(self, dtype: torch.dtype, elements: int = BLOCK) -> Read:
         """Return a function that writes a part of one weight's update, local - base, into `out`.
 
@@ -66,7 +70,7 @@ class Base:
 
         def read(arrays: Sequence[Tensor], index: int, part: slice, out: Tensor) -> None:
             base = buffer[: out.numel()]
-            self._down.read(self._sent[index], part, base)
+            self.read(index, part, base)
             self.up.read(arrays, part, out)
             out.sub_(base)
 
