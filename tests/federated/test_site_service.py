@@ -1,0 +1,255 @@
+"""The trainer process of a site, as its supervisor and its clients see it; its wall clock jumps all the time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Fabric
+
+from nanofed.errors import ConfigError
+from nanofed.federated.arguments import Arguments
+from nanofed.federated.site.app import ChannelClient
+from nanofed.federated.site.channel import ChannelError, call
+from nanofed.federated.site.service import split_arguments
+from nanofed.federated.site.trainer import FabricTrainer
+from nanofed.federated.wire.codec import CODECS
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Report
+from tests.federated.sites import NAME, Rounds, Trainer, initial_weights, same, tiny_args
+from tests.ranks import in_time
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+LONG: dict[str, Any] = {"max_steps": 100_000, "seconds": 1000.0}
+GONE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from nanofed.federated.site.channel import call
+config, weights = sys.argv[2:]
+arrays = list(np.load(weights).values())
+call(Path(sys.argv[1]), "fit", json.loads(config), arrays)
+"""
+
+
+@pytest.fixture(scope="module")
+def args(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return tiny_args(tiny_corpus, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def running(args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    with Trainer(args, tmp_path_factory.mktemp("states"), module="tests.federated.jumping_clock") as trainer:
+        trainer.wait_until(lambda now: now["state"] == "idle", "start", 300)
+        yield trainer
+
+
+@pytest.fixture
+def trainer(running: Trainer) -> Trainer:
+    """The running trainer, which the test before has left idle."""
+    running.wait_until(lambda now: now["state"] == "idle", "end of the test before")
+    return running
+
+
+@pytest.fixture
+def rounds(args: list[str], tiny_corpus: Path, request: pytest.FixtureRequest) -> Rounds:
+    """A run of its own for each test."""
+    return Rounds(tiny_corpus, initial_weights(args), run=request.node.name.replace("[", "-").replace("]", "")[:64])
+
+
+def in_process(args: list[str], folder: Path) -> FabricTrainer:
+    module, data = Arguments.from_args(args).build()
+    return FabricTrainer(module, data, Fabric(accelerator="cpu", devices=1), folder)
+
+
+def trained_here(args: list[str], folder: Path, rounds: Rounds, number: int) -> Rounds:
+    """Return where as many rounds in this process end."""
+    here, direct = rounds.copy(), in_process(args, folder)
+    for _ in range(number):
+        here.merge(direct.fit(here.weights, here.instructions()))
+    return here
+
+
+def test_rounds_through_the_client_are_those_in_process(
+    trainer: Trainer, rounds: Rounds, args: list[str], tmp_path: Path
+) -> None:
+    expected = trained_here(args, tmp_path, rounds, 2)
+    client = ChannelClient(NAME, trainer.socket)
+    for _ in range(2):
+        arrays, tokens, metrics = client.fit(rounds.weights, rounds.instructions().to_config())
+        report = Report.from_config(metrics)
+        assert tokens == report.tokens
+        rounds.merge((arrays, report))
+    assert same(rounds.weights, expected.weights) and rounds.data == expected.data
+    now = trainer.ping()
+    assert (now["state"], now["round"], now["steps"], now["quiet_seconds"]) == ("idle", 2, 2, 0.0)
+    assert now["pid"] == trainer.process.pid and now["tokens_per_second"] > 0 and now["warm"]
+    hello = Hello.from_config(client.get_properties({}))
+    assert hello.name == NAME and hello.devices == 1 and hello.tokens_per_second
+
+
+def test_a_lossy_answer_is_an_update_of_what_arrived(
+    trainer: Trainer, rounds: Rounds, args: list[str], tmp_path: Path
+) -> None:
+    module, _ = Arguments.from_args(args).build()
+    module.configure_model()
+    like = {name: tensor.detach().numpy() for name, tensor in module.gpt.state_dict().items()}
+    codec = CODECS["bf16"]
+    rounds.weights = codec.encode(like)
+    asked = rounds.instructions(down_codec="bf16", up_codec="bf16")
+    arrays, _ = trainer.ask(asked, rounds.weights)
+    base = codec.decode(rounds.weights, like)
+    reference = Rounds(rounds.corpus, [base[name] for name in like], run=rounds.run)
+    local: list[Any] = in_process(args, tmp_path).fit(reference.weights, reference.instructions())[0]
+    assert same(arrays, codec.pack(dict(zip(like, local, strict=True)), base))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lease": ()}, LEASE_TOO_SHORT),
+        ({"base_hash": "0" * 64}, "do not have the hash that was announced"),
+        ({"run": "../elsewhere"}, "the run is '../elsewhere', no plain word"),
+        ({"client": "lab-b"}, "instructions for 'lab-b' reached site 'lab-a'"),
+        ({"batch_tokens": 100}, "is no multiple of"),
+        ({"deadline_seconds": 0.0}, "it is over at the server"),
+    ],
+    ids=["lease", "hash", "run", "client", "batch", "deadline"],
+)
+def test_what_cannot_be_trained_is_refused_and_the_next_round_is_clean(
+    trainer: Trainer, rounds: Rounds, args: list[str], tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ChannelError, match=reason):
+        trainer.ask(rounds.instructions(**changes), rounds.weights)
+    expected = trained_here(args, tmp_path, rounds, 1)
+    trainer.train(rounds)
+    assert same(rounds.weights, expected.weights)
+
+
+def test_another_sites_client_and_foreign_words_are_refused(trainer: Trainer, rounds: Rounds) -> None:
+    with pytest.raises(ChannelError, match="the trainer of site lab-a, not of 'lab-b'"):
+        ChannelClient("lab-b", trainer.socket).get_properties({})
+    with pytest.raises(ChannelError, match="the trainer of site lab-a, not of 'lab-b'"):
+        ChannelClient("lab-b", trainer.socket).fit(rounds.weights, rounds.instructions().to_config())
+    with pytest.raises(ChannelError, match="must be one JSON string"):
+        ChannelClient(NAME, trainer.socket).fit(rounds.weights, {"nanofed": 3})
+
+
+@pytest.mark.parametrize("how", ["newer round", "client killed", "told to"], ids=["newer", "killed", "told"])
+def test_an_aborted_round_leaves_no_trace(
+    trainer: Trainer, rounds: Rounds, args: list[str], tmp_path: Path, how: str
+) -> None:
+    """Neither in the momentum that is kept, nor in the data position; and it ends at once."""
+    expected = trained_here(args, tmp_path, rounds, 2)
+    trainer.train(rounds)
+    if how == "client killed":
+        np.savez(tmp_path / "weights.npz", *rounds.weights)
+        config = json.dumps({"client": NAME, "message": rounds.instructions(**LONG).to_config()})
+        command = [sys.executable, "-c", GONE, str(trainer.socket), config, str(tmp_path / "weights.npz")]
+        client = subprocess.Popen(command)
+        trainer.wait_for_training()
+        client.kill()
+        client.wait()
+    else:
+        old = trainer.in_background(rounds, **LONG)
+        trainer.wait_for_training()
+    if how == "told to":
+        assert call(trainer.socket, "abort", {"reason": "somebody wants the machine"})[2] == {"aborted": True}
+        assert "somebody wants the machine" in str(old.wait().error)
+    if how != "newer round":
+        begin = time.monotonic()
+        trainer.wait_until(lambda now: now["state"] == "idle", "end of the round")
+        assert time.monotonic() - begin < in_time(5)
+    trainer.train(rounds)
+    if how == "newer round":
+        assert str(old.wait().error) == "the round was aborted: a newer round arrived"
+    assert same(rounds.weights, expected.weights) and rounds.data == expected.data
+    if how == "client killed":
+        assert "its client is gone" in trainer.output
+
+
+def test_a_round_of_seconds_ends_within_its_budget(trainer: Trainer, rounds: Rounds) -> None:
+    trainer.train(rounds)
+    begin = time.monotonic()
+    report = trainer.train(rounds, max_steps=100_000, seconds=2.0, deadline_seconds=60.0)
+    took = time.monotonic() - begin
+    assert report.steps > 2 and not report.exhausted
+    assert report.seconds < 2.0 * (1 + 2 / report.steps), "at most the last step is longer than those before it"
+    assert report.seconds > 1.0 and took < 2.0 + in_time(3)
+
+
+def test_a_hard_limit_ends_a_round_that_is_over_at_the_server(trainer: Trainer, rounds: Rounds) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ChannelError, match=r"it is over at the server, 0\.5 s after it arrived"):
+        trainer.ask(rounds.instructions(**{**LONG, "deadline_seconds": 0.5}), rounds.weights)
+    assert time.monotonic() - begin < in_time(5)
+
+
+def test_a_second_trainer_on_the_socket_is_refused(trainer: Trainer, args: list[str], tmp_path: Path) -> None:
+    own = [f"--name={NAME}", f"--socket={trainer.socket}", f"--state={tmp_path}"]
+    command = [sys.executable, "-m", "nanofed.federated.site.service", *own, *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and "another trainer listens" in done.stderr
+    assert trainer.ping()["state"] == "idle"
+
+
+def test_a_wrong_config_ends_the_trainer_with_its_exit_code(args: list[str], tmp_path: Path) -> None:
+    with Trainer([*args, "--data.tokenizer=/nowhere"], tmp_path) as broken:
+        assert broken.process.wait(300) == 3, broken.output
+        assert "there is no folder /nowhere" in broken.output
+        assert not broken.socket.exists()
+
+
+def test_a_trainer_ends_with_its_supervisor(args: list[str], tmp_path: Path) -> None:
+    supervisor = subprocess.Popen(["sleep", "1000"])
+    with Trainer(args, tmp_path) as orphan:
+        orphan.kill()
+        orphan._command = [part for part in orphan._command if not part.startswith("--supervisor")]
+        orphan._command.insert(4, f"--supervisor={supervisor.pid}")
+        orphan.start()
+        orphan.ping()
+        supervisor.kill()
+        supervisor.wait()
+        assert orphan.process.wait(in_time(30)) == 1
+        assert "the process that started this trainer is gone" in orphan.output
+
+
+def test_the_services_arguments_come_before_those_of_federate() -> None:
+    own, rest = split_arguments(["--name", "a", "--socket=s", "--state", "f", "--config=c", "--name=run"])
+    assert (own.name, own.state.name, own.supervisor) == ("a", "f", 0)
+    assert rest == ["--config=c", "--name=run"]
+    assert split_arguments(["--name=a", "--socket=s", "--state=f", "--name=run"])[1] == ["--name=run"]
+    for wrong in (["--name=a", "--socket=s"], ["--name"], ["--name=a", "--socket=s", "--state=f", "--supervisor=x"]):
+        with pytest.raises(ConfigError):
+            split_arguments(wrong)
+
+
+def test_a_trainer_that_hangs_does_not_answer(trainer: Trainer, rounds: Rounds) -> None:
+    old = trainer.in_background(rounds, **LONG)
+    trainer.wait_for_training()
+    assert trainer.ping()["quiet_seconds"] < in_time(5)
+    os.kill(trainer.process.pid, signal.SIGSTOP)
+    with pytest.raises(ChannelError, match="did not take ping up"):
+        trainer.ping(wait=0.5)
+    os.kill(trainer.process.pid, signal.SIGCONT)
+    call(trainer.socket, "abort", {})
+    assert old.wait().error is not None
+
+
+def test_wall_clock_jumps_do_not_reach_the_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanofed.training.loop import Stopwatch
+
+    watch = Stopwatch()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert 0 <= watch.elapsed() < 60
+    assert torch.get_num_threads() == 1
