@@ -416,6 +416,7 @@ def mutated(raw: bytes, choice: random.Random) -> bytes:
 FLEET_CALL = re.compile(rb"POST (%s) HTTP/1\.1\r\n([!-9;-~]+: [ -~\x80-\xff]*\r\n)+" % b"|".join(map(re.escape, CALLS)))
 
 
+@pytest.mark.timeout(1800)
 def test_fuzzed_requests_reach_nothing_but_the_fleet_s_calls(
     start: Start, keys: Keys, recorder: Recorder, count: Callable[[int, int], int], record_property: Callable[..., None]
 ) -> None:
