@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
@@ -84,13 +85,21 @@ class Federation(Arguments):
         names = {client_name(index): config.speed(index) for index in range(config.clients)}
         return FabricTrainer(module, data, self.fabric(), self.folder / "clients", lambda name: names.get(name, 1.0))
 
-    def loop(self, grid: Grid, run: Path, *, simulated: bool = True) -> RoundLoop:
+    def loop(
+        self,
+        grid: Grid,
+        run: Path,
+        *,
+        simulated: bool = True,
+        owners: Callable[[], Mapping[int, str]] | None = None,
+    ) -> RoundLoop:
         """Return the server's round loop, resumed or started from other weights where that is asked for.
 
         Args:
             grid: the connection to the clients.
             run: the run's folder.
             simulated: the clients share this machine.
+            owners: returns node -> the client whose key it has; None where nodes have no keys.
         """
         module, data = self.build()
         options = self.options
@@ -98,7 +107,9 @@ class Federation(Arguments):
         known = resume is not None and (run / SUMMARY).is_file()
         board = Board(run, Summary.read(run) if known else Summary(options.name, "federated"))
         device = self.fabric().device
-        loop = RoundLoop(grid, module, data, self.federation, options, run, board, device, simulated=simulated)
+        loop = RoundLoop(
+            grid, module, data, self.federation, options, run, board, device, simulated=simulated, owners=owners
+        )
         if resume is not None:
             loop.resume(resume)
         elif options.init_from:

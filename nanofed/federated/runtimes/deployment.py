@@ -22,6 +22,7 @@ from nanofed.errors import ConfigError, DataError
 from nanofed.federated.flower import is_loopback
 from nanofed.federated.processes import end_marked, ended_on_sigterm, started_as, undisturbed
 from nanofed.federated.run import Federation
+from nanofed.federated.runtimes.nodes import FOLDER, NODES, read_nodes
 from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
 from nanofed.federated.server.keys import Keys, load
 from nanofed.training.checkpoint import checkpoints
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 SERVER_APP = "nanofed.federated.runtimes.deployment_app:server"
 CLIENT_APP = "nanofed.federated.site.app:client"
-FOLDER = "server"  # of the run's folder: Flower's home and database, the lock, the log
-NODES = "nodes.json"  # in that folder: site -> its node
 WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
@@ -131,15 +130,6 @@ def _open(federation: Federation) -> Path:
     return federation.open()
 
 
-def read_nodes(folder: Path) -> dict[str, dict[str, str]]:
-    """Return what is known of each site's node: its id, and a hash of the key that it was registered with."""
-    try:
-        nodes: dict[str, dict[str, str]] = json.loads((folder / NODES).read_text())
-    except (OSError, ValueError):
-        return {}
-    return nodes
-
-
 class _Service:
     """A SuperLink, the proxy in front of it, and one run after another until one completes."""
 
@@ -192,6 +182,7 @@ class _Service:
             self._link.stop()
             options = ["--database", str(self._database), "--disable-runtime-dependency-installation"]
             if self._keys is None:
+                (self._folder / NODES).unlink(missing_ok=True)
                 self._link.start([*options, "--insecure"], port=self._options.address[1])
             else:
                 secure = ["--ssl-ca-certfile", self._keys.ca, "--ssl-certfile", self._keys.certificate]

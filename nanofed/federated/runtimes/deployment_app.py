@@ -12,6 +12,7 @@ from nanofed.errors import NanofedError
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import server_app
 from nanofed.federated.runtimes.flower_app import show_log
+from nanofed.federated.runtimes.nodes import FOLDER, NODES, owners
 from nanofed.federated.runtimes.settings import check, to_args
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.app import client
@@ -30,7 +31,9 @@ def round_loop(grid: Grid, context: Context) -> RoundLoop:
     federation = Federation.from_args(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
     if checkpoints(federation.folder):
         federation.config.ckpt_path = "last"
-    return federation.loop(grid, federation.folder, simulated=False)
+    run = federation.folder
+    has_keys = (run / FOLDER / NODES).exists()
+    return federation.loop(grid, run, simulated=False, owners=(lambda: owners(run)) if has_keys else None)
 
 
 @server.main()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 from nanofed.federated.server.validation import Refused
 
 WINDOW = 64  # accepted updates that the median is taken over
 WARM_UP = 8  # of them before the median counts
+WARM_UP_ROUNDS = 4  # and rounds: with a head that begins at zero, a first round of one step moves a tenth of the second
 FIRST_RATIO = 10.0  # of an update's norm to the weights', before that
 LARGEST = 1e30  # of any update: fp32 has to hold the weights after it, whatever else is allowed
 
@@ -34,12 +35,17 @@ class NormGuard:
         self._ratio = ratio
         self._action = action
         self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._rounds = 0
+
+    @property
+    def _is_warm(self) -> bool:
+        return self._rounds >= WARM_UP_ROUNDS and len(self._norms) >= WARM_UP
 
     def limit(self, weights_norm: Callable[[], float]) -> float:
         """Return the largest norm per root of steps; in the warm-up a multiple of the weights' own norm, of all steps."""
         if self._ratio is None:
             return LARGEST
-        if len(self._norms) < WARM_UP:
+        if not self._is_warm:
             return min(LARGEST, FIRST_RATIO * weights_norm())
         return min(LARGEST, self._ratio * statistics.median(self._norms))
 
@@ -58,21 +64,23 @@ class NormGuard:
         if size <= limit:
             return 1.0
         if self._action == "reject" or limit == 0:
-            if len(self._norms) >= WARM_UP:
+            if self._is_warm:
                 self._norms.append(limit)
             raise Refused(
                 "large_norm", f"its update is {size:.3g} long per root of steps, more than the limit of {limit:.3g}"
             )
         return limit / size
 
-    def accept(self, norm: float, steps: int) -> None:
-        """Count the norm of an update that was merged, as it was merged."""
-        self._norms.append(norm / math.sqrt(steps))
+    def accept(self, updates: Iterable[tuple[float, int]]) -> None:
+        """Count the updates of a round that was merged: the norm of each as it was merged, and its steps."""
+        self._norms.extend(norm / math.sqrt(steps) for norm, steps in updates)
+        self._rounds += 1
 
-    def state_dict(self) -> list[float]:
-        """Return the norms that the median is of."""
-        return list(self._norms)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the norms that the median is of, and the rounds so far."""
+        return {"norms": list(self._norms), "rounds": self._rounds}
 
-    def load_state_dict(self, state: list[float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up saved norms."""
-        self._norms = deque(state, maxlen=WINDOW)
+        self._norms = deque(state["norms"], maxlen=WINDOW)
+        self._rounds = state["rounds"]

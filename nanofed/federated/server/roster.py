@@ -37,6 +37,7 @@ class Roster:
         simulated: every node is waited for, so that a run takes the same course each time.
         admit: called with the hello of a client that fits; a NanofedError of it is a refusal.
         any_dataset: clients have text of their own.
+        owners: returns node -> the client whose key it has; None where nodes have no keys.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Roster:
         simulated: bool = True,
         admit: Callable[[Hello], None] = lambda hello: None,
         any_dataset: bool = False,
+        owners: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self._grid = grid
         self._expected = expected
         self._events = events
         self._patience = HELLO_SECONDS if simulated else PATIENCE_SECONDS
         self._admit = admit
+        self._owners = owners
         self._own = (*OWN, "dataset") if any_dataset else OWN
         self._names: dict[int, str] = {}
         self._asked: dict[int, float] = {}  # node -> when it was last asked
@@ -117,6 +120,11 @@ class Roster:
             hello = Hello.from_config(reply.content.config_records.get("getpropertiesres.properties"))
         except WireError as error:
             self._refuse(f"node {node}", str(error))
+            return
+        if self._owners is not None and (owner := self._owners().get(node)) != hello.name:
+            self._refuse(
+                f"node {node}", f"it goes by the name {hello.name}, and its key is that of {owner or 'nobody'}"
+            )
             return
         if reason := self._why_not(hello):
             self._refuse(hello.name, reason)

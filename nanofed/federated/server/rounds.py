@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class RoundLoop:
         board: where figures go.
         device: where the server evaluates.
         simulated: the clients share this machine: they may take turns, and one that is refused will not be another later.
+        owners: returns node -> the client whose key it has; None where nodes have no keys.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RoundLoop:
         device: torch.device,
         *,
         simulated: bool = False,
+        owners: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         if simulated and config.quorum > config.clients:
             raise ConfigError(
@@ -98,6 +100,7 @@ class RoundLoop:
             simulated=simulated,
             admit=self._admit,
             any_dataset=config.sharding == "local",
+            owners=owners,
         )
         self._presence = Presence(self._roster, config, events, module.seed, simulated=simulated)
         self._unsaved = False  # a checkpoint was due and could not be written
@@ -289,8 +292,9 @@ class RoundLoop:
         for part in figures.merged.values():
             report = part.update.report
             state.ledger.commit(report.client, report.data)
-            state.norms.accept(part.update.norm * part.scale, report.steps)
             state.pace.learn(report, None if self._simulated else part.seconds)
+        parts = figures.merged.values()
+        state.norms.accept((part.update.norm * part.scale, part.update.report.steps) for part in parts)
         state.clock.round = figures.round
         state.clock.tokens += sum(report.tokens for report in reports)
         state.clock.step += round(sum(report.steps for report in reports) / len(reports))
