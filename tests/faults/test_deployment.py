@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from nanofed.federated.server.keys import init
+from nanofed.federated.site.channel import call
+from nanofed.federated.site.supervisor import socket_path
 from nanofed.training.checkpoint import read_state
 from tests.faults.deployment import Deployment, config, deployment
 from tests.federated.tiny import make_corpus
@@ -50,6 +52,12 @@ def of_client(federation: Deployment, name: str, since: float) -> list[str]:
     return [event["kind"] for event in events(federation) if event["client"] == name and event["when"] >= since]
 
 
+def is_training(federation: Deployment, name: str) -> bool:
+    """Ask a site's trainer."""
+    _, _, state = call(socket_path(federation.folder / name), "ping", {}, wait=5.0)
+    return bool(state["state"] == "training")
+
+
 def no_row_is_merged_twice(federation: Deployment) -> None:
     """Check the ledger in the last checkpoint: as many tokens as rows were merged, no shard beyond its own rows."""
     state = read_state(federation.run / "checkpoints" / f"round_{federation.round():08d}")
@@ -70,7 +78,7 @@ def test_both_sites_train_and_bits_per_byte_fall(federation: Deployment) -> None
 def test_a_client_process_is_killed_while_it_trains(federation: Deployment) -> None:
     since = time.time()
     lab = federation.processes["lab-a"]
-    federation.until(lambda: bool(lab.pids("site.bundle")), "client process", 60)
+    federation.until(lambda: is_training(federation, "lab-a"), "round that lab-a trains", 60)
     lab.kill("site.bundle")
     before = federation.round()
     federation.reach(before + 1, in_time(90))  # with the other site's update
