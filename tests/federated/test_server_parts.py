@@ -49,27 +49,29 @@ def test_plain_words(text: str, shown: str) -> None:
 class TestNorms:
     def guard(self, action: Any = "clip", ratio: float | None = 4.0) -> NormGuard:
         guard = NormGuard(ratio, action)
-        for norm in range(1, WARM_UP + 1):
-            guard.accept(norm * 2.0, 4)  # per root of steps: 1 to 8, median 4.5
+        for first in range(1, WARM_UP + 1, 2):
+            guard.accept([(first * 2.0, 4), (first + 1.0, 1)])  # per root of steps: 1 to 8, median 4.5
         return guard
 
     def test_a_norm_is_held_against_the_median_per_root_of_steps(self) -> None:
         guard = self.guard()
         assert guard.scale(18.0, 1, lambda: 0.0) == 1.0 and guard.scale(36.0, 4, lambda: 0.0) == 1.0
         assert guard.scale(36.0, 1, lambda: 0.0) == pytest.approx(0.5)
-        assert guard.state_dict() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], "clipped is not merged yet"
+        assert guard.state_dict() == {"norms": [1.0, 2, 3, 4, 5, 6, 7, 8], "rounds": 4}, "clipped is not merged yet"
 
     def test_what_is_rejected_moves_the_median_no_further_than_the_limit(self) -> None:
         guard = self.guard("reject")
         with pytest.raises(Refused, match="more than the limit of 18") as refused:
             guard.scale(1e9, 1, lambda: 0.0)
-        assert refused.value.kind == "large_norm" and guard.state_dict()[-1] == 18.0
+        assert refused.value.kind == "large_norm" and guard.state_dict()["norms"][-1] == 18.0
 
     def test_before_the_median_is_known_the_weights_are_the_measure(self) -> None:
         guard = NormGuard(4.0, "reject")
         assert guard.scale(10.0, 1, lambda: 1.0) == 1.0
         with pytest.raises(Refused, match="limit of 10"):
             guard.scale(10.1, 1, lambda: 1.0)
+        guard.accept([(1.0, 1)] * 99)  # a round of many clients is one round
+        assert guard.scale(10.0, 1, lambda: 1.0) == 1.0
 
     def test_without_a_ratio_only_what_fp32_cannot_hold_is_too_large(self) -> None:
         guard = self.guard(ratio=None)
