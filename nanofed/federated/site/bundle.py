@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = "nanofed"
 LISTING = ".info/CONTENT"  # Flower's
 SETTINGS = "pyproject.toml"
+MAX_BYTES = 64 << 20  # unpacked
 
 
 class BundleError(Exception):
@@ -41,12 +42,16 @@ def check_bundle(content: bytes) -> None:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
+                raise BundleError(f"the bundle is larger than {MAX_BYTES:,} bytes")
             files = {
                 name: hashlib.sha256(archive.read(name)).hexdigest()
                 for name in archive.namelist()
                 if name not in (LISTING, SETTINGS)
             }
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
+    except BundleError:
+        raise
+    except Exception as error:  # foreign bytes: zipfile raises a dozen kinds
         raise BundleError(f"the bundle cannot be read: {error}") from error
     here = installed()
     if files != here:
