@@ -119,7 +119,7 @@ def test_a_trainer_hangs(federation: Deployment) -> None:
 
 def test_a_supernode_is_killed(federation: Deployment) -> None:
     lab = federation.processes["lab-a"]
-    lab.kill("flower-supernode")
+    lab.kill("site.supernode")
     federation.more(1)  # the other site goes on
     assert_takes_part(federation, "lab-a", 240)  # its key is refused for a minute
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError
-from nanofed.federated.flower import binary, flower_environment, free_port, is_loopback
+from nanofed.federated.flower import flower_environment, free_port, is_loopback
 from nanofed.federated.processes import end_marked, ended_on_sigterm, stop_marked, undisturbed
 from nanofed.federated.site.channel import ChannelError, call
 
@@ -245,7 +245,16 @@ class _Site:
             secure += ["--auth-supernode-private-key", str(options.key)]
         config = f'name="{options.name}" trainer="{self._socket}"'
         where = ["--superlink", options.superlink, "--host", "127.0.0.1", "--port", str(free_port())]
-        return [binary("flower-supernode"), *where, *secure, "--node-config", config]
+        return [
+            sys.executable,
+            "-P",
+            "-m",
+            "nanofed.federated.site.supernode",
+            *where,
+            *secure,
+            "--node-config",
+            config,
+        ]
 
     def _write_launcher(self) -> Path:
         """Write the command that the SuperNode starts for each message; it finds it by name, first on its PATH."""

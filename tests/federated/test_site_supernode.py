@@ -1,0 +1,56 @@
+"""A site's SuperNode: Flower's main loop with shorter waits."""
+
+from __future__ import annotations
+
+import time
+from types import ModuleType
+
+import pytest
+from flwr.superlink.grid import http_grid
+from flwr.supernode import start_client_internal
+
+from nanofed.errors import NanofedError
+from nanofed.federated.flower import ask_again_soon
+from nanofed.federated.site import supernode
+
+
+def test_waits_grow_to_flowers_and_begin_anew_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    clock = supernode.Clock()
+    for _ in range(40):
+        clock.sleep(3)
+    assert waits == sorted(waits)
+    assert (waits[0], waits[-1]) == (supernode.FIRST_WAIT, 3)
+    assert sum(waits) > 60  # who waits for minutes asks as rarely as Flower
+    clock.sleep(0.5)
+    clock.sleep(3)
+    assert waits[-2:] == [supernode.FIRST_WAIT] * 2
+    assert clock.monotonic() > 0
+
+
+def test_flowers_loop_is_the_one_that_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_client_internal, "time", time)
+    supernode.quicken(start_client_internal)
+    assert isinstance(vars(start_client_internal)["time"], supernode.Clock)
+    with pytest.raises(NanofedError, match="another way"):
+        supernode.quicken(ModuleType("another"))
+
+
+@pytest.mark.parametrize("module", [start_client_internal, http_grid])
+def test_an_object_that_is_late_is_asked_for_again_soon(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+
+    monkeypatch.setattr(module, "pull_objects", module.pull_objects)
+    ask_again_soon(module)
+    start = time.monotonic()
+
+    def pull(name: str) -> bytes:
+        if time.monotonic() - start < 0.3:
+            raise ObjectUnavailableError(name)
+        return name.encode()
+
+    assert module.pull_objects(["a", "b"], pull_object_fn=pull) == {"a": b"a", "b": b"b"}
+    assert time.monotonic() - start < 0.8  # Flower's first wait is 0.8 s at least
+    with pytest.raises(NanofedError, match="another way"):
+        ask_again_soon(ModuleType("another"))
