@@ -1,7 +1,8 @@
 """`bin/bench round`: what a round costs beside training, over a real SuperLink and SuperNodes on loopback, in its phases.
 
 A round lasts from the first push of its weights to that of the next. Without --train the sites' trainers train nothing (see
-`echo_trainer`): what is left is the way of the weights. Memory counts all processes, those of supervision too.
+`echo_trainer`): what is left is the way of the weights. Memory and CPU time are those of all processes, supervisors too; CPU
+seconds are for busy machines, on which others mean little.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def lines(result: dict[str, Any]) -> list[list[object]]:
     ]
     rows += [[f"  {phase}", *(side["phases"][phase] for side in sides)] for phase in PHASES]
     names = sorted({name for side in sides for name in side["peak_rss_mb"]})
+    rows += [[f"CPU s {name}", *(side["cpu_seconds"].get(name) for side in sides)] for name in names]
+    rows += [["CPU s together", *(sum(side["cpu_seconds"].values()) for side in sides)]]
     rows += [[f"MB {name}", *(side["peak_rss_mb"].get(name) for side in sides)] for name in names]
     return [*rows, ["MB together", *(side["peak_rss_mb_together"] for side in sides)]]
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 
 from nanofed.federated.flower import binary, flower_environment, free_port
 from nanofed.federated.runtimes.settings import Value
-from nanofed.federated.runtimes.superlink import LINK, SuperLink
+from nanofed.federated.runtimes.superlink import SuperLink
 from nanofed.federated.server.keys import init
 from nanofed.model import GPT, GPTConfig
 from nanofed.training.checkpoint import checkpoints
@@ -84,9 +85,7 @@ def _traced(fleet: Fleet, folder: Path) -> Iterator[tuple[dict[str, str], dict[s
     try:
         with Sampler(f"{MARK}={mark}") as memory:
             yield dict(os.environ), figures
-        figures |= medians(Trace(trace).rounds())
-        figures["peak_rss_mb"] = dict(sorted(memory.peaks.items()))
-        figures["peak_rss_mb_together"] = memory.together
+        figures |= medians(Trace(trace).rounds(), memory)
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
@@ -197,20 +196,15 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
             supernode = flower_environment(home)
             stack.enter_context(_process(command, folder / f"site-{index}.log", {**environment, **supernode}))
         run_id = link.submit(app, settings)
-        deadline = time.monotonic() + fleet.seconds
-        while not (row := _run_row(link, run_id))["status"].startswith("finished"):
-            if time.monotonic() > deadline:
-                raise FleetError(f"the stock run has taken {fleet.seconds:.0f} s: {_tail(log)}")
-            time.sleep(2)
-        if row["status"] != "finished:completed":
-            raise FleetError(f"the stock run ended as {row['status']} ({row['status-details']}): {_tail(log)}")
+        follower = threading.Thread(target=link.follow, args=(run_id,), daemon=True)
+        follower.start()
+        follower.join(fleet.seconds)
+        if follower.is_alive():
+            raise FleetError(f"the stock run has taken {fleet.seconds:.0f} s: {_tail(log)}")
+        status, details = link.status(run_id)
+        if status != "finished:completed":
+            raise FleetError(f"the stock run ended as {status} ({details}): {_tail(log)}")
     return figures
-
-
-def _run_row(link: SuperLink, run_id: int) -> dict[str, Any]:
-    text = link.command("list", LINK, "--run-id", str(run_id), "--format", "json")
-    row: dict[str, Any] = json.loads(text[text.find("{") :])["runs"][0]
-    return row
 
 
 def _tail(log: Path) -> str:

@@ -1,9 +1,12 @@
-"""Memory of many processes that come and go: sampled from /proc, by what they are."""
+"""Memory and CPU time of many processes that come and go: sampled from /proc, by what they are."""
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import os
 import threading
+import time
 from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +14,12 @@ from typing import Self
 
 PROC = Path("/proc")
 INTERVAL = 0.2
+TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {  # first match in the command line
     "flower-superlink": "superlink",
     "flwr-serverapp": "serverapp",
     "flower-supernode": "supernode",
+    "nanofed.federated.site.supernode": "supernode",
     "flower-superexec": "superexec",
     "flwr-clientapp": "clientapp",
     "nanofed.federated.site.bundle": "clientapp",
@@ -46,6 +51,8 @@ class Sampler:
         self.together = 0.0
         self._mark = mark.encode()
         self._ours: dict[int, bool] = {}
+        self._cpu: dict[int, tuple[str, float]] = {}  # process, dead ones too -> its kind, CPU seconds when last seen
+        self._history: list[tuple[float, dict[str, float]]] = []
         self._shared_before = _shared()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -59,6 +66,12 @@ class Sampler:
     ) -> None:
         self._end.set()
         self._thread.join()
+
+    def cpu_between(self, start: float, stop: float) -> dict[str, float]:
+        """Return CPU seconds by kind between two times of the monotonic clock; what ends between two samples is cut short."""
+        times = [when for when, _ in self._history]
+        first, last = (self._history[min(bisect.bisect(times, t), len(times) - 1)][1] for t in (start, stop))
+        return {name: seconds - first.get(name, 0.0) for name, seconds in sorted(last.items())}
 
     def _run(self) -> None:
         while not self._end.wait(INTERVAL):
@@ -80,8 +93,14 @@ class Sampler:
                 if "VmHWM" not in status:
                     continue  # it has ended
                 name = kind(command)
+                fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+                self._cpu[pid] = name, (int(fields[11]) + int(fields[12])) / TICKS
                 self.peaks[name] = max(self.peaks[name], status["VmHWM"])
                 private += status["RssAnon"] + status["RssFile"]
+        totals: dict[str, float] = defaultdict(float)
+        for name, seconds in self._cpu.values():
+            totals[name] += seconds
+        self._history.append((time.monotonic(), totals))
         self.together = max(self.together, private + max(0.0, _shared() - self._shared_before))
 
 

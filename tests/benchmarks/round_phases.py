@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.round_memory import kind
+from tests.benchmarks.round_memory import Sampler, kind
 
 PHASES = (
     "push",  # the server hashes and sends the weights
@@ -46,6 +46,7 @@ class Mark:
 class Round:
     """One round, from the first push of its weights to the first push of the next."""
 
+    start: float
     seconds: float
     phases: dict[str, float]
     bytes_down: int
@@ -75,9 +76,8 @@ class Trace:
         """
         starts: dict[object, float] = {}
         for index, mark in enumerate(sorted(self._of("serverapp", "push"), key=lambda mark: mark.start)):
-            message, group = mark.info[0]
-            if message == "train":
-                starts.setdefault(group or index, mark.start)
+            if mark.info and mark.info[0][0] == "train":
+                starts.setdefault(mark.info[0][1] or index, mark.start)  # stock messages have no group
         times = sorted(starts.values())
         return [self._round(*window) for window in itertools.pairwise(times)]
 
@@ -114,7 +114,9 @@ class Trace:
         validated = [mark.end for mark in server if mark.name == "validate"]
         pulled = find("pull", lambda mark: mark.info is not None).end
         ends = [
-            max(mark.end for mark in server if mark.name == "push"),
+            max(
+                mark.end for mark in server if mark.name == "push" and mark.info
+            ),  # stock pushes no messages to evaluate
             find("download", supernode).start,
             find("download", supernode).end,
             find("client", client).start,
@@ -136,6 +138,7 @@ class Trace:
             before = max(before, end)
         nodes = [mark for mark in inside if self._kinds[mark.pid] == "supernode"]
         return Round(
+            start=start,
             seconds=stop - start,
             phases=phases,
             bytes_down=sum(mark.info for mark in nodes if mark.name == "pull objects"),
@@ -158,10 +161,11 @@ class Trace:
         return any(f"--name {call.info[1]} " in self._commands[trainer] for call in calls)
 
 
-def medians(rounds: Sequence[Round]) -> dict[str, Any]:
+def medians(rounds: Sequence[Round], memory: Sampler) -> dict[str, Any]:
     """Return the figures of the rounds after the first, and the first by itself."""
     first, *later = rounds
     later = later or [first]
+    cpu = memory.cpu_between(later[0].start, later[-1].start + later[-1].seconds)
     return {
         "overhead_seconds": statistics.median(one.overhead for one in later),
         "overhead_seconds_first": first.overhead,
@@ -171,4 +175,7 @@ def medians(rounds: Sequence[Round]) -> dict[str, Any]:
         "phases_first": first.phases,
         "bytes_down": statistics.median(one.bytes_down for one in later),
         "bytes_up": statistics.median(one.bytes_up for one in later),
+        "cpu_seconds": {name: seconds / len(later) for name, seconds in cpu.items()},
+        "peak_rss_mb": dict(sorted(memory.peaks.items())),
+        "peak_rss_mb_together": memory.together,
     }
