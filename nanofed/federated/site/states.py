@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import IO, Any
@@ -82,6 +83,11 @@ class StateFolder:
         for number in sorted((n for n in files.keys() | memory.keys() if n < before), reverse=True):
             source: Path | IO[bytes] = io.BytesIO(memory[number]) if number in memory else files[number]
             try:
+                with zipfile.ZipFile(source) as content:  # torch writes checksums, and does not look at them
+                    if damaged := content.testzip():
+                        raise ValueError(f"{damaged} in it is damaged")
+                if isinstance(source, io.BytesIO):
+                    source.seek(0)
                 saved: Saved = torch.load(source, map_location="cpu", weights_only=True)
                 if (saved["client"], saved["run"], saved["round"]) != (client, run, number):
                     raise ValueError(f"it is of client {saved['client']}, run {saved['run']}, round {saved['round']}")
