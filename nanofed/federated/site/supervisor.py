@@ -222,7 +222,7 @@ class _Site:
         environment = flower_environment(
             home,
             PATH=f"{self._write_launcher()}:{Path(sys.executable).parent}:{runtime.environment().get('PATH', '')}",
-            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.02",
+            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1",
             **{MARK: marks["supernode"]},
         )
         self.supernode = _Child(
