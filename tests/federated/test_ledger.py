@@ -21,6 +21,8 @@ from nanofed.data.shards import Dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader
 from nanofed.errors import DataError
 from nanofed.federated.server.ledger import FREE, LEASED, MERGED, Ledger
+from nanofed.federated.server.local_ledger import LocalLedger
+from nanofed.federated.wire.messages import SiteShard
 from tests.data.corpus import build, fewer
 
 STREAMS = 4
@@ -279,3 +281,78 @@ def test_the_ledger_of_other_shards_is_refused(dataset: Dataset, tmp_path: Path)
         with pytest.raises(DataError, match="over other shards"):
             other.load_state_dict(ledger.state_dict())
         assert other.state_dict() == before
+
+
+class Sized:
+    def __init__(self, name: str, num_rows: int, text_bytes: int) -> None:
+        self.name, self.num_rows, self.text_bytes = name, num_rows, text_bytes
+
+
+def rows_of(parts: tuple[RowRange, ...]) -> list[tuple[int, str, int]]:
+    return [(part.epoch, part.shard, row) for part in parts for row in range(part.start, part.stop)]
+
+
+def whole_of(parts: tuple[RowRange, ...], streams: int) -> DataState:
+    """The streams have read a lease to its end."""
+    last = parts[-1]
+    return DataState(0, {n: StreamState(Row(last.epoch, last.shard, last.stop)) for n in range(streams)})
+
+
+def test_with_a_stride_every_site_reads_the_whole_set_and_no_row_twice() -> None:
+    ledger = Ledger([Sized(f"s{n}", 40, 40 * 5) for n in range(3)], 2)  # a token a row
+    seen: Counter[tuple[int, str, int]] = Counter()
+    owner: dict[tuple[int, str, int], int] = {}
+    for _ in range(6):
+        for part in range(3):
+            lease = ledger.lease(str(part), 8, stride=(part, 3))
+            assert len(lease) > 1
+            owner |= dict.fromkeys(rows_of(lease), part)
+            seen.update(rows_of(lease))
+            ledger.commit(str(part), whole_of(lease, 2))
+            ledger.release(str(part))
+    assert set(seen.values()) == {1}
+    first = [row for row in seen if row[0] == 0]
+    assert len(first) == 120, "the first epoch is read whole before the second goes on"
+    strided = [row for row in first if owner[row] == row[2] // 2 % 3]
+    assert len(strided) / len(first) > 0.8, "but for what others left over, each reads its own stretches"
+    for part in range(3):
+        assert {row[1] for row in first if owner[row] == part} == {"s0", "s1", "s2"}
+
+
+def test_with_a_stride_what_absent_clients_leave_is_read_by_those_who_are_there() -> None:
+    ledger = Ledger([Sized("s", 24, 24 * 5)], 2)
+    for part in (0, 1):
+        ledger.lease(str(part), 4, stride=(part, 2))
+    ledger.release("1")
+    rows: list[tuple[int, str, int]] = []
+    lease: tuple[RowRange, ...] = ()
+    while not any(part.epoch for part in lease):
+        lease = ledger.lease("0", 4, stride=(0, 2))
+        rows += [row for row in rows_of(lease) if row[0] == 0]
+        ledger.commit("0", whole_of(lease, 2))
+    assert sorted({row for _, _, row in rows}) == list(range(24)) and len(rows) == len(set(rows))
+
+
+def test_local_ledgers_lease_each_site_its_own_text() -> None:
+    own = {"a": (SiteShard("x", 20, 100, "f"),), "b": (SiteShard("x", 8, 40, "g"), SiteShard("y", 8, 40, "h"))}
+    ledger = LocalLedger(2)
+    for client, shards in own.items():
+        ledger.admit(client, shards)
+    leases = {client: ledger.lease(client, 4) for client in own}
+    assert {part.shard for part in leases["a"]} == {"x"} and ledger.share("a", 5) == 20 and ledger.share("b", 5) == 16
+    assert ledger.clients() == ("a", "b")
+    assert ledger.text_bytes("a", whole_of(leases["a"], 2)) == 5.0 * len(rows_of(leases["a"]))
+    merged = ledger.commit("a", whole_of(leases["a"], 2))
+    assert merged == len(rows_of(leases["a"])) == ledger.merged_rows() and ledger.progress("b/x") == 0
+    ledger.release("b")
+    again = LocalLedger(2)
+    again.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert again.state_dict() == ledger.state_dict() and again.data("a") == ledger.data("a")
+    with pytest.raises(DataError, match="is not what it was in this run: x differ"):
+        again.admit("a", (SiteShard("x", 20, 100, "other"),))
+    with pytest.raises(DataError, match="no shard of 2 rows"):
+        again.admit("c", (SiteShard("z", 1, 100, "f"),))
+    with pytest.raises(DataError, match="sharding=local"):
+        Ledger([Sized("x", 20, 100)], 2).load_state_dict(ledger.state_dict())
+    with pytest.raises(DataError, match="sharding=local"):
+        again.load_state_dict(Ledger([Sized("x", 20, 100)], 2).state_dict())

@@ -1,0 +1,176 @@
+"""Clients that stay away, quorums that are not met, disks that are full: what the server's rounds do then."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanofed.federated.run import Federation
+from nanofed.federated.runtimes.app import client_app
+from nanofed.federated.runtimes.in_process import InProcessGrid
+from nanofed.federated.server.events import SERVER
+from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.site.trainer import Arrays
+from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.training.checkpoint import SaveError, checkpoints, find_checkpoint, read_manifest
+from nanofed.training.run import Summary
+from tests.faults.children import call, mount_disk
+from tests.faults.hostile import play
+from tests.federated.conftest import one_thread, tiny_corpus
+from tests.federated.tiny import BATCH, Fit, Site, federation, make_corpus
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["one_thread", "tiny_corpus"]  # the fixtures
+
+
+@pytest.mark.parametrize("absent", [0.3, 0.5])
+def test_clients_that_stay_away(
+    absent: float,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    count: Callable[[int, int], int],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Ten clients with a quorum of 2: every round with a quorum commits, the others change nothing."""
+    rounds = count(8, 200)
+    options = {"clients": 10, "rounds": rounds, "quorum": 2, "save_every": 0}
+    loop, site, left = play(federation(tiny_corpus, tmp_path, "away", availability=1 - absent, **options))
+    by_round = defaultdict(list)
+    for asked in site.asked:
+        by_round[asked.round].append(asked)
+    assert all(len(asked) >= 2 for asked in by_round.values())
+    assert left.events.get(SERVER, {}).get("quorum", 0) == rounds - len(by_round)
+    tokens, bases = 0, []
+    for _, asked_now in sorted(by_round.items()):
+        (base,) = {asked.base_hash for asked in asked_now}
+        assert {(asked.clock_tokens, asked.participants) for asked in asked_now} == {(tokens, len(asked_now))}
+        tokens += BATCH * len(asked_now)
+        bases.append(base)
+    assert len(set(bases)) == len(bases) and loop.board.summary.tokens == tokens
+    share = statistics.fmean(len(asked) for asked in by_round.values()) / 10
+    assert share == pytest.approx(1 - absent, abs=0.2 if rounds < 100 else 0.05)
+    if rounds < 100:
+        return
+    whole, _, _ = play(federation(tiny_corpus, tmp_path, "whole", **options))
+    bpb, all_there = loop.board.summary.bpb_end or 0.0, whole.board.summary.bpb_end or 0.0
+    cost = (
+        f"{absent:.0%} of 10 clients absent, {rounds} rounds: {bpb:.4f} bits per byte, {all_there:.4f} with all there"
+    )
+    record_property("cost", cost)
+
+
+def test_a_round_below_its_quorum_changes_nothing(tiny_corpus: Path, tmp_path: Path) -> None:
+    """Too few are there, or enough are there and too few of them answer well: weights, momentum, ledger and clock stay."""
+    config = federation(
+        tiny_corpus, tmp_path, "run", clients=3, rounds=12, quorum=2, availability=0.6, seed_everything=5
+    )
+    states: list[tuple[int, dict[str, Any]]] = []
+    loops: list[RoundLoop] = []
+
+    def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+        if asked.round % 3 == 0 and asked.client != "client-0" and tries[asked.round] < 2:
+            tries[asked.round] += 1
+            raise OSError("the disk is gone")
+        return fit(arrays, asked)
+
+    tries: dict[int, int] = defaultdict(int)
+    real = RoundLoop._round
+
+    def watched(self: RoundLoop, number: int, attempt: int) -> bool | None:
+        before = _snapshot(self)
+        outcome = real(self, number, attempt)
+        after = _snapshot(self)
+        changed = {key for key in before if before[key] != after[key]}
+        states.append((number, {"outcome": outcome, "changed": changed}))
+        loops.append(self)
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoundLoop, "_round", watched)
+        _, _, left = play(config, hook=hook)
+    merged = [seen for _, seen in states if seen["outcome"]]
+    failed = [seen for _, seen in states if seen["outcome"] is False]
+    empty = [seen for _, seen in states if seen["outcome"] is None]
+    assert merged and failed and empty
+    assert all(seen["changed"] == {"weights", "outer", "rows", "tokens", "round"} for seen in merged)
+    assert all(seen["changed"] == set() for seen in failed)
+    assert all(seen["changed"] == {"round"} for seen in empty)
+    assert left.events[SERVER]["quorum"] == len(empty)
+
+
+def _snapshot(loop: RoundLoop) -> dict[str, Any]:
+    state = loop.state
+    return {
+        "weights": [array.tobytes() for array in state.weights.values()],
+        "outer": {name: tensor.numpy().tobytes() for name, tensor in state.outer.state_dict().items()},
+        "rows": state.ledger.merged_rows(),
+        "tokens": (state.clock.tokens, state.clock.step),
+        "round": state.clock.round,
+    }
+
+
+def _loop(config: Federation) -> RoundLoop:
+    site = Site(config.trainer())
+    names = [f"client-{n}" for n in range(config.federation.clients)]
+    return config.loop(InProcessGrid(client_app(lambda context: site), names), config.folder)
+
+
+def _serve_on_a_small_disk(corpus: Path, change: str) -> None:
+    """Only the checkpoints are on that disk: what is written of figures and clients' states has room."""
+    torch.set_num_threads(1)
+    make_corpus(corpus)
+    options: dict[str, Any] = {"rounds": 4, "save_every": 1, "keep_checkpoints": 2, "eval_every": 1}
+    whole, _, _ = play(federation(corpus, corpus, "whole", **options))
+    one = sum(p.stat().st_size for p in find_checkpoint(corpus / "whole").rglob("*") if p.is_file())
+    config = federation(corpus, corpus, "run", **options)
+    disk = config.open() / "checkpoints"
+    disk.mkdir()
+    size = str((3 << 20) + one * 4)
+    mount_disk(disk, size)
+    loop, ballast = _loop(config), disk / "ballast"
+    real = loop._round
+
+    def losing_the_disk(number: int, attempt: int) -> bool | None:
+        if number == 2 and change == "full":
+            with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 16))
+        elif number == 2:
+            mount_disk(disk, size, "ro")
+        return real(number, attempt)
+
+    loop._round = losing_the_disk  # type: ignore[method-assign]
+    with pytest.raises(SaveError):
+        loop.train()  # the last checkpoint has to be there
+    loop.board.close()
+    assert loop.state.clock.round == 4, "the run went on"
+    lost = loop.state.events.last("disk", SERVER)
+    assert lost is not None and lost.count == 3 and lost.round == 4
+    assert [path.name for path in checkpoints(config.folder)] == ["round_00000001"]
+    read_manifest(find_checkpoint(config.folder))
+    for name, array in loop.weights.items():
+        assert array.tobytes() == whole.weights[name].tobytes()
+    if change == "full":
+        ballast.unlink()
+    else:
+        mount_disk(disk, size, "larger")
+    resumed = _loop(federation(corpus, corpus, "run", ckpt_path="last", **options))
+    assert resumed.state.clock.round == 1
+    resumed.train()
+    resumed.board.close()
+    assert find_checkpoint(config.folder).name == "round_00000004"
+    assert read_manifest(find_checkpoint(config.folder)).tokens == whole.state.clock.tokens
+    assert [point.step for point in Summary.read(config.folder).curve] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("change", ["full", "ro"])
+def test_a_server_on_a_full_or_read_only_disk_goes_on_and_fails_at_its_end(change: str, tmp_path: Path) -> None:
+    call(_serve_on_a_small_disk, tmp_path, change)
