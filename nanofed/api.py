@@ -176,6 +176,10 @@ def federate(
         from nanofed.federated.runtimes.simulation import run_simulation
 
         return run_simulation(federation)
+    if federation.config.runtime == "deployment":
+        from nanofed.federated.runtimes.rehearsal import run_deployment
+
+        return run_deployment(federation)
     return run_in_process(federation)
 
 
