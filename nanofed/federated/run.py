@@ -17,6 +17,7 @@ from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.outer import OuterNesterov
+from nanofed.federated.server.owner import check_free
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest
@@ -64,6 +65,7 @@ class Federation(Arguments):
         """Make the run's folder and save the resolved config in it, when all else has been checked."""
         options, config = self.options, self.federation
         check_unused(options)
+        check_free(options.folder)
         module, data = self.build()
         batch_tokens = module.recipe.batch_tokens
         if config.global_batch_tokens is not None:
