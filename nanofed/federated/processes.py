@@ -82,27 +82,28 @@ def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -
     process.wait()
 
 
-def end_marked(marker: str, *, spare: int | None = None) -> None:
-    """Kill every session in which a process was started with `marker`, but for that of the process `spare`.
+def end_marked(marker: str, name: str = "") -> None:
+    """Kill what a marked session has started, but for this process's own session.
 
     Args:
-        marker: `NAME=value` in the environment.
-        spare: leader of a session that stays.
+        marker: `NAME=value` in the environment of a process of the session.
+        name: only processes with this in their command line.
     """
-    while left := members(marked_sessions(marker) - {spare, os.getsid(0)}):
+    while left := started_as(marker, name):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
 
 
-def started_as(marker: str, name: str) -> bool:
-    """Tell whether a process of a marked session has `name` in its command line."""
-    for pid in members(marked_sessions(marker)):
+def started_as(marker: str, name: str) -> list[int]:
+    """Return the processes of marked sessions, but for this process's own, that have `name` in their command line."""
+    found = []
+    for pid in members(marked_sessions(marker) - {os.getsid(0)}):
         with contextlib.suppress(OSError):
             if name.encode() in (PROC / str(pid) / "cmdline").read_bytes():
-                return True
-    return False
+                found.append(pid)
+    return found
 
 
 def marked_sessions(marker: str) -> set[int]:

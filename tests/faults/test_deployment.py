@@ -6,10 +6,11 @@ One deployment serves all tests of this file, in their order: each does its harm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -145,10 +146,62 @@ def test_the_round_loop_is_killed(federation: Deployment) -> None:
     no_row_is_merged_twice(federation)
 
 
+@pytest.mark.parametrize("phase", ["starting", "waiting", "training", "merging", "saving"])
+@pytest.mark.timeout(3600)  # at the full count
+def test_the_round_loop_is_killed_in_a_phase(
+    federation: Deployment, phase: str, count: Callable[[int, int], int], record_property: Callable[[str, object], None]
+) -> None:
+    server = federation.processes["server"]
+    for attempt in range(count(1, 5)):
+        if phase == "starting":
+            server.kill("flwr-serverapp")
+        catch(federation, phase)
+        server.kill("flwr-serverapp")
+        before, tokens, rows = federation.round(), federation.manifest().tokens, merged_rows(federation)
+        seconds = federation.reach(before + 1, 240)
+        record_property(f"round_after_seconds_{attempt}", round(seconds, 1))
+        assert seconds < in_time(60)
+        assert federation.round() >= before + 1
+        assert federation.manifest().tokens > tokens
+        assert merged_rows(federation) >= rows
+
+
+def catch(federation: Deployment, phase: str) -> None:
+    """Wait for the moment at which the server says that it is in a phase."""
+    live = federation.run / "server.json"
+    seen = json.loads(live.read_text())["when"]
+
+    def there() -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(live.read_text())
+            return bool(said["when"] > seen and said["phase"] == phase)
+        return False
+
+    deadline = time.monotonic() + in_time(120)
+    while not there():
+        assert time.monotonic() < deadline, f"never {phase}\n{federation.tails()}"
+        time.sleep(0.0005)
+
+
+def merged_rows(federation: Deployment) -> int:
+    """Return how many rows of text the last checkpoint counts as merged."""
+    state = read_state(federation.run / "checkpoints" / f"round_{federation.round():08d}")
+    closed = 1500 * sum(int(epoch) for epoch in state["ledger"]["epoch"].values())
+    return closed + sum(int(length) for _, _, runs in state["ledger"]["rows"] for value, length in runs if value == 2)
+
+
+def test_the_launcher_of_round_loops_is_killed(federation: Deployment) -> None:
+    server = federation.processes["server"]
+    before = federation.round()
+    server.kill("flower-superexec")
+    federation.reach(before + 2, 240)
+    assert "launcher died" in server.output
+
+
 def test_the_superlink_is_killed(federation: Deployment) -> None:
     server = federation.processes["server"]
     before = federation.round()
-    server.kill("flower-superlink")
+    server.kill("superlink_process")
     federation.reach(before + 2, 240)
     assert "the SuperLink died" in server.output
     no_row_is_merged_twice(federation)

@@ -168,7 +168,7 @@ class _Service:
                 )
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (crashes - 1))
             logger.warning("the run ended (%s); it goes on from round %d in %.0f s", failure, now, pause)
-            end_marked(self._link.marker, spare=self._link.pid)
+            end_marked(self._link.marker, "flwr-serverapp")
             time.sleep(pause)
 
     def _round(self) -> int:
@@ -234,7 +234,9 @@ class _Service:
         said: list[str] = []
         follower = threading.Thread(target=lambda: said.append(self._link.follow(run_id)), daemon=True)
         follower.start()
-        seen, missing, sites = False, 0.0, self._keys.names() if self._keys else []
+        sites = self._keys.names() if self._keys else []
+        # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
+        loop, launcher = _Watched(self._link.marker, "flwr-serverapp"), _Watched(self._link.marker, "flower-superexec")
         while follower.is_alive():
             follower.join(WATCH_SECONDS)
             if not self._link.alive:
@@ -245,10 +247,10 @@ class _Service:
             if self._keys is not None and self._keys.names() != sites:
                 self._register(self._keys)
                 sites = self._keys.names()
-            # Flower notices a killed round loop by its missing heartbeats, which takes a minute.
-            alive = started_as(self._link.marker, "flwr-serverapp")
-            seen, missing = seen or alive, 0.0 if alive else missing + WATCH_SECONDS
-            if seen and missing >= GONE_SECONDS:
+            if launcher.is_gone():
+                self._link.stop()
+                return "the SuperLink's launcher died"
+            if loop.is_gone():
                 self._link.command("stop", str(run_id), LINK, check=False)
                 return "the round loop died"
         if not self._link.alive:
@@ -263,3 +265,24 @@ class _Service:
         with undisturbed():
             self._link.stop()
             end_marked(self._link.marker)
+
+
+class _Watched:
+    """A process that was there and may be gone.
+
+    Args:
+        marker: of the sessions in which to look for it.
+        name: in its command line.
+    """
+
+    def __init__(self, marker: str, name: str) -> None:
+        self._marker = marker
+        self._name = name
+        self._seen: float | None = None  # when it was there last
+
+    def is_gone(self) -> bool:
+        """Look, and tell whether it was there once and has not been for `GONE_SECONDS`."""
+        now = time.monotonic()
+        if started_as(self._marker, self._name):
+            self._seen = now
+        return self._seen is not None and now - self._seen >= GONE_SECONDS

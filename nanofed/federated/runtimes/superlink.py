@@ -8,6 +8,7 @@ import re
 import shutil
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -115,7 +116,7 @@ class SuperLink:
         address = ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(self.port)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [binary("flower-superlink"), *address, *options],
+                [sys.executable, "-P", "-m", "nanofed.federated.runtimes.superlink_process", *address, *options],
                 cwd=self._nowhere,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

@@ -280,6 +280,7 @@ class RoundLoop:
     def _commit(self, merger: Merger, asked: Mapping[str, Instructions], figures: RoundFigures) -> bool:
         """Step the weights, and enter the round in ledger, clock and what is known of the clients: all of it or nothing."""
         state, started = self.state, time.monotonic()
+        self._say("merging", figures.round)
         reports = [part.update.report for part in figures.merged.values()]
         gradient = merger.result()
         figures.take(gradient, merger.cosines())
@@ -315,6 +316,7 @@ class RoundLoop:
 
     def _save(self, *, last: bool = False) -> None:
         """Write the round's checkpoint. Where there is no room the run goes on, and tries again after every round."""
+        self._say("saving", self.state.clock.round)
         try:
             self.state.save(self._run, self._module, self._data, self.board.summary)
         except SaveError as error:
