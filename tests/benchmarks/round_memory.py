@@ -16,10 +16,10 @@ PROC = Path("/proc")
 INTERVAL = 0.2
 TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {  # first match in the command line
-    "flower-superlink": "superlink",
+    "nanofed.federated.runtimes.superlink_process": "superlink",
     "flwr-serverapp": "serverapp",
-    "flower-supernode": "supernode",
     "nanofed.federated.site.supernode": "supernode",
+    "flower-supernode": "supernode",  # stock
     "flower-superexec": "superexec",
     "flwr-clientapp": "clientapp",
     "nanofed.federated.site.bundle": "clientapp",
