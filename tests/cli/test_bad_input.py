@@ -466,7 +466,7 @@ def interrupt() -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [("fit", "nanofed.training.callbacks"), ("federate", "nanofed.federated.server.rounds")],
+    [("fit", "nanofed.training.callbacks"), ("federate", "nanofed.federated.server.board")],
 )
 def test_ctrl_c_is_130(
     command: str,
