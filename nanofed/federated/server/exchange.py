@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,15 @@ from flwr.serverapp import Grid
 
 from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.validation import Refused, Sent, Update, check_reply
+from nanofed.federated.wire.codec import payload_bytes
 from nanofed.federated.wire.messages import Instructions
 
 POLL_SECONDS = 0.1
 MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them, less often
 T = TypeVar("T")
 
+# Flower's messages are cycles, weights and all: few objects, so that Python would look for them too late.
+WASTE_BYTES = 64 << 20
 REMEMBERED = 1000  # messages of earlier rounds, whose answers can still be told apart
 
 
@@ -50,6 +54,7 @@ class Exchange:
         self._events = events
         self._given_up: OrderedDict[str, tuple[str, float]] = OrderedDict()  # message -> client, and until when to ask
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
+        self._waste = 0  # bytes of answers since garbage was collected
 
     def round(
         self,
@@ -95,6 +100,7 @@ class Exchange:
                         continue
                     client = waiting.pop(message_id)
                     self._remember(self._answered, message_id, client)
+                    self._waste += payload_bytes(sent.payload)
                     result: Update | Refused
                     try:
                         result = check_reply(reply, instructions[client], sent, streams)
@@ -108,6 +114,10 @@ class Exchange:
             for client in waiting.values():
                 yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds)
         finally:
+            if self._waste > WASTE_BYTES:
+                del arrays
+                gc.collect()
+                self._waste = 0
             for message_id, client in waiting.items():
                 self._remember(self._given_up, message_id, (client, time.monotonic() + seconds))
 
