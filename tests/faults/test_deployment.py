@@ -167,20 +167,28 @@ def test_the_round_loop_is_killed_in_a_phase(
 
 
 def catch(federation: Deployment, phase: str) -> None:
-    """Wait for the moment at which the server says that it is in a phase."""
+    """Wait for the moment at which the server says that it enters a phase; merging and saving are over in milliseconds."""
     live = federation.run / "server.json"
-    seen = json.loads(live.read_text())["when"]
+    since = json.loads(live.read_text())["when"]
 
-    def there() -> bool:
+    def said() -> str:
         with contextlib.suppress(OSError, ValueError):
-            said = json.loads(live.read_text())
-            return bool(said["when"] > seen and said["phase"] == phase)
-        return False
+            now = json.loads(live.read_text())
+            return str(now["phase"]) if now["when"] > since else ""
+        return ""
 
-    deadline = time.monotonic() + in_time(120)
-    while not there():
-        assert time.monotonic() < deadline, f"never {phase}\n{federation.tails()}"
-        time.sleep(0.0005)
+    def wait(holds: Callable[[str], bool], pause: float) -> None:
+        deadline = time.monotonic() + in_time(120)
+        while not holds(said()):
+            assert time.monotonic() < deadline, f"never {phase}\n{federation.tails()}"
+            time.sleep(pause)
+
+    if phase in ("merging", "saving"):
+        wait(lambda now: now == "training", 0.01)
+        over = ("merging", "saving", "waiting") if phase == "merging" else ("saving", "waiting")
+        wait(lambda now: now in over, 0.0)
+    else:
+        wait(lambda now: now == phase, 0.001)
 
 
 def merged_rows(federation: Deployment) -> int:
