@@ -35,7 +35,9 @@ def round_loop(grid: Grid, context: Context) -> RoundLoop:
         federation.config.ckpt_path = "last"
     run = federation.folder
     has_keys = (run / FOLDER / NODES).exists()
-    return federation.loop(grid, run, simulated=False, owners=(lambda: owners(run)) if has_keys else None)
+    loop = federation.loop(grid, run, simulated=False, owners=(lambda: owners(run)) if has_keys else None)
+    runtime.return_freed_memory()  # its model, which only evaluates, has just asked for the contrary
+    return loop
 
 
 @server.main()
