@@ -18,12 +18,13 @@ import torch
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
+from nanofed.federated.processes import ended_on_sigterm
 from nanofed.model import GPTConfig
 from nanofed.tokenizer import load_tokenizer
 from tests.benchmarks import machine
 from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.report import print_json, progress, table
-from tests.benchmarks.round_fleet import Fleet, end_on_sigterm, ours, stock
+from tests.benchmarks.round_fleet import Fleet, ours, stock
 from tests.benchmarks.round_phases import PHASES
 
 CPU = torch.device("cpu")
@@ -101,7 +102,6 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.sites < 1:
         raise ConfigError("--rounds and --sites must be at least 1")
-    end_on_sigterm()
     setting = fleet(args)
     payload = 4 * setting.config.num_parameters
     folder = args.folder.absolute() if args.folder else Path(tempfile.mkdtemp(prefix="nanofed-round-"))
@@ -110,12 +110,13 @@ def main(argv: Sequence[str]) -> int:
         if shutil.disk_usage(folder).free < 8 * payload:
             raise ConfigError(f"{8 * payload / 1e9:.0f} GB must be free in {folder}: name another --folder")
         progress(f"d{args.depth}: {setting.config.num_parameters:,} parameters, {args.sites} sites")
-        result = ours(setting, folder / "ours")
-        if args.against:
-            shutil.rmtree(folder / "ours" / "runs")
-            progress("Flower's FedAvg")
-            result["stock"] = stock(setting, folder / "stock")
-            result["ratio_seconds"] = result["overhead_seconds"] / result["stock"]["overhead_seconds"]
+        with ended_on_sigterm():  # what was started is stopped
+            result = ours(setting, folder / "ours")
+            if args.against:
+                shutil.rmtree(folder / "ours" / "runs")
+                progress("Flower's FedAvg")
+                result["stock"] = stock(setting, folder / "stock")
+                result["ratio_seconds"] = result["overhead_seconds"] / result["stock"]["overhead_seconds"]
     finally:
         if not args.folder:
             shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +25,6 @@ from nanofed.model import GPT, GPTConfig
 from nanofed.training.checkpoint import checkpoints
 from tests.benchmarks import round_probe, stock_app
 from tests.benchmarks.machine import ROOT
-from tests.benchmarks.report import progress
 from tests.benchmarks.round_memory import Sampler
 from tests.benchmarks.round_phases import Trace, medians
 
@@ -209,13 +207,3 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
 
 def _tail(log: Path) -> str:
     return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-
-
-def end_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack, so that no process is left behind."""
-
-    def end(number: int, frame: object) -> None:
-        progress("told to end")
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)

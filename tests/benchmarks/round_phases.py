@@ -25,7 +25,8 @@ PHASES = (
     "upload",  # what is left of it
     "server pulls",
     "validate",
-    "merge and outer step",
+    "fold",
+    "outer step",
     "checkpoint",
     "until next push",  # evaluate, encode, lease, see who is here
 )
@@ -112,6 +113,7 @@ class Trace:
         server = [mark for mark in inside if self._kinds[mark.pid] == "serverapp"]
         checkpoints = [mark.end for mark in server if mark.name == "checkpoint"]
         validated = [mark.end for mark in server if mark.name == "validate"]
+        folded = [mark.end for mark in server if mark.name == "fold"]
         pulled = find("pull", lambda mark: mark.info is not None).end
         ends = [
             max(
@@ -128,6 +130,7 @@ class Trace:
             find("upload", supernode).end,
             pulled,
             max(validated, default=pulled),
+            max(folded, default=pulled),
             find("outer", anyone).end,
             max(checkpoints, default=0.0),
             stop,

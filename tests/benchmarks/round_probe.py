@@ -35,6 +35,7 @@ CALLS = {  # module -> function -> name of its mark
     "flwr.serverapp.strategy.fedavg": {"FedAvg.aggregate_train": "outer"},
     "nanofed.federated.site.channel": {"call": "call"},
     "nanofed.federated.server.validation": {"check_reply": "validate"},
+    "nanofed.federated.server.folding": {"Merger.fold": "fold"},
     "nanofed.federated.server.outer": {"OuterNesterov.step": "outer"},
     "nanofed.training.checkpoint": {"write_checkpoint": "checkpoint"},
     "nanofed.training.loop": {"train_steps": "train"},

@@ -138,6 +138,24 @@ def test_startup_counts_all_parts(corpus: str, capsys: pytest.CaptureFixture[str
     assert sum(parts.values()) == pytest.approx(result["seconds"], abs=0.1)  # nothing is counted twice or left out
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are watched through /proc")
+@pytest.mark.slow
+def test_round_counts_every_second_and_byte(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--depth=1", "--sequence_len=32", "--vocab_size=300", "--rounds=2", "--seconds=240"]
+    result = run(capsys, "round", *options, f"--data={corpus}")
+    assert 0 < result["overhead_seconds"] < result["round_seconds"]
+    assert sum(result["phases"].values()) == pytest.approx(
+        result["round_seconds"], rel=1e-6
+    )  # one round: its own median
+    payload = 2 * result["parameters"]
+    for way in ("bytes_down", "bytes_up"):
+        assert payload < result[way] < 1.1 * payload + 1e5
+    seen = {"superlink", "serverapp", "supernode", "superexec", "clientapp", "trainer"}
+    assert seen <= result["peak_rss_mb"].keys()
+    assert max(result["peak_rss_mb"].values()) < result["peak_rss_mb_together"]
+    assert all(result["cpu_seconds"][name] > 0 for name in seen)
+
+
 def test_memory_is_measured_after_a_reset(corpus: str) -> None:
     setting = Setting(corpus, depth=1, sequence_len=32, vocab_size=300, compile=False)
     peaks = Training("reference", setting).memory(steps=1)
