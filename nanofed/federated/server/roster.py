@@ -25,6 +25,7 @@ HELLO_SECONDS = 120.0  # a fresh Ray actor imports torch before it answers
 PATIENCE_SECONDS = 15.0  # for which a round is held up by who has just come, where clients are machines of their own
 POLL_SECONDS = 0.1
 ASK_AGAIN_SECONDS = 60.0  # by then Flower has forgotten a dead node, of which its successor has the name
+RECOVERY_SECONDS = 15.0  # until a node that could not answer is asked again: its site may be starting something anew
 
 
 class Roster:
@@ -115,6 +116,7 @@ class Roster:
     def _take(self, node: int, reply: Message) -> None:
         if reply.has_error():
             self._refuse(f"node {node}", f"it does not answer a hello: {reply.error.reason}")
+            self._asked[node] = time.monotonic() - ASK_AGAIN_SECONDS + RECOVERY_SECONDS
             return
         try:
             hello = Hello.from_config(reply.content.config_records.get("getpropertiesres.properties"))
