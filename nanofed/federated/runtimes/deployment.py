@@ -180,6 +180,9 @@ class _Service:
         """Start what is not there of SuperLink and proxy."""
         if not self._link.alive:
             self._link.stop()
+            if self._proxy is not None:
+                self._proxy.kill()  # it would go on calling the old port
+                self._proxy.wait()
             options = ["--database", str(self._database), "--disable-runtime-dependency-installation"]
             if self._keys is None:
                 (self._folder / NODES).unlink(missing_ok=True)
