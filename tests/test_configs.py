@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nanofed.federated.config import FederationConfig
 from nanofed.federated.arguments import build_parser
+from nanofed.federated.config import FederationConfig
 from nanofed.training.config import FitCLI
 from nanofed.training.module import GPTModule
 from nanofed.training.parsing import parse

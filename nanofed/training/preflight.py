@@ -90,4 +90,6 @@ def check_checkpoints(module: GPTModule, data: TokenDataModule, options: RunOpti
         path = find_checkpoint(options.init_from)
         check_model(read_manifest(path), module.config, path)
         if options.overwrite and path.resolve().is_relative_to(run.resolve()):
-            raise ConfigError(f"--overwrite true would remove {path}, which --init_from is to start from: choose another --name")
+            raise ConfigError(
+                f"--overwrite true would remove {path}, which --init_from is to start from: choose another --name"
+            )

@@ -65,6 +65,14 @@ def config(corpus: Path, folder: Path, **options: Any) -> Path:
     return path
 
 
+def command_line(pid: int) -> str:
+    """Return how a process was started, and its state where it has ended already."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return command or Path(f"/proc/{pid}/stat").read_text().split(" ", 4)[2]
+    return "ended since"
+
+
 @dataclass
 class Process:
     """A command of nanofed and all that it starts."""
@@ -114,8 +122,8 @@ class Process:
         """End it as an operator does and return its exit code; nothing of it may be left."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(timeout=90)
-        left = [pid for pid in self.pids("") if pid != os.getpid()]
-        assert not left, f"{self.name} left {left} behind"
+        left = [f"{pid} ({command_line(pid)})" for pid in self.pids("") if pid != os.getpid()]
+        assert not left, f"{self.name} left {', '.join(left)} behind"
         return code
 
     def end(self) -> None:

@@ -22,10 +22,10 @@ from flwr.cli.build import build_fab_from_disk
 from safetensors.torch import load_file
 
 from nanofed.errors import ConfigError, DataError, NanofedError
+from nanofed.federated.processes import marked_sessions, members, stop_marked
 from nanofed.federated.run import Federation, run_in_process
 from nanofed.federated.runtimes import simulation, superlink
 from nanofed.federated.runtimes.connections import Resources
-from nanofed.federated.processes import marked_sessions, members, stop_marked
 from nanofed.federated.wire.messages import code_hash
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run import Summary
