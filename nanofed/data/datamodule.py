@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,9 +116,18 @@ class TokenDataModule(LightningDataModule):
             loader.load_state(state)
         return loader
 
-    def validation_loader(self, *, rank: int = 0, world_size: int = 1) -> ValidationLoader:
-        """Return the validation micro-batches of one rank: the first `eval_tokens` of the validation shard."""
-        return ValidationLoader(self, rank, world_size)
+    def validation_loader(
+        self, *, rank: int = 0, world_size: int = 1, batches: int | None = None, batch_rows: int | None = None
+    ) -> ValidationLoader:
+        """Return the validation micro-batches of one rank: the first `eval_tokens` of the validation shard.
+
+        Args:
+            rank: this rank, of `world_size`.
+            world_size: number of ranks.
+            batches: to read at most, in the place of what `eval_tokens` makes.
+            batch_rows: rows of each, in the place of `device_batch_size`.
+        """
+        return ValidationLoader(self, rank, world_size, batches, batch_rows)
 
     def train_dataloader(self) -> TokenLoader:
         """Return this rank's loader; a resumed run goes on where the module's `data_state` stands."""
@@ -138,33 +147,46 @@ class TokenDataModule(LightningDataModule):
 
 
 class ValidationLoader(Iterable[Batch]):
-    """The same validation rows every time it is iterated, at most `eval_tokens` over all ranks."""
+    """The same validation rows every time it is iterated, at most `eval_tokens` over all ranks.
 
-    def __init__(self, data: TokenDataModule, rank: int, world_size: int) -> None:
+    Attributes:
+        batches: at most, of this rank.
+        batch_rows: rows of each.
+    """
+
+    def __init__(
+        self,
+        data: TokenDataModule,
+        rank: int,
+        world_size: int,
+        batches: int | None = None,
+        batch_rows: int | None = None,
+    ) -> None:
         self._data = data
         self._rank = rank
         self._world_size = world_size
-        per_batch = data.device_batch_size * data.sequence_len * world_size
-        self._batches = max(1, data.eval_tokens // per_batch)
+        self.batch_rows = batch_rows or data.device_batch_size
+        per_batch = self.batch_rows * data.sequence_len * world_size
+        self.batches = batches or max(1, data.eval_tokens // per_batch)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         data = self._data
         loader = TokenLoader(
             RowPlan.validation(data.dataset),
             data.tokenizer,
             sequence_len=data.sequence_len,
-            device_batch_size=data.device_batch_size,
+            device_batch_size=self.batch_rows,
             streams=data.streams,
             rank=self._rank,
             world_size=self._world_size,
             prefetch=data.prefetch,
         )
         served = 0
-        for batch in loader.take(self._batches):
+        for batch in loader.take(self.batches):
             served += 1
             yield batch
         if served == 0:
             raise DataError(
                 f"validation shard {data.dataset.validation.name} is too short for one batch of "
-                f"{data.device_batch_size} rows of {data.sequence_len} tokens: lower data.device_batch_size or data.streams"
+                f"{self.batch_rows} rows of {data.sequence_len} tokens: lower data.device_batch_size or data.streams"
             )

@@ -23,6 +23,10 @@ class FederationConfig:
         availability: chance that a client takes part in a round (Bernoulli).
         client_speeds: how fast each client is, 1 being this machine; in process, a client of 0.5 does half the steps in a
             round of seconds.
+        evaluation: who measures bits per byte every `eval_every` rounds: the `server`, on its validation shard and beside the
+            next round; or the `sites`, each on its own validation shard with `sharding: local`, else on a share of the pinned
+            one, pooled by bytes. They measure the weights that a round brings them before they train, in addition to
+            `round_seconds`, for at most half of `grace_seconds`.
         sharding: what a client may read: `shards` leases it stretches of the least-progressed shard, `full` disjoint strides
             over the whole set, `local` rows of the shards that only its site has.
         weighting: `uniform` or `tokens`: a client's share in the mean.
@@ -49,6 +53,7 @@ class FederationConfig:
     grace_seconds: float = 300.0
     availability: float = 1.0
     client_speeds: list[float] | None = None
+    evaluation: Literal["server", "sites"] = "server"
     sharding: Literal["shards", "full", "local"] = "shards"
     weighting: Literal["uniform", "tokens"] = "uniform"
     merge: Literal["mean", "median", "trimmed_mean"] = "mean"
@@ -94,6 +99,8 @@ class FederationConfig:
             )
 
     def _check_rounds(self) -> None:
+        if self.evaluation not in ("server", "sites"):
+            raise ConfigError(f"federation.evaluation must be server or sites, not {self.evaluation!r}")
         if self.quorum < 1:
             raise ConfigError(f"federation.quorum must be at least 1, not {self.quorum}")
         for name in ("quorum_seconds", "grace_seconds"):

@@ -64,6 +64,11 @@ class Federation(Arguments):
     def open(self) -> Path:
         """Make the run's folder and save the resolved config in it, when all else has been checked."""
         options, config = self.options, self.federation
+        if config.evaluation == "sites" and options.sample_every:
+            raise ConfigError(
+                f"--sample_every {options.sample_every}: text samples are taken where the server measures the weights; set it to "
+                "0, or federation.evaluation to server"
+            )
         check_unused(options)
         check_free(options.folder)
         module, data = self.build()

@@ -16,6 +16,7 @@ from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import Arrays, LocalTrainer
+from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import Hello, Instructions, Report
 from nanofed.tokenizer import train_tokenizer
 
@@ -60,7 +61,9 @@ def arguments(corpus: Path, runs: Path, name: str, **federation: Any) -> list[st
     }
     own = {"clients": 2, "rounds": 2, "round_steps": 1, **federation}
     given |= {
-        key if "." in key or key in given or key in ("ckpt_path", "seed_everything") else f"federation.{key}": value
+        key
+        if "." in key or key in given or key in ("ckpt_path", "sample_every", "seed_everything")
+        else f"federation.{key}": value
         for key, value in own.items()
     }
     return [f"--{key}={value}" for key, value in given.items()]
@@ -73,11 +76,17 @@ class Site(LocalTrainer):
     real: LocalTrainer
     hook: Callable[[Fit, Sequence[Any], Instructions], tuple[Arrays, Report]] = lambda fit, arrays, i: fit(arrays, i)
     greet: Callable[[Hello], Hello] = lambda hello: hello
+    judge: Callable[[Evaluation], Evaluation] = lambda evaluation: evaluation
+    measured: list[Evaluate] = field(default_factory=list)
     asked: list[Instructions] = field(default_factory=list)
     answered: list[tuple[Arrays, Report]] = field(default_factory=list)
 
     def hello(self, client: str) -> Hello:
         return self.greet(self.real.hello(client))
+
+    def evaluate(self, arrays: Sequence[Any], asked: Evaluate) -> Evaluation:
+        self.measured.append(asked)
+        return self.judge(self.real.evaluate(arrays, asked))
 
     def fit(self, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
         self.asked.append(instructions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 SITES = "sites"
 MAX_SITES = 64  # with a folder and an open file each
+MAX_NAMED = 8  # in a line of the log
 
 
 class Board:
@@ -79,8 +80,6 @@ class Board:
         )
 
     def _site(self, client: str, part: Merged, *, step: int, events: Events) -> None:
-        if client not in self._writers and len(self._writers) > MAX_SITES:
-            return
         report = part.update.report
         scalars = {
             "train/loss": report.loss_last,
@@ -96,20 +95,34 @@ class Board:
             scalars["fed/cosine_to_merged"] = part.cosine
         self._scalars(client, scalars, step)
 
-    def validation(self, point: Point, *, step: int, seconds: float) -> None:
+    def validation(
+        self, point: Point, *, step: int, seconds: float, sites: Mapping[str, float] | None = None, silent: int = 0
+    ) -> None:
         """Write bits per byte after a round: against optimizer steps, as the vanilla path does, tokens and seconds.
 
         Args:
             point: round, tokens, seconds of training by then, and the figure.
             step: optimizer steps of the run by then.
             seconds: that the evaluation took.
+            sites: client -> bits per byte of its own text, where they measured it.
+            silent: sites that were asked and gave no figure.
         """
+        sites = sites or {}
         self.summary.add(point)
         self._scalars("", {"val/bpb": point.bpb, "fed/evaluate_seconds": seconds}, step)
         self._scalars("", {"val/bpb_by_tokens": point.bpb}, point.tokens)
         self._scalars("", {"val/bpb_by_seconds": point.bpb}, round(point.seconds))
+        for client, bpb in sites.items():
+            self._scalars(client, {"val/bpb": bpb}, step)
+            self._scalars(client, {"val/bpb_by_tokens": bpb}, point.tokens)
         self.bar.clear()
-        logger.info("round %3d  %21.2f M tokens  val %.4f bits per byte", point.step, point.tokens / 1e6, point.bpb)
+        logger.info(
+            "round %3d  %21.2f M tokens  val %.4f bits per byte%s",
+            point.step,
+            point.tokens / 1e6,
+            point.bpb,
+            _by_site(sites, silent) if sites else "",
+        )
         self.save()
 
     def text(self, prompt: str, sample: str, step: int) -> None:
@@ -117,6 +130,9 @@ class Board:
         self._try(lambda: self._writer("").add_text(f"sample/{plain(prompt, 40)}", sample, step))
 
     def _scalars(self, client: str, scalars: dict[str, float], step: int) -> None:
+        if client not in self._writers and len(self._writers) > MAX_SITES:
+            return
+
         def write() -> None:
             for tag, value in scalars.items():
                 self._writer(client).add_scalar(tag, value, step)
@@ -151,3 +167,10 @@ class Board:
         self.save()
         for writer in list(self._writers.values()):
             self._try(writer.close)
+
+
+def _by_site(sites: Mapping[str, float], silent: int) -> str:
+    """Return what sites measured, in words, of the first ones by name."""
+    named = [f"{client} {bpb:.4f}" for client, bpb in sorted(sites.items())[:MAX_NAMED]]
+    named += [f"{len(sites) - MAX_NAMED} more"] if len(sites) > MAX_NAMED else []
+    return f" ({', '.join(named)}{f'; {silent} without a figure' if silent else ''})"

@@ -30,7 +30,7 @@ Kind = Literal[
     "tokens",  # steps, tokens or seconds that cannot be
     "position",  # rows outside of its lease
     "quorum",  # a round that too few took part in
-    "evaluation",  # bits per byte could not be measured
+    "evaluation",  # bits per byte could not be measured, or a client's are no such figure
     "disk",  # a checkpoint or a figure could not be written
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import gc
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.validation import Refused, Sent, Update, check_reply
-from nanofed.federated.wire.codec import payload_bytes
+from nanofed.federated.wire.codec import Arrays, payload_bytes
+from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.messages import Instructions
 
 POLL_SECONDS = 0.1
 MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them, less often
 T = TypeVar("T")
+Metrics = Mapping[str, Any]
 
 # Flower's messages are cycles, weights and all: few objects, so that Python would look for them too late.
 WASTE_BYTES = 64 << 20
@@ -27,18 +29,20 @@ REMEMBERED = 1000  # messages of earlier rounds, whose answers can still be told
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Generic[T]):
     """What came of one client's message.
 
     Attributes:
         client: its name.
-        result: an update to be merged, or why there is none.
-        seconds: from the round's dispatch until the answer was here and checked.
+        result: what was asked for, such as an update to be merged, or why there is none.
+        seconds: from the dispatch until the answer was here and checked.
+        metrics: all that the client said beside weights, unchecked; empty where there is no result.
     """
 
     client: str
-    result: Update | Refused
+    result: T | Refused
     seconds: float
+    metrics: Metrics
 
 
 class Exchange:
@@ -64,7 +68,8 @@ class Exchange:
         *,
         streams: int,
         seconds: float,
-    ) -> Iterator[Answer]:
+        asks: Mapping[str, Evaluate] | None = None,
+    ) -> Iterator[Answer[Update]]:
         """Send a round and yield every client with its checked answer, in the order of arrival.
 
         One answer is held at a time: the caller folds it in before the next is pulled. Who has not answered in time is
@@ -76,17 +81,61 @@ class Exchange:
             sent: the weights, the same for all.
             streams: of every client's data.
             seconds: until a client is given up: the messages' time to live.
+            asks: client -> what it is to measure of these weights beside.
         """
+        asks = asks or {}
+        configs = {
+            client: instructions[client].to_config() | (asks[client].to_config() if client in asks else {})
+            for client in nodes
+        }
+
+        def check(client: str, reply: Message) -> tuple[Update, Metrics]:
+            update = check_reply(reply, instructions[client], sent, streams)
+            return update, reply.content.config_records["fitres.metrics"]
+
         number = next(iter(instructions.values())).round
+        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, sent.payload, number, seconds, check)
+
+    def evaluation(
+        self, nodes: Mapping[str, int], asks: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
+    ) -> Iterator[Answer[None]]:
+        """Send weights to be measured and nothing else, and yield every client with what it says, in the order of arrival.
+
+        Args:
+            nodes: client -> node id.
+            asks: client -> what it is to measure.
+            payload: the weights, in the codec that the requests name.
+            seconds: until a client is given up.
+        """
+
+        def check(client: str, reply: Message) -> tuple[None, Metrics]:
+            if reply.has_error():
+                raise Refused("evaluation", f"the client failed: {reply.error.reason}")
+            return None, reply.content.config_records.get("evaluateres.metrics", {})
+
+        configs = {client: asks[client].to_config() for client in nodes}
+        number = next(iter(asks.values())).round
+        return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, payload, number, seconds, check)
+
+    def _exchange(
+        self,
+        kind: str,
+        record: str,
+        nodes: Mapping[str, int],
+        configs: Mapping[str, dict[str, Any]],
+        payload: Arrays,
+        number: int,
+        seconds: float,
+        check: Callable[[str, Message], tuple[T, Metrics]],
+    ) -> Iterator[Answer[T]]:
+        """Send one message to each client and yield what `check` makes of its answer, or why it refuses it."""
         started = time.monotonic()
         deadline = started + seconds
         waiting: dict[str, str] = {}  # message id -> client
-        arrays = ArrayRecord(sent.payload)  # one for all: in process every message shares it
+        arrays = ArrayRecord(payload)  # one for all: in process every message shares it
         for client, node in nodes.items():
-            content = RecordDict(
-                {"fitins.parameters": arrays, "fitins.config": ConfigRecord(instructions[client].to_config())}
-            )
-            message = Message(content, node, MessageType.TRAIN, ttl=seconds, group_id=str(number))
+            content = RecordDict({f"{record}.parameters": arrays, f"{record}.config": ConfigRecord(configs[client])})
+            message = Message(content, node, kind, ttl=seconds, group_id=str(number))
             waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
         try:
             while waiting and time.monotonic() < deadline:
@@ -100,19 +149,20 @@ class Exchange:
                         continue
                     client = waiting.pop(message_id)
                     self._remember(self._answered, message_id, client)
-                    self._waste += payload_bytes(sent.payload)
-                    result: Update | Refused
+                    self._waste += payload_bytes(payload)
+                    result: T | Refused
+                    metrics: Metrics = {}
                     try:
-                        result = check_reply(reply, instructions[client], sent, streams)
+                        result, metrics = check(client, reply)
                     except Refused as refusal:
                         result = refusal
                     del reply
-                    yield Answer(client, result, time.monotonic() - started)
-                    del result
+                    yield Answer(client, result, time.monotonic() - started, metrics)
+                    del result, metrics
                 if idle and waiting:
                     time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * len(waiting)))
             for client in waiting.values():
-                yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds)
+                yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
             if self._waste > WASTE_BYTES:
                 del arrays

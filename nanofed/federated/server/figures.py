@@ -19,7 +19,7 @@ class Merged:
     update: Update
     weight: float
     scale: float
-    seconds: float  # from dispatch until its answer was here
+    seconds: float  # from dispatch until its answer was here, less those in which it measured the weights for us
     cosine: float | None = None  # of its update with the merged one
 
 

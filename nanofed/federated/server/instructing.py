@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.state import State
-from nanofed.federated.wire.messages import Instructions
+from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.module import GPTModule
 
 SPARE_ROWS = {"contiguous": 16, "best_fit": 160}  # rows a stream reads ahead, beyond what it trains on
@@ -86,6 +86,15 @@ class Instructor:
         if self._simulated:
             return self._config.round_seconds
         return state.pace.budget(client, self._config.round_seconds)
+
+    def fraction(self, reports: Sequence[Report], asked: Mapping[str, Instructions]) -> float:
+        """Return how much of a full round was trained: less than all only where the horizon cut it short."""
+        first = asked[reports[0].client]
+        if self._config.round_steps:
+            return first.max_steps / self._config.round_steps
+        if all(report.steps == first.max_steps for report in reports):
+            return min(1.0, max(report.seconds / (asked[report.client].seconds or 1.0) for report in reports))
+        return 1.0
 
     def ttl(self, clients: int = 1) -> float:
         """Return the seconds after which a client is given up; where clients take turns, the last one's turn counts."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.evaluation import Evaluator
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.state import State
+from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.messages import Instructions
 from nanofed.training.options import RunOptions
 from nanofed.training.run import Point
 
@@ -45,7 +49,7 @@ class Measurement:
 
 
 class Measuring:
-    """Has rounds measured and writes down what comes of it, under the round that it is of.
+    """Has rounds measured here, by the server, and writes down what comes of it, under the round that it is of.
 
     Beside the rounds one snapshot at a time is measured, in a thread, and not one more is queued: a round whose turn comes
     while another is being measured goes without a figure, and says so.
@@ -65,6 +69,27 @@ class Measuring:
         self._thread: threading.Thread | None = None
         self._current: Measurement | None = None
         self.round = -1  # the last one measured, or being measured
+
+    def begin(self, state: State) -> None:
+        """Measure the first weights of a run."""
+        if state.clock.round == 0:
+            self.start(state)
+
+    def end(self, state: State) -> None:
+        """Measure the last weights of a run, if they are not yet: its last round was an empty one."""
+        if self.round != state.clock.round:
+            self.start(state, last=True)
+
+    def ask(self, instructions: Mapping[str, Instructions]) -> Mapping[str, Evaluate]:
+        """Return what the clients of a round are to measure: nothing, it is done here."""
+        return {}
+
+    def hear(self, client: str, metrics: Mapping[str, Any], elapsed: float, state: State) -> float:
+        """Return how many seconds a client has spent on that: none."""
+        return 0.0
+
+    def heard(self, state: State, *, merged: bool) -> None:
+        """Hear that all clients of a round have been heard."""
 
     def start(self, state: State, *, last: bool = False) -> None:
         """Measure the weights as they are; the last ones of a run at once.

@@ -25,13 +25,14 @@ from nanofed.federated.server.local_ledger import LocalLedger
 from nanofed.federated.server.measuring import Measuring
 from nanofed.federated.server.merge import Merger, make_merger
 from nanofed.federated.server.owner import Owner
+from nanofed.federated.server.pooling import Pooling
 from nanofed.federated.server.presence import Presence
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.state import State, prune, saved_round
 from nanofed.federated.server.tokens import check_tokens
-from nanofed.federated.server.validation import Refused, Sent
+from nanofed.federated.server.validation import Refused, Sent, Update
 from nanofed.federated.wire.codec import CODECS, Array, hash_arrays
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
 from nanofed.training.checkpoint import SaveError
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
@@ -83,7 +84,7 @@ class RoundLoop:
         self._options = options
         self._run = run
         self.board = board
-        self._measuring = Measuring(Evaluator(module, data, device), board, options, beside=not simulated)
+        evaluator = Evaluator(module, data, device)
         self._owner = Owner(run)
         if config.sharding != "local":
             RowPlan.whole(data.dataset).check_streams(data.streams)
@@ -103,6 +104,13 @@ class RoundLoop:
             owners=owners,
         )
         self._presence = Presence(self._roster, config, events, module.seed, simulated=simulated)
+        self._measuring: Measuring | Pooling
+        if config.evaluation == "sites":
+            self._measuring = Pooling(
+                self._exchange, self._there, data, config, board, every=options.eval_every, simulated=simulated
+            )
+        else:
+            self._measuring = Measuring(evaluator, board, options, beside=not simulated)
         self._unsaved = False  # a checkpoint was due and could not be written
 
     @property
@@ -141,8 +149,7 @@ class RoundLoop:
 
     def _rounds(self) -> None:
         failed, clock = 0, self.state.clock
-        if clock.round == 0:
-            self._measuring.start(self.state)
+        self._measuring.begin(self.state)
         while clock.tokens < self._horizon and clock.round < (self._config.rounds or 1 << 62):
             merged = self._round(clock.round + 1, failed)
             self._measuring.take(self.state)
@@ -155,8 +162,7 @@ class RoundLoop:
                 raise NanofedError(f"{failed} rounds in a row brought no update that could be merged ({why})")
             if failed and not self._simulated:
                 time.sleep(min(MAX_PAUSE_SECONDS, 2.0**failed))
-        if self._measuring.round != clock.round:
-            self._measuring.start(self.state, last=True)  # the last round was an empty one
+        self._measuring.end(self.state)
         if self._unsaved or saved_round(self._run) != clock.round:
             self._save(last=True)
 
@@ -191,6 +197,7 @@ class RoundLoop:
             state.events.add("disk", SERVER, error, number)
             logger.warning("round %d: %s", number, error)
             merged = False
+        self._measuring.heard(state, merged=merged)
         if not merged:
             logger.warning(
                 "round %d: %d of %d updates could be merged, %d are needed; the model stays as it is",
@@ -212,6 +219,9 @@ class RoundLoop:
     def _finished(self) -> bool:
         return self.state.clock.tokens >= self._horizon or self.state.clock.round == self._config.rounds
 
+    def _there(self) -> Mapping[str, int]:
+        return self._presence.draw(self._roster.connected(), self.state.clock.round + 1, 0)
+
     def _admit(self, hello: Hello) -> None:
         if isinstance(self.state.ledger, LocalLedger):
             self.state.ledger.admit(hello.name, hello.shards)
@@ -229,7 +239,8 @@ class RoundLoop:
         """Send the round to its clients, and fold what they answer as it arrives, one at a time."""
         started = time.monotonic()
         ttl = self._instructor.ttl(len(present))
-        for answer in self._exchange.round(present, asked, sent, streams=self._data.streams, seconds=ttl):
+        streams, asks = self._data.streams, self._measuring.ask(asked)
+        for answer in self._exchange.round(present, asked, sent, streams=streams, seconds=ttl, asks=asks):
             folding = time.monotonic()
             try:
                 figures.merged[answer.client] = self._fold(answer, asked[answer.client], merger)
@@ -241,7 +252,7 @@ class RoundLoop:
             self._say("training", figures.round, merged=sorted(figures.merged))
         figures.exchange = time.monotonic() - started - figures.merge
 
-    def _fold(self, answer: Answer, asked: Instructions, merger: Merger) -> Merged:
+    def _fold(self, answer: Answer[Update], asked: Instructions, merger: Merger) -> Merged:
         """Check an answer against what is known of its client, and fold it in.
 
         Raises:
@@ -267,7 +278,10 @@ class RoundLoop:
         weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
         merger.fold(client, update.arrays, weight, scale)
         self._roster.refused.pop(client, None)
-        return Merged(replace(update, arrays=[]), weight, scale, answer.seconds)  # folded: the arrays may go
+        measuring = self._measuring.hear(client, answer.metrics, answer.seconds, state)
+        return Merged(
+            replace(update, arrays=[]), weight, scale, answer.seconds - measuring
+        )  # folded: the arrays may go
 
     def _refuse(self, client: str, number: int, refusal: Refused) -> None:
         logger.warning("round %d: client %s is not merged: %s", number, client, refusal)
@@ -285,7 +299,7 @@ class RoundLoop:
         gradient = merger.result()
         figures.take(gradient, merger.cosines())
         try:
-            state.outer.step(state.weights, gradient, fraction=self._fraction(reports, asked))
+            state.outer.step(state.weights, gradient, fraction=self._instructor.fraction(reports, asked))
         except ValueError as error:  # finite updates of which no finite model can be made
             state.events.add("not_finite", SERVER, error, figures.round)
             logger.warning("round %d: %s", figures.round, error)
@@ -302,15 +316,6 @@ class RoundLoop:
         figures.merge += time.monotonic() - started
         state.pace.learn_merge(time.monotonic() - started)
         return True
-
-    def _fraction(self, reports: list[Report], asked: Mapping[str, Instructions]) -> float:
-        """Return how much of a full round this one was: less than all only where the horizon cut it short."""
-        first = asked[reports[0].client]
-        if self._config.round_steps:
-            return first.max_steps / self._config.round_steps
-        if all(report.steps == first.max_steps for report in reports):
-            return min(1.0, max(report.seconds / (asked[report.client].seconds or 1.0) for report in reports))
-        return 1.0
 
     # --- between rounds
 

@@ -59,6 +59,7 @@ class State:
         events: what went wrong.
         clock: where the run is.
         run_id: of the run; it stays over resumes.
+        evaluations: client -> `round` and `bpb` of the last weights that it measured, where sites do.
     """
 
     weights: dict[str, Array]
@@ -69,6 +70,7 @@ class State:
     pace: Pace = field(default_factory=Pace)
     clock: Clock = field(default_factory=Clock)
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def new(cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
@@ -100,6 +102,7 @@ class State:
                 "norms": self.norms.state_dict(),
                 "pace": self.pace.state_dict(),
                 "events": self.events.state_dict(),
+                "evaluations": {client: figures.copy() for client, figures in self.evaluations.items()},
                 "seconds": summary.seconds,
                 "curve": [vars(point).copy() for point in summary.curve],
             },
@@ -134,6 +137,7 @@ class State:
         self.pace = Pace(**saved["pace"])
         self.clock = Clock(**saved["clock"])
         self.run_id = saved["run"]
+        self.evaluations = saved.get("evaluations", {})
         # The summary beside it may be ahead, of rounds that were lost, or lost itself.
         summary.tokens, summary.seconds = self.clock.tokens, saved["seconds"]
         summary.curve = [Point(**point) for point in saved["curve"]]

@@ -32,7 +32,8 @@ class Status:
         bpb: the last bits per byte by then.
         saved: when the checkpoint was written, seconds since 1970.
         server: what the server said last, with `alive`: whether it still runs, None where that cannot be known from here.
-        sites: name -> rounds, tokens, tokens_per_second, overhead_seconds, rows on lease.
+        sites: name -> rounds, tokens, tokens_per_second, overhead_seconds, rows on lease; where sites measure the weights, also
+            bpb: the last bits per byte of its own text, and bpb_round: after which round.
         shards: name -> how often it was merged, and rows on lease.
         events: name of a client -> kind -> count, reason, round, when.
     """
@@ -124,7 +125,8 @@ def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
         for part in parts
         for name, client in part.get("clients", {}).items()
     }
-    names = sorted(pace.get("rounds", {}).keys() | held.keys())
+    measured = state.get("evaluations", {})
+    names = sorted(pace.get("rounds", {}).keys() | held.keys() | measured.keys())
     return {
         name: {
             "rounds": pace.get("rounds", {}).get(name, 0),
@@ -132,6 +134,7 @@ def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
             "tokens_per_second": pace.get("rate", {}).get(name, 0.0),
             "overhead_seconds": pace.get("overhead", {}).get(name, 0.0),
             "rows_held": held.get(name, 0),
+            **({"bpb": measured[name]["bpb"], "bpb_round": measured[name]["round"]} if name in measured else {}),
         }
         for name in names
     }
@@ -167,16 +170,17 @@ def as_text(status: Status) -> str:
     lines += _server_lines(status.server)
     lines += [
         "",
-        f"{'site':<24} {'rounds':>7} {'M tokens':>10} {'tok/s':>10} {'overhead':>9} {'rows held':>10}  events",
+        f"{'site':<24} {'rounds':>7} {'M tokens':>10} {'tok/s':>10} {'overhead':>9} {'rows held':>10} {'bits/byte':>10}  events",
     ]
     for name in sorted(status.sites.keys() | (status.events.keys() - {SERVER})):
         site = status.sites.get(name, {})
         kinds = status.events.get(name, {})
         counted = ", ".join(f"{kinds[kind]['count']} {kind}" for kind in KINDS if kind in kinds)
+        bpb = f"{site['bpb']:.4f}" if "bpb" in site else "-"
         lines.append(
             f"{name:<24} {site.get('rounds', 0):>7} {site.get('tokens', 0) / 1e6:>10.2f} "
             f"{site.get('tokens_per_second', 0):>10,.0f} {site.get('overhead_seconds', 0):>8.1f}s "
-            f"{site.get('rows_held', 0):>10,}  {counted}".rstrip()
+            f"{site.get('rows_held', 0):>10,} {bpb:>10}  {counted}".rstrip()
         )
     lines += ["", f"{'shard':<40} {'epochs merged':>13} {'rows on lease':>13}"]
     lines += [

@@ -48,9 +48,9 @@ def call(
 
     Args:
         path: the trainer's socket.
-        kind: `fit`, `get_properties`, `ping` or `abort`.
+        kind: `fit`, `evaluate`, `get_properties`, `ping` or `abort`.
         config: plain values.
-        arrays: the weights of a `fit`.
+        arrays: the weights of a `fit` or `evaluate`.
         wait: seconds in which the trainer has to be there and take the request up; what it does then takes as long as it takes.
 
     Returns:

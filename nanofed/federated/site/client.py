@@ -10,6 +10,7 @@ from flwr.app import Context
 from flwr.client import NumPyClient
 
 from nanofed.federated.site.trainer import LocalTrainer
+from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.messages import SAFE_NAME, Instructions
 
 
@@ -42,9 +43,30 @@ class TrainerClient(NumPyClient):
     def fit(
         self, parameters: list[npt.NDArray[np.generic]], config: dict[str, Any]
     ) -> tuple[list[npt.NDArray[np.generic]], int, dict[str, Any]]:
-        """Train one round; the tokens stand where Flower expects the number of examples."""
+        """Train one round; the tokens stand where Flower expects the number of examples.
+
+        Where the weights that came are to be measured as well, that is done first, and is none of the training's time.
+        """
         instructions = Instructions.from_config(config)
-        if instructions.client != self._name:
-            raise ValueError(f"instructions for {instructions.client!r} reached client {self._name!r}")
+        self._check_name(instructions.client)
+        asked = Evaluate.asked_in(config)
+        measured = self._evaluate(parameters, asked)[2] if asked else {}
         arrays, report = self._trainer.fit(parameters, instructions)
-        return arrays, report.tokens, report.to_config()
+        return arrays, report.tokens, report.to_config() | measured
+
+    def evaluate(
+        self, parameters: list[npt.NDArray[np.generic]], config: dict[str, Any]
+    ) -> tuple[float, int, dict[str, Any]]:
+        """Measure weights: the answer is in the metrics."""
+        return self._evaluate(parameters, Evaluate.from_config(config))
+
+    def _evaluate(
+        self, parameters: list[npt.NDArray[np.generic]], asked: Evaluate
+    ) -> tuple[float, int, dict[str, Any]]:
+        self._check_name(asked.client)
+        evaluation = self._trainer.evaluate(parameters, asked)
+        return evaluation.nats, evaluation.bytes, evaluation.to_config()
+
+    def _check_name(self, client: str) -> None:
+        if client != self._name:
+            raise ValueError(f"instructions for {client!r} reached client {self._name!r}")

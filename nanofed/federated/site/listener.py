@@ -23,7 +23,7 @@ from nanofed.federated.site.channel import Arrays, ChannelError, read, send
 
 logger = logging.getLogger(__name__)
 
-WORK = "fit"  # what is queued for the main thread
+WORK = ("fit", "evaluate")  # what is queued for the main thread
 REQUEST_SECONDS = 10.0  # for a whole request to arrive: it comes from this machine
 SEND_SECONDS = 30  # for a client to take its answer
 MAX_CONNECTIONS = 32
@@ -35,6 +35,7 @@ class Request:
     """A round that a client asks for.
 
     Attributes:
+        kind: `fit` or `evaluate`.
         config: as the client sent it.
         arrays: likewise; read-only, and gone once the request is answered.
         arrived: when it was complete, in seconds of the monotonic clock.
@@ -42,7 +43,8 @@ class Request:
         answered: an answer has been sent, or an error.
     """
 
-    def __init__(self, connection: socket.socket, config: dict[str, Any], arrays: Arrays) -> None:
+    def __init__(self, connection: socket.socket, kind: str, config: dict[str, Any], arrays: Arrays) -> None:
+        self.kind = kind
         self.config = config
         self.arrays = arrays
         self.arrived = time.monotonic()
@@ -206,8 +208,8 @@ class Listener:
             kind, config = header.get("kind"), header.get("config")
             if not isinstance(kind, str) or not isinstance(config, dict):
                 raise ChannelError("a request has a `kind` and a `config`")
-            if kind != WORK and kind not in self._quick:
-                raise ChannelError(f"{kind[:80]!r} is no request: there are {', '.join(sorted([WORK, *self._quick]))}")
+            if kind not in WORK and kind not in self._quick:
+                raise ChannelError(f"{kind[:80]!r} is no request: there are {', '.join(sorted([*WORK, *self._quick]))}")
         except ChannelError as error:
             send(connection, {"error": f"the trainer cannot read the request: {error}"})
             raise
@@ -222,7 +224,7 @@ class Listener:
                 return
             send(connection, {"num_examples": 0, "metrics": metrics})
             return
-        request = Request(connection, config, arrays)
+        request = Request(connection, kind, config, arrays)
         del arrays
         self._replace(request, "a newer round arrived")
         with contextlib.suppress(OSError):

@@ -17,11 +17,11 @@ class Progress:
 
     `ping` answers:
 
-    - `state`: `starting`, `idle` or `training`.
+    - `state`: `starting`, `idle`, `evaluating` or `training`.
     - `name`, `pid`, `ranks`.
     - `run`, `round`: under way, or the last one; "" and 0 before the first.
     - `steps`: full optimizer steps of it.
-    - `quiet_seconds`: since something last happened while starting or training; 0 when idle. The first step of a process may
+    - `quiet_seconds`: since something last happened while not idle; 0 when idle. The first step of a process may
       compile for minutes: `warm` says whether there has been one.
     - `tokens_per_second`: of the last round that was trained, 0 before.
     - `rounds`: answered with weights so far; `unwritten`: states that the disk did not take.
@@ -76,6 +76,11 @@ class Progress:
         self._last = time.monotonic()
         self._accumulation = accumulation
         self._figures |= {"state": "training", "run": run, "round": number, "steps": 0}
+
+    def evaluating(self, run: str, number: int) -> None:
+        """Say that weights are being measured, before a round or for themselves."""
+        self._last = time.monotonic()
+        self._figures |= {"state": "evaluating", "run": run, "round": number, "steps": 0}
 
     def micro_batch(self, begun: int) -> None:
         """Say that so many micro-batches of the round have begun."""

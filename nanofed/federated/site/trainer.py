@@ -19,9 +19,11 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
-from nanofed.federated.site.ranks import Ranks, SharedBatches, SharedStopwatch, Turn
+from nanofed.federated.site.evaluating import measure
+from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
 from nanofed.federated.site.states import Saved, StateFolder
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
+from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, SAFE_NAME, Hello, Instructions, Report
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
@@ -41,6 +43,9 @@ class LocalTrainer(Protocol):
 
     def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
         """Train one round from the weights in `arrays`."""
+
+    def evaluate(self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate) -> Evaluation:
+        """Measure the weights in `arrays`."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,57 @@ class FabricTrainer:
         )
         return payload, report
 
-    def _take_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> None:
+    def evaluate(
+        self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate, turn: Turn | None = None
+    ) -> Evaluation:
+        """Measure weights on this site's validation text; nothing that the client keeps is touched.
+
+        What goes wrong in it is said in the answer and costs the figure only: the round that it rides with is trained.
+
+        Args:
+            arrays: the weights, on the first rank; the others take them from it.
+            asked: what to measure; equal on all ranks.
+            turn: lets whoever asked end it.
+
+        Raises:
+            WireError: the weights are not the ones that the request describes.
+            Exception: what `turn.check` raises.
+            Agreed: in the place of all these where there are several ranks, on all of them.
+        """
+        turn = turn or Turn()
+        ranks = self.ranks
+        watch = self._shared(Stopwatch())
+        with ranks.together():
+            if ranks.first:
+                self._take_weights(arrays, asked)
+        if ranks.size > 1:
+            send_weights(self._module.gpt)
+        nats, count, failure = 0.0, 0, ""
+        try:
+            nats, count = measure(
+                self._module.gpt, self._data, asked, device=self._fabric.device, ranks=ranks, turn=turn, watch=watch
+            )
+        except Exception as error:
+            if ranks.size > 1 and not isinstance(error, Agreed):
+                raise  # the others wait for this rank
+            with ranks.together():
+                if ranks.first:
+                    turn.check()  # where nobody wants the round any more, it ends here
+            failure = str(error) if isinstance(error, NanofedError) else f"{type(error).__name__}: {error}"
+            logger.warning("client %s, round %d: not evaluated: %s", asked.client, asked.round, failure)
+        return Evaluation(
+            run=asked.run,
+            round=asked.round,
+            client=asked.client,
+            nonce=asked.nonce,
+            base_hash=asked.base_hash,
+            nats=nats,
+            bytes=count,
+            seconds=watch.elapsed(),
+            failure=failure[:MAX_FAILURE],
+        )
+
+    def _take_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions | Evaluate) -> None:
         for name, text in (("run", instructions.run), ("client", instructions.client)):
             if not SAFE_NAME.fullmatch(text):  # each names a folder
                 raise WireError(f"the {name} is {text[:80]!r}, no plain word")
@@ -208,7 +263,9 @@ class FabricTrainer:
         return up.pack(local, {} if up.lossless else down.decode(arrays, self._like))
 
     def _stopwatch(self, client: str, arrived: float | None) -> Stopwatch:
-        watch = Stopwatch(self._speed(client)) if arrived is None else Stopwatch(start=arrived)
+        return self._shared(Stopwatch(self._speed(client)) if arrived is None else Stopwatch(start=arrived))
+
+    def _shared(self, watch: Stopwatch) -> Stopwatch:
         return SharedStopwatch(self.ranks, watch) if self.ranks.size > 1 else watch
 
     def _state_before(self, instructions: Instructions) -> defaultdict[Tensor, Any]:

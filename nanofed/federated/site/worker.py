@@ -19,9 +19,10 @@ from nanofed.federated.site.channel import ChannelError
 from nanofed.federated.site.listener import Listener, Request
 from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
-from nanofed.federated.site.trainer import FabricTrainer
+from nanofed.federated.site.trainer import Arrays, FabricTrainer
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.messages import SAFE_NAME, Instructions
+from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.messages import SAFE_NAME, Instructions, Report
 from nanofed.training.strategy import FabricShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class _Turn(Turn):
     """
 
     def __init__(self, request: Request, progress: Progress, deadline: float | None) -> None:
-        self.arrived = request.arrived
+        self.arrived: float = request.arrived
         self._request = request
         self._progress = progress
         self._deadline = deadline
@@ -93,11 +94,14 @@ class Worker:
         return self._trainer.hello(self._name).to_config()
 
     def follow(self) -> None:
-        """Train what the first rank does, round after round."""
+        """Do what the first rank does, round after round."""
         while True:
-            message = self._trainer.ranks.from_first(None)
+            instructions, asked = _read(*self._trainer.ranks.from_first(("", {})))
             try:
-                self._trainer.fit([], Instructions.from_config(message))
+                if asked is not None:
+                    self._trainer.evaluate([], asked)
+                if instructions is not None:
+                    self._trainer.fit([], instructions)
             except Agreed as error:  # the first rank tells
                 logger.debug("%s", error)
 
@@ -130,19 +134,36 @@ class Worker:
         message = request.config.get("message")
         try:
             progress.check_name(request.config)
-            instructions = Instructions.from_config(message)
+            instructions, asked = _read(request.kind, message)
         except (ChannelError, WireError) as error:
             raise Refused(str(error)) from error
-        if instructions.client != self._name:
-            raise Refused(f"instructions for {instructions.client!r} reached site {self._name!r}")
-        micro_batch = self._data.device_batch_size * self._data.sequence_len * self.ranks
-        progress.begin(instructions.run, instructions.round, max(1, instructions.batch_tokens // micro_batch))
-        turn = _Turn(request, progress, instructions.deadline_seconds)
-        self._trainer.ranks.from_first(message)
-        payload, report = self._trainer.fit(request.arrays, instructions, turn)
+        for part in (instructions, asked):
+            if part is not None and part.client != self._name:
+                raise Refused(f"instructions for {part.client!r} reached site {self._name!r}")
+        turn = _Turn(request, progress, instructions.deadline_seconds if instructions else None)
+        self._trainer.ranks.from_first((request.kind, message))
+        metrics: dict[str, Any] = {}
+        count = 0
+        payload: Arrays = []
+        if asked is not None:
+            progress.evaluating(asked.run, asked.round)
+            evaluation = self._trainer.evaluate(request.arrays, asked, turn)
+            turn.arrived += evaluation.seconds  # the training's budget runs from here on
+            metrics, count = evaluation.to_config(), evaluation.bytes
+        if instructions is not None:
+            micro_batch = self._data.device_batch_size * self._data.sequence_len * self.ranks
+            progress.begin(instructions.run, instructions.round, max(1, instructions.batch_tokens // micro_batch))
+            payload, report = self._trainer.fit(request.arrays, instructions, turn)
+            metrics, count = metrics | report.to_config(), report.tokens
+            self._say(report, progress)
+        if unwritten := self._trainer.states.unwritten:
+            metrics["unwritten_states"] = unwritten
+        progress.idle()
+        request.answer(payload, count, metrics)
+
+    def _say(self, report: Report, progress: Progress) -> None:
         speed = report.tokens / report.seconds if report.seconds > 0 else 0.0
-        unwritten = self._trainer.states.unwritten
-        progress.trained(report.steps, speed, unwritten)
+        progress.trained(report.steps, speed, self._trainer.states.unwritten)
         logger.info(
             "round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s",
             report.round,
@@ -151,11 +172,17 @@ class Worker:
             report.loss_last,
             speed,
         )
-        metrics = report.to_config()
-        if unwritten:
-            metrics["unwritten_states"] = unwritten
-        progress.idle()
-        request.answer(payload, report.tokens, metrics)
+
+
+def _read(kind: str, message: Any) -> tuple[Instructions | None, Evaluate | None]:
+    """Return what a message asks for: a round, perhaps with an evaluation before it, or an evaluation alone.
+
+    Raises:
+        WireError: it is no such message.
+    """
+    if kind == "evaluate":
+        return None, Evaluate.from_config(message)
+    return Instructions.from_config(message), Evaluate.asked_in(message)
 
 
 def _fabric(arguments: Arguments) -> Fabric:

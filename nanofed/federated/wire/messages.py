@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import nanofed
 from nanofed.data.rows import RowRange
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # In a client's failure: its next lease is longer.
 LEASE_TOO_SHORT = "the leased rows hold too little text for one optimizer step"
-KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries
+KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries, where a note has no key of its own
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 MAX_TEXT = 200  # characters of a version or a shard's name
 SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
@@ -43,12 +43,14 @@ def code_hash() -> str:
 
 
 @dataclass(frozen=True)
-class _Note:
+class Note:
     """A dataclass that travels as JSON; unknown and missing fields, and values of another kind, are refused by name."""
+
+    key: ClassVar[str] = KEY  # in Flower's dictionaries
 
     def to_config(self) -> dict[str, Any]:
         """Return the dictionary that Flower carries."""
-        return {KEY: json.dumps(self._plain())}
+        return {self.key: json.dumps(self._plain())}
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -57,9 +59,9 @@ class _Note:
         Raises:
             WireError: no JSON, too much of it, or other fields than this nanofed has.
         """
-        text = config.get(KEY) if hasattr(config, "get") else None
+        text = config.get(cls.key) if hasattr(config, "get") else None
         if not isinstance(text, str) or len(text) > MAX_JSON:
-            raise WireError(f"a {cls.__name__} must be one JSON string of at most {MAX_JSON} bytes under {KEY!r}")
+            raise WireError(f"a {cls.__name__} must be one JSON string of at most {MAX_JSON} bytes under {cls.key!r}")
         try:
             plain = json.loads(text, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
@@ -141,7 +143,7 @@ class SiteShard:
 
 
 @dataclass(frozen=True)
-class Hello(_Note):
+class Hello(Note):
     """What a client says of itself before its first round.
 
     Attributes:
@@ -228,7 +230,7 @@ def _fingerprint(values: list[Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Instructions(_Note):
+class Instructions(Note):
     """What a client is to do in a round.
 
     Attributes:
@@ -283,7 +285,7 @@ class Instructions(_Note):
 
 
 @dataclass(frozen=True)
-class Report(_Note):
+class Report(Note):
     """What a client did in a round.
 
     Attributes:
