@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.messages import KEY, MAX_JSON, Hello, Instructions, Report, SiteShard, code_hash
+from nanofed.federated.wire.evaluation import Evaluate, Evaluation
+from nanofed.federated.wire.messages import KEY, MAX_JSON, Hello, Instructions, Note, Report, SiteShard, code_hash
 from tests.federated.replies import instructions, report
 
 HELLO = Hello(
@@ -24,31 +25,38 @@ HELLO = Hello(
     tokens_per_second=1234.5,
     shards=(SiteShard("shard_00000.parquet", 100, 4000, "f" * 64),),
 )
-NOTES: list[Hello | Instructions | Report] = [HELLO, instructions(), instructions(data=None, seconds=7.25), report()]
-IDS = ["hello", "instructions", "fresh-instructions", "report"]
+NOTES: list[Note] = [
+    HELLO,
+    instructions(),
+    instructions(data=None, seconds=7.25),
+    report(),
+    Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 9, 4, 1, 2, 150.0),
+    Evaluation("a" * 32, 3, "client-0", "c" * 32, "b" * 64, 812.5, 400, 1.25, ""),
+]
+IDS = ["hello", "instructions", "fresh-instructions", "report", "evaluate", "evaluation"]
 
 
 @pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_what_is_sent_is_what_arrives(note: Hello | Instructions | Report) -> None:
+def test_what_is_sent_is_what_arrives(note: Note) -> None:
     config = note.to_config()
-    assert list(config) == [KEY] and isinstance(config[KEY], str)
+    assert list(config) == [note.key] and isinstance(config[note.key], str)
     assert type(note).from_config(json.loads(json.dumps(config))) == note
 
 
 @pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_every_field_is_needed_and_no_other_is_taken(note: Hello | Instructions | Report) -> None:
-    plain = json.loads(note.to_config()[KEY])
+def test_every_field_is_needed_and_no_other_is_taken(note: Note) -> None:
+    plain = json.loads(note.to_config()[note.key])
     for field in fields(note):
         less = {name: value for name, value in plain.items() if name != field.name}
         with pytest.raises(WireError, match=rf"a {type(note).__name__} lacks the fields \['{field.name}'\]"):
-            type(note).from_config({KEY: json.dumps(less)})
+            type(note).from_config({note.key: json.dumps(less)})
     with pytest.raises(WireError, match=r"unknown \['admin'\]"):
-        type(note).from_config({KEY: json.dumps({**plain, "admin": True})})
+        type(note).from_config({note.key: json.dumps({**plain, "admin": True})})
 
 
 @pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_a_value_of_another_kind_is_refused_by_name(note: Hello | Instructions | Report) -> None:
-    plain = json.loads(note.to_config()[KEY])
+def test_a_value_of_another_kind_is_refused_by_name(note: Note) -> None:
+    plain = json.loads(note.to_config()[note.key])
     optional = {field.name for field in fields(note) if str(field.type).endswith(" | None")}
     garbage: list[Any] = [None, True, "3", "", 1.5, -1, [], [1], {}, {"a": 1}, 10**30, 1e308, [[[]]], "x" * 3000]
     for field in fields(note):
@@ -62,7 +70,7 @@ def test_a_value_of_another_kind_is_refused_by_name(note: Hello | Instructions |
         for value in garbage:
             if value is None and field.name in optional:
                 continue
-            config = {KEY: json.dumps({**plain, field.name: value})}
+            config = {note.key: json.dumps({**plain, field.name: value})}
             if kinds is None:  # a structure: garbage never gives anything but a well-formed one
                 try:
                     got = getattr(type(note).from_config(config), field.name)
@@ -178,3 +186,11 @@ def test_an_unknown_field_of_any_size_makes_a_short_message() -> None:
 
 def test_the_code_hash_is_of_the_sources() -> None:
     assert len(code_hash()) == 64 and code_hash() == code_hash()
+
+
+@pytest.mark.parametrize("changes", [{"share": 2}, {"share": -1}, {"batches": 0}, {"batch_rows": 0}, {"seconds": 0.0}])
+def test_a_request_to_evaluate_is_of_text_that_there_is(changes: dict[str, Any]) -> None:
+    asked = Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 9, 4, 1, 2, 150.0)
+    with pytest.raises(WireError, match="a Evaluate has a field of the wrong kind: share "):
+        Evaluate.asked_in(replace(asked, **changes).to_config())
+    assert Evaluate.asked_in({KEY: "{}"}) is None
