@@ -38,6 +38,7 @@ FREE = (
     "data.prefetch",
     "data.eval_tokens",
     "data.tokenizer",  # its fingerprint counts, not its folder
+    "federation.evaluation",
     "federation.round_seconds",
     "federation.client_speeds",
     "federation.quorum",

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from nanofed.federated.site.app import ChannelClient
 from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.site.ranks import Turn
 from nanofed.federated.site.trainer import FabricTrainer
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT
+from nanofed.federated.wire.evaluation import Evaluation
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Report
 from tests.faults import children
 from tests.federated.conftest import one_thread, tiny_corpus
 from tests.federated.sites import NAME, Rounds, Trainer, initial_weights, same, tiny_args
@@ -204,6 +206,37 @@ def test_two_ranks_train_as_one(args: list[str], rounds: Rounds, tmp_path: Path,
     step(trained, resumed)
     trainer.train(rounds)
     assert close(resumed.weights, rounds.weights)
+
+
+def test_two_ranks_measure_as_one(args: list[str], rounds: Rounds, tmp_path: Path, pair: tuple[Trainer, Path]) -> None:
+    """One share of the text, of 7 rows: 4 and 3 of them in batches of 4; also when it takes too long, and the next round."""
+    trainer, _ = pair
+    rounds.run = "e" * 32
+    one = in_process(args, tmp_path).evaluate(rounds.weights, rounds.evaluate())
+    client = ChannelClient(NAME, trainer.socket)
+    _, _, metrics = client.evaluate(rounds.weights, rounds.evaluate().to_config())
+    both = Evaluation.from_config(metrics)
+    assert both.nats == pytest.approx(one.nats, rel=1e-6) and both.bytes == one.bytes > 0
+    config = rounds.instructions().to_config() | rounds.evaluate(seconds=1e-9).to_config()
+    _, _, metrics = client.fit(rounds.weights, config)
+    assert "took more than" in Evaluation.from_config(metrics).failure and Report.from_config(metrics).steps == 2
+    with pytest.raises(ChannelError, match="do not have the hash"):
+        client.evaluate(rounds.weights, rounds.evaluate(base_hash="0" * 64).to_config())
+    trainer.train(rounds)
+
+
+def test_an_evaluation_ends_with_its_round(args: list[str], rounds: Rounds, tmp_path: Path) -> None:
+    """Where nobody wants the round, it is no failure of the evaluation; a shard that is damaged is."""
+    corpus = tmp_path / "corpus"
+    shutil.copytree(rounds.corpus, corpus)
+    trainer = in_process([*args, f"--data.path={corpus / 'data'}"], tmp_path / "state")
+    with pytest.raises(KeyError, match="enough"):
+        trainer.evaluate(rounds.weights, rounds.evaluate(), GivesUp(0))
+    shard = trainer._data.dataset.validation.path
+    shard.write_bytes(shard.read_bytes()[:100])
+    found = trainer.evaluate(rounds.weights, rounds.evaluate())
+    assert shard.name in found.failure and (found.nats, found.bytes) == (0.0, 0)
+    step(trainer, rounds)
 
 
 def test_two_ranks_abort_and_refuse_together(rounds: Rounds, args: list[str], pair: tuple[Trainer, Path]) -> None:

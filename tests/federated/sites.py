@@ -23,6 +23,7 @@ from nanofed.data.shards import open_dataset
 from nanofed.federated.arguments import Arguments
 from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.wire.codec import hash_arrays
+from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.messages import Instructions, Report
 from tests.federated.tiny import BATCH, arguments
 from tests.ranks import REPOSITORY, TORCHRUN
@@ -73,6 +74,13 @@ class Rounds:
             "data": self.data,
         }
         return Instructions(**{**values, **changes})
+
+    def evaluate(self, **changes: Any) -> Evaluate:
+        """Ask for the next round's weights to be measured: 5 batches of 3 rows, the second of two shares."""
+        told = self.instructions()
+        names = ("run", "round", "client", "nonce", "base_hash", "down_codec")
+        values: dict[str, Any] = {"batches": 5, "batch_rows": 3, "share": 1, "shares": 2, "seconds": 60.0}
+        return Evaluate(**{**{name: getattr(told, name) for name in names}, **values, **changes})
 
     def merge(self, answer: tuple[Arrays, Report]) -> None:
         arrays, report = answer

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.site.service import split_arguments
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import CODECS
+from nanofed.federated.wire.evaluation import Evaluation
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Report
 from tests.federated.sites import NAME, Rounds, Trainer, initial_weights, same, tiny_args
 from tests.ranks import in_time
@@ -186,6 +188,49 @@ def test_a_round_of_seconds_ends_within_its_budget(trainer: Trainer, rounds: Rou
     assert report.steps > 2 and not report.exhausted
     assert report.seconds < 2.0 * (1 + 2 / report.steps), "at most the last step is longer than those before it"
     assert report.seconds > 1.0 and took < 2.0 + in_time(3)
+
+
+def test_weights_are_measured_before_they_are_trained(
+    trainer: Trainer, rounds: Rounds, args: list[str], tmp_path: Path
+) -> None:
+    """In one message, or alone: the figure is that of a trainer in this process, and the training is what it would be."""
+    asked = rounds.evaluate()
+    measured = in_process(args, tmp_path / "measured").evaluate(rounds.weights, asked)
+    assert measured.nats > 0 and measured.bytes > 0 and not measured.failure
+    expected = trained_here(args, tmp_path, rounds, 1)
+    client = ChannelClient(NAME, trainer.socket)
+    _, count, metrics = client.evaluate(rounds.weights, asked.to_config())
+    assert count == measured.bytes
+    arrays, tokens, more = client.fit(rounds.weights, rounds.instructions().to_config() | asked.to_config())
+    for found in map(Evaluation.from_config, (metrics, more)):
+        assert replace(found, seconds=0.0) == replace(measured, seconds=0.0) and found.seconds > 0
+    rounds.merge((arrays, Report.from_config(more)))
+    assert same(rounds.weights, expected.weights) and rounds.data == expected.data and tokens == rounds.tokens
+    with pytest.raises(ChannelError, match="reached site 'lab-a'"):
+        client.evaluate(rounds.weights, rounds.evaluate(client="lab-b").to_config())
+    with pytest.raises(ChannelError, match="do not have the hash"):
+        client.evaluate(rounds.weights, rounds.evaluate(base_hash="0" * 64).to_config())
+
+
+def test_the_budget_runs_from_the_end_of_an_evaluation(trainer: Trainer, rounds: Rounds) -> None:
+    trainer.train(rounds)
+    told = rounds.instructions(max_steps=100_000, seconds=1.0, deadline_seconds=60.0)
+    slow = rounds.evaluate(batches=10_000, share=0, shares=1)
+    begin = time.monotonic()
+    _, _, metrics = ChannelClient(NAME, trainer.socket).fit(rounds.weights, told.to_config() | slow.to_config())
+    took = time.monotonic() - begin
+    report, found = Report.from_config(metrics), Evaluation.from_config(metrics)
+    assert not found.failure and 0.5 < report.seconds < 1.0 * (1 + 2 / report.steps)
+    assert took > found.seconds + report.seconds
+
+
+def test_an_evaluation_that_takes_too_long_costs_the_figure_alone(trainer: Trainer, rounds: Rounds) -> None:
+    asked = rounds.evaluate(seconds=1e-9)
+    config = rounds.instructions().to_config() | asked.to_config()
+    _, _, metrics = ChannelClient(NAME, trainer.socket).fit(rounds.weights, config)
+    found = Evaluation.from_config(metrics)
+    assert (found.nats, found.bytes) == (0.0, 0) and "0 batches took more than 1e-09 s" in found.failure
+    assert Report.from_config(metrics).steps == 2
 
 
 def test_a_hard_limit_ends_a_round_that_is_over_at_the_server(trainer: Trainer, rounds: Rounds) -> None:
