@@ -180,9 +180,7 @@ class _Service:
         """Start what is not there of SuperLink and proxy."""
         if not self._link.alive:
             self._link.stop()
-            if self._proxy is not None:
-                self._proxy.kill()  # it would go on calling the old port
-                self._proxy.wait()
+            self._stop_proxy()  # it would go on calling the old port
             options = ["--database", str(self._database), "--disable-runtime-dependency-installation"]
             if self._keys is None:
                 (self._folder / NODES).unlink(missing_ok=True)
@@ -229,6 +227,11 @@ class _Service:
                 start_new_session=True,
             )
 
+    def _stop_proxy(self) -> None:
+        if self._proxy is not None:
+            self._proxy.kill()  # it keeps nothing
+            self._proxy.wait()
+
     def _proxy_alive(self) -> bool:
         return self._proxy is not None and self._proxy.poll() is None
 
@@ -266,6 +269,7 @@ class _Service:
     def stop(self) -> None:
         """Stop everything."""
         with undisturbed():
+            self._stop_proxy()
             self._link.stop()
             end_marked(self._link.marker)
 
