@@ -264,6 +264,8 @@ class RoundLoop:
             reason = f"its update was {1 / scale:.1f} times as long as the longest allowed"
             state.events.add("clipped", client, reason, asked.round)
             logger.warning("round %d: client %s: %s", asked.round, client, reason)
+        if update.unwritten:
+            state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
         merger.fold(client, update.arrays, weight, scale)
         self._roster.refused.pop(client, None)

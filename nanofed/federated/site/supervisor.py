@@ -207,6 +207,8 @@ class _Site:
         self._socket = socket_path(self._folder)
         self._ready = False
         self._silent = 0.0  # since when the trainer has not answered
+        self._states = self._folder / "state"
+        self._unwritten = 0  # states that its trainer could not write so far
         home = self._folder / "flower"
         home.mkdir(exist_ok=True)
         marks = {name: f"{self._folder}:{name}" for name in ("trainer", "supernode")}
@@ -234,7 +236,7 @@ class _Site:
         python = [sys.executable, "-P", "-m"]
         if options.devices > 1:
             python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
-        own = ["--name", options.name, "--socket", str(self._socket), "--state", str(self._folder / "state")]
+        own = ["--name", options.name, "--socket", str(self._socket), "--state", str(self._states)]
         own += ["--supervisor", str(os.getpid())]
         return [*python, options.trainer, *own, *arguments, f"--fabric.devices={options.devices}"]
 
@@ -292,6 +294,11 @@ class _Site:
                 self._replace(f"has not answered for {now - self._silent:.0f} s")
             return
         self._silent = 0.0
+        if state["unwritten"] > self._unwritten:
+            logger.warning(
+                "the optimizer state cannot be written to %s: a restart of the trainer would lose it", self._states
+            )
+        self._unwritten = state["unwritten"]
         if state["state"] != "starting" and not self._ready:
             self._ready = True
             logger.info("the trainer is ready after %.1f s", now - self.trainer.started)

@@ -21,7 +21,7 @@ from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.messages import SAFE_NAME, Instructions
+from nanofed.federated.wire.messages import SAFE_NAME, UNWRITTEN, Instructions
 from nanofed.training.strategy import FabricShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Worker:
         self._fabric = _fabric(arguments)
         self._fabric.launch()
         self._trainer = FabricTrainer(self._module, self._data, self._fabric, state, durable=True)
+        self._unwritten = 0  # states, after the last round
 
     @property
     def ranks(self) -> int:
@@ -141,7 +142,8 @@ class Worker:
         self._trainer.ranks.from_first(message)
         payload, report = self._trainer.fit(request.arrays, instructions, turn)
         speed = report.tokens / report.seconds if report.seconds > 0 else 0.0
-        unwritten = self._trainer.states.unwritten
+        unwritten, before = self._trainer.states.unwritten, self._unwritten
+        self._unwritten = unwritten
         progress.trained(report.steps, speed, unwritten)
         logger.info(
             "round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s",
@@ -152,8 +154,8 @@ class Worker:
             speed,
         )
         metrics = report.to_config()
-        if unwritten:
-            metrics["unwritten_states"] = unwritten
+        if unwritten > before:
+            metrics[UNWRITTEN] = True
         progress.idle()
         request.answer(payload, report.tokens, metrics)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # In a client's failure: its next lease is longer.
 LEASE_TOO_SHORT = "the leased rows hold too little text for one optimizer step"
 KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries
+UNWRITTEN = "unwritten"  # beside it where the site's disk did not take the optimizer state of the round
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 MAX_TEXT = 200  # characters of a version or a shard's name
 SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
