@@ -96,10 +96,19 @@ class Link:
                 except OSError:  # there is no server now
                     site.close()
                     continue
-                with self._lock:
-                    self._pairs.append((site, server))
-                for source, sink, up in ((site, server, True), (server, site, False)):
-                    threading.Thread(target=self._pump, args=(source, sink, up), daemon=True).start()
+                threading.Thread(target=self._serve, args=(site, server), daemon=True).start()
+
+    def _serve(self, site: socket.socket, server: socket.socket) -> None:
+        pair = (site, server)
+        with self._lock:
+            self._pairs.append(pair)
+        down = threading.Thread(target=self._pump, args=(server, site, False), daemon=True)
+        with site, server:
+            down.start()
+            self._pump(site, server, up=True)
+            down.join()
+        with self._lock, contextlib.suppress(ValueError):
+            self._pairs.remove(pair)
 
     def _pump(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
         with contextlib.suppress(OSError):

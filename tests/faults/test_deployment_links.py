@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from nanofed.federated.flower import binary, flower_environment
-from nanofed.federated.runtimes.deployment import CLIENT_APP
 from nanofed.federated.runtimes.superlink import LINK, write_app
+from nanofed.federated.server.pace import LEARN
 from nanofed.federated.site.bundle import code_hash, installed
 from tests.faults.deployment import GRACE, Deployment
 from tests.faults.disks import fill, free, seen_by, small_disk
@@ -80,13 +80,13 @@ def test_an_upload_that_is_cut_off_is_not_merged_by_halves(federation: Deploymen
 
 
 def test_a_slow_link_costs_training_time_and_no_round(federation: Deployment, link: Link) -> None:
-    before = federation.state()["pace"]["overhead"]["lab-c"]
-    sent = link.sent
+    since = time.time()
     link.bytes_per_second = 200e3
     federation.takes_part("lab-c")
     link.heal()
-    assert link.sent - sent > PART
-    assert federation.state()["pace"]["overhead"]["lab-c"] > before
+    weights = federation.manifest().files["model.safetensors"]["bytes"]
+    assert federation.state()["pace"]["overhead"]["lab-c"] > LEARN * 2 * weights / 200e3
+    assert not federation.events("lab-c", since)
     federation.no_row_is_merged_twice()
 
 
@@ -117,7 +117,8 @@ from flwr.serverapp import ServerApp
 OUT = Path({out!r})
 if {site!r} in str(Path.cwd()):
     OUT.with_suffix(".ran").touch()
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @server.main()
@@ -139,7 +140,8 @@ def test_a_bundle_that_nobody_trusts_is_refused_with_both_hashes(federation: Dep
     (app / "attack.py").write_text(ATTACK.format(out=str(out), site="lab-"))
     environment = flower_environment(federation.run / "server" / "home")
     command = [binary("flwr"), "run", str(app), LINK, "--format", "json"]
-    subprocess.run(command, cwd=app, env=environment, check=True, capture_output=True, timeout=60)
+    said = subprocess.run(command, cwd=app, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert '"success": true' in said.stdout, said.stdout + said.stderr
     federation.until(out.exists, "answers to the foreign run", in_time(90))
     answers = json.loads(out.read_text())
     assert len(answers) == len(federation.processes) - 1
@@ -153,7 +155,7 @@ def test_a_bundle_that_nobody_trusts_is_refused_with_both_hashes(federation: Dep
 def test_a_server_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(federation: Deployment) -> None:
     """All of the run's folder is on the disk: checkpoints, SuperLink's database, everybody's logs."""
     assert federation.processes.pop("server").stop() == 143
-    before, since, outside = federation.round(), time.time(), federation.run
+    before, outside = federation.round(), federation.run
     server = federation.serve(before=small_disk(64 * MIB, outside.parent))
     federation.run = seen_by(server.process.pid, outside)
     federation.reach(before + 1)
@@ -166,8 +168,7 @@ def test_a_server_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(fede
     free(federation.run.parent)
     federation.reach(full + 2)
     assert federation.merged_rows() > rows
-    assert federation.state()["events"]
-    assert federation.events("server", since, "disk") or True
+    assert any(kind == "disk" and client == "server" for kind, client, *_ in federation.state()["events"])
     federation.no_row_is_merged_twice()
 
 
