@@ -53,12 +53,11 @@ def test_a_reply_is_handed_over_when_all_of_it_is_there(tmp_path: Path, monkeypa
     node = state.create_node("owner", "name", b"key", 30.0)
     assert state.activate_node(node, 30.0)
     run = state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP)
-    for name, value in (("task_id", 1), ("run_id", run), ("node_id", SUPERLINK_NODE_ID)):
-        monkeypatch.setattr(TaskIdentity, name, value)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, SUPERLINK_NODE_ID  # Message() reads them
     asked = Message(RecordDict(), node, "train", ttl=60.0)
     asked.metadata.__dict__["_message_id"] = asked.object_id
     assert state.store_message_ins(asked)
-    monkeypatch.setattr(TaskIdentity, "node_id", node)
+    TaskIdentity.node_id = node
     reply = Message(RecordDict({"weights": ArrayRecord([np.arange(3), np.ones(2)])}), reply_to=asked)
     reply.metadata.__dict__["_message_id"] = reply.object_id
     session = state.start_session(run)
