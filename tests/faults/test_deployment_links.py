@@ -86,7 +86,7 @@ def test_a_slow_link_costs_training_time_and_no_round(federation: Deployment, li
     link.heal()
     weights = federation.manifest().files["model.safetensors"]["bytes"]
     assert federation.state()["pace"]["overhead"]["lab-c"] > LEARN * 2 * weights / 200e3
-    assert not federation.events("lab-c", since)
+    assert {event["kind"] for event in federation.events("lab-c", since)} <= {"silent", "late"}
     federation.no_row_is_merged_twice()
 
 

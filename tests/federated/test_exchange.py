@@ -60,6 +60,7 @@ def test_a_late_answer_is_named_and_dropped_and_the_message_lives_for_it() -> No
     assert play(exchange, 2).kind == "silent"
     late = events.last("late", CLIENT)
     assert late is not None and late.count == 1
+    assert exchange.late == {CLIENT}
     assert late.reason == "its answer to round 1 came when that was over"
     grid.asked.clear()
     assert play(exchange, 3).kind == "silent"

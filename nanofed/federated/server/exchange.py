@@ -48,11 +48,15 @@ class Exchange:
     Args:
         grid: the connection to the nodes.
         events: where strays are counted.
+
+    Attributes:
+        late: clients whose answers came too late since somebody emptied it.
     """
 
     def __init__(self, grid: Grid, events: Events) -> None:
         self._grid = grid
         self._events = events
+        self.late: set[str] = set()
         self._given_up: OrderedDict[str, tuple[str, int]] = (
             OrderedDict()
         )  # message -> client and round, until it is dead
@@ -137,6 +141,7 @@ class Exchange:
         if message_id in self._given_up:
             client, asked_in = self._given_up.pop(message_id)
             if not reply.has_error():  # Flower's own word for a message whose time is over
+                self.late.add(client)
                 self._events.add("late", client, f"its answer to round {asked_in} came when that was over", number)
         elif message_id in self._answered:
             self._events.add("duplicate", self._answered[message_id], "it has answered this message before", number)

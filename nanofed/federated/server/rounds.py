@@ -240,6 +240,8 @@ class RoundLoop:
             figures.merge += time.monotonic() - folding
             self._say("training", figures.round, merged=sorted(figures.merged))
         figures.exchange = time.monotonic() - started - figures.merge
+        while self._exchange.late:
+            self.state.pace.hurry(self._exchange.late.pop(), self._config.round_seconds)
 
     def _fold(self, answer: Answer, asked: Instructions, merger: Merger) -> Merged:
         """Check an answer against what is known of its client, and fold it in.
