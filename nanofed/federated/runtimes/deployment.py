@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nanofed import runtime
-from nanofed.errors import ConfigError, DataError
+from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.flower import is_loopback
 from nanofed.federated.processes import end_marked, ended_on_sigterm, started_as, undisturbed
 from nanofed.federated.run import Federation
@@ -150,11 +150,18 @@ class _Service:
         self._app.mkdir()
         write_app(self._app, SERVER_APP, CLIENT_APP)
         settings = {"run_dir": str(self._run.resolve()), "base_dir": str(runtime.base_dir().resolve())}
-        crashes, before = 0, self._round()
+        crashes, before, ran = 0, self._round(), False
         while True:
-            self._start()
-            run_id = self._link.submit(self._app, settings)
-            failure = self._watch(run_id)
+            try:
+                self._start()
+                run_id = self._link.submit(self._app, settings)
+            except (OSError, NanofedError) as error:
+                if not ran or isinstance(error, (ConfigError, DataError)):
+                    raise
+                failure: str | None = str(error)  # the disk may be full, and have room again
+            else:
+                ran = True
+                failure = self._watch(run_id)
             if failure is None:
                 return
             if (match := EXIT.fullmatch(failure)) and int(match[1]) in (ConfigError.exit_code, DataError.exit_code):

@@ -84,7 +84,7 @@ def check_reply(reply: Message, instructions: Instructions, sent: Sent, streams:
     try:
         metrics = reply.content.config_records.get("fitres.metrics")
         report = Report.from_config(metrics)
-        unwritten = bool(metrics.get(UNWRITTEN))
+        unwritten = metrics is not None and bool(metrics.get(UNWRITTEN))
         record = reply.content.array_records.get("fitres.parameters")
         if record is None:
             raise WireError("there are no weights in it")
