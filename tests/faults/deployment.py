@@ -25,7 +25,6 @@ from tests.ranks import REPOSITORY, in_time
 
 MARK = "NANOFED_TEST_DEPLOYMENT"
 GRACE = 20.0  # seconds beyond a round's three until a site is given up
-ROWS = 1500  # of a shard: 6,000 documents in four
 NANOFED = [sys.executable, "-P", "-m", "nanofed"]
 
 
@@ -235,8 +234,11 @@ class Deployment:
     def merged_rows(self) -> int:
         """Return how many rows of text the last checkpoint counts as merged."""
         ledger = self.state()["ledger"]
-        closed = ROWS * sum(int(epoch) for epoch in ledger["epoch"].values())
-        return closed + sum(int(length) for _, _, runs in ledger["rows"] for value, length in runs if value == 2)
+        merged = sum(int(length) for _, _, runs in ledger["rows"] for value, length in runs if value == 2)
+        opened = {(name, int(epoch)) for epoch, name, _ in ledger["rows"]}
+        sizes = {name: sum(int(length) for _, length in runs) for _, name, runs in ledger["rows"]}
+        closed = ((name, n) for name, epoch in ledger["epoch"].items() for n in range(int(epoch)))
+        return merged + sum(sizes[name] for name, n in closed if (name, n) not in opened)
 
     def no_row_is_merged_twice(self) -> None:
         """Check the last checkpoint: its hashes, its ledger, and that all its tokens are those of merged rounds."""

@@ -154,14 +154,12 @@ class _Service:
         while True:
             try:
                 self._start()
-                run_id = self._link.submit(self._app, settings)
-            except (OSError, NanofedError) as error:
+                run_id, ran = self._link.submit(self._app, settings), True
+                failure = self._watch(run_id)
+            except (OSError, NanofedError, subprocess.SubprocessError) as error:
                 if not ran or isinstance(error, (ConfigError, DataError)):
                     raise
-                failure: str | None = str(error)  # the disk may be full, and have room again
-            else:
-                ran = True
-                failure = self._watch(run_id)
+                failure = " ".join(str(error).split())  # the disk may be full, and have room again
             if failure is None:
                 return
             if (match := EXIT.fullmatch(failure)) and int(match[1]) in (ConfigError.exit_code, DataError.exit_code):
