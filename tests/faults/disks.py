@@ -1,4 +1,4 @@
-"""A small disk at a folder of one process and its children, which a test fills, frees and makes read-only meanwhile.
+"""A small disk at a folder of one process and its children, which a test fills and frees meanwhile.
 
 python -m tests.faults.disks SIZE FOLDER COMMAND...    what is in the folder is copied to the disk, then COMMAND runs
 """
