@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from nanofed.errors import NanofedError
+from nanofed.federated.whole_bodies import receive_whole_bodies
 
 BUSY_SECONDS = 60  # that a call waits for another one's transaction; Flower's is 5
 
@@ -36,9 +37,11 @@ def main() -> None:
     """Run `flower-superlink` with the same arguments."""
     from flwr.supercore import sql_mixin
     from flwr.superlink import config_loader
+    from flwr.superlink import main as application
     from flwr.superlink.cli import flower_superlink
 
     keep_weights_in_memory(config_loader, sql_mixin)
+    receive_whole_bodies(application)
     sys.argv[0] = "flower-superlink"
     flower_superlink()
 
