@@ -79,11 +79,15 @@ def test_a_site_that_cannot_start_ends_the_run(tiny_corpus: Path, tmp_path: Path
     run = config.open()
     folder = run / rehearsal.CLIENTS / "client-0"
     folder.mkdir(parents=True)
-    with FileLock(folder / ".lock"), rehearsal._sites(config, run, "127.0.0.1:1") as check:
-        with pytest.raises(ConfigError, match="^site client-0: the site 'client-0' is running already"):
-            for _ in range(100):
-                check()
-                time.sleep(0.1)
+    said = r"^site client-0: the site 'client-0' is running already"
+    with (
+        FileLock(folder / ".lock"),
+        rehearsal._sites(config, run, "127.0.0.1:1") as check,
+        pytest.raises(ConfigError, match=said),
+    ):
+        for _ in range(100):
+            check()
+            time.sleep(0.1)
 
 
 def started(federate: Started, name: str) -> list[int]:

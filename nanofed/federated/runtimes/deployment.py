@@ -126,7 +126,12 @@ def run_server(
 
 
 def _lock(run: Path) -> FileLock:
-    """Return the lock on a run, taken; the kernel gives it back when this process dies."""
+    """Return the lock on a run, taken; the kernel gives it back when this process dies.
+
+    The round loop's own lock (`server.owner`) comes and goes with each loop and lies in the folder that --overwrite removes: this
+    one is held from before the folder is looked at until the end, also between two loops. It does not do for the round loop,
+    which runs without such a service in process and in simulation, and may outlive one that was killed.
+    """
     run.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.parent / f".{run.name}.server.lock")
     try:

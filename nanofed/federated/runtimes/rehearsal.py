@@ -47,7 +47,9 @@ def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callab
     names = [client_name(index) for index in range(federation.federation.clients)]
     devices = federation.fabric_options.devices
     # Else each would take all cores: N sites of N threads spend most of their time waiting for each other.
-    threads = None if "OMP_NUM_THREADS" in runtime.environment() else max(1, runtime.cpu_count() // (len(names) * devices))
+    threads = (
+        None if "OMP_NUM_THREADS" in runtime.environment() else max(1, runtime.cpu_count() // (len(names) * devices))
+    )
     sites = []
     for name in names:
         options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)

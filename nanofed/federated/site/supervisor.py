@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from nanofed.errors import ConfigError, DataError
 from nanofed.federated.flower import flower_environment, free_port, is_loopback
 from nanofed.federated.processes import end_marked, ended_on_sigterm, stop_marked, undisturbed
 from nanofed.federated.site.channel import ChannelError, call
+from nanofed.federated.wire.names import SAFE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY_SECONDS = 60.0  # who lived so long starts again with the first pause
 STOP_SECONDS = 5.0
 MARK = "NANOFED_SITE"
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # wire.messages.SAFE_NAME, without importing torch
 
 
 @dataclass(frozen=True)
