@@ -51,7 +51,8 @@ class Growth:
 
     def __str__(self) -> str:
         return (
-            f"{self.kind:<24} {self.rounds:>5} rounds  {self.memory:>7.1f} MB {self.memory_per_100_rounds:>+7.2f} per 100 rounds  "
+            f"{self.kind:<24} {self.rounds:>5} rounds  {self.memory:>7.1f} MB "
+            f"{self.memory_per_100_rounds:>+7.2f} per 100 rounds  "
             f"{self.handles:>4.0f} handles {self.handles_per_100_rounds:>+6.2f} per 100 rounds"
         )
 

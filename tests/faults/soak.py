@@ -21,7 +21,7 @@ from tests.faults.deployment import Deployment, config, deployment
 from tests.faults.growth import Growth, Watch
 from tests.federated.tiny import make_corpus
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tests.faults.soak")  # the module itself may be __main__
 
 # Processes of a server and of a site, by a word of their command lines.
 SERVER = {
@@ -127,15 +127,17 @@ def main(argv: Sequence[str]) -> int:
     add("--seconds", type=float, default=float("inf"), help="after which it ends, however many rounds there were")
     add("--memory", type=float, default=2.0, help="MB that a process may grow by in 100 rounds")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, stream=sys.stdout, force=True)
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stdout, force=True)
+    logger.setLevel(logging.INFO)
     folder = args.folder.absolute()
     folder.mkdir(parents=True)
     corpus = make_corpus(folder / "corpus", 6000)
     keys = init(folder / "keys", ["localhost"], ["lab-a", "lab-b"]).folder
     changes = {"federation.round_seconds": args.round_seconds, "federation.grace_seconds": 10.0, "keep_checkpoints": 0}
     with deployment(folder, config(corpus, folder, **{**changes, "eval_every": 10}), keys) as federation:
-        for start in (federation.serve, lambda: federation.site("lab-a"), lambda: federation.site("lab-b")):
-            start()
+        federation.serve()
+        for name in ("lab-a", "lab-b"):
+            federation.site(name)
         federation.reach(3, 300)
         soak = Soak(federation, args.seed)
         logger.info("seed %d: %d rounds, a kill every %g", args.seed, args.rounds, args.every)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +21,13 @@ from nanofed.federated.server.keys import init
 from nanofed.federated.site.channel import call
 from nanofed.federated.site.supervisor import socket_path
 from nanofed.training.checkpoint import read_state
+from tests.faults.chain import check_chain, row_lengths
 from tests.faults.deployment import Deployment, config, deployment
+from tests.faults.soak import Soak, leaks
 from tests.federated.tiny import make_corpus
 from tests.ranks import in_time
 
+logger = logging.getLogger(__name__)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -31,7 +36,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     folder = tmp_path_factory.mktemp("deployment")
     corpus = make_corpus(folder / "corpus", 6000)
     keys = init(folder / "keys", ["localhost"], ["lab-a", "lab-b", "lab-c"]).folder
-    with deployment(folder, config(corpus, folder), keys) as made:
+    with deployment(folder, config(corpus, folder, keep_checkpoints=0), keys) as made:
         made.serve()
         made.site("lab-a")
         made.site("lab-b", "--devices", "2")
@@ -253,10 +258,30 @@ def test_all_sites_leave_and_come_back(federation: Deployment) -> None:
     assert federation.processes["server"].process.poll() is None
 
 
+@pytest.mark.timeout(4 * 3600)  # at the full count
+def test_soak_of_rounds_with_random_kills(
+    federation: Deployment, count: Callable[[int, int], int], record_property: Callable[[str, object], None]
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    record_property("seed", seed)
+    logger.warning("seed %d", seed)  # shown where it fails
+    rounds = count(4, 500)
+    # What takes a minute to come back, by Flower's own clocks, has its tests above.
+    quick = ["site.service", "flwr-serverapp", "federated.server.proxy"]
+    soak = Soak(federation, seed, None if rounds > 100 else quick)
+    soak.run(rounds, every=2 if rounds < 100 else 10)
+    record_property("kills", dict(soak.kills))
+    assert not leaks(soak.watch.growths(least_rounds=40), memory=2.0, handles=1.0)  # fewer rounds are all warm-up
+
+
 def test_everything_ends_in_order(federation: Deployment) -> None:
     for name in list(federation.processes):
         assert federation.processes.pop(name).stop() == 143
     assert federation.manifest().kind == "federated"
+
+
+def test_after_all_that_every_checkpoint_follows_from_the_one_before(federation: Deployment) -> None:
+    assert check_chain(federation.run, row_lengths(federation.folder / "corpus")) > 20
 
 
 def assert_takes_part(federation: Deployment, name: str, seconds: float = 180.0) -> None:
