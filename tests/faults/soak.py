@@ -124,6 +124,7 @@ def main(argv: Sequence[str]) -> int:
     add("--every", type=float, default=8.0, help="rounds between two kills, on average; 0: none")
     add("--seed", type=int, default=random.randrange(1 << 32))
     add("--round_seconds", type=float, default=0.5)
+    add("--grace_seconds", type=float, default=30.0, help="a killed client costs its round so much")
     add("--seconds", type=float, default=float("inf"), help="after which it ends, however many rounds there were")
     add("--memory", type=float, default=2.0, help="MB that a process may grow by in 100 rounds")
     args = parser.parse_args(argv)
@@ -133,7 +134,11 @@ def main(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True)
     corpus = make_corpus(folder / "corpus", 6000)
     keys = init(folder / "keys", ["localhost"], ["lab-a", "lab-b"]).folder
-    changes = {"federation.round_seconds": args.round_seconds, "federation.grace_seconds": 10.0, "keep_checkpoints": 0}
+    changes = {
+        "federation.round_seconds": args.round_seconds,
+        "federation.grace_seconds": args.grace_seconds,
+        "keep_checkpoints": 0,
+    }
     with deployment(folder, config(corpus, folder, **{**changes, "eval_every": 10}), keys) as federation:
         federation.serve()
         for name in ("lab-a", "lab-b"):
