@@ -120,7 +120,7 @@ def difference(a: Path, b: Path) -> float:
 
 def rows(result: dict[str, Any]) -> list[list[object]]:
     """Return the table's rows: a number of tokens, and each side's bits per byte where it was measured."""
-    curves = {side: {p["tokens"]: p["bits_per_byte"] for p in result[side]["curve"]} for side in SIDES}
+    curves = {side: {p["tokens"]: p["bits_per_byte"] for p in result[side]["curve"]} for side in result["sides"]}
     tokens = sorted(set().union(*curves.values()))
     return [
         [f"{number:,}", *(f"{c[number]:.4f}" if number in c else None for c in curves.values())] for number in tokens
@@ -142,6 +142,7 @@ def main(argv: Sequence[str]) -> int:
     add("--data", default=default_data())
     add("--threads", type=int, default=1, help="of each process")
     add("--seed", type=int, default=42)
+    add("--sides", nargs="+", choices=SIDES, default=SIDES)
     add("--set", action="append", default=[], metavar="--KEY=VALUE", help="further options of both federations")
     add("--folder", type=Path, help="where runs and logs go (default: a temporary folder); kept if named")
     add("--seconds", type=float, default=1800.0, help="after which a side is given up")
@@ -152,11 +153,12 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="nanofed-engine-") as temporary, ended_on_sigterm():
         folder = (args.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        result: dict[str, Any] = {side: run(side, args, folder) for side in SIDES}
-        result["engine_against_process"] = {
-            "bits_per_byte": result["deployment"]["bits_per_byte"] - result["in-process"]["bits_per_byte"],
-            "weights": difference(folder / "in-process", folder / "deployment"),
-        }
+        result: dict[str, Any] = {side: run(side, args, folder) for side in args.sides}
+        if {"in-process", "deployment"} <= result.keys():
+            result["engine_against_process"] = {
+                "bits_per_byte": result["deployment"]["bits_per_byte"] - result["in-process"]["bits_per_byte"],
+                "weights": difference(folder / "in-process", folder / "deployment"),
+            }
     names = (
         "clients",
         "rounds",
@@ -167,6 +169,7 @@ def main(argv: Sequence[str]) -> int:
         "accumulation",
         "threads",
         "seed",
+        "sides",
     )
     result |= {name: getattr(args, name) for name in names}
     result |= {"data": Path(args.data).name, **describe(torch.device("cpu"))}
@@ -175,11 +178,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     lines = rows(result)
     for name in ("training_seconds", "command_seconds"):
-        lines.append([name.replace("_", " "), *(result[side][name] for side in SIDES)])
-    print(table(lines, ["bits per byte after tokens", *SIDES]))
-    apart = result["engine_against_process"]
-    print(
-        f"\ndeployment against in-process: {apart['bits_per_byte']:+.5f} bits per byte, weights "
-        + ("the same bits" if apart["weights"] == 0 else f"{apart['weights']:.1e} of the largest apart")
-    )
+        lines.append([name.replace("_", " "), *(result[side][name] for side in args.sides)])
+    print(table(lines, ["bits per byte after tokens", *args.sides]))
+    if apart := result.get("engine_against_process"):
+        same = "the same bits" if apart["weights"] == 0 else f"{apart['weights']:.1e} of the largest apart"
+        print(f"\ndeployment against in-process: {apart['bits_per_byte']:+.5f} bits per byte, weights {same}")
     return 0
