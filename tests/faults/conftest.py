@@ -17,7 +17,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     folder = tmp_path_factory.mktemp("deployment")
     corpus = make_corpus(folder / "corpus", 6000)
     keys = init(folder / "keys", ["localhost"], ["lab-a", "lab-b", "lab-c"]).folder
-    with deployment(folder, config(corpus, folder), keys) as made:
+    with deployment(folder, config(corpus, folder, keep_checkpoints=0), keys) as made:
         made.serve()
         made.site("lab-a")
         made.site("lab-b", "--devices", "2")

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import random
 import signal
 import time
 from collections.abc import Callable
 
 import pytest
 
+from tests.faults.chain import check_chain, row_lengths
 from tests.faults.deployment import Deployment
+from tests.faults.soak import Soak, leaks
 from tests.ranks import in_time
 
+logger = logging.getLogger(__name__)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -198,3 +203,23 @@ def test_all_sites_leave_and_come_back(federation: Deployment) -> None:
     federation.site("lab-b", "--devices", "2")
     federation.reach(left + 2, 300)
     assert federation.processes["server"].process.poll() is None
+
+
+@pytest.mark.timeout(4 * 3600)  # at the full count
+def test_soak_of_rounds_with_random_kills(
+    federation: Deployment, count: Callable[[int, int], int], record_property: Callable[[str, object], None]
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    record_property("seed", seed)
+    logger.warning("seed %d", seed)  # shown where it fails
+    rounds = count(4, 500)
+    # What takes a minute to come back, by Flower's own clocks, has its tests above.
+    quick = ["site.service", "flwr-serverapp", "federated.server.proxy"]
+    soak = Soak(federation, seed, None if rounds > 100 else quick)
+    soak.run(rounds, every=2 if rounds < 100 else 10)
+    record_property("kills", dict(soak.kills))
+    assert not leaks(soak.watch.growths(least_rounds=40), memory=2.0, handles=1.0)  # fewer rounds are all warm-up
+
+
+def test_after_all_that_every_checkpoint_follows_from_the_one_before(federation: Deployment) -> None:
+    assert check_chain(federation.run, row_lengths(federation.folder / "corpus")) > 20

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from nanofed.errors import NanofedError
+from nanofed.federated.whole_bodies import receive_whole_bodies
 
 BUSY_SECONDS = 60  # that a call waits for another one's transaction; Flower's is 5
 
@@ -79,10 +80,12 @@ def main() -> None:
     from flwr.supercore import sql_mixin
     from flwr.supercore.corestate import sql_corestate
     from flwr.superlink import config_loader
+    from flwr.superlink import main as application
     from flwr.superlink.cli import flower_superlink
 
     keep_weights_in_memory(config_loader, sql_mixin)
     hold_back_unfinished(sql_linkstate, sql_corestate)
+    receive_whole_bodies(application)
     sys.argv[0] = "flower-superlink"
     flower_superlink()
 

@@ -21,7 +21,8 @@ from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.messages import SAFE_NAME, UNWRITTEN, Instructions
+from nanofed.federated.wire.messages import UNWRITTEN, Instructions
+from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.strategy import FabricShardedStrategy
 
 logger = logging.getLogger(__name__)

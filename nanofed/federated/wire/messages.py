@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import platform
-import re
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
@@ -17,6 +16,7 @@ import nanofed
 from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.federated.wire.codec import WireError
+from nanofed.federated.wire.names import SAFE_NAME
 
 if TYPE_CHECKING:
     from nanofed.data.datamodule import TokenDataModule
@@ -29,7 +29,6 @@ UNWRITTEN = "unwritten"  # beside it where the site's disk did not take the opti
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 MAX_TEXT = 200  # characters of a version or a shard's name
 SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a client: it becomes a folder's and is logged
 
 
 @cache
