@@ -138,6 +138,16 @@ def test_startup_counts_all_parts(corpus: str, capsys: pytest.CaptureFixture[str
     assert sum(parts.values()) == pytest.approx(result["seconds"], abs=0.1)  # nothing is counted twice or left out
 
 
+@pytest.mark.slow
+def test_engine_compares_at_equal_tokens(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rounds=2", "--steps=2", "--eval_tokens=512", "--sides", "fit", "in-process"]
+    result = run(capsys, "engine", *SMALL, *options, f"--data={corpus}")
+    fit, federated = (result[side]["curve"] for side in ("fit", "in-process"))
+    assert [point["tokens"] for point in fit] == [point["tokens"] for point in federated] == [0, 1024, 2048]
+    assert fit[0]["bits_per_byte"] == pytest.approx(federated[0]["bits_per_byte"], rel=1e-6)
+    assert all(side[-1]["bits_per_byte"] < 0.98 * side[0]["bits_per_byte"] for side in (fit, federated))
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are watched through /proc")
 @pytest.mark.slow
 def test_round_counts_every_second_and_byte(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,13 @@ from typing import Any
 import yaml
 
 from nanofed.federated.processes import marked_sessions, members
-from nanofed.training.checkpoint import find_checkpoint, read_manifest, read_weights
-from tests.ranks import REPOSITORY
+from nanofed.federated.site.channel import call
+from nanofed.federated.site.supervisor import socket_path
+from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_state, read_weights
+from tests.ranks import REPOSITORY, in_time
 
 MARK = "NANOFED_TEST_DEPLOYMENT"
+GRACE = 20.0  # seconds beyond a round's three until a site is given up
 NANOFED = [sys.executable, "-P", "-m", "nanofed"]
 
 
@@ -51,7 +54,7 @@ def config(corpus: Path, folder: Path, **options: Any) -> Path:
             "device_batch_size": 8,
             "eval_tokens": 512,
         },
-        "federation": {"round_seconds": 3.0, "grace_seconds": 60.0},
+        "federation": {"round_seconds": 3.0, "grace_seconds": GRACE},
         "fabric": {"accelerator": "cpu"},
     }
     for key, value in options.items():
@@ -80,6 +83,7 @@ class Process:
     name: str
     command: Sequence[str]
     folder: Path
+    before: Sequence[str] = ()  # what starts it
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +101,11 @@ class Process:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", MARK: self.mark}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*NANOFED, *self.command], cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+                [*self.before, *NANOFED, *self.command],
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
 
     def pids(self, word: str) -> list[int]:
@@ -156,20 +164,21 @@ class Deployment:
         self.run = folder / "runs" / "run"
         self.processes: dict[str, Process] = {}
 
-    def serve(self, *more: str) -> Process:
+    def serve(self, *more: str, before: Sequence[str] = ()) -> Process:
         """Start the server."""
         keys = ["--keys", str(self.keys)] if self.keys else []
         where = ["--config", str(self.config), "--listen", f"127.0.0.1:{self.port}"]
-        return self._start("server", ["server", *where, *keys, *more])
+        return self._start("server", ["server", *where, *keys, *more], before)
 
-    def site(self, name: str, *more: str, port: int | None = None) -> Process:
+    def site(self, name: str, *more: str, port: int | None = None, before: Sequence[str] = ()) -> Process:
         """Start a site."""
         keys = ["--keys", str(self.keys / "handout" / name)] if self.keys else []
         where = ["--config", str(self.config), "--superlink", f"localhost:{port or self.port}"]
-        return self._start(name, ["site", *where, "--name", name, "--state", str(self.folder / name), *keys, *more])
+        own = ["--name", name, "--state", str(self.folder / name)]
+        return self._start(name, ["site", *where, *own, *keys, *more], before)
 
-    def _start(self, name: str, command: Sequence[str]) -> Process:
-        self.processes[name] = Process(name, command, self.folder)
+    def _start(self, name: str, command: Sequence[str], before: Sequence[str]) -> Process:
+        self.processes[name] = Process(name, command, self.folder, before)
         return self.processes[name]
 
     # --- what the run has come to
@@ -210,6 +219,58 @@ class Deployment:
 
     def manifest(self) -> Any:
         return read_manifest(find_checkpoint(self.run))
+
+    def state(self) -> Any:
+        """Return what the last checkpoint holds beside the weights; the server may remove it while it is read."""
+        for _ in range(3):
+            with contextlib.suppress(OSError, CheckpointError):
+                return read_state(self.run / "checkpoints" / f"round_{self.round():08d}")
+        raise AssertionError(f"the last checkpoint cannot be read\n{self.tails()}")
+
+    def merged(self, client: str) -> int:
+        """Return how many rounds of a client the last checkpoint counts as merged."""
+        return int(self.state()["pace"]["rounds"].get(client, 0))
+
+    def merged_rows(self) -> int:
+        """Return how many rows of text the last checkpoint counts as merged."""
+        ledger = self.state()["ledger"]
+        merged = sum(int(length) for _, _, runs in ledger["rows"] for value, length in runs if value == 2)
+        opened = {(name, int(epoch)) for epoch, name, _ in ledger["rows"]}
+        sizes = {name: sum(int(length) for _, length in runs) for _, name, runs in ledger["rows"]}
+        closed = ((name, n) for name, epoch in ledger["epoch"].items() for n in range(int(epoch)))
+        return merged + sum(sizes[name] for name, n in closed if (name, n) not in opened)
+
+    def no_row_is_merged_twice(self) -> None:
+        """Check the last checkpoint: its hashes, its ledger, and that all its tokens are those of merged rounds."""
+        state = self.state()
+        assert self.manifest().kind == "federated"
+        rows = state["ledger"]["rows"]
+        assert rows
+        for _, _, runs in rows:
+            assert {value for value, _ in runs} <= {0, 1, 2}
+        assert sum(state["pace"]["tokens"].values()) == state["clock"]["tokens"]
+
+    def events(self, client: str = "", since: float = 0.0, kind: str = "") -> list[dict[str, Any]]:
+        """Return what went wrong: with one client or all, since a time, of one kind or all."""
+        path = self.run / "events.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [
+            event
+            for event in lines
+            if client in ("", event["client"]) and kind in ("", event["kind"]) and event["when"] >= since
+        ]
+
+    def takes_part(self, client: str, seconds: float = 180.0) -> float:
+        """Wait until one more round of a client is merged."""
+        before, last = self.merged(client), self.round()
+        return self.until(
+            lambda: self.round() > last and self.merged(client) > before, f"merged round of {client}", in_time(seconds)
+        )
+
+    def is_training(self, name: str) -> bool:
+        """Ask a site's trainer."""
+        _, _, state = call(socket_path(self.folder / name), "ping", {}, wait=5.0)
+        return bool(state["state"] == "training")
 
     def bits_per_byte(self) -> list[float]:
         return [point["bpb"] for point in json.loads((self.run / "summary.json").read_text())["curve"]]

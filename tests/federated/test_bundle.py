@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import types
@@ -14,7 +15,8 @@ import pytest
 
 from nanofed.federated.runtimes.deployment import CLIENT_APP, SERVER_APP
 from nanofed.federated.runtimes.superlink import write_app
-from nanofed.federated.site.bundle import BundleError, check_bundle, guard
+from nanofed.federated.site.bundle import BundleError, check_bundle, code_hash, guard, installed
+from nanofed.federated.wire.messages import code_hash as hash_of_hello
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
 
@@ -42,6 +44,7 @@ def changed(bundle: bytes, change: Callable[[dict[str, bytes]], object]) -> byte
 def test_our_own_bundle_is_run(bundle: bytes) -> None:
     check_bundle(bundle)
     check_bundle(changed(bundle, lambda files: files.update({"pyproject.toml": files["pyproject.toml"] + b"\n"})))
+    assert code_hash(installed()) == hash_of_hello()
 
 
 APP = "nanofed/federated/site/app.py"
@@ -63,6 +66,8 @@ def test_another_bundle_is_refused(bundle: bytes, change: Callable[[dict[str, by
     with pytest.raises(BundleError, match="this site runs only the nanofed that is installed here") as raised:
         check_bundle(changed(bundle, change))
     assert named in str(raised.value)
+    here, there = re.findall(r"\b[0-9a-f]{16}\b", str(raised.value))
+    assert here == code_hash(installed())[:16] != there
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"no zip file", b"PK\x03\x04" + bytes(40)])

@@ -18,8 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.server import keys as keys_module
-from nanofed.federated.server.keys import SITE_NAME, Keys, init, load, read_sites
-from nanofed.federated.wire.messages import SAFE_NAME
+from nanofed.federated.server.keys import Keys, init, load, read_sites
 
 HOSTS = ["fed.example.org", "10.1.2.3", "2001:db8::7"]
 
@@ -118,10 +117,6 @@ def test_a_host_is_a_name_or_an_address(tmp_path: Path, host: str) -> None:
 def test_a_site_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lab-a is named twice"):
         init(tmp_path, HOSTS, ["lab-a", "lab-a"])
-
-
-def test_the_pattern_of_names_is_the_wire_s() -> None:
-    assert SITE_NAME.pattern == SAFE_NAME.pattern
 
 
 def test_days_are_kept_and_their_end_is_warned_of(tmp_path: Path) -> None:

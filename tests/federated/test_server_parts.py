@@ -118,6 +118,13 @@ class TestPace:
         pace.learn(report(tokens=10, seconds=10.0), 10.0)  # it compiled
         pace.check(report(tokens=10_000, seconds=10.0), 10.0)
 
+    def test_who_was_late_trains_for_a_tenth_and_then_longer_again(self) -> None:
+        pace = self.learned()
+        pace.hurry("client-0", 60.0)
+        assert pace.budget("client-0", 60.0) == pytest.approx(6)
+        pace.learn(report(tokens=1000, seconds=6.0), 6.0 + 20.0)
+        assert pace.budget("client-0", 60.0) == pytest.approx(60 - 40)
+
     def test_it_is_saved(self) -> None:
         pace = self.learned()
         assert Pace(**json.loads(json.dumps(pace.state_dict()))) == pace

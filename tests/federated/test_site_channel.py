@@ -354,6 +354,26 @@ def test_the_client_passes_messages_through_and_names_its_site(path: Path, liste
         client.get_properties({})
 
 
+@pytest.mark.parametrize(
+    ("age", "kind", "refused"), [(29.0, "train", False), (31.0, "train", True), (31.0, "query", False)]
+)
+def test_a_round_that_is_over_when_it_arrives_is_not_trained(age: float, kind: str, refused: bool) -> None:
+    from flwr.app import Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from nanofed.federated.site.app import pass_over
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = Message(RecordDict(), 1, kind, ttl=60.0, group_id="7")
+    message.metadata.__dict__["_created_at"] = time.time() - age
+    context = Context(run_id=1, node_id=1, node_config={"name": "lab-a"}, state=RecordDict(), run_config={})
+    if refused:
+        with pytest.raises(ChannelError, match="site lab-a: round 7 arrived 31 s after it was sent: it is over"):
+            pass_over(message, context, lambda message, context: message)
+    else:
+        assert pass_over(message, context, lambda message, context: message) is message
+
+
 @pytest.mark.parametrize("config", [{}, {"name": "lab-a"}, {"trainer": "/s"}])
 def test_a_node_without_name_or_trainer_is_refused(config: dict[str, str]) -> None:
     from flwr.app import Context, RecordDict

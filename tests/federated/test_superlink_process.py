@@ -1,4 +1,4 @@
-"""The SuperLink's process: weights in memory, the rest in its database."""
+"""The SuperLink's process: weights in memory, the rest in its database, and no reply before all of it is there."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import sqlite3
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.server.superlink.linkstate import sql_linkstate
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore import sql_mixin
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.corestate import sql_corestate
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink import config_loader
 from flwr.superlink.federation import NoOpFederationManager
 
 from nanofed.errors import NanofedError
-from nanofed.federated.runtimes.superlink_process import BUSY_SECONDS, keep_weights_in_memory
+from nanofed.federated.runtimes.superlink_process import BUSY_SECONDS, hold_back_unfinished, keep_weights_in_memory
 
 
 @pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's configuration
@@ -36,6 +44,36 @@ def test_objects_stay_out_of_the_database(tmp_path: Path, monkeypatch: pytest.Mo
     assert waits == 1000 * BUSY_SECONDS
 
 
+@pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's configuration
+def test_a_reply_is_handed_over_when_all_of_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SqlLinkState, "get_message_res", SqlLinkState.get_message_res)  # as it was, at the end
+    hold_back_unfinished(sql_linkstate, sql_corestate)
+    _, factory = config_loader.get_objectstore_linkstate_factories(str(tmp_path / "db"), NoOpFederationManager())
+    state = factory.state()
+    node = state.create_node("owner", "name", b"key", 30.0)
+    assert state.activate_node(node, 30.0)
+    run = state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, SUPERLINK_NODE_ID  # Message() reads them
+    asked = Message(RecordDict(), node, "train", ttl=60.0)
+    asked.metadata.__dict__["_message_id"] = asked.object_id
+    assert state.store_message_ins(asked)
+    TaskIdentity.node_id = node
+    reply = Message(RecordDict({"weights": ArrayRecord([np.arange(3), np.ones(2)])}), reply_to=asked)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    session = state.start_session(run)
+    stored, missing = state.store_message_and_object_tree(reply, get_object_tree(reply), session)
+    objects = get_all_nested_objects(reply)
+    assert stored and sorted(missing) == sorted(objects)
+    for number, (name, content) in enumerate(objects.items()):
+        assert state.get_message_res({asked.object_id}, run) == [], f"{number} of {len(objects)} objects are there"
+        assert state.store_object(run, session, name, content.deflate())
+    (handed,) = state.get_message_res({asked.object_id}, run)
+    assert handed.metadata.message_id == reply.object_id
+    assert state.get_message_res({asked.object_id}, run) == []
+
+
 def test_another_flower_is_refused() -> None:
+    with pytest.raises(NanofedError, match="another way"):
+        hold_back_unfinished(ModuleType("another"), sql_corestate)
     with pytest.raises(NanofedError, match="another way"):
         keep_weights_in_memory(ModuleType("another"), sql_mixin)

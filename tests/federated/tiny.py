@@ -24,14 +24,14 @@ BATCH = 512
 Fit = Callable[[Sequence[Any], Instructions], tuple[Arrays, Report]]
 
 
-def make_corpus(folder: Path, documents: int = 160) -> Path:
+def make_corpus(folder: Path, documents: int = 160, vocab_size: int = 300) -> Path:
     generator = np.random.default_rng(0)
     texts = [
         " ".join(generator.choice(["alpha", "beta", "gamma", "delta", "of", "the"], int(generator.integers(10, 60))))
         for _ in range(documents)
     ]
     write_shards(texts, folder / "data", num_shards=4, rows_per_group=16)
-    train_tokenizer(texts, vocab_size=300).save(folder / "tokenizer")
+    train_tokenizer(texts, vocab_size=vocab_size).save(folder / "tokenizer")
     return folder
 
 

@@ -12,13 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from nanofed import runtime
-from nanofed.errors import ConfigError, DataError
+from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.flower import is_loopback
 from nanofed.federated.processes import end_marked, ended_on_sigterm, started_as, undisturbed
 from nanofed.federated.run import Federation
@@ -82,10 +84,24 @@ class ServerOptions:
         return None
 
 
-def run_server(federation: Federation, options: ServerOptions) -> Summary:
+def _alone(run: Path) -> AbstractContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None)
+
+
+def run_server(
+    federation: Federation,
+    options: ServerOptions,
+    beside: Callable[[Path], AbstractContextManager[Callable[[], None]]] = _alone,
+) -> Summary:
     """Serve a federation until its end, through crashes of the SuperLink and of the round loop.
 
     Started again after it was killed itself, it goes on from the run's last checkpoint.
+
+    Args:
+        federation: what to train.
+        options: of the server.
+        beside: what to do meanwhile: gets the run's folder once it is there, and yields what is called twice a second and may
+            raise to end the run.
 
     Raises:
         ConfigError: a wrong option; another server works on the run.
@@ -100,16 +116,22 @@ def run_server(federation: Federation, options: ServerOptions) -> Summary:
         end_marked(f"FLWR_HOME={folder / 'home'}")  # what a server that was killed left behind
         run = _open(federation)
         folder.mkdir(exist_ok=True)
-        service = _Service(run, folder, options, keys)
-        try:
-            service.serve()
-        finally:
-            service.stop()
+        with beside(run) as check:
+            service = _Service(run, folder, options, keys, check)
+            try:
+                service.serve()
+            finally:
+                service.stop()
     return Summary.read(run)
 
 
 def _lock(run: Path) -> FileLock:
-    """Return the lock on a run, taken; the kernel gives it back when this process dies."""
+    """Return the lock on a run, taken; the kernel gives it back when this process dies.
+
+    The round loop's own lock (`server.owner`) comes and goes with each loop and lies in the folder that --overwrite removes: this
+    one is held from before the folder is looked at until the end, also between two loops. It does not do for the round loop,
+    which runs without such a service in process and in simulation, and may outlive one that was killed.
+    """
     run.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.parent / f".{run.name}.server.lock")
     try:
@@ -125,7 +147,7 @@ def _open(federation: Federation) -> Path:
         if checkpoints(options.folder):
             federation.config.ckpt_path = "last"
             logger.info("%s is there already: going on from its last checkpoint", options.folder)
-        else:  # it ended before its first checkpoint: there is nothing to lose
+        elif not options.ckpt_path:  # it ended before its first checkpoint: there is nothing to lose
             federation.config.overwrite = True
     return federation.open()
 
@@ -133,11 +155,14 @@ def _open(federation: Federation) -> Path:
 class _Service:
     """A SuperLink, the proxy in front of it, and one run after another until one completes."""
 
-    def __init__(self, run: Path, folder: Path, options: ServerOptions, keys: Keys | None) -> None:
+    def __init__(
+        self, run: Path, folder: Path, options: ServerOptions, keys: Keys | None, check: Callable[[], None]
+    ) -> None:
         self._run = run
         self._folder = folder
         self._options = options
         self._keys = keys
+        self._check = check
         self._log = folder / "flower.log"
         self._link = SuperLink(folder, self._log, authority=keys.ca if keys else None)
         self._app = folder / "app"
@@ -150,11 +175,16 @@ class _Service:
         self._app.mkdir()
         write_app(self._app, SERVER_APP, CLIENT_APP)
         settings = {"run_dir": str(self._run.resolve()), "base_dir": str(runtime.base_dir().resolve())}
-        crashes, before = 0, self._round()
+        crashes, before, ran = 0, self._round(), False
         while True:
-            self._start()
-            run_id = self._link.submit(self._app, settings)
-            failure = self._watch(run_id)
+            try:
+                self._start()
+                run_id, ran = self._link.submit(self._app, settings), True
+                failure = self._watch(run_id)
+            except (OSError, NanofedError, subprocess.SubprocessError) as error:
+                if not ran or isinstance(error, (ConfigError, DataError)):
+                    raise
+                failure = " ".join(str(error).split())  # the disk may be full, and have room again
             if failure is None:
                 return
             if (match := EXIT.fullmatch(failure)) and int(match[1]) in (ConfigError.exit_code, DataError.exit_code):
@@ -180,9 +210,7 @@ class _Service:
         """Start what is not there of SuperLink and proxy."""
         if not self._link.alive:
             self._link.stop()
-            if self._proxy is not None:
-                self._proxy.kill()  # it would go on calling the old port
-                self._proxy.wait()
+            self._stop_proxy()  # it would go on calling the old port
             options = ["--database", str(self._database), "--disable-runtime-dependency-installation"]
             if self._keys is None:
                 (self._folder / NODES).unlink(missing_ok=True)
@@ -229,6 +257,11 @@ class _Service:
                 start_new_session=True,
             )
 
+    def _stop_proxy(self) -> None:
+        if self._proxy is not None:
+            self._proxy.kill()  # it keeps nothing
+            self._proxy.wait()
+
     def _proxy_alive(self) -> bool:
         return self._proxy is not None and self._proxy.poll() is None
 
@@ -242,6 +275,7 @@ class _Service:
         loop, launcher = _Watched(self._link.marker, "flwr-serverapp"), _Watched(self._link.marker, "flower-superexec")
         while follower.is_alive():
             follower.join(WATCH_SECONDS)
+            self._check()
             if not self._link.alive:
                 return "the SuperLink died"
             if self._keys is not None and not self._proxy_alive():
@@ -266,6 +300,7 @@ class _Service:
     def stop(self) -> None:
         """Stop everything."""
         with undisturbed():
+            self._stop_proxy()
             self._link.stop()
             end_marked(self._link.marker)
 

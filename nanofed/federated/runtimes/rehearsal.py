@@ -2,65 +2,95 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from nanofed import runtime
+from nanofed.errors import NanofedError
 from nanofed.federated.flower import free_port
 from nanofed.federated.processes import ended_on_sigterm, undisturbed
 from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.deployment import ServerOptions, run_server
-from nanofed.training.run import Summary
+from nanofed.federated.site.supervisor import SiteOptions, run_site, site_options
+from nanofed.training.run import CONFIG, Summary, check_unused
 
-STOP_SECONDS = 30.0
+CLIENTS = "clients"  # of the run's folder: what the sites keep, and their logs
 
 
 def run_deployment(federation: Federation) -> Summary:
     """Serve a federation and take part in it with as many sites as it has clients, and return what the run came to.
 
-    What real sites would do, with a real SuperLink and SuperNodes; they share this machine's devices and its clock.
+    What real sites would do, with a real SuperLink, SuperNodes and trainers; they share this machine's devices and cores. All
+    processes end with the run.
 
     Raises:
-        ConfigError: a wrong option.
+        ConfigError: a wrong option, or a run of that name is there already.
         DataError: no shards or no tokenizer.
-        NanofedError: the run crashed again and again.
+        NanofedError: a site ended by itself, or the run crashed again and again.
     """
-    federation.config.runtime = "deployment"
-    federation.anchor()
+    check_unused(federation.options)
     listen = f"127.0.0.1:{free_port()}"
-    with tempfile.TemporaryDirectory(prefix="nanofed-") as folder, ended_on_sigterm():
-        config = Path(folder) / "config.yaml"
-        config.write_text(federation.parser.dump(federation.config, skip_link_targets=False), encoding="utf-8")
-        with _sites(federation, config, listen, Path(folder)):
-            return run_server(federation, ServerOptions(listen))
+    with ended_on_sigterm():
+        return run_server(federation, ServerOptions(listen), beside=lambda run: _sites(federation, run, listen))
 
 
 @contextmanager
-def _sites(federation: Federation, config: Path, superlink: str, folder: Path) -> Iterator[None]:
-    """Run the sites; each keeps its optimizer state and logs under the folder of all runs, by the run's name."""
-    started: list[subprocess.Popen[bytes]] = []
-    kept = runtime.base_dir() / "rehearsals" / federation.options.name
+def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callable[[], None]]:
+    """Run the sites while the block lasts; what is yielded raises once one of them has ended.
+
+    Their supervisors are threads of this process: what they start dies with it or is found by the next one.
+    """
+    end = threading.Event()
+    names = [client_name(index) for index in range(federation.federation.clients)]
+    devices = federation.fabric_options.devices
+    # Else each would take all cores: N sites of N threads spend most of their time waiting for each other.
+    threads = (
+        None if "OMP_NUM_THREADS" in runtime.environment() else max(1, runtime.cpu_count() // (len(names) * devices))
+    )
+    sites = []
+    for name in names:
+        options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)
+        sites.append(_Site(replace(options, threads=threads), ["--config", str(run / CONFIG)], end))
+
+    def check() -> None:
+        for site in sites:
+            site.check()
+
     try:
-        for index in range(federation.federation.clients):
-            name = client_name(index)
-            command = [sys.executable, "-P", "-m", "nanofed", "site", "--config", str(config)]
-            command += ["--superlink", superlink, "--name", name, "--state", str(kept / name)]
-            command += ["--devices", str(federation.fabric_options.devices)]
-            with (folder / f"{name}.log").open("wb") as log:
-                started.append(
-                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-                )
-        yield
+        for site in sites:
+            site.start()
+        yield check
     finally:
         with undisturbed():
-            for process in started:
-                process.terminate()
-            for process in started:
-                try:
-                    process.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+            end.set()
+            for site in sites:
+                if site.ident is not None:  # it was started
+                    site.join()
+
+
+class _Site(threading.Thread):
+    """A site's supervisor, as `nanofed site` runs it."""
+
+    def __init__(self, options: SiteOptions, arguments: Sequence[str], end: threading.Event) -> None:
+        super().__init__(name=f"nanofed-{options.name}")
+        self._options = options
+        self._arguments = arguments
+        self._end = end
+        self._error: NanofedError | None = None
+
+    def run(self) -> None:
+        """Keep the site going until it is told to end."""
+        try:
+            run_site(self._options, self._arguments, lambda: not self._end.is_set())
+        except NanofedError as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what ended the site."""
+        if self._error is not None:
+            raise type(self._error)(f"site {self._options.name}: {self._error}")
+        if not self.is_alive() and not self._end.is_set():
+            raise NanofedError(f"site {self._options.name} has ended; see {self._options.folder}")

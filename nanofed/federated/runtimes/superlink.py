@@ -159,23 +159,22 @@ class SuperLink:
     def follow(self, run_id: int) -> str:
         """Pass on our lines of the run's log until it ends, and return the last error among them."""
         failure = ""
-        with (
-            self._log.open("a", encoding="utf-8") as log,
-            subprocess.Popen(
-                [binary("flwr"), "log", str(run_id), LINK, "--stream"],
-                env=self._environment,
-                cwd=self._nowhere,
-                text=True,
-                errors="replace",
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            ) as process,
-        ):
+        with subprocess.Popen(
+            [binary("flwr"), "log", str(run_id), LINK, "--stream"],
+            env=self._environment,
+            cwd=self._nowhere,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    log.write(line)
+                    # The disk may be full: what people are told below has to go on, and so has the run.
+                    with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
+                        log.write(line)
                     if match := LINE.search(line):
                         if EXIT.fullmatch(match[2]):
                             failure = match[2]

@@ -1,4 +1,4 @@
-"""The process of a SuperLink: Flower's own, which keeps weights in memory and only the rest in its database.
+"""The process of a SuperLink: Flower's own, which keeps weights in memory and hands over no reply before it is whole.
 
 Flower's puts every chunk of every message into SQLite. There they hold up each other and the SuperLink's own book-keeping, until
 a call finds the database locked and the run fails (`bin/bench round --depth 12` on a busy machine). They are of no use there:
@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from nanofed.errors import NanofedError
+from nanofed.federated.whole_bodies import receive_whole_bodies
 
 BUSY_SECONDS = 60  # that a call waits for another one's transaction; Flower's is 5
 
@@ -32,13 +33,59 @@ def keep_weights_in_memory(config_loader: Any, sql_mixin: Any) -> None:
     sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", str(1000 * BUSY_SECONDS)))
 
 
+def hold_back_unfinished(linkstate: Any, corestate: Any) -> None:
+    """Make Flower's SuperLink hand a reply over when all of it is there.
+
+    Flower's hands it over once it is announced, and whoever asked then waits for what is in it: for a slow upload as long as that
+    takes, for one that was cut off three minutes. The round loop takes one reply at a time, so one client with a bad link would
+    hold up all the others, past the round's end.
+
+    Args:
+        linkstate: Flower's module `sql_linkstate`.
+        corestate: Flower's module `sql_corestate`.
+
+    Raises:
+        NanofedError: this Flower is another one than was made for.
+    """
+    try:
+        reply, node, state = linkstate.MessageResModel, linkstate.NodeModel, linkstate.SqlLinkState
+        upload, root = corestate.ObjectPushSessionModel, corestate.ObjectPushSessionRootModel
+        whole, now = state.get_message_res, linkstate.now
+    except AttributeError as error:
+        raise NanofedError(f"this version of Flower keeps replies in another way: {error}") from error
+
+    def get_message_res(self: Any, message_ids: set[str], run_id: int) -> Any:
+        under_way = (
+            linkstate.select(reply.reply_to_message_id)
+            .join(root, root.root_object_id == reply.message_id)
+            .join(upload, upload.session_id == root.session_id)
+            .join(node, node.node_id == reply.src_node_id)
+            .where(
+                reply.reply_to_message_id.in_(message_ids),
+                upload.pending_count > 0,
+                upload.expires_at > now(),  # Flower gives an upload up in which nothing has come for three minutes
+                node.online_until > now().timestamp(),  # of one that is gone, Flower says so
+            )
+        )
+        with self.session() as session:
+            held_back = set(session.scalars(under_way))
+        return whole(self, message_ids - held_back, run_id)
+
+    state.get_message_res = get_message_res
+
+
 def main() -> None:
     """Run `flower-superlink` with the same arguments."""
+    from flwr.server.superlink.linkstate import sql_linkstate
     from flwr.supercore import sql_mixin
+    from flwr.supercore.corestate import sql_corestate
     from flwr.superlink import config_loader
+    from flwr.superlink import main as application
     from flwr.superlink.cli import flower_superlink
 
     keep_weights_in_memory(config_loader, sql_mixin)
+    hold_back_unfinished(sql_linkstate, sql_corestate)
+    receive_whole_bodies(application)
     sys.argv[0] = "flower-superlink"
     flower_superlink()
 

@@ -16,6 +16,7 @@ from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.validation import Refused, Sent, Update, check_reply
 from nanofed.federated.wire.codec import Arrays, payload_bytes
 from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.lateness import LIFE
 from nanofed.federated.wire.messages import Instructions
 
 POLL_SECONDS = 0.1
@@ -51,12 +52,18 @@ class Exchange:
     Args:
         grid: the connection to the nodes.
         events: where strays are counted.
+
+    Attributes:
+        late: clients whose answers came too late since somebody emptied it.
     """
 
     def __init__(self, grid: Grid, events: Events) -> None:
         self._grid = grid
         self._events = events
-        self._given_up: OrderedDict[str, tuple[str, float]] = OrderedDict()  # message -> client, and until when to ask
+        self.late: set[str] = set()
+        self._given_up: OrderedDict[str, tuple[str, int]] = (
+            OrderedDict()
+        )  # message -> client and round, until it is dead
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
         self._waste = 0  # bytes of answers since garbage was collected
 
@@ -80,7 +87,7 @@ class Exchange:
             instructions: client -> what it is to do.
             sent: the weights, the same for all.
             streams: of every client's data.
-            seconds: until a client is given up: the messages' time to live.
+            seconds: until a client is given up; what it answers in as much time again is named as late.
             asks: client -> what it is to measure of these weights beside.
         """
         asks = asks or {}
@@ -135,7 +142,7 @@ class Exchange:
         arrays = ArrayRecord(payload)  # one for all: in process every message shares it
         for client, node in nodes.items():
             content = RecordDict({f"{record}.parameters": arrays, f"{record}.config": ConfigRecord(configs[client])})
-            message = Message(content, node, kind, ttl=seconds, group_id=str(number))
+            message = Message(content, node, kind, ttl=LIFE * seconds, group_id=str(number))
             waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
         try:
             while waiting and time.monotonic() < deadline:
@@ -169,12 +176,10 @@ class Exchange:
                 gc.collect()
                 self._waste = 0
             for message_id, client in waiting.items():
-                self._remember(self._given_up, message_id, (client, time.monotonic() + seconds))
+                self._remember(self._given_up, message_id, (client, number))
 
     def _pull(self, waiting: Mapping[str, str]) -> Iterator[Message]:
         """Ask for each message's answer by itself: a grid that is asked for all of them holds all of them in memory."""
-        now = time.monotonic()
-        self._given_up = OrderedDict((key, value) for key, value in self._given_up.items() if value[1] > now)
         for message_id in [*waiting, *self._given_up]:
             if not waiting:
                 return  # in process, a client that was given up would train now
@@ -184,9 +189,10 @@ class Exchange:
         """Count an answer that nobody waits for."""
         message_id = reply.metadata.reply_to_message_id
         if message_id in self._given_up:
-            client, _ = self._given_up.pop(message_id)
+            client, asked_in = self._given_up.pop(message_id)
             if not reply.has_error():  # Flower's own word for a message whose time is over
-                self._events.add("late", client, "its answer came after the round", number)
+                self.late.add(client)
+                self._events.add("late", client, f"its answer to round {asked_in} came when that was over", number)
         elif message_id in self._answered:
             self._events.add("duplicate", self._answered[message_id], "it has answered this message before", number)
         else:

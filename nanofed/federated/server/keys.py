@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.federated.wire.names import SAFE_NAME
 
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # wire.messages.SAFE_NAME, without importing torch
 HOST_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 LOOPBACK = ("localhost", "127.0.0.1")  # the SuperLink has the same certificate, and is called there
 DAYS = 365  # of the server certificate
@@ -121,7 +121,7 @@ def init(folder: Path, hosts: Sequence[str], sites: Sequence[str], *, days: int 
         NanofedError: the folder cannot be written.
     """
     for site in sites:
-        if not SITE_NAME.fullmatch(site):
+        if not SAFE_NAME.fullmatch(site):
             raise ConfigError(f"{site!r:.80} is no name for a site: up to 64 letters, digits, '.', '_' and '-'")
     if twice := sorted({site for site in sites if list(sites).count(site) > 1}):
         raise ConfigError(f"the site {twice[0]} is named twice")
@@ -183,7 +183,7 @@ def read_sites(folder: Path) -> dict[bytes, str]:
             key = serialization.load_ssh_public_key(path.read_bytes())
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise ConfigError(f"{path} cannot be read as a public key of OpenSSH's form: {error}") from error
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not SITE_NAME.fullmatch(path.stem):
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not SAFE_NAME.fullmatch(path.stem):
             raise ConfigError(f"{path} must be a site's name and hold a key of an elliptic curve")
         pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
         if pem in found:

@@ -1,4 +1,7 @@
-"""One server on one run folder: a lock that dies with its process, and beside it what the server is doing now."""
+"""One round loop on one run folder: a lock that dies with its process, and beside it what the server is doing now.
+
+Whatever runs the loop takes it; the service around a SuperLink has another one for its own life (`runtimes.deployment`).
+"""
 
 from __future__ import annotations
 

@@ -81,6 +81,10 @@ class Pace:
         if report.exhausted:
             self.widen(client)
 
+    def hurry(self, client: str, round_seconds: float) -> None:
+        """Leave a client the least of a round for training: its answer came too late. Rounds that are merged give more again."""
+        self.overhead[client] = max(round_seconds, self.overhead.get(client, 0.0))
+
     def learn_merge(self, seconds: float) -> None:
         """Take up how long it took from the last answer to the commit."""
         self.merge_seconds += LEARN * (seconds - self.merge_seconds) if self.merge_seconds else seconds

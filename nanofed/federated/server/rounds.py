@@ -251,6 +251,8 @@ class RoundLoop:
             figures.merge += time.monotonic() - folding
             self._say("training", figures.round, merged=sorted(figures.merged))
         figures.exchange = time.monotonic() - started - figures.merge
+        while self._exchange.late:
+            self.state.pace.hurry(self._exchange.late.pop(), self._config.round_seconds)
 
     def _fold(self, answer: Answer[Update], asked: Instructions, merger: Merger) -> Merged:
         """Check an answer against what is known of its client, and fold it in.
@@ -275,6 +277,8 @@ class RoundLoop:
             reason = f"its update was {1 / scale:.1f} times as long as the longest allowed"
             state.events.add("clipped", client, reason, asked.round)
             logger.warning("round %d: client %s: %s", asked.round, client, reason)
+        if update.unwritten:
+            state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
         merger.fold(client, update.arrays, weight, scale)
         self._roster.refused.pop(client, None)

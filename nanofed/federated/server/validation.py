@@ -13,7 +13,7 @@ from nanofed.data.rows import Row
 from nanofed.federated.server.events import Kind
 from nanofed.federated.server.updates import update_norm
 from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, hash_arrays
-from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.plain import plain
 
 MAX_REASON = 500  # characters: a reply may hold what it likes, the log should not
@@ -54,12 +54,16 @@ class Sent:
 
 @dataclass(frozen=True)
 class Update:
-    """An accepted reply: arrays in the up-link's codec, and the L2 norm of what they change."""
+    """An accepted reply: arrays in the up-link's codec, and the L2 norm of what they change.
+
+    `unwritten`: the site's disk has not taken its optimizer state.
+    """
 
     arrays: Arrays
     report: Report
     payload_bytes: int
     norm: float
+    unwritten: bool = False
 
 
 def check_reply(reply: Message, instructions: Instructions, sent: Sent, streams: int) -> Update:
@@ -78,7 +82,9 @@ def check_reply(reply: Message, instructions: Instructions, sent: Sent, streams:
     if reply.has_error():
         raise Refused("failed", f"the client failed: {reply.error.reason}")
     try:
-        report = Report.from_config(reply.content.config_records.get("fitres.metrics"))
+        metrics = reply.content.config_records.get("fitres.metrics")
+        report = Report.from_config(metrics)
+        unwritten = metrics is not None and bool(metrics.get(UNWRITTEN))
         record = reply.content.array_records.get("fitres.parameters")
         if record is None:
             raise WireError("there are no weights in it")
@@ -105,7 +111,7 @@ def check_reply(reply: Message, instructions: Instructions, sent: Sent, streams:
     norm = update_norm(arrays, sent.weights, sent.payload, sent.down, sent.up)
     if not math.isfinite(norm):
         raise Refused("not_finite", f"{_not_finite(arrays, sent)} is not finite")
-    return Update(arrays, report, payload, norm)
+    return Update(arrays, report, payload, norm, unwritten)
 
 
 def _not_finite(arrays: Arrays, sent: Sent) -> str:

@@ -5,16 +5,19 @@ Its imports are what every round waits for: Flower's and NumPy, neither torch no
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Context
+from flwr.app import Context, Message, MessageType
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 
 from nanofed.federated.site.channel import ChannelError, call
+from nanofed.federated.wire.lateness import is_over
 
 WAIT = 120.0  # seconds for a trainer that starts, or is started anew; the node's config may say otherwise
 
@@ -73,4 +76,21 @@ def client_fn(context: Context) -> Client:
     return ChannelClient(str(config["name"]), Path(str(config["trainer"])), wait).to_client()
 
 
-client = ClientApp(client_fn=client_fn)
+def pass_over(message: Message, context: Context, handle: ClientAppCallable) -> Message:
+    """Refuse a round that was over when it arrived: trained in vain, it would hold up the next one.
+
+    The age is the difference of two machines' clocks. Where they disagree by more than a round, the trainer's own clock, which
+    runs from the message's arrival, is what is left.
+
+    Raises:
+        ChannelError: it is.
+    """
+    metadata = message.metadata
+    age = time.time() - metadata.created_at
+    if metadata.message_type.partition(".")[0] == MessageType.TRAIN and is_over(age, metadata.ttl):
+        name = context.node_config.get("name")
+        raise ChannelError(f"site {name}: round {metadata.group_id} arrived {age:.0f} s after it was sent: it is over")
+    return handle(message, context)
+
+
+client = ClientApp(client_fn=client_fn, mods=[pass_over])

@@ -13,8 +13,8 @@ import io
 import logging
 import sys
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nanofed
@@ -44,32 +44,35 @@ def check_bundle(content: bytes) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
                 raise BundleError(f"the bundle is larger than {MAX_BYTES:,} bytes")
-            files = {
-                name: hashlib.sha256(archive.read(name)).hexdigest()
-                for name in archive.namelist()
-                if name not in (LISTING, SETTINGS)
-            }
+            files = {name: archive.read(name) for name in archive.namelist() if name not in (LISTING, SETTINGS)}
     except BundleError:
         raise
     except Exception as error:  # foreign bytes: zipfile raises a dozen kinds
         raise BundleError(f"the bundle cannot be read: {error}") from error
     here = installed()
     if files != here:
-        differing = sorted({name for name, digest in files.items() if here.get(name) != digest} | (here.keys() - files))
+        differing = sorted({name for name, code in files.items() if here.get(name) != code} | (here.keys() - files))
         raise BundleError(
-            f"this site runs only the nanofed that is installed here: the bundle differs in {len(differing)} files "
-            f"({', '.join(differing[:3])}); server and sites need the same version"
+            f"this site runs only the nanofed that is installed here, code {code_hash(here)[:16]}: the bundle's is "
+            f"{code_hash(files)[:16]} and differs in {len(differing)} files ({', '.join(differing[:3])}); "
+            "server and sites need the same version"
         )
 
 
 @functools.cache
-def installed() -> dict[str, str]:
-    """Return the SHA-256 of every source file of the installed package, by its name in a bundle."""
+def installed() -> dict[str, bytes]:
+    """Return the source files of the installed package, by their names in a bundle."""
     root = Path(nanofed.__file__).parent
-    return {
-        f"{PACKAGE}/{path.relative_to(root).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in root.rglob("*.py")
-    }
+    return {f"{PACKAGE}/{path.relative_to(root).as_posix()}": path.read_bytes() for path in root.rglob("*.py")}
+
+
+def code_hash(files: Mapping[str, bytes]) -> str:
+    """Return the SHA-256 over a bundle's sources: of our own bundle, the one that a site says of itself in its hello."""
+    digest = hashlib.sha256()
+    for name in sorted(files, key=PurePosixPath):
+        digest.update(name.removeprefix(f"{PACKAGE}/").encode() + b"\0")
+        digest.update(files[name])
+    return digest.hexdigest()
 
 
 def guard(run_clientapp: Any) -> None:

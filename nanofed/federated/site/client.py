@@ -11,7 +11,8 @@ from flwr.client import NumPyClient
 
 from nanofed.federated.site.trainer import LocalTrainer
 from nanofed.federated.wire.evaluation import Evaluate
-from nanofed.federated.wire.messages import SAFE_NAME, Instructions
+from nanofed.federated.wire.messages import Instructions
+from nanofed.federated.wire.names import SAFE_NAME
 
 
 def client_name(context: Context) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from nanofed.errors import ConfigError, DataError
 from nanofed.federated.flower import flower_environment, free_port, is_loopback
 from nanofed.federated.processes import end_marked, ended_on_sigterm, stop_marked, undisturbed
 from nanofed.federated.site.channel import ChannelError, call
+from nanofed.federated.wire.names import SAFE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY_SECONDS = 60.0  # who lived so long starts again with the first pause
 STOP_SECONDS = 5.0
 MARK = "NANOFED_SITE"
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # wire.messages.SAFE_NAME, without importing torch
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class SiteOptions:
         devices: devices of this machine that train together.
         stall_seconds: longest time without a step, while training, before the trainer is started anew.
         trainer: module that is run as the trainer.
+        threads: CPU threads of each device's process; None as PyTorch chooses.
     """
 
     superlink: str
@@ -59,6 +59,7 @@ class SiteOptions:
     devices: int = 1
     stall_seconds: float = 600.0
     trainer: str = "nanofed.federated.site.service"
+    threads: int | None = None
 
 
 def site_options(
@@ -207,15 +208,18 @@ class _Site:
         self._socket = socket_path(self._folder)
         self._ready = False
         self._silent = 0.0  # since when the trainer has not answered
+        self._states = self._folder / "state"
+        self._unwritten = 0  # states that its trainer could not write so far
         home = self._folder / "flower"
         home.mkdir(exist_ok=True)
         marks = {name: f"{self._folder}:{name}" for name in ("trainer", "supernode")}
         trainer = self._trainer_command(arguments)
         self._marks = [f"{MARK}={mark}" for mark in marks.values()]
+        cores = {} if options.threads is None else {"OMP_NUM_THREADS": str(options.threads)}
         self.trainer = _Child(
-            "trainer",
+            f"trainer of {options.name}",
             trainer,
-            runtime.environment(**{MARK: marks["trainer"]}),
+            runtime.environment(**{MARK: marks["trainer"]}, **cores),
             self._folder / "trainer.log",
             self._marks[0],
         )
@@ -226,7 +230,11 @@ class _Site:
             **{MARK: marks["supernode"]},
         )
         self.supernode = _Child(
-            "SuperNode", self._supernode_command(), environment, self._folder / "supernode.log", self._marks[1]
+            f"SuperNode of {options.name}",
+            self._supernode_command(),
+            environment,
+            self._folder / "supernode.log",
+            self._marks[1],
         )
 
     def _trainer_command(self, arguments: Sequence[str]) -> list[str]:
@@ -234,7 +242,7 @@ class _Site:
         python = [sys.executable, "-P", "-m"]
         if options.devices > 1:
             python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
-        own = ["--name", options.name, "--socket", str(self._socket), "--state", str(self._folder / "state")]
+        own = ["--name", options.name, "--socket", str(self._socket), "--state", str(self._states)]
         own += ["--supervisor", str(os.getpid())]
         return [*python, options.trainer, *own, *arguments, f"--fabric.devices={options.devices}"]
 
@@ -292,9 +300,14 @@ class _Site:
                 self._replace(f"has not answered for {now - self._silent:.0f} s")
             return
         self._silent = 0.0
+        if state["unwritten"] > self._unwritten:
+            logger.warning(
+                "the optimizer state cannot be written to %s: a restart of the trainer would lose it", self._states
+            )
+        self._unwritten = state["unwritten"]
         if state["state"] != "starting" and not self._ready:
             self._ready = True
-            logger.info("the trainer is ready after %.1f s", now - self.trainer.started)
+            logger.info("the %s is ready after %.1f s", self.trainer.name, now - self.trainer.started)
         # A first step may compile for minutes.
         limit = self._options.stall_seconds if state["warm"] else max(START_SECONDS, self._options.stall_seconds)
         if state["quiet_seconds"] > limit:

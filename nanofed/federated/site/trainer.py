@@ -24,7 +24,8 @@ from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedSto
 from nanofed.federated.site.states import Saved, StateFolder
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
 from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, SAFE_NAME, Hello, Instructions, Report
+from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
+from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import accumulation_steps

@@ -22,7 +22,8 @@ from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import Arrays, FabricTrainer
 from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.evaluation import Evaluate
-from nanofed.federated.wire.messages import SAFE_NAME, Instructions, Report
+from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
+from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.strategy import FabricShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Worker:
         self._fabric = _fabric(arguments)
         self._fabric.launch()
         self._trainer = FabricTrainer(self._module, self._data, self._fabric, state, durable=True)
+        self._unwritten = 0  # states, after the last round
 
     @property
     def ranks(self) -> int:
@@ -156,8 +158,10 @@ class Worker:
             payload, report = self._trainer.fit(request.arrays, instructions, turn)
             metrics, count = metrics | report.to_config(), report.tokens
             self._say(report, progress)
-        if unwritten := self._trainer.states.unwritten:
-            metrics["unwritten_states"] = unwritten
+        unwritten, before = self._trainer.states.unwritten, self._unwritten
+        self._unwritten = unwritten
+        if unwritten > before:
+            metrics[UNWRITTEN] = True
         progress.idle()
         request.answer(payload, count, metrics)
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import platform
-import re
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
@@ -17,6 +16,7 @@ import nanofed
 from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.federated.wire.codec import WireError
+from nanofed.federated.wire.names import SAFE_NAME
 
 if TYPE_CHECKING:
     from nanofed.data.datamodule import TokenDataModule
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 # In a client's failure: its next lease is longer.
 LEASE_TOO_SHORT = "the leased rows hold too little text for one optimizer step"
 KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries, where a note has no key of its own
+UNWRITTEN = "unwritten"  # beside it where the site's disk did not take the optimizer state of the round
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 MAX_TEXT = 200  # characters of a version or a shard's name
 SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a client: it becomes a folder's and is logged
 
 
 @cache

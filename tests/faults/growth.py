@@ -1,0 +1,102 @@
+"""Memory and file handles of processes that live long: sampled from /proc, and whether they grow."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+WARM_UP = 1 / 3  # of a process's life that does not count
+LEAST_SAMPLES = 12  # of a life, to judge it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A process at one time.
+
+    Attributes:
+        round: of the run.
+        memory: resident and its own, MB (10^6): neither of files nor shared.
+        handles: open files and sockets.
+    """
+
+    round: int
+    memory: float
+    handles: int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a process grew, after its first third.
+
+    Attributes:
+        kind: what it is.
+        rounds: that it lived, the first third too.
+        memory: MB at the end: the median of the last third.
+        memory_per_100_rounds: MB, by the slope between the medians of the second and the last third.
+        handles: at the end, likewise.
+        handles_per_100_rounds: likewise.
+    """
+
+    kind: str
+    rounds: int
+    memory: float
+    memory_per_100_rounds: float
+    handles: float
+    handles_per_100_rounds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind:<24} {self.rounds:>5} rounds  {self.memory:>7.1f} MB "
+            f"{self.memory_per_100_rounds:>+7.2f} per 100 rounds  "
+            f"{self.handles:>4.0f} handles {self.handles_per_100_rounds:>+6.2f} per 100 rounds"
+        )
+
+
+class Watch:
+    """Samples of processes, life by life."""
+
+    def __init__(self) -> None:
+        self._lives: dict[tuple[str, int], list[Sample]] = defaultdict(list)
+
+    def sample(self, number: int, processes: Mapping[int, str]) -> None:
+        """Take a sample of processes, id -> kind, in round `number`."""
+        for pid, kind in processes.items():
+            with contextlib.suppress(OSError, StopIteration):  # gone by now
+                lines = (PROC / str(pid) / "status").read_text().splitlines()
+                memory = int(next(line.split()[1] for line in lines if line.startswith("RssAnon:"))) * 1024 / 1e6
+                handles = len(list((PROC / str(pid) / "fd").iterdir()))
+                self._lives[kind, pid].append(Sample(number, memory, handles))
+
+    def growths(self, least_rounds: int) -> list[Growth]:
+        """Return the growth of every process that lived for so many rounds, by kind."""
+        out = []
+        for (kind, _), life in sorted(self._lives.items()):
+            first, last = life[0].round, life[-1].round
+            if len(life) < LEAST_SAMPLES or last - first < least_rounds:
+                continue
+            start = first + WARM_UP * (last - first)
+            middle = start + (last - start) / 2
+            early = [sample for sample in life if start <= sample.round < middle]
+            late = [sample for sample in life if sample.round >= middle]
+            if not early or not late:
+                continue
+            rounds = statistics.mean(s.round for s in late) - statistics.mean(s.round for s in early)
+            memory = [statistics.median(s.memory for s in part) for part in (early, late)]
+            handles = [statistics.median(s.handles for s in part) for part in (early, late)]
+            per_100 = 100 / rounds
+            out.append(
+                Growth(
+                    kind,
+                    last - first,
+                    memory[1],
+                    per_100 * (memory[1] - memory[0]),
+                    handles[1],
+                    per_100 * (handles[1] - handles[0]),
+                )
+            )
+        return out

@@ -1,0 +1,79 @@
+"""A round's messages over a grid whose answers come when they like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from flwr.app import Error, Message
+from flwr.serverapp import Grid
+
+from nanofed.federated.server.events import Events
+from nanofed.federated.server.exchange import Exchange
+from nanofed.federated.server.validation import Refused
+from nanofed.federated.wire.lateness import LIFE
+from tests.federated.replies import STREAMS, instructions, request, sent
+
+CLIENT, NODE = "client-0", 1
+
+
+class SlowGrid:
+    """Has an answer to a message when that is put in `answers`."""
+
+    def __init__(self) -> None:
+        self.pushed: list[Message] = []
+        self.answers: dict[str, Message] = {}
+        self.asked: list[str] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        first = len(self.pushed)
+        self.pushed += messages
+        return [f"message {n}" for n in range(first, len(self.pushed))]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self.asked += message_ids
+        return [self.answers.pop(name) for name in message_ids if name in self.answers]
+
+
+def answer(message_id: str, error: str = "") -> Message:
+    asked = request()
+    asked.metadata.__dict__["_message_id"] = message_id
+    return Message(Error(1, error), reply_to=asked) if error else Message(asked.content, reply_to=asked)
+
+
+def play(exchange: Exchange, number: int, seconds: float = 0.3) -> Any:
+    request()  # Message() reads what it sets
+    results = exchange.round(
+        {CLIENT: NODE}, {CLIENT: instructions(round=number)}, sent(), streams=STREAMS, seconds=seconds
+    )
+    (one,) = list(results)
+    return one.result
+
+
+def test_a_late_answer_is_named_and_dropped_and_the_message_lives_for_it() -> None:
+    grid, events = SlowGrid(), Events()
+    exchange = Exchange(cast(Grid, grid), events)
+    silent = play(exchange, 1)
+    assert isinstance(silent, Refused) and silent.kind == "silent"
+    assert grid.pushed[0].metadata.ttl == LIFE * 0.3
+    grid.answers["message 0"] = answer("message 0")
+    assert play(exchange, 2).kind == "silent"
+    late = events.last("late", CLIENT)
+    assert late is not None and late.count == 1
+    assert exchange.late == {CLIENT}
+    assert late.reason == "its answer to round 1 came when that was over"
+    grid.asked.clear()
+    assert play(exchange, 3).kind == "silent"
+    assert set(grid.asked) == {"message 1", "message 2"}, "who has answered is not asked again"
+
+
+def test_flowers_word_for_a_dead_message_ends_the_waiting_for_it() -> None:
+    grid, events = SlowGrid(), Events()
+    exchange = Exchange(cast(Grid, grid), events)
+    play(exchange, 1)
+    grid.answers["message 0"] = answer("message 0", error="the message is unavailable")
+    play(exchange, 2)
+    grid.asked.clear()
+    play(exchange, 3)
+    assert "message 0" not in grid.asked
+    assert events.total() == 0

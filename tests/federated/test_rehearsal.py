@@ -1,0 +1,110 @@
+"""`nanofed federate --runtime deployment`: a server and its sites as processes of one command, which leaves none behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from nanofed.errors import ConfigError
+from nanofed.federated.run import Federation
+from nanofed.federated.runtimes import rehearsal
+from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
+from tests.federated.tiny import BATCH, arguments
+from tests.ranks import Started
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are counted through /proc")
+STEPS = 3
+TOKENS = 2 * 2 * STEPS * BATCH  # of two clients in two rounds
+
+
+def options(corpus: Path, runs: Path, **more: Any) -> list[str]:
+    given = {"round_steps": STEPS, "quorum": 2, "model.recipe.num_steps": 4 * STEPS, **more}
+    return [*arguments(corpus, runs, "run", **given), "--runtime=deployment"]
+
+
+def start(args: list[str], log: Path) -> Started:
+    return Started(["-P", "-m", "nanofed", "federate", *args], log)
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    run, args = tmp_path / "run", options(tiny_corpus, tmp_path)
+    with start([*args, "--federation.round_steps=1000000"], tmp_path / "first.log") as federate:
+        federate.wait_until(lambda: "training" in said(run), "round")
+        federate.wait_until(lambda: len(started(federate, "nanofed.federated.site.bundle")) == 2, "clients")
+        names = ("superlink_process", "flwr-serverapp", "site.supernode", "site.service")
+        assert [len(started(federate, name)) for name in names] == [1, 1, 2, 2]
+        federate.process.send_signal(signal.SIGTERM)
+        assert federate.wait(60) == 143
+        federate.assert_nothing_left(1)
+    assert not checkpoints(run)
+
+    with start([*args, "--ckpt_path=last"], tmp_path / "second.log") as federate:
+        assert federate.wait(240) == 0
+        assert "run: 0.01 M tokens" in federate.output.splitlines()[-1]
+        federate.assert_nothing_left(1)
+    newest = checkpoints(run)[-1]
+    assert (newest.name, read_manifest(newest).tokens) == ("round_00000002", TOKENS)
+    assert read_state(newest)["pace"]["rounds"] == {"client-0": 2, "client-1": 2}
+    with pytest.raises(ConfigError, match="already holds a run: go on with --ckpt_path last"):
+        rehearsal.run_deployment(Federation.from_args(args))
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_while_it_starts_leaves_no_process_behind(tiny_corpus: Path, tmp_path: Path) -> None:
+    with start(options(tiny_corpus, tmp_path), tmp_path / "log") as federate:
+        federate.wait_until(lambda: bool(started(federate, "site.service")), "trainer")
+        federate.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        federate.process.send_signal(signal.SIGINT)  # impatient
+        assert federate.wait(60) == 130
+        assert federate.output.splitlines()[-1] == "nanofed federate: interrupted"
+        federate.assert_nothing_left(1)
+
+
+def test_a_site_that_cannot_start_ends_the_run(tiny_corpus: Path, tmp_path: Path) -> None:
+    config = Federation.from_args(options(tiny_corpus, tmp_path, clients=1, quorum=1))
+    run = config.open()
+    folder = run / rehearsal.CLIENTS / "client-0"
+    folder.mkdir(parents=True)
+    said = r"^site client-0: the site 'client-0' is running already"
+    with (
+        FileLock(folder / ".lock"),
+        rehearsal._sites(config, run, "127.0.0.1:1") as check,
+        pytest.raises(ConfigError, match=said),
+    ):
+        for _ in range(100):
+            check()
+            time.sleep(0.1)
+
+
+def started(federate: Started, name: str) -> list[int]:
+    """Return the processes of a run that have `name` in their command line."""
+    found = []
+    for pid in federate.processes():
+        try:
+            if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def said(run: Path) -> str:
+    """Return the phase in which the run's server is."""
+    try:
+        return str(json.loads((run / "server.json").read_text())["phase"])
+    except (OSError, ValueError):
+        return ""
