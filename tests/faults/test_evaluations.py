@@ -119,9 +119,13 @@ def answer(asked: Evaluate, **changes: Any) -> Evaluation:
 def test_a_lie_is_no_figure(name: str | int, data: TokenDataModule, tmp_path: Path) -> None:
     """The pool is of the honest client alone, and one event names client, round and reason."""
     points: list[Point] = []
-    summary = Summary("run", "federated")
-    board = SimpleNamespace(summary=summary, validation=lambda point, **rest: points.append(point) or said.append(rest))
     said: list[Any] = []
+
+    def validation(point: Point, **rest: Any) -> None:
+        points.append(point)
+        said.append(rest)
+
+    board = SimpleNamespace(summary=Summary("run", "federated"), validation=validation)
     config = FederationConfig(evaluation="sites")
     pool = Pooling(cast(Any, None), dict, data, config, cast(Any, board), every=1, simulated=False)
     state = cast(Any, SimpleNamespace(clock=Clock(17, 30, 9), events=Events(tmp_path), evaluations={}))

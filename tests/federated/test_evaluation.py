@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from nanofed.cli import main
 from nanofed.data.writing import write_shards
@@ -188,9 +188,10 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a client's seconds of training nor what its messages are thought to take grow by it."""
+    from nanofed.federated.site import evaluating
     from nanofed.federated.site import trainer as module
 
-    real, learned = module.measure, []
+    real, learned = evaluating.measure, []
 
     def slowly(*args: Any, **options: Any) -> Any:
         time.sleep(0.5)
