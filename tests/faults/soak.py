@@ -153,13 +153,13 @@ def main(argv: Sequence[str]) -> int:
         logger.info(
             "%d rounds in %.0f s, %.2f s each; killed %s", done, seconds, seconds / max(1, done), dict(soak.kills)
         )
+        growths = soak.watch.growths(min(30, done // 2))
+        for growth in growths:
+            logger.info("%s", growth)
         for name in list(federation.processes):
             code = federation.processes.pop(name).stop()
             logger.info("%s ended with exit code %d", name, code)
         logger.info("%d checkpoints follow from each other", check_chain(federation.run, row_lengths(corpus)))
-    growths = soak.watch.growths(min(30, done // 2))
-    for growth in growths:
-        logger.info("%s", growth)
     if soak.recovery:
         seconds, what = max(soak.recovery)
         logger.info("longest way back to a committed round: %.1f s, after the end of the %s", seconds, what)
