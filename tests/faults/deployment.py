@@ -24,7 +24,7 @@ from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_m
 from tests.ranks import REPOSITORY, in_time
 
 MARK = "NANOFED_TEST_DEPLOYMENT"
-GRACE = 20.0  # seconds beyond a round's three until a site is given up
+GRACE = in_time(22.0)  # seconds beyond a round's three until a site is given up
 NANOFED = [sys.executable, "-P", "-m", "nanofed"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -46,7 +47,19 @@ def test_objects_stay_out_of_the_database(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's configuration
 def test_a_reply_is_handed_over_when_all_of_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SqlLinkState, "get_message_res", SqlLinkState.get_message_res)  # as it was, at the end
+    storing: list[threading.Thread] = []
+
+    def look(self: SqlLinkState, message_ids: set[str], run_id: int) -> list[Message]:
+        """Give a reply half a second to be announced, between the look for unfinished ones and Flower's own."""
+        for thread in storing:
+            if not thread.ident:
+                thread.start()
+                thread.join(0.5)
+                assert thread.is_alive()
+        return flowers(self, message_ids, run_id)
+
+    flowers = SqlLinkState.get_message_res
+    monkeypatch.setattr(SqlLinkState, "get_message_res", look)  # and as it was, at the end
     hold_back_unfinished(sql_linkstate, sql_corestate)
     _, factory = config_loader.get_objectstore_linkstate_factories(str(tmp_path / "db"), NoOpFederationManager())
     state = factory.state()
@@ -61,8 +74,15 @@ def test_a_reply_is_handed_over_when_all_of_it_is_there(tmp_path: Path, monkeypa
     reply = Message(RecordDict({"weights": ArrayRecord([np.arange(3), np.ones(2)])}), reply_to=asked)
     reply.metadata.__dict__["_message_id"] = reply.object_id
     session = state.start_session(run)
-    stored, missing = state.store_message_and_object_tree(reply, get_object_tree(reply), session)
-    objects = get_all_nested_objects(reply)
+    objects, answers = get_all_nested_objects(reply), []
+    storing.append(
+        threading.Thread(
+            target=lambda: answers.append(state.store_message_and_object_tree(reply, get_object_tree(reply), session))
+        )
+    )
+    assert state.get_message_res({asked.object_id}, run) == []
+    storing[0].join(60)
+    ((stored, missing),) = answers
     assert stored and sorted(missing) == sorted(objects)
     for number, (name, content) in enumerate(objects.items()):
         assert state.get_message_res({asked.object_id}, run) == [], f"{number} of {len(objects)} objects are there"

@@ -37,6 +37,7 @@ CLIENT_APP = "nanofed.federated.site.app:client"
 WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
+LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its end
 CRASHES = 8  # in a row without a committed round, after which the run is given up
 
 
@@ -184,11 +185,13 @@ class _Service:
             except (OSError, NanofedError, subprocess.SubprocessError) as error:
                 if not ran or isinstance(error, (ConfigError, DataError)):
                     raise
-                failure = " ".join(str(error).split())  # the disk may be full, and have room again
+                failure = " ".join(str(error).split())
             if failure is None:
                 return
             if (match := EXIT.fullmatch(failure)) and int(match[1]) in (ConfigError.exit_code, DataError.exit_code):
                 raise_failure(failure, failure)
+            if (free := shutil.disk_usage(self._folder).free) < LEAST_FREE:  # it may have room again
+                failure = f"{failure}; the disk of {self._folder} is full: {free:,} bytes are left"
             now = self._round()
             crashes = 1 if now > before else crashes + 1
             before = now

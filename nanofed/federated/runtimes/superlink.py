@@ -185,10 +185,17 @@ class SuperLink:
         return failure
 
     def status(self, run_id: int) -> tuple[str, str]:
-        """Return what became of a run, and Flower's reason; waits while it is still ending."""
+        """Return what became of a run, and Flower's reason; waits while it is still ending.
+
+        Raises:
+            NanofedError: the SuperLink does not know.
+        """
         deadline = time.monotonic() + END_SECONDS
         while True:
-            (row,) = _json(self.command("list", LINK, "--run-id", str(run_id), "--format", "json"))["runs"]
+            answer = _json(self.command("list", LINK, "--run-id", str(run_id), "--format", "json"))
+            if len(rows := answer.get("runs", [])) != 1:
+                raise NanofedError(f"Flower does not say what became of the run: {answer.get('error-message', answer)}")
+            (row,) = rows
             if row["status"].startswith("finished") or time.monotonic() > deadline:
                 return row["status"], row["status-details"]
             time.sleep(1)

@@ -50,7 +50,7 @@ def hold_back_unfinished(linkstate: Any, corestate: Any) -> None:
     try:
         reply, node, state = linkstate.MessageResModel, linkstate.NodeModel, linkstate.SqlLinkState
         upload, root = corestate.ObjectPushSessionModel, corestate.ObjectPushSessionRootModel
-        whole, now = state.get_message_res, linkstate.now
+        whole, lock, now = state.get_message_res, state._lock_run, linkstate.now
     except AttributeError as error:
         raise NanofedError(f"this version of Flower keeps replies in another way: {error}") from error
 
@@ -68,8 +68,9 @@ def hold_back_unfinished(linkstate: Any, corestate: Any) -> None:
             )
         )
         with self.session() as session:
+            lock(self, run_id)  # writes: no reply can be announced between the two looks
             held_back = set(session.scalars(under_way))
-        return whole(self, message_ids - held_back, run_id)
+            return whole(self, message_ids - held_back, run_id)
 
     state.get_message_res = get_message_res
 
