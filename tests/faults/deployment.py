@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from nanofed.data.shards import open_dataset
 from nanofed.federated.processes import marked_sessions, members
 from nanofed.federated.site.channel import call
 from nanofed.federated.site.supervisor import socket_path
@@ -236,7 +237,8 @@ class Deployment:
         ledger = self.state()["ledger"]
         merged = sum(int(length) for _, _, runs in ledger["rows"] for value, length in runs if value == 2)
         opened = {(name, int(epoch)) for epoch, name, _ in ledger["rows"]}
-        sizes = {name: sum(int(length) for _, length in runs) for _, name, runs in ledger["rows"]}
+        data = open_dataset(self.folder / "corpus" / "data")
+        sizes = {shard.name: sum(shard.row_group_rows) for shard in data.train}
         closed = ((name, n) for name, epoch in ledger["epoch"].items() for n in range(int(epoch)))
         return merged + sum(sizes[name] for name, n in closed if (name, n) not in opened)
 

@@ -183,6 +183,6 @@ def test_a_server_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(fede
 
 
 def test_everything_ends_in_order(federation: Deployment) -> None:
+    assert federation.manifest().kind == "federated"  # its disk goes with the server
     for name in sorted(federation.processes):
         assert federation.processes.pop(name).stop() == 143
-    assert federation.manifest().kind == "federated"
