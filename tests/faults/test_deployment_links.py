@@ -15,9 +15,9 @@ from nanofed.federated.flower import binary, flower_environment
 from nanofed.federated.runtimes.superlink import LINK, write_app
 from nanofed.federated.server.pace import LEARN
 from nanofed.federated.site.bundle import code_hash, installed
-from tests.faults.deployment import GRACE, Deployment
+from tests.faults.deployment import Deployment
 from tests.faults.disks import fill, free, seen_by, small_disk
-from tests.faults.link import CUT, STALLED, Link
+from tests.faults.link import CUT, Link
 from tests.federated.tiny import make_corpus
 from tests.ranks import in_time
 
@@ -50,22 +50,6 @@ def link(federation: Deployment) -> Iterator[Link]:
     federation.takes_part("lab-c")
     yield link
     link.close()
-
-
-def test_an_upload_that_stalls_holds_nobody_up_and_is_late(federation: Deployment, link: Link) -> None:
-    federation.until(lambda: federation.is_training("lab-c"), "round that lab-c trains", 60)
-    since, before, merged = time.time(), federation.round(), federation.merged("lab-c")
-    link.stall(after=PART)
-    federation.until(lambda: link.state == STALLED, "upload", 60)
-    seconds = federation.until(lambda: federation.round() > before, "round without lab-c", in_time(60))
-    assert seconds < in_time(GRACE + 10)
-    assert federation.merged("lab-c") == merged
-    assert [event["kind"] for event in federation.events("lab-c", since)] == ["silent"]
-    link.heal()
-    if seconds < 30:  # as long as Flower's SuperNode waits for an answer; on an overloaded machine it has given up
-        federation.until(lambda: bool(federation.events("lab-c", since, "late")), "late answer", in_time(60))
-    federation.takes_part("lab-c")
-    federation.no_row_is_merged_twice()
 
 
 def test_an_upload_that_is_cut_off_is_not_merged_by_halves(federation: Deployment, link: Link) -> None:
