@@ -17,13 +17,12 @@ from nanofed.federated.server.pace import LEARN
 from nanofed.federated.site.bundle import code_hash, installed
 from tests.faults.deployment import Deployment
 from tests.faults.disks import fill, free, seen_by, small_disk
-from tests.faults.link import CUT, Link
+from tests.faults.link import Link
 from tests.federated.tiny import make_corpus
 from tests.ranks import in_time
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PART = 64 << 10  # bytes of an upload: more than anything else that a site sends, and less than its weights
 MIB = 1 << 20
 
 
@@ -50,19 +49,6 @@ def link(federation: Deployment) -> Iterator[Link]:
     federation.takes_part("lab-c")
     yield link
     link.close()
-
-
-def test_an_upload_that_is_cut_off_is_not_merged_by_halves(federation: Deployment, link: Link) -> None:
-    since = time.time()
-    federation.until(lambda: federation.is_training("lab-c"), "round that lab-c trains", 60)
-    link.cut(after=PART)
-    federation.until(lambda: link.state == CUT, "upload", 60)
-    before = federation.round()
-    link.heal()
-    federation.takes_part("lab-c")
-    assert federation.round() > before
-    assert not federation.events("lab-c", since, "duplicate") + federation.events("lab-c", since, "damaged")
-    federation.no_row_is_merged_twice()
 
 
 def test_a_slow_link_costs_training_time_and_no_round(federation: Deployment, link: Link) -> None:
