@@ -170,12 +170,13 @@ class Perimeter:
             yield channel
 
     def send(self, *parts: bytes) -> Reply:
-        """Send, and return the first answer; the connection's end without one is status 0."""
-        with self.connection() as channel:
+        """Send, and return the first answer; the connection's end without one, be it in the handshake, is status 0."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError), self.connection() as channel:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
                 for part in parts:
                     channel.sendall(part)
             return read_reply(channel)
+        return Reply.parse(b"")
 
 
 def read_reply(channel: ssl.SSLSocket) -> Reply:
