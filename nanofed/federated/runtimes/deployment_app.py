@@ -7,10 +7,11 @@ import logging
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import http_grid
+from httpcore._backends import sync
 
 from nanofed import runtime
 from nanofed.errors import NanofedError
-from nanofed.federated.flower import ask_again_soon
+from nanofed.federated.flower import ask_again_soon, send_without_copies
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import server_app
 from nanofed.federated.runtimes.flower_app import show_log
@@ -45,6 +46,7 @@ def serve(grid: Grid, context: Context) -> None:
     """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
     show_log()
     ask_again_soon(http_grid)
+    send_without_copies(sync)
     try:
         server_app(round_loop)(grid, context)
     except NanofedError as error:

@@ -65,19 +65,27 @@ class OuterNesterov:
         vs = [flat(velocity[name]) for name in names] if self.momentum else []
         self._check_values(names, ws, gs, vs, share)
 
+        kind = gs[0].dtype
+        wide = kind == torch.float64  # else all is fp32, and weights and momentum are stepped where they are
+
         def worker() -> Callable[[int, slice], None]:
-            buffers = torch.empty(3, BLOCK, dtype=torch.float64)
+            buffers = torch.empty(3, BLOCK, dtype=kind)
 
             def step(index: int, part: slice) -> None:
-                w, g, update = buffers[:, : part.stop - part.start]
-                w.copy_(ws[index][part])
-                g.copy_(gs[index][part])
-                update.copy_(g)
+                w, g = ws[index][part], gs[index][part]
+                update, wide_v, wide_w = buffers[:, : g.numel()]
                 if self.momentum:
-                    update.copy_(vs[index][part]).mul_(self.momentum).add_(g)  # the new velocity
-                    vs[index][part].copy_(update)
-                    update.mul_(share).add_(g)
-                ws[index][part].copy_(w.sub_(update.mul_(self.lr)))
+                    v = vs[index][part]
+                    new = wide_v.copy_(v) if wide else v
+                    torch.add(g, new, alpha=self.momentum, out=new)
+                    torch.add(g, new, alpha=share, out=update)
+                    if wide:
+                        v.copy_(new)
+                    g = update
+                if wide:
+                    w.copy_(wide_w.copy_(w).sub_(g, alpha=self.lr))
+                else:
+                    w.sub_(g, alpha=self.lr)
 
             return step
 

@@ -15,7 +15,9 @@ from flwr.app import Context, Message, MessageType
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
+from httpcore._backends import sync
 
+from nanofed.federated.flower import send_without_copies
 from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.wire.lateness import is_over
 
@@ -93,4 +95,5 @@ def pass_over(message: Message, context: Context, handle: ClientAppCallable) -> 
     return handle(message, context)
 
 
+send_without_copies(sync)  # this process lives for one message: it answers with weights
 client = ClientApp(client_fn=client_fn, mods=[pass_over])

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from nanofed.errors import NanofedError
-from nanofed.federated.flower import ask_again_soon
+from nanofed.federated.flower import ask_again_soon, send_without_copies
 from nanofed.federated.whole_bodies import receive_whole_bodies
 
 FIRST_WAIT = 0.1
@@ -57,10 +57,12 @@ def main() -> None:
     from flwr.supernode import main as application
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
+    from httpcore._backends import sync
 
     quicken(start_client_internal)
     ask_again_soon(start_client_internal)
     receive_whole_bodies(application)
+    send_without_copies(sync)
     sys.argv[0] = "flower-supernode"
     flower_supernode()
 
