@@ -20,7 +20,8 @@ class OuterNesterov:
     """Step the global weights along the clients' averaged pseudo-gradient.
 
     The mean pseudo-gradient g (global minus local weights, one array a parameter) is treated as an ordinary gradient
-    (Douillard et al. 2023, arXiv:2311.08105; with Muon inside, MuLoCo, arXiv:2505.23725), in fp64, the weights in fp32.
+    (Douillard et al. 2023, arXiv:2311.08105; with Muon inside, MuLoCo, arXiv:2505.23725), in its own precision, the weights in
+    fp32.
     With `lr=1, momentum=0` this is exactly FedAvg (McMahan et al. 2017, arXiv:1602.05629).
 
     Args:
