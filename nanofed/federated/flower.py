@@ -11,6 +11,7 @@ from typing import Any
 
 from nanofed import runtime
 from nanofed.errors import NanofedError
+from nanofed.federated.wire.sizes import CHUNK_BYTES
 
 
 def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
@@ -24,7 +25,8 @@ def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
-            # Messages come in chunks of 5 MB; kept once freed, as glibc does, they make up a third of the memory of a round.
+            "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(CHUNK_BYTES),
+            # Chunks are many and large; kept once freed, as glibc does, they make up a third of the memory of a round.
             "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
             **changes,
         }

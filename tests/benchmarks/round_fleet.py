@@ -182,8 +182,9 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         "shapes": str(folder / "shapes.json"),
     }
     log = folder / "flower.log"
-    with _traced(fleet, folder) as (environment, figures), ExitStack() as stack:
-        link = SuperLink(folder, log)
+    with _traced(fleet, folder) as (_, figures), ExitStack() as stack:
+        own: dict[str, str | None] = {"MALLOC_MMAP_THRESHOLD_": None, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": None}
+        link = SuperLink(folder, log, environment=own)
         database = ["--database", str(folder / "superlink.db")]
         stack.enter_context(link.running(["--insecure", *database, "--disable-runtime-dependency-installation"]))
         for index in range(fleet.sites):
@@ -191,8 +192,8 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
             command += ["--host", "127.0.0.1", "--port", str(free_port())]
             home = folder / f"site-{index}"
             home.mkdir()
-            supernode = flower_environment(home)
-            stack.enter_context(_process(command, folder / f"site-{index}.log", {**environment, **supernode}))
+            supernode = flower_environment(home, **own)
+            stack.enter_context(_process(command, folder / f"site-{index}.log", supernode))
         run_id = link.submit(app, settings)
         follower = threading.Thread(target=link.follow, args=(run_id,), daemon=True)
         follower.start()

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from nanofed.federated.wire import blocks
-from nanofed.federated.wire.codec import CODECS, Array, Codec, WireError, hash_arrays, hash_weights, payload_bytes
+from nanofed.federated.wire.codec import (
+    CODECS,
+    Array,
+    Codec,
+    WireError,
+    hash_arrays,
+    hash_weights,
+    payload_bytes,
+)
+from nanofed.federated.wire.sizes import PARCEL_BYTES
 from tests.federated.arrays import odd_weights, random_weights, trained
 
 CODEC = CODECS["fp32"]
@@ -98,7 +107,7 @@ def test_another_shape_or_dtype_is_refused_by_every_codec_before_anything_is_rea
     ):
         spoilt_arrays = [spoilt, *arrays[1:]]
         for read in (codec.check, codec.decode, codec.tensors):
-            with pytest.raises(WireError, match=r"^wte (has shape|is )"):
+            with pytest.raises(WireError, match=r"^wte( to one)? (has shape|is )"):
                 read(spoilt_arrays, weights())
 
 
@@ -126,6 +135,28 @@ def test_any_names_and_shapes_travel_in_exactly_so_many_bytes(
             else:
                 update = np.asarray(local[name] - base[name], order="C")
                 assert (array.view(np.uint32) == rounded(update.view(np.uint32)).astype(np.uint32) << 16).all(), name
+
+
+def test_small_weights_travel_together_and_large_ones_alone() -> None:
+    row = np.ones(PARCEL_BYTES // 8, np.float32)  # in bf16 a quarter of a parcel
+    like = {f"w{n}": row for n in range(5)} | {
+        "large": np.ones((6, row.size), np.float32),
+        "last": np.ones(3, np.float32),
+    }
+    arrays = BF16.encode(like)
+    assert [(str(array.dtype), array.shape) for array in arrays] == [
+        ("uint8", (3 * PARCEL_BYTES // 4,)),
+        ("uint8", (2 * PARCEL_BYTES // 4,)),
+        ("uint16", (6, row.size)),
+        ("uint16", (3,)),
+    ]
+    assert all(
+        (array == 1).all() and array.shape == like[name].shape for name, array in BF16.decode(arrays, like).items()
+    )
+    for index, named in enumerate(("w0 to w2", "w3 to w4", "large", "last")):
+        spoilt = [array[:-1] if n == index else array for n, array in enumerate(arrays)]
+        with pytest.raises(WireError, match=f"^{named} has shape"):
+            BF16.check(spoilt, like)
 
 
 def test_every_bf16_number_arrives_as_it_is() -> None:
@@ -199,15 +230,15 @@ def test_read_only_and_strided_arrays_are_read_and_left_alone() -> None:
 
 
 def test_the_hash_of_a_payload_sees_everything_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for codec in CODECS.values():
-        arrays = codec.encode(weights())
+    for kind, other in ((np.float32, np.int32), (np.uint16, np.int16)):
+        arrays: list[npt.NDArray[Any]] = [(100 * np.abs(array)).astype(kind) for array in weights().values()]
         original = hash_arrays(arrays)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-        assert hash_arrays(codec.encode(weights())) == original
+        assert hash_arrays([array.copy() for array in arrays]) == original
         monkeypatch.undo()
         seen = {original, hash_arrays(arrays[:-1]), hash_arrays(arrays[::-1]), hash_arrays([*arrays, np.zeros(0)])}
         seen.add(hash_arrays([arrays[0].reshape(-1), *arrays[1:]]))
-        seen.add(hash_arrays([arrays[0].view(np.int32 if codec.name == "fp32" else np.int16), *arrays[1:]]))
+        seen.add(hash_arrays([arrays[0].view(other), *arrays[1:]]))
         for index, array in enumerate(arrays):
             for byte in range(array.nbytes):
                 damaged = array.copy()

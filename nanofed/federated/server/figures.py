@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from nanofed.federated.server.folding import PseudoGradient
 from nanofed.federated.server.validation import Update
+from nanofed.federated.wire.blocks import l2_norm
 
 
 @dataclass
@@ -53,8 +52,7 @@ class RoundFigures:
 
     def take(self, gradient: PseudoGradient, cosines: Mapping[str, float]) -> None:
         """Measure the pseudo-gradient of the round."""
-        squares = [float(torch.from_numpy(array).double().square().sum()) for array in gradient.values()]
-        self.merged_norm = math.sqrt(math.fsum(squares))
+        self.merged_norm = l2_norm(list(gradient.values()))
         for client, cosine in cosines.items():
             self.merged[client].cosine = cosine
 

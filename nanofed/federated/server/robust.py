@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from abc import abstractmethod
@@ -81,8 +82,8 @@ class Sorted(Merger):
         self._scales[file] = scale
         try:
             with file.open("wb") as out:
-                for array in arrays:
-                    out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                for array in itertools.chain.from_iterable(opened):
+                    out.write(array.numpy().view(np.uint8).data)
                     out.write(bytes(-array.nbytes % ALIGNMENT))
         except OSError as error:
             self._broken = error

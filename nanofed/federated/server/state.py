@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from nanofed.federated.server.local_ledger import LocalLedger
 from nanofed.federated.server.norms import NormGuard
 from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.pace import Pace
+from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import Array
 from nanofed.training.checkpoint import (
     check_model,
@@ -145,7 +145,7 @@ class State:
 
     def weights_norm(self) -> float:
         """Return the L2 norm of the global weights."""
-        return math.sqrt(math.fsum(float(torch.from_numpy(array).norm()) ** 2 for array in self.weights.values()))
+        return l2_norm(list(self.weights.values()))
 
     def load_weights(self, path: Path) -> None:
         """Take the global weights from a checkpoint of either path."""

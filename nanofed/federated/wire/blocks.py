@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,3 +81,19 @@ def over_blocks(
         return lambda job: do(*job)
 
     return in_threads(blocks, unpacking)
+
+
+def l2_norm(arrays: Sequence[npt.NDArray[np.generic]]) -> float:
+    """Return the L2 norm of all elements together, in fp64."""
+    tensors = [flat(array) for array in arrays]
+
+    def worker() -> Callable[[int, slice], float]:
+        buffer = torch.empty(BLOCK, dtype=torch.float64)
+
+        def squares(index: int, part: slice) -> float:
+            values = buffer[: part.stop - part.start].copy_(tensors[index][part])
+            return float(torch.dot(values, values))
+
+        return squares
+
+    return math.sqrt(math.fsum(over_blocks([tensor.numel() for tensor in tensors], worker)))

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, over_blocks
+from nanofed.federated.wire.sizes import PARCEL_BYTES
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides
@@ -26,6 +28,22 @@ class WireError(ValueError):
     """What arrived is not what the schema says."""
 
 
+@dataclass(frozen=True)
+class Field:
+    """One array of one weight, and where it is: in which array of the message, from which byte on."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    parcel: int
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
 class Codec(ABC):
     """Turns weights into the arrays of a message and back.
 
@@ -34,14 +52,18 @@ class Codec(ABC):
     an update keeps its leading digits, while of the weights the update would be the last ones.
 
     A codec says how one weight travels (`layout`, `_write`, `read`): as one array or several, such as integers and scales.
+    Those of small weights that follow each other are put together: a parcel is a vector of bytes, or where there is but one
+    array in it, that array.
 
     Attributes:
         name: as in configs and instructions.
         lossless: what arrives is what was sent, to the bit.
+        parcel_bytes: to which arrays are put together.
     """
 
     name: str
     lossless: bool
+    parcel_bytes: int = PARCEL_BYTES
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> Layout:
@@ -58,12 +80,12 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def _write(self, values: Array, base: Array | None) -> Arrays:
-        """Return the arrays of one weight, or where there is a base, of what it moved."""
+    def _write(self, values: Array, base: Array | None, out: Sequence[Tensor]) -> None:
+        """Write one weight, or where there is a base, what it moved, into its arrays, one-dimensional."""
 
     def encode(self, weights: Weights) -> Arrays:
         """Return the arrays to send, in the weights' order."""
-        return [array for values in weights.values() for array in self._write(values, None)]
+        return self._packed(weights, None)
 
     def pack(self, local: Weights, base: Weights) -> Arrays:
         """Return what a client sends up.
@@ -72,9 +94,36 @@ class Codec(ABC):
             local: the weights after training.
             base: the weights as they were received, `decode` of what came down; of the same names and shapes.
         """
-        if self.lossless:
-            return self.encode(local)
-        return [array for name, values in local.items() for array in self._write(values, base[name])]
+        return self.encode(local) if self.lossless else self._packed(local, base)
+
+    def _packed(self, weights: Weights, base: Weights | None) -> Arrays:
+        arrays: Arrays = [np.empty(shape, dtype) for _, dtype, shape in self._parcels(weights)]
+        for (name, values), out in zip(weights.items(), self.tensors(arrays, weights), strict=True):
+            self._write(values, None if base is None else base[name], out)
+        return arrays
+
+    def _fields(self, like: Weights) -> Iterator[Field]:
+        """Yield the arrays of all weights with their places."""
+        parcel, start = -1, self.parcel_bytes
+        for name, expected in like.items():
+            for dtype, shape in self.layout(expected.shape):
+                size = dtype.itemsize * math.prod(shape)
+                start += -start % dtype.itemsize
+                if start + size >= self.parcel_bytes:
+                    parcel, start = parcel + 1, 0
+                yield Field(name, dtype, shape, parcel, start)
+                start += size
+
+    def _parcels(self, like: Weights) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+        """Return what each array of a message holds, its dtype and its shape."""
+        parcels: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
+        for field in self._fields(like):
+            if field.parcel == len(parcels):
+                parcels.append((field.name, field.dtype, field.shape))
+            else:
+                first = parcels[-1][0].partition(" to ")[0]
+                parcels[-1] = (f"{first} to {field.name}", np.dtype(np.uint8), (field.start + field.nbytes,))
+        return parcels
 
     def decode(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Array]:
         """Return weights with the names and shapes of `like`; they may be the arrays themselves.
@@ -97,32 +146,36 @@ class Codec(ABC):
         Raises:
             WireError: another number of arrays, or another shape or dtype; it names the first that does not fit.
         """
-        fields = [(name, *field) for name, expected in like.items() for field in self.layout(expected.shape)]
-        if len(arrays) != len(fields):
-            raise WireError(f"{len(arrays)} arrays arrived, {len(fields)} are expected")
-        for (name, dtype, shape), array in zip(fields, arrays, strict=True):
+        parcels = self._parcels(like)
+        if len(arrays) != len(parcels):
+            raise WireError(f"{len(arrays)} arrays arrived, {len(parcels)} are expected")
+        for (name, dtype, shape), array in zip(parcels, arrays, strict=True):
             if array.dtype != dtype:
                 raise WireError(f"{name} is {array.dtype}, not {dtype}")
             if array.shape != shape:
                 raise WireError(f"{name} has shape {array.shape}, not {shape}")
 
     def tensors(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> list[list[Tensor]]:
-        """Check arrays and return those of each weight, ready for `read`, on the same memory."""
+        """Check arrays and return those of each weight, one-dimensional, ready for `read`, on the same memory."""
         self.check(arrays, like)
-        rest = iter(arrays)
-        return [[flat(next(rest)) for _ in self.layout(expected.shape)] for expected in like.values()]
+        parcels = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
+        weights: dict[str, list[Tensor]] = {name: [] for name in like}
+        for field in self._fields(like):
+            part = parcels[field.parcel][field.start : field.start + field.nbytes]
+            weights[field.name].append(flat(part.view(field.dtype)))
+        return list(weights.values())
 
     def nbytes(self, like: Weights) -> int:
         """Return the exact size of weights on the wire in bytes, without the messages' own framing."""
-        layouts = (field for expected in like.values() for field in self.layout(expected.shape))
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layouts)
+        return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._parcels(like))
 
 
 class Fp32Codec(Codec):
-    """Lossless: every weight as it is, fp32."""
+    """Lossless: every weight as it is, fp32, by itself: none is copied."""
 
     name = "fp32"
     lossless = True
+    parcel_bytes = 0
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Return that a weight travels as itself."""
@@ -132,8 +185,12 @@ class Fp32Codec(Codec):
         """Copy elements into `out`."""
         out.copy_(arrays[0][part])
 
-    def _write(self, values: Array, base: Array | None) -> Arrays:
-        return [np.asarray(values, dtype=np.float32, order="C")]  # itself, without a copy, where it is contiguous
+    def _write(self, values: Array, base: Array | None, out: Sequence[Tensor]) -> None:
+        out[0].copy_(flat(values))
+
+    def encode(self, weights: Weights) -> Arrays:
+        """Return the weights themselves, where they are contiguous."""
+        return [np.asarray(values, dtype=np.float32, order="C") for values in weights.values()]
 
     def decode(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Array]:
         """Check the arrays and give them their names: no copy."""
@@ -159,9 +216,8 @@ class Bf16Codec(Codec):
         """Widen elements into `out`, which is exact."""
         out.copy_(arrays[0].view(torch.bfloat16)[part])
 
-    def _write(self, values: Array, base: Array | None) -> Arrays:
-        out = np.empty(values.shape, np.uint16)
-        source, target = flat(values), flat(out).view(torch.bfloat16)
+    def _write(self, values: Array, base: Array | None, out: Sequence[Tensor]) -> None:
+        source, target = flat(values), out[0].view(torch.bfloat16)
         start = None if base is None else flat(base)
 
         def worker() -> Callable[[int, slice], None]:
@@ -176,7 +232,6 @@ class Bf16Codec(Codec):
             return write
 
         over_blocks([source.numel()], worker)
-        return [out]
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32Codec(), Bf16Codec())}
