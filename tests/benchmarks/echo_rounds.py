@@ -54,17 +54,16 @@ class EchoTrainer:
         if hash_arrays(request.arrays) != instructions.base_hash:
             raise WireError("the weights that arrived do not have the hash that was announced")
         down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
-        for (name, weight), array in zip(self._weights.items(), request.arrays, strict=True):
-            weight[...] = down.decode([array], {name: weight})[name]
+        base = down.decode_each(request.arrays, self._weights)
+        for name, weight in self._weights.items():
+            weight[...] = base[name]
         with marked("train"):
             start = time.monotonic()
             for weight in self._weights.values():
                 self._move(weight)
             state = self._read(instructions)
             seconds = time.monotonic() - start
-        payload = []
-        for (name, weight), array in zip(self._weights.items(), request.arrays, strict=True):
-            payload += up.pack({name: weight}, {name: down.decode([array], {name: weight})[name]})
+        payload = up.pack(self._weights, base)
         report = Report(
             run=instructions.run,
             round=instructions.round,

@@ -251,7 +251,7 @@ class FabricTrainer:
                 raise WireError(f"the {name} is {text[:80]!r}, no plain word")
         if hash_arrays(arrays) != instructions.base_hash:
             raise WireError("the weights that arrived do not have the hash that was announced")
-        weights = CODECS[instructions.down_codec].decode(arrays, self._like)
+        weights = CODECS[instructions.down_codec].decode_each(arrays, self._like)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(torch.from_numpy(np.array(weights[name])))
@@ -261,7 +261,7 @@ class FabricTrainer:
         if not all(np.isfinite(array).all() for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
         down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
-        return up.pack(local, {} if up.lossless else down.decode(arrays, self._like))
+        return up.pack(local, {} if up.lossless else down.decode_each(arrays, self._like))
 
     def _stopwatch(self, client: str, arrived: float | None) -> Stopwatch:
         return self._shared(Stopwatch(self._speed(client)) if arrived is None else Stopwatch(start=arrived))

@@ -131,14 +131,15 @@ class Codec(ABC):
         Raises:
             WireError: the arrays do not fit; see `check`.
         """
-        parts = self.tensors(arrays, like)
-        out = {name: np.empty(expected.shape, np.float32) for name, expected in like.items()}
-        targets = [flat(array) for array in out.values()]
-        over_blocks(
-            [target.numel() for target in targets],
-            lambda: lambda index, part: self.read(parts[index], part, targets[index][part]),
-        )
-        return out
+        return dict(self.decode_each(arrays, like))
+
+    def decode_each(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> Weights:
+        """Return what `decode` does, but each weight is made anew whenever it is asked for: one at a time is in memory.
+
+        Raises:
+            WireError: the arrays do not fit; see `check`.
+        """
+        return _Decoded(self, self.tensors(arrays, like), like)
 
     def check(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> None:
         """Check that arrays can be read as weights with the shapes of `like`.
@@ -170,6 +171,27 @@ class Codec(ABC):
         return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._parcels(like))
 
 
+class _Decoded(Mapping[str, Array]):
+    """Weights as they arrived, each read when it is asked for."""
+
+    def __init__(self, codec: Codec, parts: Sequence[Sequence[Tensor]], like: Weights) -> None:
+        self._codec = codec
+        self._parts = dict(zip(like, parts, strict=True))
+        self._shapes = {name: array.shape for name, array in like.items()}
+
+    def __getitem__(self, name: str) -> Array:
+        out = np.empty(self._shapes[name], np.float32)
+        arrays, target = self._parts[name], flat(out)
+        over_blocks([target.numel()], lambda: lambda _, part: self._codec.read(arrays, part, target[part]))
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
 class Fp32Codec(Codec):
     """Lossless: every weight as it is, fp32, by itself: none is copied."""
 
@@ -192,7 +214,7 @@ class Fp32Codec(Codec):
         """Return the weights themselves, where they are contiguous."""
         return [np.asarray(values, dtype=np.float32, order="C") for values in weights.values()]
 
-    def decode(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Array]:
+    def decode_each(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> Weights:
         """Check the arrays and give them their names: no copy."""
         self.check(arrays, like)
         return {name: array.astype(np.float32, copy=False) for name, array in zip(like, arrays, strict=True)}
