@@ -28,7 +28,7 @@ def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(CHUNK_BYTES),
             # Chunks are many and large; kept once freed, as glibc does, they make up a third of the memory of a round. Given
-            # back, they are new pages every time: of 4 KB each, these cost more than all else (a round of 39 s, with huge ones 24).
+            # back, they are new pages every time: of 4 KB each, these cost a round 39 s instead of 24.
             "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
             "GLIBC_TUNABLES": ":".join(filter(None, [os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"])),
             **changes,

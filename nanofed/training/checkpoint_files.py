@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from nanofed.errors import NanofedError
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 8 << 20  # hashed, then written
+CHUNK_BYTES = 8 << 20  # hashed and written at a time
+SMALL_BYTES = 1 << 16  # that are not worth another thread
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -50,6 +52,7 @@ class HashedFile:
         self.bytes = 0
         self._file = path.open("xb", buffering=0)
         self._hash = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(1)  # beside the writing
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of the data and return how many bytes that is."""
@@ -60,14 +63,24 @@ class HashedFile:
         try:
             for start in range(0, len(view), CHUNK_BYTES):
                 chunk = view[start : start + CHUNK_BYTES]
-                self._hash.update(chunk)
-                while chunk:
-                    chunk = chunk[self._file.write(chunk) :]
+                if len(chunk) < SMALL_BYTES:
+                    self._hash.update(chunk)
+                    self._write(chunk)
+                    continue
+                hashed = self._hashing.submit(self._hash.update, chunk)
+                try:
+                    self._write(chunk)
+                finally:
+                    hashed.result()  # the caller may change the data afterwards
         except OSError as error:
             self.failure = error
             raise
         self.bytes += len(view)
         return len(view)
+
+    def _write(self, rest: memoryview) -> None:
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def flush(self) -> None:
         """Do nothing: nothing is held back."""
@@ -75,11 +88,12 @@ class HashedFile:
     def close(self) -> dict[str, Any]:
         """Return size and SHA-256 of what is now on disk."""
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.abandon()
         return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
         """Close it as it is."""
+        self._hashing.shutdown()
         self._file.close()
 
 

@@ -16,6 +16,7 @@ from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.validation import Refused, Sent, Update, check_reply
 from nanofed.federated.wire.codec import Arrays, payload_bytes
 from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.flower_arrays import to_flower
 from nanofed.federated.wire.lateness import LIFE
 from nanofed.federated.wire.messages import Instructions
 
@@ -139,7 +140,8 @@ class Exchange:
         started = time.monotonic()
         deadline = started + seconds
         waiting: dict[str, str] = {}  # message id -> client
-        arrays = ArrayRecord(payload)  # one for all: in process every message shares it
+        # One for all: in process every message shares it.
+        arrays = ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
         for client, node in nodes.items():
             content = RecordDict({f"{record}.parameters": arrays, f"{record}.config": ConfigRecord(configs[client])})
             message = Message(content, node, kind, ttl=LIFE * seconds, group_id=str(number))

@@ -32,7 +32,8 @@ class Mean(Merger):
     def __init__(self, base: Base) -> None:
         super().__init__(base)
         kind = np.float64 if base.dtype == torch.float64 else np.float32
-        self._sums = [flat(np.zeros(size, kind)) for size in base.sizes]  # NumPy's zeros take no memory before use
+        # NumPy's zeros take no memory before use, and then, in one piece, huge pages: of small ones the first fold took 2 s a GB.
+        self._sums = list(torch.split(flat(np.zeros(sum(base.sizes), kind)), base.sizes))
         self._total = 0.0
         self._scaled = 0.0  # the total of shares times scales
 

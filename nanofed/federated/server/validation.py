@@ -13,6 +13,7 @@ from nanofed.data.rows import Row
 from nanofed.federated.server.events import Kind
 from nanofed.federated.server.updates import update_norm
 from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, hash_arrays
+from nanofed.federated.wire.flower_arrays import from_flower
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.plain import plain
 
@@ -88,8 +89,7 @@ def check_reply(reply: Message, instructions: Instructions, sent: Sent, streams:
         record = reply.content.array_records.get("fitres.parameters")
         if record is None:
             raise WireError("there are no weights in it")
-        # Not with `to_numpy_ndarrays(keep_input=False)`: it collects garbage each time, 0.1 s and more a reply.
-        arrays: Arrays = [record.pop(name).numpy() for name in list(record)]
+        arrays: Arrays = [from_flower(record.pop(name)) for name in list(record)]
         payload = sum(array.nbytes for array in arrays)
         sent.up.check(arrays, sent.weights)
     except Exception as error:  # foreign bytes: NumPy's reader raises a dozen kinds
