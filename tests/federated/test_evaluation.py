@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
@@ -21,6 +22,7 @@ from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server import pooling
+from nanofed.federated.server.evaluation import Evaluator
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.pace import Pace
 from nanofed.federated.server.rounds import RoundLoop
@@ -28,6 +30,7 @@ from nanofed.federated.site.evaluating import own_batches
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.training.module import GPTModule
 from tests.federated.tiny import Fit, Site, federation, make_corpus, same_bits, train
 
 SITES = {"evaluation": "sites", "eval_every": 1}
@@ -229,6 +232,31 @@ def test_a_round_that_fails_asks_again_and_one_below_its_quorum_waits(tiny_corpu
     empty = {1, 2, 3, 4, 5} - {asked.round for asked in site.asked}
     assert empty and not {step for step, _, _ in figures(loop)} & (empty - {5})
     assert whole.state.clock.round == 5
+
+
+def test_a_model_of_the_servers_own_takes_memory_while_it_is_measured_only(tiny_corpus: Path, tmp_path: Path) -> None:
+    def evaluator(*, shared: bool) -> tuple[Evaluator, GPTModule]:
+        module, data = federation(tiny_corpus, tmp_path, "run", **TEXT).build()
+        return Evaluator(module, data, torch.device("cpu"), shared=shared), module
+
+    shared, model = evaluator(shared=True)
+    generator = np.random.default_rng(0)
+    weights = {
+        name: generator.normal(0, 0.02, tensor.shape).astype(np.float32)
+        for name, tensor in model.gpt.state_dict().items()
+    }
+    shared.load(weights)
+    figure = shared.bits_per_byte()
+    shared.release()
+    assert shared.bits_per_byte() == figure
+    own, module = evaluator(shared=False)
+    for _ in range(2):
+        own.release()
+        assert sum(parameter.numel() for parameter in module.gpt.parameters()) == 0
+        own.load(weights)
+        assert own.bits_per_byte() == figure
+    next(iter(weights.values()))[:] = 0
+    assert own.bits_per_byte() == figure, "what becomes of the weights afterwards is not measured"
 
 
 def test_what_cannot_be_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ class SlowEvaluator:
         self.go = threading.Event()
         self.loaded: list[Any] = []
         self.fails = False
+        self.released = 0
 
     def load(self, weights: Any) -> None:
         self.loaded.append(weights)
@@ -271,6 +272,9 @@ class SlowEvaluator:
 
     def sample(self, prompt: str) -> str:
         return prompt
+
+    def release(self) -> None:
+        self.released += 1
 
 
 class TestMeasuring:
@@ -299,6 +303,7 @@ class TestMeasuring:
         assert written == [(3, 30, 1.5, 9)]
         measuring.start(state, last=True)
         assert written[1:] == [(4, 40, 9.9, 12)] and measuring.round == 4
+        assert evaluator.released == 2
 
     def test_a_failure_is_counted_and_the_run_goes_on(self) -> None:
         measuring, evaluator, written, state = self.measuring()
@@ -308,6 +313,7 @@ class TestMeasuring:
         measuring.take(state, wait=True)
         count = state.events.last("evaluation", SERVER)
         assert written == [] and count.round == 3 and "the shard is gone" in count.reason
+        assert evaluator.released == 1
         with pytest.raises(OSError, match="the shard is gone"):
             measuring.start(state, last=True)
 

@@ -22,14 +22,16 @@ class Evaluator:
         module: the GPTModule; configured here if it is not yet.
         data: the shards and tokenizer.
         device: where to evaluate.
+        shared: the module's model is that of a trainer in this process, too.
     """
 
-    def __init__(self, module: GPTModule, data: TokenDataModule, device: torch.device) -> None:
+    def __init__(self, module: GPTModule, data: TokenDataModule, device: torch.device, *, shared: bool) -> None:
         with torch.device(device):
             module.configure_model()
         self._gpt = module.gpt
         self._data = data
         self._device = device
+        self._shared = shared
         self._metric = BitsPerByte(torch.tensor(data.tokenizer.token_bytes)).to(device)
         self.stopped = threading.Event()
 
@@ -38,7 +40,16 @@ class Evaluator:
         parameters = self._gpt.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, array in weights.items():
-                parameters[name].copy_(torch.from_numpy(array))
+                if self._shared:
+                    parameters[name].copy_(torch.from_numpy(array))
+                else:
+                    parameters[name].data = torch.from_numpy(array).to(self._device, copy=True)
+
+    def release(self) -> None:
+        """Give back the memory of the model's weights, until others are loaded; a model that is shared keeps them."""
+        if not self._shared:
+            for parameter in self._gpt.state_dict(keep_vars=True).values():
+                parameter.data = torch.empty(0, device=self._device)
 
     def bits_per_byte(self) -> float:
         """Return bits per byte of the loaded weights on the validation shard."""

@@ -66,7 +66,7 @@ class Exchange:
             OrderedDict()
         )  # message -> client and round, until it is dead
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
-        self._waste = 0  # bytes of answers since garbage was collected
+        self._waste = 0  # bytes of messages that were let go since garbage was collected
 
     def round(
         self,
@@ -139,6 +139,7 @@ class Exchange:
         """Send one message to each client and yield what `check` makes of its answer, or why it refuses it."""
         started = time.monotonic()
         deadline = started + seconds
+        waste = 0  # bytes of answers
         waiting: dict[str, str] = {}  # message id -> client
         # One for all: in process every message shares it.
         arrays = ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
@@ -146,6 +147,9 @@ class Exchange:
             content = RecordDict({f"{record}.parameters": arrays, f"{record}.config": ConfigRecord(configs[client])})
             message = Message(content, node, kind, ttl=LIFE * seconds, group_id=str(number))
             waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
+            del content, message
+        del arrays
+        self._discard(payload_bytes(payload))
         try:
             while waiting and time.monotonic() < deadline:
                 idle = True
@@ -158,7 +162,7 @@ class Exchange:
                         continue
                     client = waiting.pop(message_id)
                     self._remember(self._answered, message_id, client)
-                    self._waste += payload_bytes(payload)
+                    waste += payload_bytes(payload)
                     result: T | Refused
                     metrics: Metrics = {}
                     try:
@@ -173,12 +177,16 @@ class Exchange:
             for client in waiting.values():
                 yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
-            if self._waste > WASTE_BYTES:
-                del arrays
-                gc.collect()
-                self._waste = 0
+            self._discard(waste)
             for message_id, client in waiting.items():
                 self._remember(self._given_up, message_id, (client, number))
+
+    def _discard(self, waste: int) -> None:
+        """Count messages that were let go, and collect them when they are many."""
+        self._waste += waste
+        if self._waste > WASTE_BYTES:
+            gc.collect()
+            self._waste = 0
 
     def _pull(self, waiting: Mapping[str, str]) -> Iterator[Message]:
         """Ask for each message's answer by itself: a grid that is asked for all of them holds all of them in memory."""

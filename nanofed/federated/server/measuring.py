@@ -145,11 +145,13 @@ class Measuring:
 
 
 def measure(evaluator: Evaluator, wanted: Measurement) -> None:
-    """Measure the loaded weights; what goes wrong stands in the measurement."""
+    """Measure the loaded weights, and let them go; what goes wrong stands in the measurement."""
     started = time.monotonic()
     try:
         wanted.bpb = evaluator.bits_per_byte()
         wanted.samples = {prompt: evaluator.sample(prompt) for prompt in wanted.prompts}
     except Exception as error:  # of the model, the device or the data; whoever takes it decides
         wanted.error = error
+    finally:
+        evaluator.release()
     wanted.seconds = time.monotonic() - started

@@ -84,7 +84,7 @@ class RoundLoop:
         self._options = options
         self._run = run
         self.board = board
-        evaluator = Evaluator(module, data, device)
+        evaluator = Evaluator(module, data, device, shared=simulated)
         self._owner = Owner(run)
         if config.sharding != "local":
             RowPlan.whole(data.dataset).check_streams(data.streams)
@@ -92,6 +92,7 @@ class RoundLoop:
         self._horizon = module.recipe.horizon(module.config)
         self._instructor = Instructor(module, data, config, simulated=simulated)
         self.state = State.new(module, data, config, run)
+        evaluator.release()  # the state has the weights
         events = self.state.events
         self._exchange = Exchange(grid, events)
         self._roster = Roster(
