@@ -1,7 +1,7 @@
 """Request bodies, handed to Flower's web applications whole.
 
 A SuperLink and a SuperNode pass each request through several layers of Starlette's middleware, which start a group of tasks for
-every piece of a body: 64 KB of a message of 5 MB. Put together before the first layer, the pieces cost that once a message.
+every piece of a body: 64 KB of many megabytes. Put together before the first layer, the pieces cost that once a message.
 Flower's own layers put the body together too, so no more of it is held than before.
 """
 

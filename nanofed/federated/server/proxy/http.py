@@ -15,7 +15,7 @@ import h11
 
 LARGE, SMALL = "large", "small"
 # What FleetHttpClient of Flower calls with a key that the operator has registered. `register-node` and `unregister-node` are for
-# SuperNodes without one. Only objects (arrays in pieces of about 5 MB) are large; messages hold their names.
+# SuperNodes without one. Only objects (arrays in pieces of 16 MB) are large; messages hold their names.
 CALLS = {
     b"/v1/fleet/activate-node": SMALL,
     b"/v1/fleet/deactivate-node": SMALL,
