@@ -15,6 +15,7 @@ from nanofed.errors import ConfigError
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes import rehearsal
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
+from nanofed.training.run import Summary
 from tests.federated.tiny import BATCH, arguments
 from tests.ranks import Started
 
@@ -38,7 +39,7 @@ def start(args: list[str], log: Path) -> Started:
 def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
     tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    run, args = tmp_path / "run", options(tiny_corpus, tmp_path)
+    run, args = tmp_path / "run", options(tiny_corpus, tmp_path, evaluation="sites", eval_every=1, sample_every=0)
     with start([*args, "--federation.round_steps=1000000"], tmp_path / "first.log") as federate:
         federate.wait_until(lambda: "training" in said(run), "round")
         federate.wait_until(lambda: len(started(federate, "nanofed.federated.site.bundle")) == 2, "clients")
@@ -55,7 +56,12 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
         federate.assert_nothing_left(1)
     newest = checkpoints(run)[-1]
     assert (newest.name, read_manifest(newest).tokens) == ("round_00000002", TOKENS)
-    assert read_state(newest)["pace"]["rounds"] == {"client-0": 2, "client-1": 2}
+    state = read_state(newest)
+    assert state["pace"]["rounds"] == {"client-0": 2, "client-1": 2}
+    curve = Summary.read(run).curve
+    assert [(point.step, point.tokens) for point in curve] == [(0, 0), (1, TOKENS // 2), (2, TOKENS)]
+    assert curve[2].bpb < curve[1].bpb < curve[0].bpb, "measured by the sites"
+    assert set(state["evaluations"]) == {"client-0", "client-1"}
     with pytest.raises(ConfigError, match="already holds a run: go on with --ckpt_path last"):
         rehearsal.run_deployment(Federation.from_args(args))
 
