@@ -31,6 +31,15 @@ def test_arrays_are_flowers_to_the_byte_and_come_back_on_the_same_memory() -> No
     assert (from_flower(Array(columns)) == columns).all()
 
 
+def test_an_array_behind_a_head_of_odd_length_is_aligned() -> None:
+    raw = data()
+    size = int.from_bytes(raw[8:10], "little")
+    odd = raw[:8] + (size + 1).to_bytes(2, "little") + raw[10 : 9 + size] + b" \n" + raw[10 + size :]
+    back = from_flower(Array("float32", (2, 3), "numpy.ndarray", odd))
+    assert back.flags.aligned
+    assert (back == 0).all() and back.shape == (2, 3)
+
+
 def data(dtype: Any = np.float32, shape: tuple[int, ...] = (2, 3)) -> bytes:
     return to_flower(np.zeros(shape, dtype)).data
 

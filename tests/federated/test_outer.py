@@ -156,6 +156,15 @@ def test_what_is_not_finite_or_leaves_fp32_is_refused_and_changes_nothing(value:
     assert "the pseudo-gradient of b is not finite" in after(g)[2]
 
 
+def test_a_step_in_fp32_overflows_nowhere_on_its_way() -> None:
+    ours = {"w": np.zeros(4, np.float32)}
+    with pytest.raises(ValueError, match="leave the range of fp32"):
+        OuterNesterov(0.7, 0.6).step(
+            ours, {"w": np.full(4, 2.8e38, np.float32)}
+        )  # g + 0.6 g is beyond it, 0.7 of that is not
+    assert (ours["w"] == 0).all()
+
+
 def test_the_last_element_of_many_blocks_is_looked_at_before_the_first_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     ours = {"w": np.ones(3 * blocks.BLOCK + 7, np.float32)}

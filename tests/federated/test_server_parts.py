@@ -317,6 +317,23 @@ class TestMeasuring:
         with pytest.raises(OSError, match="the shard is gone"):
             measuring.start(state, last=True)
 
+    def test_where_there_is_no_room_for_the_weights_the_run_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        measuring, evaluator, written, state = self.measuring()
+
+        def load(weights: Any) -> None:
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(evaluator, "load", load)
+        measuring.start(state)
+        count = state.events.last("evaluation", SERVER)
+        assert written == [] and count.round == 3 and "no room" in count.reason
+        assert evaluator.released == 1
+        monkeypatch.undo()
+        evaluator.go.set()
+        measuring.start(state)
+        measuring.take(state, wait=True)
+        assert written == [(3, 30, 1.5, 9)]
+
     def test_the_end_does_not_wait_for_it(self) -> None:
         measuring, _, written, state = self.measuring()
         measuring.start(state)

@@ -111,7 +111,13 @@ class Measuring:
         elif self._current is not None:
             logger.info("round %3d  not measured: round %d still is", wanted.round, self._current.round)
         else:
-            self._evaluator.load(state.weights)
+            try:
+                self._evaluator.load(state.weights)
+            except Exception as error:  # no room for them on the device
+                self._evaluator.release()
+                wanted.error = error
+                self._write(wanted, state)
+                return
             self._current, self.round = wanted, wanted.round
             self._thread = threading.Thread(
                 target=measure, args=(self._evaluator, wanted), name="evaluation", daemon=True

@@ -105,7 +105,8 @@ class OuterNesterov:
         def reach(index: int, part: slice) -> tuple[int, float]:
             g = largest(gs[index][part])
             velocity = self.momentum * largest(vs[index][part]) + g if vs else 0.0
-            return index, max(velocity, largest(ws[index][part]) + self.lr * (g + share * velocity))
+            update = g + share * velocity
+            return index, max(velocity, update, largest(ws[index][part]) + self.lr * update)
 
         for index, bound in over_blocks([w.numel() for w in ws], lambda: reach):
             if not bound <= LARGEST:

@@ -24,7 +24,7 @@ def to_flower(array: npt.NDArray[np.generic]) -> Array:
 
 
 def from_flower(array: Array) -> npt.NDArray[np.generic]:
-    """Return the content of Flower's array, read-only, on the same memory.
+    """Return the content of Flower's array, read-only, on the same memory where that is aligned.
 
     Raises:
         ValueError: it is no array of numbers, or has fewer or more bytes than it says.
@@ -38,4 +38,4 @@ def from_flower(array: Array) -> npt.NDArray[np.generic]:
     shape, in_columns, dtype = np.lib.format.read_array_header_1_0(head)
     start = head.tell()
     content = np.frombuffer(array.data, dtype, offset=start) if start < len(array.data) else np.empty(0, dtype)
-    return content.reshape(shape, order="F" if in_columns else "C")
+    return np.require(content.reshape(shape, order="F" if in_columns else "C"), requirements="A")
