@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import os
 import socket
 import sys
 from pathlib import Path
@@ -17,10 +16,10 @@ from nanofed.federated.wire.sizes import CHUNK_BYTES
 
 def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
     """Return the environment of Flower's processes: a home of their own, nothing installed, nothing sent anywhere."""
-    binaries = str(Path(sys.executable).parent)
+    binaries, given = str(Path(sys.executable).parent), runtime.environment()
     return runtime.environment(
         **{
-            "PATH": f"{binaries}:{runtime.environment().get('PATH', '')}",
+            "PATH": f"{binaries}:{given.get('PATH', '')}",
             "PYTHONUNBUFFERED": "1",
             "FLWR_HOME": str(home),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -30,7 +29,7 @@ def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
             # Chunks are many and large; kept once freed, as glibc does, they make up a third of the memory of a round. Given
             # back, they are new pages every time: of 4 KB each, these cost a round 39 s instead of 24.
             "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-            "GLIBC_TUNABLES": ":".join(filter(None, [os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"])),
+            "GLIBC_TUNABLES": ":".join(filter(None, [given.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"])),
             **changes,
         }
     )

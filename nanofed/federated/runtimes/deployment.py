@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 SERVER_APP = "nanofed.federated.runtimes.deployment_app:server"
 CLIENT_APP = "nanofed.federated.site.app:client"
 WATCH_SECONDS = 0.5
+LAUNCHER_SECONDS = 25.0  # a SuperLink's is there after three on an idle machine
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
 LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its end
@@ -275,7 +276,10 @@ class _Service:
         follower.start()
         sites = self._keys.names() if self._keys else []
         # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
-        loop, launcher = _Watched(self._link.marker, "flwr-serverapp"), _Watched(self._link.marker, "flower-superexec")
+        loop = _Watched(self._link.marker, "flwr-serverapp")
+        launcher = _Watched(
+            self._link.marker, "flower-superexec", LAUNCHER_SECONDS
+        )  # it may have died between two runs
         while follower.is_alive():
             follower.join(WATCH_SECONDS)
             self._check()
@@ -314,15 +318,16 @@ class _Watched:
     Args:
         marker: of the sessions in which to look for it.
         name: in its command line.
+        within: seconds from now in which it is there, if it comes at all; None where it may come later.
     """
 
-    def __init__(self, marker: str, name: str) -> None:
+    def __init__(self, marker: str, name: str, within: float | None = None) -> None:
         self._marker = marker
         self._name = name
-        self._seen: float | None = None  # when it was there last
+        self._seen = None if within is None else time.monotonic() + within  # when it was there last
 
     def is_gone(self) -> bool:
-        """Look, and tell whether it was there once and has not been for `GONE_SECONDS`."""
+        """Look, and tell whether it was there once, or should have been, and has not been for `GONE_SECONDS`."""
         now = time.monotonic()
         if started_as(self._marker, self._name):
             self._seen = now
