@@ -158,6 +158,18 @@ def test_the_launcher_of_round_loops_is_killed(federation: Deployment) -> None:
     assert "launcher died" in server.output
 
 
+def test_the_launcher_is_killed_between_two_runs(federation: Deployment) -> None:
+    """Whoever begins to look for it with the next run never sees it."""
+    server, before = federation.processes["server"], federation.round()
+    ended = "the run ended (the round loop died"
+    died, already = server.output.count("launcher died"), server.output.count(ended)
+    server.kill("flwr-serverapp")
+    federation.until(lambda: server.output.count(ended) > already, "end of the run", in_time(60))
+    server.kill("flower-superexec")
+    federation.reach(before + 2, 240)
+    assert server.output.count("launcher died") > died
+
+
 def test_the_superlink_is_killed(federation: Deployment) -> None:
     server = federation.processes["server"]
     before = federation.round()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +23,6 @@ from flwr.superlink import config_loader
 from flwr.superlink.federation import NoOpFederationManager
 
 from nanofed.errors import NanofedError
-from nanofed.federated.runtimes import deployment
 from nanofed.federated.runtimes.superlink_process import BUSY_SECONDS, hold_back_unfinished, keep_weights_in_memory
 
 
@@ -99,20 +97,3 @@ def test_another_flower_is_refused() -> None:
         hold_back_unfinished(ModuleType("another"), sql_corestate)
     with pytest.raises(NanofedError, match="another way"):
         keep_weights_in_memory(ModuleType("another"), sql_mixin)
-
-
-def test_a_process_that_is_expected_and_never_comes_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher may die between two runs: whoever looks for it then never sees it."""
-    now, there = [100.0], [False]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(deployment, "started_as", lambda marker, name: [1] if there[0] else [])
-    launcher, loop = deployment._Watched("A=b", "launcher", 25.0), deployment._Watched("A=b", "loop")
-    now[0] += 29
-    assert not launcher.is_gone()
-    now[0] += 2
-    assert launcher.is_gone() and not loop.is_gone()
-    there[0] = True
-    assert not launcher.is_gone() and not loop.is_gone()
-    there[0] = False
-    now[0] += deployment.GONE_SECONDS
-    assert launcher.is_gone() and loop.is_gone()

@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 SERVER_APP = "nanofed.federated.runtimes.deployment_app:server"
 CLIENT_APP = "nanofed.federated.site.app:client"
 WATCH_SECONDS = 0.5
-LAUNCHER_SECONDS = 25.0  # a SuperLink's is there after three on an idle machine
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
 LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its end
@@ -170,6 +169,11 @@ class _Service:
         self._app = folder / "app"
         self._database = folder / "superlink.db"
         self._proxy: subprocess.Popen[bytes] | None = None
+        self._launcher = self._watched_launcher()
+
+    def _watched_launcher(self) -> _Watched:
+        """Watch a SuperLink's launcher of round loops, over all its runs: it may die between two of them."""
+        return _Watched(self._link.marker, "flower-superexec")
 
     def serve(self) -> None:
         """Run to the end."""
@@ -215,6 +219,7 @@ class _Service:
         if not self._link.alive:
             self._link.stop()
             self._stop_proxy()  # it would go on calling the old port
+            self._launcher = self._watched_launcher()
             options = ["--database", str(self._database), "--disable-runtime-dependency-installation"]
             if self._keys is None:
                 (self._folder / NODES).unlink(missing_ok=True)
@@ -277,9 +282,6 @@ class _Service:
         sites = self._keys.names() if self._keys else []
         # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
         loop = _Watched(self._link.marker, "flwr-serverapp")
-        launcher = _Watched(
-            self._link.marker, "flower-superexec", LAUNCHER_SECONDS
-        )  # it may have died between two runs
         while follower.is_alive():
             follower.join(WATCH_SECONDS)
             self._check()
@@ -291,7 +293,7 @@ class _Service:
             if self._keys is not None and self._keys.names() != sites:
                 self._register(self._keys)
                 sites = self._keys.names()
-            if launcher.is_gone():
+            if self._launcher.is_gone():
                 self._link.stop()
                 return "the SuperLink's launcher died"
             if loop.is_gone():
@@ -318,16 +320,15 @@ class _Watched:
     Args:
         marker: of the sessions in which to look for it.
         name: in its command line.
-        within: seconds from now in which it is there, if it comes at all; None where it may come later.
     """
 
-    def __init__(self, marker: str, name: str, within: float | None = None) -> None:
+    def __init__(self, marker: str, name: str) -> None:
         self._marker = marker
         self._name = name
-        self._seen = None if within is None else time.monotonic() + within  # when it was there last
+        self._seen: float | None = None  # when it was there last
 
     def is_gone(self) -> bool:
-        """Look, and tell whether it was there once, or should have been, and has not been for `GONE_SECONDS`."""
+        """Look, and tell whether it was there once and has not been for `GONE_SECONDS`."""
         now = time.monotonic()
         if started_as(self._marker, self._name):
             self._seen = now
