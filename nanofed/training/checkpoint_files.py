@@ -27,7 +27,7 @@ from nanofed.errors import NanofedError
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 << 20  # hashed and written at a time
-SMALL_BYTES = 1 << 16  # that are not worth another thread
+THREADED_BYTES = 1 << 16  # of which on hashing is worth another thread
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -63,7 +63,7 @@ class HashedFile:
         try:
             for start in range(0, len(view), CHUNK_BYTES):
                 chunk = view[start : start + CHUNK_BYTES]
-                if len(chunk) < SMALL_BYTES:
+                if len(chunk) < THREADED_BYTES:
                     self._hash.update(chunk)
                     self._write(chunk)
                     continue

@@ -139,7 +139,7 @@ class Exchange:
         """Send one message to each client and yield what `check` makes of its answer, or why it refuses it."""
         started = time.monotonic()
         deadline = started + seconds
-        waste = 0  # bytes of answers
+        size = payload_bytes(payload)
         waiting: dict[str, str] = {}  # message id -> client
         # One for all: in process every message shares it.
         arrays = ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
@@ -149,7 +149,8 @@ class Exchange:
             waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
             del content, message
         del arrays
-        self._discard(payload_bytes(payload))
+        self._waste += size
+        self._collect_garbage()
         try:
             while waiting and time.monotonic() < deadline:
                 idle = True
@@ -162,7 +163,7 @@ class Exchange:
                         continue
                     client = waiting.pop(message_id)
                     self._remember(self._answered, message_id, client)
-                    waste += payload_bytes(payload)
+                    self._waste += size
                     result: T | Refused
                     metrics: Metrics = {}
                     try:
@@ -177,13 +178,12 @@ class Exchange:
             for client in waiting.values():
                 yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
-            self._discard(waste)
+            self._collect_garbage()
             for message_id, client in waiting.items():
                 self._remember(self._given_up, message_id, (client, number))
 
-    def _discard(self, waste: int) -> None:
-        """Count messages that were let go, and collect them when they are many."""
-        self._waste += waste
+    def _collect_garbage(self) -> None:
+        """Collect the messages that were let go, if they are many."""
         if self._waste > WASTE_BYTES:
             gc.collect()
             self._waste = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanofed.federated.wire.blocks import BLOCK, over_blocks
+from nanofed.federated.wire.blocks import BLOCK, norm_of_blocks
 from nanofed.federated.wire.codec import Codec, Weights
 
 Read = Callable[[Sequence[Tensor], int, slice, Tensor], None]  # arrays of a weight, its index, elements, out
@@ -111,14 +110,8 @@ def update_norm(
     base = Base(weights, down_payload, down, up)
     opened = base.open(arrays)
 
-    def worker() -> Callable[[int, slice], float]:
-        read, buffer = base.reader(torch.float64), torch.empty(BLOCK, dtype=torch.float64)
+    def reader() -> Callable[[int, slice, Tensor], None]:
+        read = base.reader(torch.float64)
+        return lambda index, part, out: read(opened[index], index, part, out)
 
-        def squares(index: int, part: slice) -> float:
-            update = buffer[: part.stop - part.start]
-            read(opened[index], index, part, update)
-            return float(torch.dot(update, update))
-
-        return squares
-
-    return math.sqrt(math.fsum(over_blocks(base.sizes, worker)))
+    return norm_of_blocks(base.sizes, reader)

@@ -83,17 +83,29 @@ def over_blocks(
     return in_threads(blocks, unpacking)
 
 
-def l2_norm(arrays: Sequence[npt.NDArray[np.generic]]) -> float:
-    """Return the L2 norm of all elements together, in fp64."""
-    tensors = [flat(array) for array in arrays]
+def norm_of_blocks(sizes: Sequence[int], reader: Callable[[], Callable[[int, slice, Tensor], object]]) -> float:
+    """Return the L2 norm, in fp64, of all elements of several arrays that are read block by block; not finite where one is not.
+
+    Args:
+        sizes: of the arrays, in elements.
+        reader: called once on every thread, for what writes some elements of the n-th array into a fp64 tensor.
+    """
 
     def worker() -> Callable[[int, slice], float]:
-        buffer = torch.empty(BLOCK, dtype=torch.float64)
+        read, buffer = reader(), torch.empty(BLOCK, dtype=torch.float64)
 
         def squares(index: int, part: slice) -> float:
-            values = buffer[: part.stop - part.start].copy_(tensors[index][part])
+            values = buffer[: part.stop - part.start]
+            read(index, part, values)
             return float(torch.dot(values, values))
 
         return squares
 
-    return math.sqrt(math.fsum(over_blocks([tensor.numel() for tensor in tensors], worker)))
+    return math.sqrt(math.fsum(over_blocks(sizes, worker)))
+
+
+def l2_norm(arrays: Sequence[npt.NDArray[np.generic]]) -> float:
+    """Return the L2 norm of all elements together, in fp64."""
+    tensors = [flat(array) for array in arrays]
+    sizes = [tensor.numel() for tensor in tensors]
+    return norm_of_blocks(sizes, lambda: lambda index, part, out: out.copy_(tensors[index][part]))

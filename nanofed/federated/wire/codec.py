@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from abc import ABC, abstractmethod
@@ -39,9 +40,9 @@ class Field:
     start: int
 
     @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.dtype.itemsize * math.prod(self.shape)
+    def stop(self) -> int:
+        """Behind its last byte."""
+        return self.start + self.dtype.itemsize * math.prod(self.shape)
 
 
 class Codec(ABC):
@@ -104,25 +105,25 @@ class Codec(ABC):
 
     def _fields(self, like: Weights) -> Iterator[Field]:
         """Yield the arrays of all weights with their places."""
-        parcel, start = -1, self.parcel_bytes
+        parcel, end = -1, self.parcel_bytes
         for name, expected in like.items():
             for dtype, shape in self.layout(expected.shape):
-                size = dtype.itemsize * math.prod(shape)
-                start += -start % dtype.itemsize
-                if start + size >= self.parcel_bytes:
-                    parcel, start = parcel + 1, 0
-                yield Field(name, dtype, shape, parcel, start)
-                start += size
+                field = Field(name, dtype, shape, parcel, end + -end % dtype.itemsize)
+                if field.stop >= self.parcel_bytes:
+                    parcel += 1
+                    field = Field(name, dtype, shape, parcel, 0)
+                yield field
+                end = field.stop
 
     def _parcels(self, like: Weights) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
         """Return what each array of a message holds, its dtype and its shape."""
         parcels: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
-        for field in self._fields(like):
-            if field.parcel == len(parcels):
-                parcels.append((field.name, field.dtype, field.shape))
+        for _, group in itertools.groupby(self._fields(like), key=lambda field: field.parcel):
+            first, *more = group
+            if more:
+                parcels.append((f"{first.name} to {more[-1].name}", np.dtype(np.uint8), (more[-1].stop,)))
             else:
-                first = parcels[-1][0].partition(" to ")[0]
-                parcels[-1] = (f"{first} to {field.name}", np.dtype(np.uint8), (field.start + field.nbytes,))
+                parcels.append((first.name, first.dtype, first.shape))
         return parcels
 
     def decode(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Array]:
@@ -162,7 +163,7 @@ class Codec(ABC):
         parcels = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
         weights: dict[str, list[Tensor]] = {name: [] for name in like}
         for field in self._fields(like):
-            part = parcels[field.parcel][field.start : field.start + field.nbytes]
+            part = parcels[field.parcel][field.start : field.stop]
             weights[field.name].append(flat(part.view(field.dtype)))
         return list(weights.values())
 
