@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+CAMPAIGN_SECONDS = 4 * 3600  # of one test
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="run fault, fuzz and soak tests at their full counts")
@@ -18,6 +20,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Whoever starts us in the background may have SIGINT ignored, which every process inherits: Ctrl-C could not be tested.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--campaign"):  # limits are of the small counts
+        for item in items:
+            item.add_marker(pytest.mark.timeout(CAMPAIGN_SECONDS), append=False)
 
 
 @pytest.fixture(scope="session")

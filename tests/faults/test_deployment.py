@@ -106,7 +106,6 @@ def test_the_round_loop_is_killed(federation: Deployment) -> None:
 
 
 @pytest.mark.parametrize("phase", ["starting", "waiting", "training", "merging", "saving"])
-@pytest.mark.timeout(3600)  # at the full count
 def test_the_round_loop_is_killed_in_a_phase(
     federation: Deployment, phase: str, count: Callable[[int, int], int], record_property: Callable[[str, object], None]
 ) -> None:
@@ -217,7 +216,6 @@ def test_all_sites_leave_and_come_back(federation: Deployment) -> None:
     assert federation.processes["server"].process.poll() is None
 
 
-@pytest.mark.timeout(4 * 3600)  # at the full count
 def test_soak_of_rounds_with_random_kills(
     federation: Deployment, count: Callable[[int, int], int], record_property: Callable[[str, object], None]
 ) -> None:

@@ -15,15 +15,16 @@ from nanofed.federated.flower import binary, flower_environment
 from nanofed.federated.runtimes.superlink import LINK, write_app
 from nanofed.federated.server.pace import LEARN
 from nanofed.federated.site.bundle import code_hash, installed
-from tests.faults.deployment import Deployment
+from tests.faults.deployment import GRACE, Deployment
 from tests.faults.disks import fill, free, seen_by, small_disk
-from tests.faults.link import Link
+from tests.faults.link import CUT, STALLED, Link
 from tests.federated.tiny import make_corpus
 from tests.ranks import in_time
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MIB = 1 << 20
+PART = 64 << 10  # bytes of an upload: more than anything else that a site sends in a round, and less than its weights
 
 
 def test_a_site_of_another_model_and_tokenizer_is_refused_with_both_values(federation: Deployment) -> None:
@@ -49,6 +50,34 @@ def link(federation: Deployment) -> Iterator[Link]:
     federation.takes_part("lab-c")
     yield link
     link.close()
+
+
+def test_an_upload_that_stalls_holds_nobody_up(federation: Deployment, link: Link) -> None:
+    """The round ends by the server's clock, without it; whether Flower still delivers the answer later depends on its own."""
+    federation.until(lambda: federation.is_training("lab-c"), "round that lab-c trains", 60)
+    since, before, merged = time.time(), federation.round(), federation.merged("lab-c")
+    link.stall(after=PART)
+    federation.until(lambda: link.state == STALLED, "upload", in_time(60))
+    assert federation.reach(before + 1, in_time(90)) < in_time(3 + GRACE + 10)
+    assert federation.merged("lab-c") == merged
+    kinds = [event["kind"] for event in federation.events("lab-c", since)]
+    assert kinds and {*kinds} <= {"silent", "failed"}
+    link.heal()
+    federation.takes_part("lab-c")
+    assert {event["kind"] for event in federation.events("lab-c", since)} <= {"silent", "failed", "late"}
+    federation.no_row_is_merged_twice()
+
+
+def test_an_upload_that_is_cut_off_is_not_merged_by_halves(federation: Deployment, link: Link) -> None:
+    """Flower sends again what was lost: merged whole, or not at all."""
+    since = time.time()
+    federation.until(lambda: federation.is_training("lab-c"), "round that lab-c trains", 60)
+    link.cut(after=PART)
+    federation.until(lambda: link.state == CUT, "upload", in_time(60))
+    link.heal()
+    federation.takes_part("lab-c")
+    assert {event["kind"] for event in federation.events("lab-c", since)} <= {"silent", "failed", "late"}
+    federation.no_row_is_merged_twice()
 
 
 def test_a_slow_link_costs_training_time_and_no_round(federation: Deployment, link: Link) -> None:

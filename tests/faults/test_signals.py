@@ -176,7 +176,6 @@ def test_in_a_validation_of_two_ranks(corpus: Path, tmp_path: Path, whole: Calla
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # at the full count
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
     ("number", "to"), [(signal.SIGTERM, "parent"), (signal.SIGINT, "terminal")], ids=["SIGTERM", "Ctrl-C"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Site(LocalTrainer):
     judge: Callable[[Evaluation], Evaluation] = lambda evaluation: evaluation
     measured: list[Evaluate] = field(default_factory=list)
     asked: list[Instructions] = field(default_factory=list)
-    answered: list[tuple[Arrays, Report]] = field(default_factory=list)
+    answered: MutableSequence[tuple[Arrays, Report]] = field(default_factory=list)  # with all their weights
 
     def hello(self, client: str) -> Hello:
         return self.greet(self.real.hello(client))
