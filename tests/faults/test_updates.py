@@ -417,7 +417,7 @@ class Fuzz:
 
     def _text(self, reply: Message, generator: random.Random) -> None:
         text = json.dumps(self._plain(reply))
-        self._write(reply, text[: generator.randrange(len(text))] + generator.choice(["", "\0", "}", "]" * 2000]))
+        self._write(reply, text[: generator.randrange(len(text) - 1)] + generator.choice(["", "\0", "}", "]" * 2000]))
 
     def _number(self, reply: Message, generator: random.Random) -> None:
         plain = self._plain(reply)
