@@ -32,14 +32,20 @@ def fit(launcher: tuple[str, ...]) -> list[str]:
 
 @LAUNCHERS
 def test_a_killed_rank_ends_all(
-    corpus: Path, tmp_path: Path, launcher: tuple[str, ...], count: Callable[..., int]
+    corpus: Path,
+    tmp_path: Path,
+    launcher: tuple[str, ...],
+    count: Callable[..., int],
+    record_property: Callable[[str, object], None],
 ) -> None:
     for turn in range(count(1, 10)):
         command = [*fit(launcher), *two_ranks(corpus, tmp_path, f"run{turn}", *ENDLESS)]
         with Started(command, tmp_path / "log") as run:
             run.wait_for_step(50)
             os.kill(run.rank(1), signal.SIGKILL)
+            begin = time.monotonic()
             assert run.wait(in_time(DEATH)) == 1
+            record_property(f"ended_after_seconds_{turn}", round(time.monotonic() - begin, 1))
             run.assert_nothing_left(in_time(1))
             assert run.output.count("rank 1 (process") + run.output.count("rank 1 was killed by SIGKILL") == 1, (
                 run.output
@@ -73,6 +79,7 @@ def test_a_hanging_rank_ends_all(
     rank: int,
     code: int,
     count: Callable[[int, int], int],
+    record_property: Callable[[str, object], None],
 ) -> None:
     more, limit = limits(count)
     command = [*launcher, FAULTY, fault, str(rank), *two_ranks(corpus, tmp_path, "run", *ENDLESS, *more)]
@@ -80,7 +87,9 @@ def test_a_hanging_rank_ends_all(
         run.wait_until(lambda: "hangs\n" in run.output, "hang")
         begin = time.monotonic()
         assert run.wait(limit + 60) == code, run.output
-        assert_in_time(run, time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        record_property("ended_after_seconds", round(seconds, 1))
+        assert_in_time(run, seconds)
         if fault == "hang":
             assert re.search(rf"rank {rank} has made no progress .* it stands in \S+ \(", run.output), run.output
 
