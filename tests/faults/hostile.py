@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def play(
 ) -> tuple[RoundLoop, Site, Trace]:
     """Run a federation to its end."""
     run = config.open()
-    site = Site(config.trainer(), **behaviour)
+    site = Site(config.trainer(), answered=deque(maxlen=0), **behaviour)  # of 10,000 answers the weights would be 8 GB
     grid = TamperingGrid(
         client_app(lambda context: site), names or [client_name(n) for n in range(config.federation.clients)]
     )
