@@ -41,7 +41,7 @@ def test_clients_that_stay_away(
 ) -> None:
     """Ten clients with a quorum of 2: every round with a quorum commits, the others change nothing."""
     rounds = count(8, 200)
-    options = {"clients": 10, "rounds": rounds, "quorum": 2, "save_every": 0}
+    options = {"clients": 10, "rounds": rounds, "quorum": 2, "save_every": 0, "model.recipe.num_steps": 100_000}
     loop, site, left = play(federation(tiny_corpus, tmp_path, "away", availability=1 - absent, **options))
     by_round = defaultdict(list)
     for asked in site.asked:
