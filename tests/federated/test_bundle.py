@@ -112,10 +112,23 @@ def test_the_guard_takes_the_place_of_flowers_own_functions() -> None:
     assert done.stdout.split() == ["BundleError", "ClientApp", "False"]
 
 
-def test_the_launcher_calls_flowers_own_command() -> None:
-    import nanofed.federated.site.bundle as module
+def test_the_client_process_takes_the_arguments_of_flowers_and_loads_no_more_than_it_needs() -> None:
+    script = (
+        "import sys\n"
+        "from nanofed.federated.site.bundle import main\n"
+        "sys.argv[1:] = ['--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "print(*sorted({'torch', 'lightning', 'sqlalchemy', 'uvicorn'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path("/"))
+    *said, loaded = done.stdout.splitlines()
+    assert loaded == "" and _options("\n".join(said)) == _options(_flowers_help())
 
-    said = subprocess.run(
-        [sys.executable, "-m", module.__name__, "--help"], capture_output=True, text=True, check=True, cwd=Path("/")
-    ).stdout
-    assert "--runtime-api-address" in said
+
+def _flowers_help() -> str:
+    command = "from flwr.supernode.cli import flwr_clientapp; flwr_clientapp()"
+    return subprocess.run([sys.executable, "-c", command, "--help"], capture_output=True, text=True, check=True).stdout
+
+
+def _options(said: str) -> set[str]:
+    return set(re.findall(r"--[a-z-]+", said))
