@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.grid import http_grid
 from flwr.supernode import start_client_internal
 from httpcore._backends import sync
@@ -38,6 +40,45 @@ def test_flowers_loop_is_the_one_that_was_made_for(monkeypatch: pytest.MonkeyPat
     assert isinstance(vars(start_client_internal)["time"], supernode.Clock)
     with pytest.raises(NanofedError, match="another way"):
         supernode.quicken(ModuleType("another"))
+
+
+def test_an_answer_whose_rest_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own loop over its own store: of two pieces, one never comes, and what is sent next goes through."""
+    monkeypatch.setattr(start_client_internal, "_push_messages", start_client_internal._push_messages)
+    monkeypatch.setattr(start_client_internal, "time", supernode.Clock())
+    monkeypatch.setattr(supernode, "REST_SECONDS", 0.5)
+    supernode.give_up_unfinished(start_client_internal)
+    with pytest.raises(NanofedError, match="another way"):
+        supernode.give_up_unfinished(ModuleType("another"))
+    store, sent, over = InMemoryObjectStore(verify=False), [], []
+
+    def push(name: str, pieces: list[str]) -> None:
+        tree = ObjectTree(object_id=name * 64, children=[ObjectTree(object_id=piece * 64) for piece in "bc"])
+        store.preregister(1, tree)
+        for piece in pieces:
+            store.put(piece * 64, piece.encode())
+        metadata = SimpleNamespace(
+            message_id=name * 64, reply_to_message_id="", group_id="1", run_id=1, message_type=""
+        )
+        state = SimpleNamespace(
+            get_messages_legacy=lambda is_reply: [SimpleNamespace(metadata=metadata)],
+            get_message_processing_duration=lambda message_id: 1.0,
+            delete_messages=lambda message_ids: over.append(message_ids[0][0]),
+        )
+        start_client_internal._push_messages(
+            state=state,  # type: ignore[arg-type]
+            object_store=store,
+            send=lambda message, tree, seconds: ({name * 64, "b" * 64, "c" * 64}, "session"),
+            push_object=lambda run, session, piece, content: sent.append(piece[0]),
+        )
+
+    begin = time.monotonic()
+    push("a", ["b"])
+    assert 0.5 < time.monotonic() - begin < 5 and over == ["a"] and "c" not in sent
+    assert len(store) == 0
+    sent.clear()
+    push("d", ["b", "c", "d"])
+    assert sorted(sent) == ["b", "c", "d"] and over == ["a", "d"]
 
 
 @pytest.mark.parametrize("module", [start_client_internal, http_grid])

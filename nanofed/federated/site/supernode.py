@@ -1,12 +1,17 @@
-"""A site's SuperNode: Flower's own, which looks for messages more often than every three seconds.
+"""A site's SuperNode: Flower's own, which looks for messages more often and does not wait for a client that is dead.
 
 Flower's waits 3 s between two looks, at the SuperLink for a message and half a second at its own client process for an answer:
 of a short round they are most of what is no training (`bin/bench round`). Here it looks at once, then less and less often, so
 that a site that waits for a server's quorum through a night costs the server no more than Flower's would.
+
+Flower's also waits for the rest of an answer for ever: a client killed while it hands its weights over would end the site's part
+in the federation, while everything seems to be well.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import time
 from typing import Any
@@ -17,6 +22,7 @@ from nanofed.federated.whole_bodies import receive_whole_bodies
 
 FIRST_WAIT = 0.1
 GROWTH = 1.2  # of the wait from one look to the next: 3 s after 19 looks in 17 s
+REST_SECONDS = 30.0  # that the next piece of an answer may take, on one machine
 
 
 class Clock:
@@ -52,6 +58,59 @@ def quicken(start_client_internal: Any) -> None:
     start_client_internal.time = Clock()
 
 
+class Impatient:
+    """Flower's store of what is in messages, for one who takes an answer out of it that a client is still putting in.
+
+    Args:
+        store: Flower's.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._missing = ""
+        self._since = 0.0
+
+    def get(self, object_id: str) -> Any:
+        """Return a piece; an empty one while it is waited for.
+
+        Raises:
+            NanofedError: it does not come.
+        """
+        content = self._store.get(object_id)
+        if content != b"":
+            return content
+        if object_id != self._missing:
+            self._missing, self._since = object_id, time.monotonic()
+        if time.monotonic() - self._since > REST_SECONDS:
+            raise NanofedError(
+                f"the client's process has not finished its answer: no more came for {REST_SECONDS:.0f} s"
+            )
+        return content
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def give_up_unfinished(start_client_internal: Any) -> None:
+    """Let Flower's main loop of a SuperNode go on without an answer whose rest does not come.
+
+    Args:
+        start_client_internal: Flower's module of that name.
+
+    Raises:
+        NanofedError: this Flower is another one than was made for.
+    """
+    push = getattr(start_client_internal, "_push_messages", None)
+    if push is None or "object_store" not in inspect.signature(push).parameters:
+        raise NanofedError("this version of Flower sends answers in another way: nanofed does not know its SuperNode")
+
+    @functools.wraps(push)
+    def push_messages(*, object_store: Any, **others: Any) -> None:
+        push(object_store=Impatient(object_store), **others)
+
+    start_client_internal._push_messages = push_messages
+
+
 def main() -> None:
     """Run `flower-supernode` with the same arguments."""
     from flwr.supernode import main as application
@@ -61,6 +120,7 @@ def main() -> None:
 
     quicken(start_client_internal)
     ask_again_soon(start_client_internal)
+    give_up_unfinished(start_client_internal)
     receive_whole_bodies(application)
     send_without_copies(sync)
     sys.argv[0] = "flower-supernode"
