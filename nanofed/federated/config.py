@@ -33,6 +33,8 @@ class FederationConfig:
         merge: `mean`, or coordinate by coordinate `median` or `trimmed_mean` of the clients' updates, all weighing the same.
         trim: share of the values that `trimmed_mean` cuts off on either side.
         max_norm_ratio: largest update, as its norm per root of steps over the running median of accepted ones; None for any.
+            `median` and `trimmed_mean` also refuse what is so many times longer than is usual among the updates of its round, of
+            three or more, from the first round on.
         on_large_norm: `clip` a larger update to that, or `reject` it.
         outer_lr: outer learning rate; 1 with momentum 0 is FedAvg.
         outer_momentum: outer Nesterov momentum.

@@ -318,21 +318,36 @@ def test_large_updates_are_clipped_to_the_running_median(
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def flip(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+    base = [array.copy() for array in arrays]
+    local, report = fit(arrays, asked)
+    if asked.client == HOSTILE:
+        return announced(
+            [b - np.float32(10) * (np.asarray(a, np.float32) - b) for a, b in zip(local, base, strict=True)], report
+        )
+    return local, report
+
+
+@pytest.mark.parametrize("merge", ["median", "trimmed_mean"])
+def test_a_robust_merge_leaves_out_what_dwarfs_its_round(merge: str, tiny_corpus: Path, tmp_path: Path) -> None:
+    """From the first round on, with the norms that are usual among its five updates; as if that client had failed."""
+    options = {"clients": 5, "rounds": 3, "merge": merge, "max_norm_ratio": 5.0}
+    _, _, failed = play(
+        federation(tiny_corpus, tmp_path, "failed", **options),
+        hook=meddling(fail, when=lambda asked: asked.client == HOSTILE),
+    )
+    assert failed.events == {HOSTILE: {"failed": 3}}
+    loop, _, left = play(federation(tiny_corpus, tmp_path, "run", **options), hook=flip)
+    assert left.same_course(failed) and left.events == {HOSTILE: {"large_norm": 3}}
+    count = loop.state.events.last("large_norm", HOSTILE)
+    assert count is not None and "is usual for 1 steps among the 5 of the round" in count.reason
+
+
 @pytest.mark.parametrize("merge", ["median", "trimmed_mean"])
 def test_a_flipped_update_passes_and_a_robust_merge_bears_it(
     merge: str, tiny_corpus: Path, tmp_path: Path, count: Callable[[int, int], int]
 ) -> None:
     """One of five clients sends its update ten times over, with the sign turned; the norm check is off."""
-
-    def flip(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
-        base = [array.copy() for array in arrays]
-        local, report = fit(arrays, asked)
-        if asked.client == HOSTILE:
-            return announced(
-                [b - np.float32(10) * (np.asarray(a, np.float32) - b) for a, b in zip(local, base, strict=True)], report
-            )
-        return local, report
-
     rounds = count(4, 30)
     options = {"clients": 5, "rounds": rounds, "max_norm_ratio": "null", "trim": 0.2, "save_every": 0}
     clean, _, _ = play(federation(tiny_corpus, tmp_path, "clean", merge=merge, **options))

@@ -12,7 +12,7 @@ import torch
 from nanofed.errors import NanofedError
 from nanofed.federated.server.merge import Method, make_merger, update_norm
 from nanofed.federated.server.outer import OuterNesterov
-from nanofed.federated.server.robust import Median, TrimmedMean, comparators
+from nanofed.federated.server.robust import Median, Sorted, TrimmedMean, comparators
 from nanofed.federated.server.updates import Base
 from nanofed.federated.wire.codec import CODECS, Array, Weights, hash_weights, payload_bytes
 from tests.benchmarks import machine
@@ -116,6 +116,30 @@ def test_so_many_are_cut_on_each_side(trim: float, tmp_path: Path, caplog: pytes
         assert bool(caplog.records) == (cut == 0), "that nothing is cut off is said"
     with pytest.raises(ValueError, match="trim must be"):
         make_merger("trimmed_mean", old, FP32.encode(old), FP32, FP32, tmp_path, trim=0.5)
+
+
+@pytest.mark.parametrize("method", ROBUST)
+def test_who_is_dropped_leaves_no_trace_and_counts_as_cut(
+    method: Method, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = random_weights(4)
+    results = []
+    for dropped in (2, 3):
+        with make_merger(method, old, FP32.encode(old), FP32, FP32, tmp_path, trim=0.3) as merger:
+            assert isinstance(merger, Sorted)
+            for client in range(7):
+                merger.fold(str(client), FP32.encode(trained(old, client + 10 * (client == dropped))), 1.0, 0.5)
+            merger.drop(str(dropped))
+            merger.fold(str(dropped), FP32.encode(trained(old, dropped)), 1.0, 0.5)
+            assert len(list(tmp_path.iterdir())) == 7
+            results.append(vector(merger.result()))
+            assert len(merger.cosines()) == 7 and not list(tmp_path.iterdir())
+    # Of 7, 2 are cut on each side; of 8, one of whom was dropped, 2 - 1.
+    np.testing.assert_array_equal(*results)
+    updates = np.sort([vector(old) - vector(trained(old, seed)) for seed in range(7)], axis=0) / 2
+    expected = updates[3] if method == "median" else updates[1:-1].mean(0)
+    np.testing.assert_allclose(results[0], expected, rtol=1e-12, atol=1e-18)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("method", ROBUST)

@@ -73,6 +73,32 @@ class TestNorms:
         guard.accept([(1.0, 1)] * 99)  # a round of many clients is one round
         assert guard.scale(10.0, 1, lambda: 1.0) == 1.0
 
+    def test_what_dwarfs_the_others_of_its_round_is_found(self) -> None:
+        guard = NormGuard(4.0, "clip")
+        round_ = {"a": (1.0, 4), "b": (1.5, 4), "c": (2.0, 4), "d": (2.5, 4)}
+        assert guard.outliers(round_ | {"e": (8.0, 4)}) == {}
+        found = guard.outliers(round_ | {"e": (8.1, 4)})
+        assert set(found) == {"e"} and found["e"].kind == "large_norm"
+        assert "8.1 long where 2 is usual for 4 steps among the 5 of the round, more than 4 times that" in str(
+            found["e"]
+        )
+
+    def test_steps_that_agree_are_no_reason(self) -> None:
+        guard = NormGuard(4.0, "clip")
+        slow = {"a": (1.0, 1), "b": (1.0, 1), "c": (1.0, 1)}
+        assert guard.outliers(slow | {"fast": (400.0, 100)}) == {}
+        assert set(guard.outliers(slow | {"fast": (401.0, 100)})) == {"fast"}
+        fast = {"a": (100.0, 100), "b": (100.0, 100), "c": (100.0, 100)}
+        assert guard.outliers(fast | {"slow": (40.0, 1)}) == {}, "a tenth of theirs is what one step may be"
+        assert set(guard.outliers(fast | {"slow": (41.0, 1)})) == {"slow"}
+
+    def test_where_nobody_can_be_the_odd_one_out(self) -> None:
+        assert NormGuard(4.0, "clip").outliers({"a": (1.0, 1), "b": (1e6, 1)}) == {}
+        assert NormGuard(4.0, "clip").outliers({"a": (0.0, 1), "b": (0.0, 1), "c": (1.0, 1)}) == {}, (
+            "nobody moved but one"
+        )
+        assert NormGuard(None, "clip").outliers({"a": (1.0, 1), "b": (1.0, 1), "c": (1e6, 1)}) == {}
+
     def test_without_a_ratio_only_what_fp32_cannot_hold_is_too_large(self) -> None:
         guard = self.guard(ratio=None)
         assert guard.scale(1e20, 1, lambda: 1.0) == 1.0

@@ -52,7 +52,7 @@ class Merger(ABC):
         if client in self._samples:
             raise ValueError(f"{client} has been folded in already")
         opened = self._base.open(arrays)
-        self._fold(arrays, opened, weight, scale)
+        self._fold(client, opened, weight, scale)
         self._samples[client] = self._base.sample(opened)
 
     def result(self) -> PseudoGradient:
@@ -90,13 +90,7 @@ class Merger(ABC):
         """Give back what it holds, in memory or on disk; harmless when repeated. A result stays."""
 
     @abstractmethod
-    def _fold(
-        self,
-        arrays: Sequence[npt.NDArray[np.generic]],
-        opened: Sequence[Sequence[Tensor]],
-        weight: float,
-        scale: float,
-    ) -> None:
+    def _fold(self, client: str, opened: Sequence[Sequence[Tensor]], weight: float, scale: float) -> None:
         """Take a checked reply."""
 
     @abstractmethod

@@ -37,13 +37,7 @@ class Mean(Merger):
         self._total = 0.0
         self._scaled = 0.0  # the total of shares times scales
 
-    def _fold(
-        self,
-        arrays: Sequence[npt.NDArray[np.generic]],
-        opened: Sequence[Sequence[Tensor]],
-        weight: float,
-        scale: float,
-    ) -> None:
+    def _fold(self, client: str, opened: Sequence[Sequence[Tensor]], weight: float, scale: float) -> None:
         up = self._base.up
         factor = weight * scale * (1 if up.lossless else -1)  # of updates, local - base, base - local is wanted
 

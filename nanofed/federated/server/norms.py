@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from nanofed.federated.server.validation import Refused
@@ -70,6 +70,31 @@ class NormGuard:
                 "large_norm", f"its update is {size:.3g} long per root of steps, more than the limit of {limit:.3g}"
             )
         return limit / size
+
+    def outliers(self, updates: Mapping[str, tuple[float, int]]) -> dict[str, Refused]:
+        """Return who of a round's clients is out of all proportion to the others of the round, and why.
+
+        For a merge that has all updates of a round before it: the median needs no earlier rounds then, and fewer than half of
+        the clients cannot shift it beyond what the others span. Each update says how long another of so many steps is to be
+        expected: steps that agree make it longer by their ratio, steps that do not by the root of that; the larger counts.
+
+        Args:
+            updates: client -> the L2 norm of its update and its steps. Of fewer than three nobody is the odd one out.
+        """
+        if self._ratio is None or len(updates) < 3:
+            return {}
+        found = {}
+        for client, (norm, steps) in updates.items():
+            usual = statistics.median(
+                other * max(steps / taken, math.sqrt(steps / taken)) for other, taken in updates.values()
+            )
+            if norm > self._ratio * usual > 0:
+                found[client] = Refused(
+                    "large_norm",
+                    f"its update is {norm:.3g} long where {usual:.3g} is usual for {steps} steps among the {len(updates)} of the "
+                    f"round, more than {self._ratio:g} times that",
+                )
+        return found
 
     def accept(self, updates: Iterable[tuple[float, int]]) -> None:
         """Count the updates of a round that was merged: the norm of each as it was merged, and its steps."""

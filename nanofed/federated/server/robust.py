@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,7 +59,8 @@ class Sorted(Merger):
     def __init__(self, base: Base, spool: Path) -> None:
         super().__init__(base)
         self._spool = spool
-        self._scales: dict[Path, float] = {}  # file -> scale of its update
+        self._replies: dict[str, tuple[Path, float]] = {}  # client -> the file of its update and what it is scaled by
+        self._dropped = 0
         self._broken: OSError | None = None
         try:
             spool.mkdir(parents=True, exist_ok=True)
@@ -69,17 +69,18 @@ class Sorted(Merger):
         except OSError as error:
             raise self._unusable(error) from error
 
-    def _fold(
-        self,
-        arrays: Sequence[npt.NDArray[np.generic]],
-        opened: Sequence[Sequence[Tensor]],
-        weight: float,
-        scale: float,
-    ) -> None:
+    def drop(self, client: str) -> None:
+        """Leave out a client that was folded in, before `result`: it counts as one of those whose values are thrown away."""
+        file, _ = self._replies.pop(client)
+        del self._samples[client]
+        self._dropped += 1
+        self._remove(file)
+
+    def _fold(self, client: str, opened: Sequence[Sequence[Tensor]], weight: float, scale: float) -> None:
         if self._broken:  # not a merge of those who came after it
             raise self._unusable(self._broken)
-        file = self._spool / f"{len(self._scales):05d}{SUFFIX}"
-        self._scales[file] = scale
+        file = self._spool / f"{len(self._replies) + self._dropped:05d}{SUFFIX}"
+        self._replies[client] = file, scale
         try:
             with file.open("wb") as out:
                 for array in itertools.chain.from_iterable(opened):
@@ -99,12 +100,15 @@ class Sorted(Merger):
 
     def close(self) -> None:
         """Remove the replies."""
-        for file in self._scales:
-            try:
-                file.unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning("%s stays behind: %s", file, error.strerror)
-        self._scales.clear()
+        for file, _ in self._replies.values():
+            self._remove(file)
+        self._replies.clear()
+
+    def _remove(self, file: Path) -> None:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s stays behind: %s", file, error.strerror)
 
     def _merge(self) -> list[Tensor]:
         if self._broken:
@@ -118,10 +122,11 @@ class Sorted(Merger):
 
     def _over_files(self) -> list[Tensor]:
         out, offset = [], 0
+        scales = [scale for _, scale in self._replies.values()]
         for index, shape in enumerate(self._base.shapes.values()):
             layout = self._base.up.layout(shape)
-            replies = [_map(file, layout, offset) for file in self._scales]
-            out.append(self._merge_weight(index, replies, list(self._scales.values())))
+            replies = [_map(file, layout, offset) for file, _ in self._replies.values()]
+            out.append(self._merge_weight(index, replies, scales))
             offset += sum(_padded(*field) for field in layout)
         return out
 
@@ -179,7 +184,8 @@ class TrimmedMean(Sorted):
     """The mean of every coordinate without its k smallest and k largest values (Yin et al. 2018, arXiv:1803.01498).
 
     k is trim times the number of clients, rounded down: so many hostile clients cannot move it beyond what the others span.
-    Where k is 0, as for 0.2 below five clients, it is the plain mean and protects from nothing; that is logged.
+    Where k is 0, as for 0.2 below five clients, it is the plain mean and protects from nothing; that is logged. Of the k,
+    who was dropped is one.
 
     Args:
         base: what the clients were sent.
@@ -198,15 +204,16 @@ class TrimmedMean(Sorted):
         self._trim = trim
 
     def _merge(self) -> list[Tensor]:
-        clients = len(self._scales)
-        if not self._cut(clients):
+        clients = len(self._replies)
+        if not self._cut(clients) and not self._dropped:
             logger.warning(
                 "a trimmed mean with trim %g of %d clients cuts nothing off: a plain mean", self._trim, clients
             )
         return super()._merge()
 
     def _cut(self, clients: int) -> int:
-        return math.floor(self._trim * clients + 1e-9)  # 0.29 of 100 are 29, though the product is 28.999999999999996
+        # 0.29 of 100 are 29, though the product is 28.999999999999996
+        return max(0, math.floor(self._trim * (clients + self._dropped) + 1e-9) - self._dropped)
 
     def _choose(self, rows: Sequence[Tensor], out: Tensor) -> None:
         cut = self._cut(len(rows))

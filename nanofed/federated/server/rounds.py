@@ -27,6 +27,7 @@ from nanofed.federated.server.merge import Merger, make_merger
 from nanofed.federated.server.owner import Owner
 from nanofed.federated.server.pooling import Pooling
 from nanofed.federated.server.presence import Presence
+from nanofed.federated.server.robust import Sorted
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.state import State, prune, saved_round
 from nanofed.federated.server.tokens import check_tokens
@@ -193,6 +194,7 @@ class RoundLoop:
                 config.merge, state.weights, sent.payload, down, up, self._run / "spool", trim=config.trim
             ) as merger:
                 self._collect(present, asked, sent, merger, figures)
+                self._leave_out_the_odd_ones(merger, figures)
                 merged = len(figures.merged) >= config.quorum and self._commit(merger, asked, figures)
         except NanofedError as error:  # the disk on which replies are kept is full
             state.events.add("disk", SERVER, error, number)
@@ -287,6 +289,17 @@ class RoundLoop:
         return Merged(
             replace(update, arrays=[]), weight, scale, answer.seconds - measuring
         )  # folded: the arrays may go
+
+    def _leave_out_the_odd_ones(self, merger: Merger, figures: RoundFigures) -> None:
+        """Refuse what is out of all proportion to the other updates of the round, where the merge can still drop one."""
+        if not isinstance(merger, Sorted):
+            return
+        parts = {client: (part.update.norm, part.update.report.steps) for client, part in figures.merged.items()}
+        for client, refusal in self.state.norms.outliers(parts).items():
+            merger.drop(client)
+            del figures.merged[client]
+            figures.refused += 1
+            self._refuse(client, figures.round, refusal)
 
     def _refuse(self, client: str, number: int, refusal: Refused) -> None:
         logger.warning("round %d: client %s is not merged: %s", number, client, refusal)
