@@ -7,8 +7,9 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,16 @@ def use_base_dir(folder: str) -> None:
 def environment(**changes: str | None) -> dict[str, str]:
     """Return this process's environment with changes, for a process to be started; None takes a variable out."""
     return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+
+
+def become(first: Path, command: Sequence[str]) -> NoReturn:
+    """Make this process one of `python -m` with `command`, and with `first` in front of all that Python imports from."""
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = [str(first), *(part for part in path if part and Path(part).parent != first.parent)]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    changed = environment(PYTHONPATH=os.pathsep.join(path))
+    os.execve(sys.executable, [sys.executable, "-P", "-m", *command], changed)
 
 
 def flower_home() -> Path:

@@ -21,10 +21,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--keys", help="the folder handed out by nanofed server init: ca.pem and site.key")
     parser.add_argument("--devices", type=int, default=1, help="devices of this machine that train together")
     parser.add_argument("--state", help="folder for what the site keeps (default: sites/NAME in the cache folder)")
+    parser.add_argument(
+        "--trust",
+        metavar="KEY",
+        help="code.pub of nanofed server sign: run what this key has signed in place of the installed nanofed",
+    )
     own, rest = parser.parse_known_args(argv[1:])
-    from nanofed import api
+    from nanofed import api, runtime
     from nanofed.cli.output import show_progress
 
     show_progress(lightning=False)  # its trainer does
-    api.join(args=rest, superlink=own.superlink, name=own.name, keys=own.keys, devices=own.devices, state=own.state)
+    following = api.join(
+        args=rest,
+        superlink=own.superlink,
+        name=own.name,
+        keys=own.keys,
+        devices=own.devices,
+        state=own.state,
+        trust=own.trust,
+    )
+    if following is not None:
+        runtime.become(following, ["nanofed", *argv])
     return 0

@@ -27,6 +27,8 @@ from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.nodes import FOLDER, NODES, read_nodes
 from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
 from nanofed.federated.server.keys import Keys, load
+from nanofed.federated.server.signing import signature_in
+from nanofed.federated.wire.signature import SIGNATURE
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run import Summary, is_used
 
@@ -180,6 +182,9 @@ class _Service:
         shutil.rmtree(self._app, ignore_errors=True)
         self._app.mkdir()
         write_app(self._app, SERVER_APP, CLIENT_APP)
+        if self._keys is not None and (signature := signature_in(self._keys.folder)):
+            (self._app / SIGNATURE).write_text(signature.to_json())
+            logger.info("the code that sites are sent is signed as number %d", signature.number)
         settings = {"run_dir": str(self._run.resolve()), "base_dir": str(runtime.base_dir().resolve())}
         crashes, before, ran = 0, self._round(), False
         while True:

@@ -241,8 +241,8 @@ def _make_authority(keys: Keys) -> list[Path]:
         [x509.NameAttribute(NameOID.COMMON_NAME, f"nanofed federation {x509.random_serial_number():x}"[:40])]
     )
     certificate = _certificate(key.public_key(), name, name, key, days=CA_DAYS, authority=True)
-    _write(keys.ca_key, _private(key, serialization.PrivateFormat.PKCS8))
-    _write(keys.ca, certificate.public_bytes(serialization.Encoding.PEM))
+    write_private(keys.ca_key, _private(key, serialization.PrivateFormat.PKCS8))
+    write_private(keys.ca, certificate.public_bytes(serialization.Encoding.PEM))
     return [keys.ca_key, keys.ca]
 
 
@@ -265,8 +265,8 @@ def _make_server(keys: Keys, names: Sequence[x509.GeneralName], days: int) -> li
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nanofed server")])
     certificate = _certificate(key.public_key(), name, ca.subject, signer, days=days, names=names)
-    _write(keys.key, _private(key, serialization.PrivateFormat.PKCS8))
-    _write(keys.certificate, certificate.public_bytes(serialization.Encoding.PEM))
+    write_private(keys.key, _private(key, serialization.PrivateFormat.PKCS8))
+    write_private(keys.certificate, certificate.public_bytes(serialization.Encoding.PEM))
     return [keys.key, keys.certificate]
 
 
@@ -276,9 +276,9 @@ def _make_site(keys: Keys, site: str) -> list[Path]:
     handout.mkdir(exist_ok=True)
     handout.chmod(0o700)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write(handout / "ca.pem", keys.ca.read_bytes())
-    _write(keys.private_key(site), _private(key, serialization.PrivateFormat.OpenSSH))
-    _write(keys.public_key(site), public + b" " + site.encode() + b"\n")  # last: a site without it is made anew
+    write_private(handout / "ca.pem", keys.ca.read_bytes())
+    write_private(keys.private_key(site), _private(key, serialization.PrivateFormat.OpenSSH))
+    write_private(keys.public_key(site), public + b" " + site.encode() + b"\n")  # last: a site without it is made anew
     return [handout / "ca.pem", keys.private_key(site), keys.public_key(site)]
 
 
@@ -330,7 +330,7 @@ def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat)
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """Write a file for this user's eyes only, whole or not at all."""
     descriptor, temporary = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name}."

@@ -1,13 +1,13 @@
 """What a site starts in place of Flower's `flwr-clientapp`: it runs no bundle but the nanofed that is installed here.
 
 Whoever can submit a run to the SuperLink decides what the sites run; so a bundle is compared with the installed package, file
-by file, and its own code is never executed: the message is handled by the installed one.
+by file, and its own code is never executed: the message is handled by the installed one. A bundle that a key has signed which
+the site was told to trust is unpacked, and the whole site starts anew with it (`site.code`).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import importlib
 import io
@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import nanofed
+from nanofed.federated.site.code import Code, Untrusted
+from nanofed.federated.wire.signature import PACKAGE, SIGNATURE, installed
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = "nanofed"
 LISTING = ".info/CONTENT"  # Flower's
 SETTINGS = "pyproject.toml"
 MAX_BYTES = 64 << 20  # unpacked
@@ -31,14 +31,16 @@ class BundleError(Exception):
     """A bundle that this site does not run."""
 
 
-def check_bundle(content: bytes) -> None:
-    """Refuse a bundle whose code is not that of the installed package.
+def check_bundle(content: bytes, code: Code | None = None) -> None:
+    """Refuse a bundle whose sources are not those of the nanofed that is running.
 
     Args:
         content: the bundle, a zip file.
+        code: where signed bundles go, for a site that trusts a key.
 
     Raises:
-        BundleError: no bundle, other files than the package's, or one that differs.
+        BundleError: no bundle, other files than the package's, or one that differs; also where it is signed, and the site
+            starts anew with it: this process is of the code before.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -49,21 +51,22 @@ def check_bundle(content: bytes) -> None:
         raise
     except Exception as error:  # foreign bytes: zipfile raises a dozen kinds
         raise BundleError(f"the bundle cannot be read: {error}") from error
-    here = installed()
-    if files != here:
-        differing = sorted({name for name, code in files.items() if here.get(name) != code} | (here.keys() - files))
-        raise BundleError(
-            f"this site runs only the nanofed that is installed here, code {code_hash(here)[:16]}: the bundle's is "
-            f"{code_hash(files)[:16]} and differs in {len(differing)} files ({', '.join(differing[:3])}); "
-            "server and sites need the same version"
-        )
-
-
-@functools.cache
-def installed() -> dict[str, bytes]:
-    """Return the source files of the installed package, by their names in a bundle."""
-    root = Path(nanofed.__file__).parent
-    return {f"{PACKAGE}/{path.relative_to(root).as_posix()}": path.read_bytes() for path in root.rglob("*.py")}
+    here, signed = installed(), files.pop(SIGNATURE, None)
+    if files == here:
+        return
+    differing = sorted({name for name, source in files.items() if here.get(name) != source} | (here.keys() - files))
+    reason = (
+        f"this site runs only the nanofed that is installed here, code {code_hash(here)[:16]}: the bundle's is "
+        f"{code_hash(files)[:16]} and differs in {len(differing)} files ({', '.join(differing[:3])}); "
+        "server and sites need the same version"
+    )
+    if code is None:
+        raise BundleError(reason)
+    try:
+        signature = code.take(files, signed)
+    except Untrusted as refusal:
+        raise BundleError(f"{reason}, or one that a trusted key has signed: {refusal}") from refusal
+    raise BundleError(f"this site starts anew with code {code_hash(files)[:16]}, signed as number {signature.number}")
 
 
 def code_hash(files: Mapping[str, bytes]) -> str:
@@ -75,11 +78,12 @@ def code_hash(files: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def guard(run_clientapp: Any) -> None:
+def guard(run_clientapp: Any, code: Code | None = None) -> None:
     """Make Flower's client process check its bundle instead of installing it, and load the installed ClientApp.
 
     Args:
         run_clientapp: Flower's module of that name.
+        code: where signed bundles go, for a site that trusts a key.
 
     Raises:
         BundleError: this Flower is another one than the guard was made for: nothing may run unchecked.
@@ -88,7 +92,7 @@ def guard(run_clientapp: Any) -> None:
         raise BundleError("this version of Flower loads bundles in another way: nanofed cannot check them")
 
     def check(content: bytes, *_: object, **__: object) -> None:
-        check_bundle(content)
+        check_bundle(content, code)
 
     def loader(*_: object, **__: object) -> Callable[[str, str, str], Any]:
         return lambda *_: importlib.import_module("nanofed.federated.site.app").client
@@ -98,7 +102,7 @@ def guard(run_clientapp: Any) -> None:
 
 
 def main() -> None:
-    """Handle one message, as `flwr-clientapp` does with the same arguments.
+    """Handle one message, as `flwr-clientapp` does with the same arguments, and two of our own: --code and --trust.
 
     That command stands in a package whose import brings the SuperNode's database and web server along, a third of the time that
     this process takes to start (`bin/bench round`), so it is not gone through.
@@ -107,11 +111,13 @@ def main() -> None:
     from flwr.supercore.tls import validate_and_resolve_root_certificates
     from flwr.supernode.runtime import run_clientapp
 
-    guard(run_clientapp)
     parser = argparse.ArgumentParser(prog="flwr-clientapp")
     parser.add_argument("--runtime-api-address", required=True)
     add_args_flwr_app_common(parser)
+    parser.add_argument("--code", type=Path, help="folder for signed bundles")
+    parser.add_argument("--trust", type=Path, help="public key of who signs them")
     args = parser.parse_args()
+    guard(run_clientapp, Code(args.code, args.trust) if args.code and args.trust else None)
     certificates = validate_and_resolve_root_certificates(args.root_certificates, args.insecure)
     run_clientapp.run_clientapp(
         runtime_api_address=args.runtime_api_address,

@@ -22,7 +22,9 @@ from nanofed.errors import ConfigError, DataError
 from nanofed.federated.flower import flower_environment, free_port, is_loopback
 from nanofed.federated.processes import end_marked, ended_on_sigterm, stop_marked, undisturbed
 from nanofed.federated.site.channel import ChannelError, call
+from nanofed.federated.site.code import Code
 from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.federated.wire.signature import read_trusted
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +46,12 @@ class SiteOptions:
         name: of the site, the same as long as it takes part.
         authority: certificate of the server's CA; without one plain HTTP, on loopback only.
         key: the site's private key; the server knows the public one.
-        folder: what the site keeps: optimizer state, logs, its lock.
+        folder: what the site keeps: optimizer state, logs, its lock, signed bundles.
         devices: devices of this machine that train together.
         stall_seconds: longest time without a step, while training, before the trainer is started anew.
         trainer: module that is run as the trainer.
         threads: CPU threads of each device's process; None as PyTorch chooses.
+        trust: public key of who may sign the nanofed that it runs; None: it runs the installed one only.
     """
 
     superlink: str
@@ -60,6 +63,7 @@ class SiteOptions:
     stall_seconds: float = 600.0
     trainer: str = "nanofed.federated.site.service"
     threads: int | None = None
+    trust: Path | None = None
 
 
 def site_options(
@@ -69,6 +73,7 @@ def site_options(
     keys: str | Path | None = None,
     devices: int = 1,
     state: str | Path | None = None,
+    trust: str | Path | None = None,
 ) -> SiteOptions:
     """Return checked options.
 
@@ -78,6 +83,7 @@ def site_options(
         keys: the folder that `nanofed server init` hands out for a site.
         devices: of this machine.
         state: the site's folder; by default `sites/NAME` in the cache folder.
+        trust: `code.pub` of `nanofed server sign`.
 
     Raises:
         ConfigError: what is no address or name, keys that are not there, or an address on the network without any.
@@ -103,7 +109,10 @@ def site_options(
             f"--superlink {superlink} is reached over the network: that needs --keys, the folder that the server handed out"
         )
     folder = Path(state).expanduser() if state is not None else runtime.base_dir() / "sites" / name
-    return SiteOptions(superlink, name, authority, key, folder, devices)
+    if trust is not None:
+        trust = Path(trust).expanduser().resolve()
+        read_trusted(trust)
+    return SiteOptions(superlink, name, authority, key, folder, devices, trust=trust)
 
 
 class _Child:
@@ -169,13 +178,17 @@ class _Child:
         return self._process is not None and self._process.poll() is None
 
 
-def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[], bool] = lambda: True) -> None:
+def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[], bool] = lambda: True) -> Path | None:
     """Keep a site's SuperNode and trainer going until this process is told to stop.
 
     Args:
         options: of the site.
         arguments: of `nanofed federate`, for the trainer.
         alive: asked every second; False ends the site.
+
+    Returns:
+        The folder of another nanofed, to be put first on the path: the site has ended to go on with that. None if `alive` ended
+        it.
 
     Raises:
         ConfigError: the trainer refuses its configuration; the site runs on this machine already.
@@ -195,10 +208,13 @@ def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[],
         try:
             while alive():
                 site.watch()
+                if following := site.following():
+                    return following
                 time.sleep(WATCH_SECONDS)
         finally:
             with undisturbed():
                 site.stop()
+    return None
 
 
 class _Site:
@@ -210,6 +226,9 @@ class _Site:
         self._silent = 0.0  # since when the trainer has not answered
         self._states = self._folder / "state"
         self._unwritten = 0  # states that its trainer could not write so far
+        self._code = None if options.trust is None else Code(self._folder / "code", options.trust)
+        if self._code is not None:
+            self._code.begin()
         home = self._folder / "flower"
         home.mkdir(exist_ok=True)
         marks = {name: f"{self._folder}:{name}" for name in ("trainer", "supernode")}
@@ -269,7 +288,10 @@ class _Site:
         folder = self._folder / "bin"
         folder.mkdir(exist_ok=True)
         launcher = folder / "flwr-clientapp"
-        launcher.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m nanofed.federated.site.bundle "$@"\n')
+        command = [sys.executable, "-P", "-m", "nanofed.federated.site.bundle"]
+        if self._code is not None:
+            command += [f"--code={self._code.folder}", f"--trust={self._code.trusted}"]
+        launcher.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         launcher.chmod(0o700)
         return folder
 
@@ -277,6 +299,13 @@ class _Site:
         """End what a site that was killed has left behind."""
         for mark in self._marks:
             end_marked(mark)
+
+    def following(self) -> Path | None:
+        """Return the folder of the nanofed to go on with, where a trusted key has signed another than this one."""
+        folder = self._code.following() if self._code is not None else None
+        if folder is not None:
+            logger.info("the site starts anew with the signed nanofed in %s", folder)
+        return folder
 
     def watch(self) -> None:
         """Start what is not there, and replace a trainer that hangs."""
