@@ -55,6 +55,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         made.serve()
         made.site(FOLLOWS, "--trust", str(keys / "code.pub"))
         made.site(STAYS)
+        made.reach(1, 300)
         for name in (FOLLOWS, STAYS):
             made.takes_part(name)
         yield made
