@@ -65,7 +65,7 @@ def check_bundle(content: bytes, code: Code | None = None) -> None:
     try:
         signature = code.take(files, signed)
     except Untrusted as refusal:
-        raise BundleError(f"{reason}, or one that a trusted key has signed: {refusal}") from refusal
+        raise BundleError(f"{refusal}; unsigned, {reason}") from refusal
     raise BundleError(f"this site starts anew with code {code_hash(files)[:16]}, signed as number {signature.number}")
 
 
