@@ -245,7 +245,8 @@ def join(
         ConfigError: a wrong option, an address on the network without keys, the same site running already.
         DataError: no shards or no tokenizer.
     """
-    from nanofed.federated.site.supervisor import run_site, site_options
+    from nanofed.federated.site.options import site_options
+    from nanofed.federated.site.supervisor import run_site
 
     options = site_options(superlink, name, keys=keys, devices=devices, state=state, trust=trust)
     return run_site(options, [*arguments(config, overrides or {}), *args])

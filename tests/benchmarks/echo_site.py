@@ -9,7 +9,8 @@ import argparse
 import logging
 from dataclasses import replace
 
-from nanofed.federated.site.supervisor import run_site, site_options
+from nanofed.federated.site.options import site_options
+from nanofed.federated.site.supervisor import run_site
 
 TRAINER = "tests.benchmarks.echo_trainer"
 

@@ -14,7 +14,8 @@ import pytest
 from nanofed.federated.flower import binary, flower_environment
 from nanofed.federated.runtimes.superlink import LINK, write_app
 from nanofed.federated.server.pace import LEARN
-from nanofed.federated.site.bundle import code_hash, installed
+from nanofed.federated.site.bundle import code_hash
+from nanofed.federated.wire.signature import installed
 from tests.faults.deployment import GRACE, Deployment
 from tests.faults.disks import fill, free, seen_by, small_disk
 from tests.faults.link import CUT, STALLED, Link

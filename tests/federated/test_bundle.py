@@ -15,8 +15,9 @@ import pytest
 
 from nanofed.federated.runtimes.deployment import CLIENT_APP, SERVER_APP
 from nanofed.federated.runtimes.superlink import write_app
-from nanofed.federated.site.bundle import BundleError, check_bundle, code_hash, guard, installed
+from nanofed.federated.site.bundle import BundleError, check_bundle, code_hash, guard
 from nanofed.federated.wire.messages import code_hash as hash_of_hello
+from nanofed.federated.wire.signature import installed
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
 

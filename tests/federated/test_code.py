@@ -17,7 +17,7 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.server import signing
 from nanofed.federated.site.bundle import BundleError, check_bundle
 from nanofed.federated.site.code import Code, Untrusted
-from nanofed.federated.site.supervisor import site_options
+from nanofed.federated.site.options import site_options
 from nanofed.federated.wire.signature import SIGNATURE, Signature, digest, installed, read_trusted
 from tests.federated.test_bundle import bundle, changed
 

@@ -14,7 +14,8 @@ from nanofed.federated.flower import free_port
 from nanofed.federated.processes import ended_on_sigterm, undisturbed
 from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.deployment import ServerOptions, run_server
-from nanofed.federated.site.supervisor import SiteOptions, run_site, site_options
+from nanofed.federated.site.options import SiteOptions, site_options
+from nanofed.federated.site.supervisor import run_site
 from nanofed.training.run import CONFIG, Summary, check_unused
 
 CLIENTS = "clients"  # of the run's folder: what the sites keep, and their logs

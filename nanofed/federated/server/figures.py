@@ -57,6 +57,11 @@ class RoundFigures:
             self.merged[client].cosine = cosine
 
     @property
+    def lengths(self) -> dict[str, tuple[float, int]]:
+        """Client -> L2 norm of its update as it came, and the steps that it is of."""
+        return {client: (part.update.norm, part.update.report.steps) for client, part in self.merged.items()}
+
+    @property
     def norms(self) -> list[float]:
         """L2 norms of the updates as they were folded in."""
         return [part.update.norm * part.scale for part in self.merged.values()]

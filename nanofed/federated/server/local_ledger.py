@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.errors import DataError
 from nanofed.federated.server.ledger import Ledger
-from nanofed.federated.wire.messages import SiteShard
+from nanofed.federated.server.validation import Refused
+from nanofed.federated.wire.messages import Report, SiteShard
 
 
 class LocalLedger:
@@ -75,6 +77,17 @@ class LocalLedger:
     def text_bytes(self, client: str, state: DataState) -> float:
         """Return about how much text there is between what is merged and `state`."""
         return self._ledgers[client].text_bytes(client, state)
+
+    def believed(self, report: Report) -> Report:
+        """Return a client's report with no more tokens than there are bytes of text in what it has read.
+
+        Raises:
+            Refused: it has read no row.
+        """
+        possible = int(self.text_bytes(report.client, report.data))
+        if possible < 1:
+            raise Refused("tokens", f"it claims {report.tokens} tokens and has read no row")
+        return replace(report, tokens=min(report.tokens, possible))
 
     def commit(self, client: str, state: DataState) -> int:
         """Mark as merged what a client has read to its last token, and return the number of rows."""

@@ -190,9 +190,8 @@ class RoundLoop:
         figures.bytes_down = len(present) * down.nbytes(state.weights)
         asked = self._instructor.instruct(number, list(present), state, hash_arrays(sent.payload))
         try:
-            with make_merger(
-                config.merge, state.weights, sent.payload, down, up, self._run / "spool", trim=config.trim
-            ) as merger:
+            spool = self._run / "spool"
+            with make_merger(config.merge, state.weights, sent.payload, down, up, spool, trim=config.trim) as merger:
                 self._collect(present, asked, sent, merger, figures)
                 self._leave_out_the_odd_ones(merger, figures)
                 merged = len(figures.merged) >= config.quorum and self._commit(merger, asked, figures)
@@ -202,13 +201,8 @@ class RoundLoop:
             merged = False
         self._measuring.heard(state, merged=merged)
         if not merged:
-            logger.warning(
-                "round %d: %d of %d updates could be merged, %d are needed; the model stays as it is",
-                number,
-                len(figures.merged),
-                len(present),
-                config.quorum,
-            )
+            said = f"{len(figures.merged)} of {len(present)} updates could be merged, {config.quorum} are needed"
+            logger.warning("round %d: %s; the model stays as it is", number, said)
             return False
         clock, rows = state.clock, state.ledger.merged_rows()
         self.board.merged(figures, step=clock.step, tokens=clock.tokens, rows=rows, events=state.events)
@@ -248,9 +242,7 @@ class RoundLoop:
             try:
                 figures.merged[answer.client] = self._fold(answer, asked[answer.client], merger)
             except Refused as refusal:
-                figures.silent += refusal.kind == "silent"
-                figures.refused += refusal.kind != "silent"
-                self._refuse(answer.client, figures.round, refusal)
+                self._refuse(answer.client, figures, refusal)
             figures.merge += time.monotonic() - folding
             self._say("training", figures.round, merged=sorted(figures.merged))
         figures.exchange = time.monotonic() - started - figures.merge
@@ -269,10 +261,7 @@ class RoundLoop:
         if not self._simulated:
             state.pace.check(update.report, answer.seconds)
         if isinstance(state.ledger, LocalLedger):
-            possible = int(state.ledger.text_bytes(client, update.report.data))
-            if possible < 1:
-                raise Refused("tokens", f"it claims {update.report.tokens} tokens and has read no row")
-            update = replace(update, report=replace(update.report, tokens=min(update.report.tokens, possible)))
+            update = replace(update, report=state.ledger.believed(update.report))
         else:
             check_tokens(update.report, asked, self._shards, self._data.streams)
         scale = state.norms.scale(update.norm, update.report.steps, state.weights_norm)
@@ -286,25 +275,23 @@ class RoundLoop:
         merger.fold(client, update.arrays, weight, scale)
         self._roster.refused.pop(client, None)
         measuring = self._measuring.hear(client, answer.metrics, answer.seconds, state)
-        return Merged(
-            replace(update, arrays=[]), weight, scale, answer.seconds - measuring
-        )  # folded: the arrays may go
+        kept = replace(update, arrays=[])  # what was folded in may go
+        return Merged(kept, weight, scale, answer.seconds - measuring)
 
     def _leave_out_the_odd_ones(self, merger: Merger, figures: RoundFigures) -> None:
         """Refuse what is out of all proportion to the other updates of the round, where the merge can still drop one."""
-        if not isinstance(merger, Sorted):
-            return
-        parts = {client: (part.update.norm, part.update.report.steps) for client, part in figures.merged.items()}
-        for client, refusal in self.state.norms.outliers(parts).items():
-            merger.drop(client)
-            del figures.merged[client]
-            figures.refused += 1
-            self._refuse(client, figures.round, refusal)
+        if isinstance(merger, Sorted):
+            for client, refusal in self.state.norms.outliers(figures.lengths).items():
+                merger.drop(client)
+                del figures.merged[client]
+                self._refuse(client, figures, refusal)
 
-    def _refuse(self, client: str, number: int, refusal: Refused) -> None:
-        logger.warning("round %d: client %s is not merged: %s", number, client, refusal)
+    def _refuse(self, client: str, figures: RoundFigures, refusal: Refused) -> None:
+        logger.warning("round %d: client %s is not merged: %s", figures.round, client, refusal)
+        figures.silent += refusal.kind == "silent"
+        figures.refused += refusal.kind != "silent"
         self._roster.refused[client] = str(refusal)
-        self.state.events.add(refusal.kind, client, refusal, number)
+        self.state.events.add(refusal.kind, client, refusal, figures.round)
         self.state.ledger.release(client)
         if LEASE_TOO_SHORT in str(refusal):
             self.state.pace.widen(client)
