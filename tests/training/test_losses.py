@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
-from nanofed.training.garbage import Garbage
+from nanofed.training.garbage import Garbage, Settled
 from nanofed.training.losses import LossWindow, NonFiniteError, SmoothedLoss, rows_between
 
 
@@ -87,3 +89,25 @@ def test_the_collector_rests_and_is_left_as_it_was() -> None:
         raise ZeroDivisionError
     assert not gc.isenabled()
     gc.enable()
+
+
+class Knot:
+    """Nothing but the cycle collector can tell that it is gone."""
+
+    def __init__(self) -> None:
+        self.knot = self
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_what_a_block_or_the_time_between_two_leaves_behind_goes_with_the_next(settled: bool) -> None:
+    """A trainer that lives for weeks is in a block for most of it, and not once as long out of it as Python waits to collect."""
+    garbage, left = Garbage(), []
+    with Settled() if settled else contextlib.nullcontext():
+        for _ in range(3):
+            left.append(weakref.ref(Knot()))
+            with garbage:
+                left.append(weakref.ref(Knot()))
+                with garbage:
+                    left.append(weakref.ref(Knot()))
+            assert [knot for knot in left if knot() is not None] == []
+    assert gc.isenabled() and gc.get_freeze_count() == 0

@@ -35,6 +35,7 @@ from nanofed.federated.server.validation import Refused, Sent, Update
 from nanofed.federated.wire.codec import CODECS, Array, hash_arrays
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
 from nanofed.training.checkpoint import SaveError
+from nanofed.training.garbage import Settled
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 
@@ -141,7 +142,7 @@ class RoundLoop:
             NanofedError: another server is on this run; or on one machine, nobody can take part or no round succeeds.
             SaveError: the last checkpoint cannot be written.
         """
-        with self._owner:
+        with self._owner, Settled():
             self.board.bar.open(self.state.clock.tokens, self._horizon)
             try:
                 self._rounds()
@@ -234,10 +235,9 @@ class RoundLoop:
         figures: RoundFigures,
     ) -> None:
         """Send the round to its clients, and fold what they answer as it arrives, one at a time."""
-        started = time.monotonic()
-        ttl = self._instructor.ttl(len(present))
-        streams, asks = self._data.streams, self._measuring.ask(asked)
-        for answer in self._exchange.round(present, asked, sent, streams=streams, seconds=ttl, asks=asks):
+        started, ttl = time.monotonic(), self._instructor.ttl(len(present))
+        asks = self._measuring.ask(asked)
+        for answer in self._exchange.round(present, asked, sent, streams=self._data.streams, seconds=ttl, asks=asks):
             folding = time.monotonic()
             try:
                 figures.merged[answer.client] = self._fold(answer, asked[answer.client], merger)

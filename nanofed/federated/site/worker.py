@@ -24,6 +24,7 @@ from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.training.garbage import Settled
 from nanofed.training.strategy import FabricShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Worker:
         """Return what the site says of itself."""
         return self._trainer.hello(self._name).to_config()
 
+    @Settled()
     def follow(self) -> None:
         """Do what the first rank does, round after round."""
         while True:
@@ -107,6 +109,7 @@ class Worker:
             except Agreed as error:  # the first rank tells
                 logger.debug("%s", error)
 
+    @Settled()
     def lead(self, listener: Listener, progress: Progress) -> None:
         """Train round after round from the socket.
 
