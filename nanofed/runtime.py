@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nanofed.errors import NanofedError
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,14 +42,21 @@ def environment(**changes: str | None) -> dict[str, str]:
     return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
 
 
+def python_path(first: Path) -> str:
+    """Return PYTHONPATH with `first` in front, in place of another folder beside it."""
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(first), *(part for part in path if part and Path(part).parent != first.parent)])
+
+
 def become(first: Path, command: Sequence[str]) -> NoReturn:
     """Make this process one of `python -m` with `command`, and with `first` in front of all that Python imports from."""
-    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    path = [str(first), *(part for part in path if part and Path(part).parent != first.parent)]
     sys.stdout.flush()
     sys.stderr.flush()
-    changed = environment(PYTHONPATH=os.pathsep.join(path))
-    os.execve(sys.executable, [sys.executable, "-P", "-m", *command], changed)
+    changed = environment(PYTHONPATH=python_path(first))
+    try:
+        os.execve(sys.executable, [sys.executable, "-P", "-m", *command], changed)
+    except OSError as error:
+        raise NanofedError(f"{sys.executable} cannot be started again: {error.strerror}") from error
 
 
 def flower_home() -> Path:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +19,13 @@ from pytest import CaptureFixture, LogCaptureFixture
 from nanofed.cli import main
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.server import signing
+from nanofed.federated.site import code as code_module
 from nanofed.federated.site.bundle import BundleError, check_bundle
 from nanofed.federated.site.code import Code, Untrusted
 from nanofed.federated.site.options import site_options
 from nanofed.federated.wire.signature import SIGNATURE, Signature, digest, installed, read_trusted
 from tests.federated.test_bundle import bundle, changed
+from tests.ranks import REPOSITORY
 
 __all__ = ["bundle"]  # the fixture
 
@@ -50,6 +56,13 @@ def code(keys: Path, tmp_path: Path) -> Code:
     return Code(tmp_path / "code", keys / "code.pub")
 
 
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is unpacked here is no whole nanofed."""
+    monkeypatch.setattr(code_module, "TRIAL", "import nanofed; print(nanofed.__file__)")
+
+
+@pytest.mark.usefixtures("starts")
 def test_what_is_signed_is_unpacked_and_followed(code: Code, sign: Sign) -> None:
     assert code.following() is None
     assert code.take(FILES, sign()).number == 7
@@ -63,6 +76,7 @@ def test_what_is_signed_is_unpacked_and_followed(code: Code, sign: Sign) -> None
     assert code.following() is None, "a site begins with the nanofed that it was started with"
 
 
+@pytest.mark.usefixtures("starts")
 def test_an_older_one_is_not_taken_again(code: Code, sign: Sign) -> None:
     newer = {**FILES, "nanofed/more.py": b""}
     code.take(FILES, sign())
@@ -71,8 +85,65 @@ def test_an_older_one_is_not_taken_again(code: Code, sign: Sign) -> None:
     with pytest.raises(Untrusted, match="its number 7 is older than 8, which this site has run"):
         code.take(FILES, sign())
     assert code.following() is None
+    with pytest.raises(Untrusted, match="its number 8 is that of other code"):
+        code.take(FILES, sign(number=8))
     code.take(FILES, sign(number=9))  # what the operator goes back to, signed anew
     assert code.following() == code.folder / digest(FILES)
+
+
+def test_what_runs_and_is_signed_counts_without_being_taken(code: Code, sign: Sign, caplog: LogCaptureFixture) -> None:
+    code.note(FILES, None)
+    code.note(FILES, b"")
+    assert not code.folder.exists() and "no signature" in caplog.text
+    code.note(FILES, sign(number=8))
+    assert code.following() is None and not (code.folder / digest(FILES)).exists()
+    with pytest.raises(Untrusted, match="its number 7 is older than 8"):
+        code.take({**FILES, "nanofed/more.py": b""}, sign({**FILES, "nanofed/more.py": b""}))
+
+
+@pytest.mark.parametrize(
+    "source", [b"this is no Python", b"import of_a_package_that_is_not_here", b"raise SystemExit(3)"]
+)
+def test_what_does_not_start_is_not_followed(source: bytes, code: Code, sign: Sign, caplog: LogCaptureFixture) -> None:
+    files = {**installed(), "nanofed/federated/site/worker.py": source}
+    for _ in range(2):  # it comes with every message
+        code.take(files, sign(files))
+        assert code.following() is None
+    assert caplog.text.count("does not start here, so this site stays what it is") == 1
+
+
+@pytest.mark.parametrize("word", ["", "..", "0" * 63, "g" * 64, "/tmp"])
+def test_word_of_no_bundle_costs_nothing(word: str, code: Code, sign: Sign) -> None:
+    code.take(FILES, sign())
+    (code.folder / "next").write_text(word)
+    assert code.following() is None
+    assert (code.folder / "accepted.json").exists() and (code.folder / digest(FILES)).exists()
+
+
+def test_two_processes_of_one_site_take_the_same_bundle(code: Code, sign: Sign) -> None:
+    """Again and again, while a third one looks: whoever looks sees it whole."""
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from nanofed.federated.site.code import Code\n"
+        "from tests.federated.test_code import FILES\n"
+        "for _ in range(50):\n    Code(Path(sys.argv[1]), Path(sys.argv[2])).take(FILES, sys.argv[3].encode())\n"
+    )
+    code.take(FILES, sign())
+    command = [sys.executable, "-c", script, str(code.folder), str(code.trusted), sign().decode()]
+    with subprocess.Popen(command, cwd=REPOSITORY) as one, subprocess.Popen(command, cwd=REPOSITORY) as other:
+        while one.poll() is None or other.poll() is None:
+            assert code.is_whole(code.folder / digest(FILES))
+            time.sleep(0.01)
+    assert one.returncode == other.returncode == 0
+
+
+def test_a_site_begins_without_what_earlier_ones_have_left(code: Code, sign: Sign) -> None:
+    code.take(FILES, sign())
+    (code.folder / ".killed").mkdir()
+    code.begin()
+    assert sorted(path.name for path in code.folder.iterdir() if path.is_dir()) == []
+    assert (code.folder / "accepted.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +153,7 @@ def test_an_older_one_is_not_taken_again(code: Code, sign: Sign) -> None:
         (FILES, lambda signed: b"", "no signature of a bundle"),
         (FILES, lambda signed: b"[" * 100_000, "no signature of a bundle"),
         (FILES, lambda signed: b'{"digest": 1, "number": 1, "signature": ""}', "no signature of a bundle"),
+        (FILES, lambda signed: b'{"digest": "\\ud800", "number": 1, "signature": ""}', "no signature of a bundle"),
         (FILES, lambda signed: signed.replace(b'"number": 7', b'"number": 7.0'), "no signature of a bundle"),
         (FILES, lambda signed: signed.replace(b'"number": 7', b'"number": 8'), "not signed by the key"),
         ({**FILES, "nanofed/more.py": b""}, lambda signed: signed, "that of another bundle"),
@@ -129,7 +201,7 @@ def test_what_was_damaged_since_is_not_run(code: Code, sign: Sign, caplog: LogCa
     (code.folder / digest(FILES) / "nanofed" / "cli" / "site.py").write_bytes(b"print(1)\n")
     assert code.following() is None and "is damaged" in caplog.text
     code.take(FILES, sign())
-    assert code.following() is not None
+    assert code.is_whole(code.folder / digest(FILES))
 
 
 def test_a_folder_that_cannot_be_used_is_a_refusal(code: Code, sign: Sign) -> None:
@@ -138,7 +210,7 @@ def test_a_folder_that_cannot_be_used_is_a_refusal(code: Code, sign: Sign) -> No
     with pytest.raises(Untrusted, match="cannot be used for it"):
         code.take(FILES, sign())
     (code.folder / "accepted.json").unlink()
-    code.folder.rmdir()
+    shutil.rmtree(code.folder)
     code.folder.write_text("a file")
     with pytest.raises(Untrusted, match="cannot be used for it"):
         code.take(FILES, sign())
@@ -153,11 +225,13 @@ def test_a_bundle_is_taken_only_where_it_differs_and_a_key_is_trusted(bundle: by
 
     check_bundle(changed(bundle, lambda files: files.update(signed)), code)
     assert not code.folder.exists(), "the same sources need no signature, whatever there is of one"
+    check_bundle(changed(bundle, lambda files: files.update({SIGNATURE: sign(installed(), 6)})), code)
+    assert json.loads((code.folder / "accepted.json").read_text())["number"] == 6
     with pytest.raises(BundleError, match="this site runs only the nanofed that is installed here"):
         check_bundle(changed(bundle, more))
     with pytest.raises(BundleError, match=r"this site starts anew with code .*, signed as number 7"):
         check_bundle(changed(bundle, more), code)
-    assert code.following() == code.folder / digest(newer)
+    assert code.following() == code.folder / digest(newer), "it starts"
     with pytest.raises(BundleError, match="it is not signed; unsigned, this site runs only"):
         check_bundle(changed(bundle, lambda files: files.update({"nanofed/more.py": b""})), code)
 
@@ -186,6 +260,10 @@ class TestSigning:
         private = (keys / "code.key").read_bytes()
         (keys / "code.key").unlink()
         with pytest.raises(ConfigError, match="put it back"):
+            signing.sign(keys)
+        signing.sign(keys.parent / "other")
+        shutil.copy(keys.parent / "other" / "code.key", keys / "code.key")
+        with pytest.raises(ConfigError, match=r"is not the key of .*code.pub"):
             signing.sign(keys)
         (keys / "code.key").write_text("no key")
         with pytest.raises(ConfigError, match="cannot be read as a private key"):

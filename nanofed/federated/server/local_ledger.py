@@ -79,7 +79,7 @@ class LocalLedger:
         return self._ledgers[client].text_bytes(client, state)
 
     def believed(self, report: Report) -> Report:
-        """Return a client's report with no more tokens than there are bytes of text in what it has read.
+        """Return a client's report with no more tokens, and steps of them, than there are bytes of text in what it has read.
 
         Raises:
             Refused: it has read no row.
@@ -87,7 +87,8 @@ class LocalLedger:
         possible = int(self.text_bytes(report.client, report.data))
         if possible < 1:
             raise Refused("tokens", f"it claims {report.tokens} tokens and has read no row")
-        return replace(report, tokens=min(report.tokens, possible))
+        steps = max(1, min(report.steps, possible * report.steps // report.tokens))
+        return replace(report, tokens=min(report.tokens, possible), steps=steps)
 
     def commit(self, client: str, state: DataState) -> int:
         """Mark as merged what a client has read to its last token, and return the number of rows."""

@@ -75,8 +75,9 @@ class NormGuard:
         """Return who of a round's clients is out of all proportion to the others of the round, and why.
 
         For a merge that has all updates of a round before it: the median needs no earlier rounds then, and fewer than half of
-        the clients cannot shift it beyond what the others span. Each update says how long another of so many steps is to be
-        expected: steps that agree make it longer by their ratio, steps that do not by the root of that; the larger counts.
+        the clients cannot shift it beyond what the others span. Each update says how long another may honestly be: fewer steps
+        make it shorter by the root of their ratio where they do not agree; more steps longer by its square where they grow, as
+        the first ones of a head of zeros do and those of a rising learning rate.
 
         Args:
             updates: client -> the L2 norm of its update and its steps. Of fewer than three nobody is the odd one out.
@@ -86,7 +87,7 @@ class NormGuard:
         found = {}
         for client, (norm, steps) in updates.items():
             usual = statistics.median(
-                other * max(steps / taken, math.sqrt(steps / taken)) for other, taken in updates.values()
+                other * max((steps / taken) ** 2, math.sqrt(steps / taken)) for other, taken in updates.values()
             )
             if norm > self._ratio * usual > 0:
                 found[client] = Refused(

@@ -70,7 +70,7 @@ class Sorted(Merger):
             raise self._unusable(error) from error
 
     def drop(self, client: str) -> None:
-        """Leave out a client that was folded in, before `result`: it counts as one of those whose values are thrown away."""
+        """Leave out a client that was folded in, before `result`."""
         file, _ = self._replies.pop(client)
         del self._samples[client]
         self._dropped += 1
@@ -184,8 +184,8 @@ class TrimmedMean(Sorted):
     """The mean of every coordinate without its k smallest and k largest values (Yin et al. 2018, arXiv:1803.01498).
 
     k is trim times the number of clients, rounded down: so many hostile clients cannot move it beyond what the others span.
-    Where k is 0, as for 0.2 below five clients, it is the plain mean and protects from nothing; that is logged. Of the k,
-    who was dropped is one.
+    Where k is 0, as for 0.2 below five clients, it is the plain mean and protects from nothing; that is logged. Who was
+    dropped counts among the clients: as many are cut of the others, half of them at most.
 
     Args:
         base: what the clients were sent.
@@ -205,7 +205,7 @@ class TrimmedMean(Sorted):
 
     def _merge(self) -> list[Tensor]:
         clients = len(self._replies)
-        if not self._cut(clients) and not self._dropped:
+        if not self._cut(clients):
             logger.warning(
                 "a trimmed mean with trim %g of %d clients cuts nothing off: a plain mean", self._trim, clients
             )
@@ -213,7 +213,7 @@ class TrimmedMean(Sorted):
 
     def _cut(self, clients: int) -> int:
         # 0.29 of 100 are 29, though the product is 28.999999999999996
-        return max(0, math.floor(self._trim * (clients + self._dropped) + 1e-9) - self._dropped)
+        return min(math.floor(self._trim * (clients + self._dropped) + 1e-9), max(0, clients - 1) // 2)
 
     def _choose(self, rows: Sequence[Tensor], out: Tensor) -> None:
         cut = self._cut(len(rows))

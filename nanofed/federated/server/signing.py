@@ -37,10 +37,13 @@ def sign(folder: Path) -> Signature:
             key = Ed25519PrivateKey.generate()
             form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             write_private(key_file, key.private_bytes(serialization.Encoding.PEM, form, none))
-        write_private(
-            public_file,
-            key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo),
-        )
+        form_of_public = serialization.PublicFormat.SubjectPublicKeyInfo
+        public = key.public_key().public_bytes(serialization.Encoding.PEM, form_of_public)
+        if public_file.exists() and public_file.read_bytes() != public:
+            raise ConfigError(
+                f"{key_file} is not the key of {public_file}: put the right one back, or take another folder"
+            )
+        write_private(public_file, public)
         before = _number(signature_file)
         signature = Signature.make(installed(), max(int(time.time()), before + 1), key)
         write_private(signature_file, signature.to_json().encode())

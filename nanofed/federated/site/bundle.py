@@ -53,6 +53,8 @@ def check_bundle(content: bytes, code: Code | None = None) -> None:
         raise BundleError(f"the bundle cannot be read: {error}") from error
     here, signed = installed(), files.pop(SIGNATURE, None)
     if files == here:
+        if code is not None:
+            code.note(files, signed)
         return
     differing = sorted({name for name, source in files.items() if here.get(name) != source} | (here.keys() - files))
     reason = (

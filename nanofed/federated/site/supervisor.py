@@ -147,8 +147,6 @@ class _Site:
         self._states = self._folder / "state"
         self._unwritten = 0  # states that its trainer could not write so far
         self._code = None if options.trust is None else Code(self._folder / "code", options.trust)
-        if self._code is not None:
-            self._code.begin()
         home = self._folder / "flower"
         home.mkdir(exist_ok=True)
         marks = {name: f"{self._folder}:{name}" for name in ("trainer", "supernode")}
@@ -158,7 +156,7 @@ class _Site:
         self.trainer = _Child(
             f"trainer of {options.name}",
             trainer,
-            runtime.environment(**{MARK: marks["trainer"]}, **cores),
+            runtime.environment(**{MARK: marks["trainer"]}, PYTHONSAFEPATH="1", **cores),  # torchrun's ranks have no -P
             self._folder / "trainer.log",
             self._marks[0],
         )
@@ -219,6 +217,8 @@ class _Site:
         """End what a site that was killed has left behind."""
         for mark in self._marks:
             end_marked(mark)
+        if self._code is not None:
+            self._code.begin()
 
     def following(self) -> Path | None:
         """Return the folder of the nanofed to go on with, where a trusted key has signed another than this one."""

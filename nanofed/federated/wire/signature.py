@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PACKAGE = "nanofed"
 SIGNATURE = "signature.json"  # in a bundle
 SOURCE = re.compile(rf"{PACKAGE}(/[A-Za-z0-9_]{{1,64}}){{1,8}}\.py")
+DIGEST = re.compile("[0-9a-f]{64}")
 MAX_NUMBER = 1 << 62
 
 
@@ -81,7 +82,7 @@ class Signature:
         try:
             plain = json.loads(text)
             of, number, signature = plain["digest"], plain["number"], plain["signature"]
-            if type(of) is not str or type(number) is not int or not 0 < number < MAX_NUMBER:
+            if not DIGEST.fullmatch(of) or type(number) is not int or not 0 < number < MAX_NUMBER:
                 raise ValueError("a digest and a number are expected")
             return cls(of, number, base64.b64decode(signature, validate=True))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
