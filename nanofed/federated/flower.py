@@ -50,33 +50,6 @@ def ask_again_soon(module: Any) -> None:
     )
 
 
-def send_without_copies(sync: Any) -> None:
-    """Let the HTTP client under Flower's send large bodies without copying what is left of them after every write.
-
-    A write takes what the socket's buffer has room for, with TLS one record of 16 KB: of a message of 5 MB the client would
-    copy 800 MB. A view of the body is cut without a copy.
-
-    Args:
-        sync: httpcore's module of that name.
-
-    Raises:
-        NanofedError: this version of httpcore writes in another way.
-    """
-    stream = getattr(sync, "SyncStream", None)
-    write = getattr(stream, "write", None)
-    if stream is None or not callable(write):
-        raise NanofedError(f"this version of httpcore writes in another way: {sync.__name__} does not")
-
-    if hasattr(write, "__wrapped__"):
-        return
-
-    @functools.wraps(write)
-    def write_view(self: Any, buffer: bytes, timeout: float | None = None) -> None:
-        write(self, memoryview(buffer), timeout)
-
-    stream.write = write_view
-
-
 def binary(name: str) -> str:
     """Return the path of a command of this Python environment."""
     return str(Path(sys.executable).parent / name)

@@ -16,6 +16,7 @@ from nanofed.federated.arguments import Arguments
 from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.board import Board
+from nanofed.federated.server.carriage import Carriage
 from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.owner import check_free
 from nanofed.federated.server.rounds import RoundLoop
@@ -99,6 +100,7 @@ class Federation(Arguments):
         *,
         simulated: bool = True,
         owners: Callable[[], Mapping[int, str]] | None = None,
+        carriage: Carriage | None = None,
     ) -> RoundLoop:
         """Return the server's round loop, resumed or started from other weights where that is asked for.
 
@@ -107,6 +109,7 @@ class Federation(Arguments):
             run: the run's folder.
             simulated: the clients share this machine.
             owners: returns node -> the client whose key it has; None where nodes have no keys.
+            carriage: of the weights; in the messages by default.
         """
         module, data = self.build()
         options = self.options
@@ -115,7 +118,17 @@ class Federation(Arguments):
         board = Board(run, Summary.read(run) if known else Summary(options.name, "federated"))
         device = self.fabric().device
         loop = RoundLoop(
-            grid, module, data, self.federation, options, run, board, device, simulated=simulated, owners=owners
+            grid,
+            module,
+            data,
+            self.federation,
+            options,
+            run,
+            board,
+            device,
+            simulated=simulated,
+            owners=owners,
+            carriage=carriage,
         )
         if resume is not None:
             loop.resume(resume)

@@ -13,7 +13,7 @@ from typing import Any
 from tests.benchmarks.round_memory import Sampler, kind
 
 PHASES = (
-    "push",  # the server hashes and sends the weights
+    "push",  # the server sends the weights
     "SuperNode waits",  # for its next poll
     "download",
     "client starts",
@@ -85,11 +85,12 @@ class Trace:
     def _round(self, start: float, stop: float) -> Round:
         inside = [mark for mark in self._marks if start <= mark.start and mark.end <= stop]
 
-        def find(what: str, where: Callable[[Mark], bool], choose: Callable[..., Mark] = max) -> Mark:
-            found = [mark for mark in inside if mark.name == what and where(mark)]
+        def find(what: Sequence[str] | str, where: Callable[[Mark], bool]) -> Mark:
+            names = [what] if isinstance(what, str) else what
+            found = [mark for mark in inside if mark.name in names and where(mark)]
             if not found:
                 raise ValueError(f"round at {start:.1f}: there is no mark {what!r} until {stop:.1f}; see the logs")
-            return choose(found, key=lambda mark: mark.end)
+            return max(found, key=lambda mark: mark.end)
 
         def anyone(mark: Mark) -> bool:
             return True
@@ -122,10 +123,10 @@ class Trace:
             find("download", supernode).start,
             find("download", supernode).end,
             find("client", client).start,
-            find("client pull", client).end,
+            find(["client pull", "fetch"], client).end,
             train.start,
             train.end,
-            app.end,
+            min((mark.start for mark in inside if mark.name == "deliver" and client(mark)), default=app.end),
             last.end,
             find("upload", supernode).end,
             pulled,
@@ -139,13 +140,19 @@ class Trace:
         for name, end in zip(PHASES, ends, strict=True):
             phases[name] = max(0.0, end - before)  # what was over before the last phase ended took no time of its own
             before = max(before, end)
-        nodes = [mark for mark in inside if self._kinds[mark.pid] == "supernode"]
+
+        def moved(*names: str) -> int:
+            """Return the bytes of all sites: in messages, and beside them."""
+            ends = ("supernode", "clientapp")
+            at_nodes = [mark for mark in inside if self._kinds[mark.pid] in ends and mark.name in names]
+            return sum(m.info for m in at_nodes if self._kinds[m.pid] == "supernode" or m.name in ("fetch", "deliver"))
+
         return Round(
             start=start,
             seconds=stop - start,
             phases=phases,
-            bytes_down=sum(mark.info for mark in nodes if mark.name == "pull objects"),
-            bytes_up=sum(mark.info for mark in nodes if mark.name == "push objects"),
+            bytes_down=moved("pull objects", "fetch"),
+            bytes_up=moved("push objects", "deliver"),
         )
 
     def _of(self, where: str, name: str) -> Iterable[Mark]:

@@ -34,6 +34,7 @@ CALLS = {  # module -> function -> name of its mark
     "flwr.clientapp.client_app": {"ClientApp.__call__": "app"},
     "flwr.serverapp.strategy.fedavg": {"FedAvg.aggregate_train": "outer"},
     "nanofed.federated.site.channel": {"call": "call"},
+    "nanofed.federated.site.freight": {"Road.fetch": "fetch", "Road.deliver": "deliver"},
     "nanofed.federated.server.validation": {"check_reply": "validate"},
     "nanofed.federated.server.folding": {"Merger.fold": "fold"},
     "nanofed.federated.server.outer": {"OuterNesterov.step": "outer"},
@@ -89,6 +90,8 @@ def _info(name: str, args: Sequence[Any], result: Any, sizes: Sequence[int]) -> 
         return [[m.metadata.message_type, m.metadata.group_id] for m in args[1][:1]]
     if name == "call":
         return [args[1], str(args[2].get("client"))]
+    if name in ("fetch", "deliver"):
+        return os.fstat(result[1]).st_size if name == "fetch" else sum(array.nbytes for array in args[2])
     return sum(map(len, result.values())) if name == "pull objects" else sum(sizes)
 
 

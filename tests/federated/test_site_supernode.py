@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from types import ModuleType, SimpleNamespace
 
@@ -12,10 +10,9 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.grid import http_grid
 from flwr.supernode import start_client_internal
-from httpcore._backends import sync
 
 from nanofed.errors import NanofedError
-from nanofed.federated.flower import ask_again_soon, send_without_copies
+from nanofed.federated.flower import ask_again_soon
 from nanofed.federated.site import supernode
 
 
@@ -98,34 +95,3 @@ def test_an_object_that_is_late_is_asked_for_again_soon(module: ModuleType, monk
     assert time.monotonic() - start < 0.8  # Flower's first wait is 0.8 s at least
     with pytest.raises(NanofedError, match="another way"):
         ask_again_soon(ModuleType("another"))
-
-
-def test_large_bodies_are_cut_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = sync.SyncStream
-    monkeypatch.setattr(stream, "write", stream.write)
-    for _ in range(2):
-        send_without_copies(sync)
-
-    class Cut(socket.socket):
-        """Takes a TLS record's worth at a time."""
-
-        def send(self, data: object, flags: int = 0) -> int:
-            kinds.add(type(data))
-            return super().send(data[:16384], flags)  # type: ignore[index]
-
-    def receive() -> None:
-        while len(received) < len(body):
-            received.extend(right.recv(65536))
-
-    kinds: set[type] = set()
-    body, received = bytes(range(256)) * 5000, bytearray()
-    left, right = socket.socketpair()
-    with right, Cut(fileno=left.detach()) as sending:
-        reader = threading.Thread(target=receive)
-        reader.start()
-        stream(sending).write(body, 5.0)
-        reader.join(10)
-    assert received == body
-    assert kinds == {memoryview}
-    with pytest.raises(NanofedError, match="another way"):
-        send_without_copies(ModuleType("another"))

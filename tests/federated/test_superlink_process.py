@@ -23,14 +23,14 @@ from flwr.superlink import config_loader
 from flwr.superlink.federation import NoOpFederationManager
 
 from nanofed.errors import NanofedError
-from nanofed.federated.runtimes.superlink_process import BUSY_SECONDS, hold_back_unfinished, keep_weights_in_memory
+from nanofed.federated.runtimes.superlink_process import BUSY_SECONDS, hold_back_unfinished, keep_objects_in_memory
 
 
 @pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's configuration
 def test_objects_stay_out_of_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((config_loader, "ObjectStoreFactory"), (sql_mixin, "SQLITE_PRAGMAS")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    keep_weights_in_memory(config_loader, sql_mixin)
+    keep_objects_in_memory(config_loader, sql_mixin)
     database = tmp_path / "state.db"
     objects, state = config_loader.get_objectstore_linkstate_factories(str(database), NoOpFederationManager())
     assert isinstance(objects.store(), InMemoryObjectStore)
@@ -96,4 +96,4 @@ def test_another_flower_is_refused() -> None:
     with pytest.raises(NanofedError, match="another way"):
         hold_back_unfinished(ModuleType("another"), sql_corestate)
     with pytest.raises(NanofedError, match="another way"):
-        keep_weights_in_memory(ModuleType("another"), sql_mixin)
+        keep_objects_in_memory(ModuleType("another"), sql_mixin)

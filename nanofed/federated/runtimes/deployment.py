@@ -24,7 +24,7 @@ from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.flower import is_loopback
 from nanofed.federated.processes import end_marked, ended_on_sigterm, started_as, undisturbed
 from nanofed.federated.run import Federation
-from nanofed.federated.runtimes.nodes import FOLDER, NODES, read_nodes
+from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, NODES, read_nodes
 from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
 from nanofed.federated.server.keys import Keys, load
 from nanofed.federated.server.signing import signature_in
@@ -225,7 +225,8 @@ class _Service:
             self._link.stop()
             self._stop_proxy()  # it would go on calling the old port
             self._launcher = self._watched_launcher()
-            options = ["--database", str(self._database), "--disable-runtime-dependency-installation"]
+            options = ["--depot", str(self._folder / DEPOT), "--database", str(self._database)]
+            options += ["--disable-runtime-dependency-installation"]
             if self._keys is None:
                 (self._folder / NODES).unlink(missing_ok=True)
                 self._link.start([*options, "--insecure"], port=self._options.address[1])

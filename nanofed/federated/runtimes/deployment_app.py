@@ -7,16 +7,16 @@ import logging
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import http_grid
-from httpcore._backends import sync
 
 from nanofed import runtime
 from nanofed.errors import NanofedError
-from nanofed.federated.flower import ask_again_soon, send_without_copies
+from nanofed.federated.flower import ask_again_soon
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import server_app
 from nanofed.federated.runtimes.flower_app import show_log
-from nanofed.federated.runtimes.nodes import FOLDER, NODES, owners
+from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, NODES, owners
 from nanofed.federated.runtimes.settings import check, to_args
+from nanofed.federated.server.depot import Depot
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.app import client
 from nanofed.training.checkpoint import checkpoints
@@ -36,7 +36,8 @@ def round_loop(grid: Grid, context: Context) -> RoundLoop:
         federation.config.ckpt_path = "last"
     run = federation.folder
     has_keys = (run / FOLDER / NODES).exists()
-    loop = federation.loop(grid, run, simulated=False, owners=(lambda: owners(run)) if has_keys else None)
+    known = (lambda: owners(run)) if has_keys else None
+    loop = federation.loop(grid, run, simulated=False, owners=known, carriage=Depot(run / FOLDER / DEPOT))
     runtime.return_freed_memory()  # its model, which only evaluates, has just asked for the contrary
     return loop
 
@@ -46,7 +47,6 @@ def serve(grid: Grid, context: Context) -> None:
     """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
     show_log()
     ask_again_soon(http_grid)
-    send_without_copies(sync)
     try:
         server_app(round_loop)(grid, context)
     except NanofedError as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-FOLDER = "server"  # of the run's folder: Flower's home and database, the log, and this
+FOLDER = "server"  # of the run's folder: Flower's home and database, the log, the depot, and this
 NODES = "nodes.json"
+DEPOT = "depot"
 
 
 def read_nodes(folder: Path) -> dict[str, dict[str, str]]:

@@ -1,22 +1,24 @@
-"""The process of a SuperLink: Flower's own, which keeps weights in memory and hands over no reply before it is whole.
+"""The process of a SuperLink: Flower's own, with a depot for weights; it hands over no reply before it is whole.
 
-Flower's puts every chunk of every message into SQLite. There they hold up each other and the SuperLink's own book-keeping, until
-a call finds the database locked and the run fails (`bin/bench round --depth 12` on a busy machine). They are of no use there:
-after a crash of the SuperLink its runs are over, and ours goes on from its own checkpoint.
+Flower's puts every object of every message into SQLite. There they hold up each other and the SuperLink's own book-keeping, until
+a call finds the database locked and the run fails. They are of no use there: after a crash of the SuperLink its runs are over,
+and ours goes on from its own checkpoint. So here they are kept in memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from nanofed.errors import NanofedError
-from nanofed.federated.whole_bodies import receive_whole_bodies
+from nanofed.federated.server.depot_calls import answer_depot_calls
 
 BUSY_SECONDS = 60  # that a call waits for another one's transaction; Flower's is 5
 
 
-def keep_weights_in_memory(config_loader: Any, sql_mixin: Any) -> None:
+def keep_objects_in_memory(config_loader: Any, sql_mixin: Any) -> None:
     """Change where Flower's SuperLink keeps the objects of messages, and how long it waits for its database.
 
     Args:
@@ -76,7 +78,7 @@ def hold_back_unfinished(linkstate: Any, corestate: Any) -> None:
 
 
 def main() -> None:
-    """Run `flower-superlink` with the same arguments."""
+    """Run `flower-superlink` with the same arguments, and one of our own: --depot FOLDER."""
     from flwr.server.superlink.linkstate import sql_linkstate
     from flwr.supercore import sql_mixin
     from flwr.supercore.corestate import sql_corestate
@@ -84,10 +86,14 @@ def main() -> None:
     from flwr.superlink import main as application
     from flwr.superlink.cli import flower_superlink
 
-    keep_weights_in_memory(config_loader, sql_mixin)
+    keep_objects_in_memory(config_loader, sql_mixin)
     hold_back_unfinished(sql_linkstate, sql_corestate)
-    receive_whole_bodies(application)
-    sys.argv[0] = "flower-superlink"
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--depot", type=Path)
+    own, rest = parser.parse_known_args()
+    if own.depot is not None:
+        answer_depot_calls(application, own.depot)
+    sys.argv = ["flower-superlink", *rest]
     flower_superlink()
 
 

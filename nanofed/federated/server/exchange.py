@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from nanofed.federated.server.carriage import Carriage, InMessages, Load
 from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.validation import Refused, Sent, Update, check_reply
-from nanofed.federated.wire.codec import Arrays, payload_bytes
+from nanofed.federated.wire.codec import Arrays, Codec, Weights
 from nanofed.federated.wire.evaluation import Evaluate
-from nanofed.federated.wire.flower_arrays import to_flower
 from nanofed.federated.wire.lateness import LIFE
 from nanofed.federated.wire.messages import Instructions
 
@@ -53,20 +53,30 @@ class Exchange:
     Args:
         grid: the connection to the nodes.
         events: where strays are counted.
+        carriage: of the weights; in the messages by default.
 
     Attributes:
         late: clients whose answers came too late since somebody emptied it.
     """
 
-    def __init__(self, grid: Grid, events: Events) -> None:
+    def __init__(self, grid: Grid, events: Events, carriage: Carriage | None = None) -> None:
         self._grid = grid
         self._events = events
+        self._carriage = carriage or InMessages()
         self.late: set[str] = set()
         self._given_up: OrderedDict[str, tuple[str, int]] = (
             OrderedDict()
         )  # message -> client and round, until it is dead
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
         self._waste = 0  # bytes of messages that were let go since garbage was collected
+
+    def encode(self, weights: Weights, codec: Codec) -> Arrays:
+        """Return weights as they are sent, for the next `round` or `evaluation`.
+
+        Raises:
+            NanofedError: there is no room for them.
+        """
+        return codec.encode(weights, self._carriage.room)
 
     def round(
         self,
@@ -97,12 +107,16 @@ class Exchange:
             for client in nodes
         }
 
-        def check(client: str, reply: Message) -> tuple[Update, Metrics]:
-            update = check_reply(reply, instructions[client], sent, streams)
+        def check(client: str, reply: Message, load: Load) -> tuple[Update, Metrics]:
+            def take(reply: Message) -> Arrays:
+                return load.take(client, reply, sent.up, sent.weights)
+
+            update = check_reply(reply, instructions[client], sent, streams, take)
             return update, reply.content.config_records["fitres.metrics"]
 
         number = next(iter(instructions.values())).round
-        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, sent.payload, number, seconds, check)
+        load = self._carriage.load(sent.payload, list(nodes), sent.up.nbytes(sent.weights), seconds)
+        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, load, number, seconds, check)
 
     def evaluation(
         self, nodes: Mapping[str, int], asks: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
@@ -116,14 +130,15 @@ class Exchange:
             seconds: until a client is given up.
         """
 
-        def check(client: str, reply: Message) -> tuple[None, Metrics]:
+        def check(client: str, reply: Message, _: Load) -> tuple[None, Metrics]:
             if reply.has_error():
                 raise Refused("evaluation", f"the client failed: {reply.error.reason}")
             return None, reply.content.config_records.get("evaluateres.metrics", {})
 
         configs = {client: asks[client].to_config() for client in nodes}
         number = next(iter(asks.values())).round
-        return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, payload, number, seconds, check)
+        load = self._carriage.load(payload, list(nodes), 0, seconds)
+        return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, load, number, seconds, check)
 
     def _exchange(
         self,
@@ -131,27 +146,25 @@ class Exchange:
         record: str,
         nodes: Mapping[str, int],
         configs: Mapping[str, dict[str, Any]],
-        payload: Arrays,
+        load: Load,
         number: int,
         seconds: float,
-        check: Callable[[str, Message], tuple[T, Metrics]],
+        check: Callable[[str, Message, Load], tuple[T, Metrics]],
     ) -> Iterator[Answer[T]]:
         """Send one message to each client and yield what `check` makes of its answer, or why it refuses it."""
         started = time.monotonic()
         deadline = started + seconds
-        size = payload_bytes(payload)
         waiting: dict[str, str] = {}  # message id -> client
-        # One for all: in process every message shares it.
-        arrays = ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
-        for client, node in nodes.items():
-            content = RecordDict({f"{record}.parameters": arrays, f"{record}.config": ConfigRecord(configs[client])})
-            message = Message(content, node, kind, ttl=LIFE * seconds, group_id=str(number))
-            waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
-            del content, message
-        del arrays
-        self._waste += size
-        self._collect_garbage()
         try:
+            for client, node in nodes.items():
+                config = ConfigRecord(configs[client] | load.note(client))
+                content = RecordDict({f"{record}.parameters": load.record, f"{record}.config": config})
+                message = Message(content, node, kind, ttl=LIFE * seconds, group_id=str(number))
+                waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
+                del content, message
+            load.sent()
+            self._waste += load.aboard
+            self._collect_garbage()
             while waiting and time.monotonic() < deadline:
                 idle = True
                 for reply in self._pull(waiting):
@@ -163,21 +176,23 @@ class Exchange:
                         continue
                     client = waiting.pop(message_id)
                     self._remember(self._answered, message_id, client)
-                    self._waste += size
+                    self._waste += load.aboard
                     result: T | Refused
                     metrics: Metrics = {}
                     try:
-                        result, metrics = check(client, reply)
+                        result, metrics = check(client, reply, load)
                     except Refused as refusal:
                         result = refusal
                     del reply
                     yield Answer(client, result, time.monotonic() - started, metrics)
                     del result, metrics
+                    load.drop(client)
                 if idle and waiting:
                     time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * len(waiting)))
             for client in waiting.values():
                 yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
+            load.close()
             self._collect_garbage()
             for message_id, client in waiting.items():
                 self._remember(self._given_up, message_id, (client, number))

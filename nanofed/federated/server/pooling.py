@@ -222,7 +222,7 @@ class Pooling:
             self._none(state, "no site is there to be asked")
             return
         codec = CODECS[self._config.down_codec]
-        payload = codec.encode(state.weights)
+        payload = self._exchange.encode(state.weights, codec)
         base_hash = hash_arrays(payload)
         number = state.clock.round
         self._asks, self._sums = (

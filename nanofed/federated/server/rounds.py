@@ -16,6 +16,7 @@ from nanofed.data.rows import RowPlan
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.board import Board
+from nanofed.federated.server.carriage import Carriage
 from nanofed.federated.server.evaluation import Evaluator
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.exchange import Answer, Exchange
@@ -59,6 +60,7 @@ class RoundLoop:
         device: where the server evaluates.
         simulated: the clients share this machine: they may take turns, and one that is refused will not be another later.
         owners: returns node -> the client whose key it has; None where nodes have no keys.
+        carriage: of the weights; in the messages by default.
     """
 
     def __init__(
@@ -74,11 +76,10 @@ class RoundLoop:
         *,
         simulated: bool = False,
         owners: Callable[[], Mapping[int, str]] | None = None,
+        carriage: Carriage | None = None,
     ) -> None:
         if simulated and config.quorum > config.clients:
-            raise ConfigError(
-                f"federation.quorum={config.quorum} is more than the {config.clients} clients that there are"
-            )
+            raise ConfigError(f"federation.quorum={config.quorum} is more than the {config.clients} clients there are")
         self._simulated = simulated
         self._module = module
         self._data = data
@@ -96,7 +97,7 @@ class RoundLoop:
         self.state = State.new(module, data, config, run)
         evaluator.release()  # the state has the weights
         events = self.state.events
-        self._exchange = Exchange(grid, events)
+        self._exchange = Exchange(grid, events, carriage)
         self._roster = Roster(
             grid,
             Hello.of("", module, data),
@@ -187,16 +188,16 @@ class RoundLoop:
         figures = RoundFigures(number, asked=len(present), wait=time.monotonic() - started)
         self._say("training", number, clients=sorted(present), merged=[])
         down, up = CODECS[config.down_codec], CODECS[config.up_codec]
-        sent = Sent(state.weights, down.encode(state.weights), down, up)
         figures.bytes_down = len(present) * down.nbytes(state.weights)
-        asked = self._instructor.instruct(number, list(present), state, hash_arrays(sent.payload))
         try:
+            sent = Sent(state.weights, self._exchange.encode(state.weights, down), down, up)
+            asked = self._instructor.instruct(number, list(present), state, hash_arrays(sent.payload))
             spool = self._run / "spool"
             with make_merger(config.merge, state.weights, sent.payload, down, up, spool, trim=config.trim) as merger:
                 self._collect(present, asked, sent, merger, figures)
                 self._leave_out_the_odd_ones(merger, figures)
                 merged = len(figures.merged) >= config.quorum and self._commit(merger, asked, figures)
-        except NanofedError as error:  # the disk on which replies are kept is full
+        except NanofedError as error:  # the disk on which weights or replies are kept is full
             state.events.add("disk", SERVER, error, number)
             logger.warning("round %d: %s", number, error)
             merged = False
@@ -205,8 +206,8 @@ class RoundLoop:
             said = f"{len(figures.merged)} of {len(present)} updates could be merged, {config.quorum} are needed"
             logger.warning("round %d: %s; the model stays as it is", number, said)
             return False
-        clock, rows = state.clock, state.ledger.merged_rows()
-        self.board.merged(figures, step=clock.step, tokens=clock.tokens, rows=rows, events=state.events)
+        rows = state.ledger.merged_rows()
+        self.board.merged(figures, step=state.clock.step, tokens=state.clock.tokens, rows=rows, events=state.events)
         if number % self._options.eval_every == 0 or self._finished():
             self._measuring.start(state, last=self._finished())
         due = bool(self._options.save_every) and number % self._options.save_every == 0
@@ -288,8 +289,8 @@ class RoundLoop:
 
     def _refuse(self, client: str, figures: RoundFigures, refusal: Refused) -> None:
         logger.warning("round %d: client %s is not merged: %s", figures.round, client, refusal)
-        figures.silent += refusal.kind == "silent"
-        figures.refused += refusal.kind != "silent"
+        silent = refusal.kind == "silent"
+        figures.silent, figures.refused = figures.silent + silent, figures.refused + (not silent)
         self._roster.refused[client] = str(refusal)
         self.state.events.add(refusal.kind, client, refusal, figures.round)
         self.state.ledger.release(client)
@@ -300,7 +301,8 @@ class RoundLoop:
         """Step the weights, and enter the round in ledger, clock and what is known of the clients: all of it or nothing."""
         state, started = self.state, time.monotonic()
         self._say("merging", figures.round)
-        reports = [part.update.report for part in figures.merged.values()]
+        parts = figures.merged.values()
+        reports = [part.update.report for part in parts]
         gradient = merger.result()
         figures.take(gradient, merger.cosines())
         try:
@@ -309,11 +311,10 @@ class RoundLoop:
             state.events.add("not_finite", SERVER, error, figures.round)
             logger.warning("round %d: %s", figures.round, error)
             return False
-        for part in figures.merged.values():
+        for part in parts:
             report = part.update.report
             state.ledger.commit(report.client, report.data)
             state.pace.learn(report, None if self._simulated else part.seconds)
-        parts = figures.merged.values()
         state.norms.accept((part.update.norm * part.scale, part.update.report.steps) for part in parts)
         state.clock.round = figures.round
         state.clock.tokens += sum(report.tokens for report in reports)

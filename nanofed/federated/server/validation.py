@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import Message
 
 from nanofed.data.rows import Row
+from nanofed.federated.server.carriage import arrays_in
 from nanofed.federated.server.events import Kind
 from nanofed.federated.server.updates import update_norm
 from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, hash_arrays
-from nanofed.federated.wire.flower_arrays import from_flower
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.plain import plain
 
@@ -67,7 +67,13 @@ class Update:
     unwritten: bool = False
 
 
-def check_reply(reply: Message, instructions: Instructions, sent: Sent, streams: int) -> Update:
+def check_reply(
+    reply: Message,
+    instructions: Instructions,
+    sent: Sent,
+    streams: int,
+    take: Callable[[Message], Arrays] = arrays_in,
+) -> Update:
     """Return the update in a reply to `instructions`.
 
     Args:
@@ -75,6 +81,7 @@ def check_reply(reply: Message, instructions: Instructions, sent: Sent, streams:
         instructions: what was asked.
         sent: the weights that went with it.
         streams: streams of every client.
+        take: returns the arrays that belong to a reply.
 
     Raises:
         Refused: an error at the client; names, shapes or dtypes that differ; values that are not finite; another run, round,
@@ -86,10 +93,7 @@ def check_reply(reply: Message, instructions: Instructions, sent: Sent, streams:
         metrics = reply.content.config_records.get("fitres.metrics")
         report = Report.from_config(metrics)
         unwritten = metrics is not None and bool(metrics.get(UNWRITTEN))
-        record = reply.content.array_records.get("fitres.parameters")
-        if record is None:
-            raise WireError("there are no weights in it")
-        arrays: Arrays = [from_flower(record.pop(name)) for name in list(record)]
+        arrays = take(reply)
         payload = sum(array.nbytes for array in arrays)
         sent.up.check(arrays, sent.weights)
     except Exception as error:  # foreign bytes: NumPy's reader raises a dozen kinds

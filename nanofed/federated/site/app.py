@@ -6,6 +6,7 @@ Its imports are what every round waits for: Flower's and NumPy, neither torch no
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from flwr.app import Context, Message, MessageType
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
-from httpcore._backends import sync
 
-from nanofed.federated.flower import send_without_copies
-from nanofed.federated.site.channel import ChannelError, call
+from nanofed.federated.site.channel import ChannelError, Packed, call
+from nanofed.federated.site.freight import Over, Road
+from nanofed.federated.wire.freight import FREIGHT, Freight
 from nanofed.federated.wire.lateness import is_over
 
 WAIT = 120.0  # seconds for a trainer that starts, or is started anew; the node's config may say otherwise
@@ -27,15 +28,19 @@ WAIT = 120.0  # seconds for a trainer that starts, or is started anew; the node'
 class ChannelClient(NumPyClient):
     """Passes each message to the trainer behind a socket, and its answer back.
 
+    Weights that a message only names are fetched first, and so delivered where they are answered with.
+
     Args:
         name: of the site; the trainer refuses another's.
         trainer: its socket.
-        wait: seconds for it to be there.
+        road: to the server's depot; None where weights come in the messages.
+        wait: seconds for the trainer to be there.
     """
 
-    def __init__(self, name: str, trainer: Path, wait: float = WAIT) -> None:
+    def __init__(self, name: str, trainer: Path, road: Road | None = None, wait: float = WAIT) -> None:
         self._name = name
         self._trainer = trainer
+        self._road = road
         self._wait = wait
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -59,13 +64,30 @@ class ChannelClient(NumPyClient):
         self, kind: str, config: dict[str, Any], arrays: list[npt.NDArray[np.generic]] | None = None
     ) -> tuple[list[npt.NDArray[np.generic]], int, dict[str, Any]]:
         try:
-            return call(self._trainer, kind, {"client": self._name, "message": dict(config)}, arrays or [], self._wait)
-        except ChannelError as error:
+            freight = Freight.found_in(config)
+            if freight is None:
+                return self._hand_over(kind, config, arrays or [])
+            if self._road is None:
+                raise ChannelError("the message names weights in a depot, and the node's config names no server")
+            plain = {key: value for key, value in config.items() if key != FREIGHT}
+            answer, count, metrics = self._hand_over(kind, plain, self._road.fetch(freight))
+            if freight.answer:
+                with suppress(Over):  # then the answer is late, and the server will say so
+                    self._road.deliver(freight, answer)
+            return [], count, metrics
+        except (ChannelError, ValueError) as error:
             raise ChannelError(f"site {self._name}: {error}") from error
+
+    def _hand_over(
+        self, kind: str, config: dict[str, Any], arrays: list[npt.NDArray[np.generic]] | Packed
+    ) -> tuple[list[npt.NDArray[np.generic]], int, dict[str, Any]]:
+        return call(self._trainer, kind, {"client": self._name, "message": dict(config)}, arrays, self._wait)
 
 
 def client_fn(context: Context) -> Client:
-    """Return the client of a node whose config has `name`, `trainer` (the socket's path), and perhaps `trainer_wait`.
+    """Return the client of a node whose config has `name` and `trainer` (the socket's path).
+
+    It may have `server` (`host:port`), `authority` and `key` (paths) as well, for weights in a depot, and `trainer_wait`.
 
     Raises:
         ValueError: it lacks one of them.
@@ -75,7 +97,9 @@ def client_fn(context: Context) -> Client:
     if missing:
         raise ValueError(f"the node's config lacks {' and '.join(missing)}: flower-supernode --node-config gives it")
     wait = float(config.get("trainer_wait", WAIT))
-    return ChannelClient(str(config["name"]), Path(str(config["trainer"])), wait).to_client()
+    authority, key = (Path(str(config[name])) if config.get(name) else None for name in ("authority", "key"))
+    road = Road(str(config["server"]), authority, key) if config.get("server") else None
+    return ChannelClient(str(config["name"]), Path(str(config["trainer"])), road, wait).to_client()
 
 
 def pass_over(message: Message, context: Context, handle: ClientAppCallable) -> Message:
@@ -95,5 +119,4 @@ def pass_over(message: Message, context: Context, handle: ClientAppCallable) -> 
     return handle(message, context)
 
 
-send_without_copies(sync)  # this process lives for one message: it answers with weights
 client = ClientApp(client_fn=client_fn, mods=[pass_over])

@@ -30,6 +30,9 @@ import numpy.typing as npt
 from nanofed.errors import NanofedError
 
 Arrays = list[npt.NDArray[np.generic]]
+Packed = tuple[
+    list[Any], int | None
+]  # dtype and shape of each array, and the descriptor of the file that holds their bytes
 
 MAX_HEADER = 32 << 20  # bytes of JSON; instructions and reports are at most half of it
 MAX_ARRAYS = 1 << 16
@@ -42,7 +45,11 @@ class ChannelError(NanofedError):
 
 
 def call(
-    path: Path, kind: str, config: dict[str, Any], arrays: Sequence[npt.NDArray[np.generic]] = (), wait: float = 60.0
+    path: Path,
+    kind: str,
+    config: dict[str, Any],
+    arrays: Sequence[npt.NDArray[np.generic]] | Packed = (),
+    wait: float = 60.0,
 ) -> tuple[Arrays, int, dict[str, Any]]:
     """Have the trainer do something and return its answer.
 
@@ -50,7 +57,7 @@ def call(
         path: the trainer's socket.
         kind: `fit`, `evaluate`, `get_properties`, `ping` or `abort`.
         config: plain values.
-        arrays: the weights of a `fit` or `evaluate`.
+        arrays: the weights of a `fit` or `evaluate`; where they are packed already, their file is closed.
         wait: seconds in which the trainer has to be there and take the request up; what it does then takes as long as it takes.
 
     Returns:
@@ -60,7 +67,7 @@ def call(
         ChannelError: no trainer took the request in time, it died, or it could not do it: with its reason.
     """
     end = time.monotonic() + wait
-    layout, file = pack(arrays)
+    layout, file = arrays if isinstance(arrays, tuple) and arrays else pack(arrays)
     request = {"kind": kind, "config": config, "arrays": layout}
     try:
         while True:
@@ -180,12 +187,12 @@ def read(connection: socket.socket) -> tuple[dict[str, Any], Arrays]:
             os.close(file)
 
 
-def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[list[Any]], int | None]:
+def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> Packed:
     """Write arrays into a file in memory: return their dtypes and shapes, and its descriptor, None where there are none."""
     if not arrays:
         return [], None
     layout = [[array.dtype.str, list(array.shape)] for array in arrays]
-    file = _memory_file()
+    file = memory_file()
     try:
         for array in arrays:
             whole: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -198,7 +205,8 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> tuple[list[list[Any]], in
     return layout, file
 
 
-def _memory_file() -> int:
+def memory_file() -> int:
+    """Return the descriptor of a new file in memory, which has no name."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("nanofed")
     with tempfile.TemporaryFile() as file:  # elsewhere than on Linux
@@ -212,7 +220,7 @@ def unpack(layout: Any, file: int | None) -> Arrays:
         ChannelError: the layout is none, or does not describe this file.
     """
     described = [_array_kind(entry) for entry in _as_list(layout)]
-    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in described)
+    size = sum(sizes_of(layout))
     if file is None:
         if described:
             raise ChannelError(f"{len(described)} arrays are announced and none came")
@@ -228,6 +236,15 @@ def unpack(layout: Any, file: int | None) -> Arrays:
         arrays.append(np.frombuffer(mapped, dtype, count, offset).reshape(shape) if count else np.empty(shape, dtype))
         offset += count * dtype.itemsize
     return arrays
+
+
+def sizes_of(layout: Any) -> list[int]:
+    """Return the bytes of each array of a layout.
+
+    Raises:
+        ChannelError: it is none.
+    """
+    return [dtype.itemsize * math.prod(shape) for dtype, shape in map(_array_kind, _as_list(layout))]
 
 
 def _as_list(layout: Any) -> list[Any]:

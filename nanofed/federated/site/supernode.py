@@ -17,8 +17,7 @@ import time
 from typing import Any
 
 from nanofed.errors import NanofedError
-from nanofed.federated.flower import ask_again_soon, send_without_copies
-from nanofed.federated.whole_bodies import receive_whole_bodies
+from nanofed.federated.flower import ask_again_soon
 
 FIRST_WAIT = 0.1
 GROWTH = 1.2  # of the wait from one look to the next: 3 s after 19 looks in 17 s
@@ -113,16 +112,12 @@ def give_up_unfinished(start_client_internal: Any) -> None:
 
 def main() -> None:
     """Run `flower-supernode` with the same arguments."""
-    from flwr.supernode import main as application
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
-    from httpcore._backends import sync
 
     quicken(start_client_internal)
     ask_again_soon(start_client_internal)
     give_up_unfinished(start_client_internal)
-    receive_whole_bodies(application)
-    send_without_copies(sync)
     sys.argv[0] = "flower-supernode"
     flower_supernode()
 

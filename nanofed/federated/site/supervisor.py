@@ -188,7 +188,11 @@ class _Site:
         secure = ["--insecure"] if options.authority is None else ["--root-certificates", str(options.authority)]
         if options.key is not None:
             secure += ["--auth-supernode-private-key", str(options.key)]
-        config = f'name="{options.name}" trainer="{self._socket}"'
+        config = f'name="{options.name}" trainer="{self._socket}" server="{options.superlink}"'
+        if options.authority is not None:
+            config += f' authority="{options.authority}"'
+        if options.key is not None:
+            config += f' key="{options.key}"'
         where = ["--superlink", options.superlink, "--host", "127.0.0.1", "--port", str(free_port())]
         return [
             sys.executable,

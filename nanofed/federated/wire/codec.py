@@ -23,6 +23,7 @@ Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides
 Arrays = list[npt.NDArray[np.generic]]
 Layout = tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]  # dtype and shape of each array that one weight travels as
+Room = Callable[[int], Any]  # bytes -> a buffer of so many to write to
 
 
 class WireError(ValueError):
@@ -84,21 +85,41 @@ class Codec(ABC):
     def _write(self, values: Array, base: Array | None, out: Sequence[Tensor]) -> None:
         """Write one weight, or where there is a base, what it moved, into its arrays, one-dimensional."""
 
-    def encode(self, weights: Weights) -> Arrays:
-        """Return the arrays to send, in the weights' order."""
-        return self._packed(weights, None)
+    def encode(self, weights: Weights, room: Room | None = None) -> Arrays:
+        """Return the arrays to send, in the weights' order, one after the other in `room` where that is given."""
+        return self._packed(weights, None, room)
 
-    def pack(self, local: Weights, base: Weights) -> Arrays:
+    def pack(self, local: Weights, base: Weights, room: Room | None = None) -> Arrays:
         """Return what a client sends up.
 
         Args:
             local: the weights after training.
             base: the weights as they were received, `decode` of what came down; of the same names and shapes.
+            room: as in `encode`.
         """
-        return self.encode(local) if self.lossless else self._packed(local, base)
+        return self.encode(local, room) if self.lossless else self._packed(local, base, room)
 
-    def _packed(self, weights: Weights, base: Weights | None) -> Arrays:
-        arrays: Arrays = [np.empty(shape, dtype) for _, dtype, shape in self._parcels(weights)]
+    def over(self, buffer: Any, like: Weights) -> Arrays:
+        """Return the arrays of a message whose bytes stand one after the other in a buffer, on the same memory.
+
+        Args:
+            buffer: of `nbytes(like)` bytes.
+            like: names and shapes of the weights.
+        """
+        rest: Any = np.frombuffer(buffer, np.uint8)
+        arrays: Arrays = []
+        for _, dtype, shape in self._parcels(like):
+            size = dtype.itemsize * math.prod(shape)
+            arrays.append(rest[:size].view(dtype).reshape(shape))
+            rest = rest[size:]
+        return arrays
+
+    def _packed(self, weights: Weights, base: Weights | None, room: Room | None) -> Arrays:
+        arrays: Arrays
+        if room is None:
+            arrays = [np.empty(shape, dtype) for _, dtype, shape in self._parcels(weights)]
+        else:
+            arrays = self.over(room(self.nbytes(weights)), weights)
         for (name, values), out in zip(weights.items(), self.tensors(arrays, weights), strict=True):
             self._write(values, None if base is None else base[name], out)
         return arrays
@@ -211,8 +232,10 @@ class Fp32Codec(Codec):
     def _write(self, values: Array, base: Array | None, out: Sequence[Tensor]) -> None:
         out[0].copy_(flat(values))
 
-    def encode(self, weights: Weights) -> Arrays:
-        """Return the weights themselves, where they are contiguous."""
+    def encode(self, weights: Weights, room: Room | None = None) -> Arrays:
+        """Return the weights themselves, where they are contiguous and no room is given for them."""
+        if room is not None:
+            return super().encode(weights, room)
         return [np.asarray(values, dtype=np.float32, order="C") for values in weights.values()]
 
     def decode_each(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> Weights:

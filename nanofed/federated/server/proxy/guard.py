@@ -22,7 +22,7 @@ class Limits:
     """What one proxy takes.
 
     Attributes:
-        body: bytes of an object's body; arrays come in pieces of 16 MB, stock Flower's of 5 MB.
+        body: bytes of a piece of weights, or of an object of Flower's.
         small_body: bytes of any other body.
         head: bytes of a head.
         connections: at a time; half of them are for addresses of known sites only.

@@ -13,9 +13,11 @@ from http import HTTPStatus
 
 import h11
 
+from nanofed.federated.wire.freight import LENGTH, OBJECT, OCTETS, OFFSET, PULL, PUSH
+
 LARGE, SMALL = "large", "small"
-# What FleetHttpClient of Flower calls with a key that the operator has registered. `register-node` and `unregister-node` are for
-# SuperNodes without one. Only objects (arrays in pieces of 16 MB) are large; messages hold their names.
+# What FleetHttpClient of Flower calls with a key that the operator has registered (`register-node` and `unregister-node` are for
+# SuperNodes without one), and our own two, which move weights in pieces of 16 MB.
 CALLS = {
     b"/v1/fleet/activate-node": SMALL,
     b"/v1/fleet/deactivate-node": SMALL,
@@ -27,9 +29,16 @@ CALLS = {
     b"/v1/fleet/push-object": LARGE,
     b"/v1/fleet/pull-object": SMALL,
     b"/v1/fleet/confirm-message-received": SMALL,
+    PULL.encode(): SMALL,
+    PUSH.encode(): LARGE,
 }
 PROTOBUF = b"application/protobuf"
-PASSED = (b"accept", b"content-type")  # and Flower's own, which begin with:
+CONTENT = {PULL.encode(): OCTETS.encode(), PUSH.encode(): OCTETS.encode()}  # of all others, PROTOBUF
+PASSED = (
+    b"accept",
+    b"content-type",
+    *(name.encode() for name in (OBJECT, OFFSET, LENGTH)),
+)  # and Flower's own, which begin with:
 FLOWER = b"flwr-"
 NEVER = (b"upgrade", b"expect", b"trailer", b"te", b"http2-settings", b"content-encoding")
 OTHERS = {b"control": "control_call", b"runtime": "runtime_call", b"register-node": "registration"}
@@ -135,8 +144,9 @@ def _request(path: bytes, headers: dict[bytes, bytes], most: int) -> Request:
     if int(length) > most:
         detail = f"a body of {int(length)} bytes is more than the {most} that {path.decode()} may have"
         raise Refused("body_too_large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
-    if headers.get(b"content-type", b"").lower() != PROTOBUF:
-        raise Refused("content_type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"a body is {PROTOBUF.decode()}")
+    content = CONTENT.get(path, PROTOBUF)
+    if headers.get(b"content-type", b"").lower() != content:
+        raise Refused("content_type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"a body is {content.decode()}")
     passed = {name: value for name, value in headers.items() if name in PASSED or name.startswith(FLOWER)}
     return Request(path, passed, int(length), headers.get(b"connection", b"").lower() == b"close")
 

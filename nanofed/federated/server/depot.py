@@ -1,0 +1,147 @@
+"""The depot of a deployment: files through which weights go to the sites and come back, beside Flower's messages.
+
+The round loop lays files down and takes them up; the SuperLink's process reads and writes them for the sites (`depot_calls.py`).
+A file's name is its ticket: 128 random bits that only the message to its site says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+
+from nanofed.errors import NanofedError
+from nanofed.federated.server.carriage import Load
+from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError
+from nanofed.federated.wire.freight import Freight
+
+DOWN, UP = "down", "up"  # folders: of weights to be fetched, and of room for answers
+
+
+class Depot:
+    """Carries weights through files.
+
+    Args:
+        folder: of nobody else; what an earlier round loop left there is removed.
+
+    Raises:
+        NanofedError: it cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ticket = ""
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            for name in (DOWN, UP):
+                (folder / name).mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def room(self, size: int) -> mmap.mmap:
+        """Return so many bytes of a new file, for the weights of a round; that of the round before is gone.
+
+        Raises:
+            NanofedError: the disk has no room for it.
+        """
+        self.remove()
+        ticket = secrets.token_hex(16)
+        path = self._folder / DOWN / ticket
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(file, 0, size)  # a mapped page for which there is no room would end this process
+                mapped = mmap.mmap(file, size)
+            finally:
+                os.close(file)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise self._failed(error) from error
+        self._ticket = ticket
+        return mapped
+
+    def load(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> Load:
+        """Make room for the answers to the weights that `room` was given for."""
+        layout = [[array.dtype.str, list(array.shape)] for array in payload]
+        tickets: dict[str, str] = {}
+        try:
+            for client in clients if answer_bytes else ():
+                ticket = secrets.token_hex(16)
+                path = self._folder / UP / ticket
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                tickets[client] = ticket
+                try:
+                    os.ftruncate(file, answer_bytes)
+                finally:
+                    os.close(file)
+        except OSError as error:
+            for ticket in tickets.values():
+                (self._folder / UP / ticket).unlink(missing_ok=True)
+            raise self._failed(error) from error
+        freights = {
+            client: Freight(self._ticket, layout, tickets.get(client, ""), answer_bytes, seconds) for client in clients
+        }
+        return _Laid(self, self._folder / UP, freights)
+
+    def remove(self) -> None:
+        """Remove the weights: nobody fetches them any more."""
+        if self._ticket:
+            (self._folder / DOWN / self._ticket).unlink(missing_ok=True)
+            self._ticket = ""
+
+    def _failed(self, error: OSError) -> NanofedError:
+        return NanofedError(f"the round's weights cannot be kept in {self._folder}: {error.strerror or error}")
+
+
+class _Laid:
+    """The files of one round."""
+
+    def __init__(self, depot: Depot, folder: Path, freights: dict[str, Freight]) -> None:
+        self.record = ArrayRecord()
+        self.aboard = 0
+        self._depot = depot
+        self._folder = folder
+        self._freights = freights
+        self._held: dict[str, int] = {}
+
+    def note(self, client: str) -> dict[str, Any]:
+        return self._freights[client].to_config()
+
+    def sent(self) -> None: ...
+
+    def take(self, client: str, reply: Message, codec: Codec, like: Weights) -> Arrays:
+        """Return a client's answer over its file, which is locked and has no name any more.
+
+        It is read more than once, first to be checked and then to be merged: whoever still wrote to it meanwhile could have
+        something merged that was not checked.
+        """
+        freight = self._freights[client]
+        path = self._folder / freight.answer
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise WireError(f"there is no room for its answer: {error.strerror}") from error
+        self._held[client] = file
+        fcntl.flock(file, fcntl.LOCK_EX)
+        path.unlink()
+        return codec.over(mmap.mmap(file, freight.answer_bytes, access=mmap.ACCESS_READ), like)
+
+    def drop(self, client: str) -> None:
+        if client in self._held:
+            os.close(self._held.pop(client))  # and with it the lock
+
+    def close(self) -> None:
+        self._depot.remove()
+        for client, freight in self._freights.items():
+            self.drop(client)
+            if freight.answer:
+                with contextlib.suppress(OSError):
+                    (self._folder / freight.answer).unlink()

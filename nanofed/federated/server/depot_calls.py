@@ -1,0 +1,159 @@
+"""The two calls of a depot, answered in the SuperLink's process: a site fetches weights and delivers its own, piece by piece.
+
+They stand before Flower's application: who calls has been checked by the proxy, like every site's call, and has to know a
+file's name, which is 128 random bits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from nanofed.errors import NanofedError
+from nanofed.federated.server.depot import DOWN, UP
+from nanofed.federated.wire.freight import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH, TICKET
+
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+Application = Callable[[Event, Receive, Send], Awaitable[None]]
+
+
+class _Refused(Exception):
+    def __init__(self, status: HTTPStatus, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+def _over() -> _Refused:
+    return _Refused(HTTPStatus.NOT_FOUND, "there is no such file: its round is over")
+
+
+class DepotCalls:
+    """ASGI middleware: answers the depot's calls, and passes on all others.
+
+    Args:
+        app: what is behind it.
+        folder: of the depot.
+    """
+
+    def __init__(self, app: Application, folder: Path) -> None:
+        self._app = app
+        self._folder = folder
+
+    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"] not in (PULL, PUSH):
+            await self._app(scope, receive, send)
+            return
+        status, content = HTTPStatus.OK, b""
+        try:
+            if scope["method"] != "POST":
+                raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "the depot's calls are POST")
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            body = await _body(headers, receive)
+            if body is None:
+                return  # the site has gone
+            ticket, offset = headers.get(OBJECT, ""), _number(headers, OFFSET)
+            if not TICKET.fullmatch(ticket):
+                raise _Refused(HTTPStatus.BAD_REQUEST, f"the header {OBJECT} holds no ticket")
+            if scope["path"] == PULL:
+                length = _number(headers, LENGTH)
+                content = await asyncio.to_thread(_read, self._folder / DOWN / ticket, offset, length)
+            else:
+                await asyncio.to_thread(_write, self._folder / UP / ticket, offset, body)
+        except _Refused as refused:
+            status = refused.status
+            content = json.dumps({"code": int(status), "detail": str(refused)}).encode()
+        kind = OCTETS if status == HTTPStatus.OK else "application/json"
+        head = [(b"content-type", kind.encode()), (b"content-length", b"%d" % len(content))]
+        await send({"type": "http.response.start", "status": int(status), "headers": head})
+        await send({"type": "http.response.body", "body": content})
+
+
+async def _body(headers: MutableMapping[str, str], receive: Receive) -> bytes | None:
+    if _number(headers, "content-length") > PIECE_BYTES:
+        raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a piece is of {PIECE_BYTES} bytes at most")
+    pieces = []
+    while True:
+        event = await receive()
+        if event["type"] != "http.request":
+            return None
+        pieces.append(event.get("body", b""))
+        if not event.get("more_body", False):
+            return b"".join(pieces)
+
+
+def _number(headers: MutableMapping[str, str], name: str) -> int:
+    text = headers.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 15):
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"the header {name} holds no number")
+    return int(text)
+
+
+def _read(path: Path, offset: int, length: int) -> bytes:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise _over() from None
+    try:
+        content = os.pread(file, min(length, PIECE_BYTES), offset)
+    finally:
+        os.close(file)
+    if len(content) != length:
+        raise _Refused(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, f"there are no {length} bytes from {offset} on")
+    return content
+
+
+def _write(path: Path, offset: int, body: bytes) -> None:
+    """Write a piece, unless the round loop has taken the file up already, or takes it up now."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise _over() from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        found = os.fstat(file)
+        if found.st_nlink == 0:
+            raise _over()
+        if offset + len(body) > found.st_size:
+            detail = f"{len(body)} bytes from {offset} on are more than the {found.st_size} that are expected"
+            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+        rest = memoryview(body)
+        while rest:
+            written = os.pwrite(file, rest, offset)
+            rest, offset = rest[written:], offset + written
+    except BlockingIOError:
+        raise _over() from None
+    except OSError as error:
+        raise _Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"the server's disk: {error.strerror}") from error
+    finally:
+        os.close(file)
+
+
+def answer_depot_calls(main: Any, folder: Path) -> None:
+    """Let Flower's application of a SuperLink answer a depot's calls too.
+
+    Args:
+        main: Flower's module that creates the application.
+        folder: of the depot.
+
+    Raises:
+        NanofedError: this Flower is another one than was made for.
+    """
+    create = getattr(main, "create_app", None)
+    if not callable(create):
+        raise NanofedError(f"this version of Flower creates its application in another way: {main.__name__} does not")
+
+    def create_app(*args: Any, **kwargs: Any) -> Any:
+        app = create(*args, **kwargs)
+        app.add_middleware(DepotCalls, folder=folder)  # the last added is the outermost
+        return app
+
+    main.create_app = create_app

@@ -1,0 +1,69 @@
+"""Weights that travel beside Flower's messages: what a message says of them, and the two calls that move them.
+
+Inside a message, weights are taken apart, copied and put together again by each of five processes. In a deployment the server
+lays them into a depot, the message names them, and the site fetches and delivers them piece by piece, over the same address and
+proxy and with the same key: a piece that was lost on the way is sent again, and nothing is held in memory between.
+
+Nothing but the standard library: a site's client process, started anew for every message, reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nanofed.federated.wire.sizes import CHUNK_BYTES
+
+FREIGHT = "freight"  # of the note, in Flower's config dictionaries
+PULL, PUSH = "/v1/fleet/nanofed-pull", "/v1/fleet/nanofed-push"  # the calls: a piece down, a piece up
+OBJECT, OFFSET = "nanofed-object", "nanofed-offset"  # their headers: a ticket, and the first byte of the piece
+LENGTH = "nanofed-length"  # bytes of a piece that is pulled
+OCTETS = "application/octet-stream"
+PIECE_BYTES = CHUNK_BYTES
+TICKET = re.compile(r"[0-9a-f]{32}")  # 128 random bits: who has it may make the call, once the proxy knows the site
+
+
+@dataclass(frozen=True)
+class Freight:
+    """Weights that wait for a site, and room for its answer.
+
+    Attributes:
+        ticket: of the weights.
+        layout: dtype and shape of each of their arrays, whose bytes follow each other.
+        answer: ticket of the room; empty where no weights are to be sent back.
+        answer_bytes: its size.
+        seconds: after which both are gone.
+    """
+
+    ticket: str
+    layout: list[Any]
+    answer: str
+    answer_bytes: int
+    seconds: float
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the entry in Flower's dictionary."""
+        return {FREIGHT: json.dumps(asdict(self))}
+
+    @classmethod
+    def found_in(cls, config: Mapping[str, Any]) -> Freight | None:
+        """Return the note of a message, None where its weights are in the message itself.
+
+        Raises:
+            ValueError: it is none that this nanofed understands.
+        """
+        text = config.get(FREIGHT)
+        if text is None:
+            return None
+        try:
+            freight = cls(**json.loads(text))
+            tickets = [freight.ticket, *([freight.answer] if freight.answer else [])]
+            right = all(TICKET.fullmatch(ticket) for ticket in tickets) and isinstance(freight.layout, list)
+            if not right or freight.answer_bytes < 0 or not 0 < freight.seconds < 1e9:
+                raise ValueError("a field is of the wrong kind")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the note of the round's weights cannot be read: {error}") from error
+        return freight

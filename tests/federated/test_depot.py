@@ -1,0 +1,243 @@
+"""Weights through a depot: real files, a real web server and the site's own end of the way."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import uvicorn
+from flwr.app import Message
+from flwr.superlink import main as superlink
+
+from nanofed.errors import NanofedError
+from nanofed.federated.server.depot import DOWN, UP, Depot
+from nanofed.federated.server.depot_calls import DepotCalls, answer_depot_calls
+from nanofed.federated.site.channel import ChannelError, unpack
+from nanofed.federated.site.freight import Over, Road
+from nanofed.federated.wire.codec import CODECS, Array, WireError
+from nanofed.federated.wire.freight import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, Freight
+from tests.faults.link import CUT, STALLED, Link
+
+BF16, FP32 = CODECS["bf16"], CODECS["fp32"]
+NO_REPLY = cast(Message, None)
+HEADERS = {"Content-Type": "application/octet-stream"}
+
+
+def weights(seed: int = 0) -> dict[str, Array]:
+    """Two and a half pieces in bf16."""
+    random = np.random.default_rng(seed)
+    rows = PIECE_BYTES // 2 // 64
+    shapes = {"big": (2 * rows, 64), "small": (3, 5), "more": (rows // 2, 64), "odd": (7,)}
+    return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+async def behind(scope: Any, receive: Any, send: Any) -> None:
+    """Flower's application, which the depot's calls never reach."""
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 418, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[int]:
+    """A web server with the depot of `tmp_path / "depot"`."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        app = DepotCalls(behind, tmp_path / "depot")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield int(listener.getsockname()[1])
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def depot(tmp_path: Path) -> Depot:
+    return Depot(tmp_path / "depot")
+
+
+def lay(depot: Depot, values: dict[str, Array], seconds: float = 30.0) -> tuple[Any, Freight]:
+    """Lay weights down for one client and return what its message says."""
+    load = depot.load(BF16.encode(values, depot.room), ["lab-a"], BF16.nbytes(values), seconds)
+    freight = Freight.found_in(load.note("lab-a"))
+    assert freight is not None and load.aboard == 0
+    return load, freight
+
+
+def call(port: int, path: str, headers: dict[str, str], body: bytes = b"", method: str = "POST") -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request(method, path, body, HEADERS | headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, content
+
+
+def test_weights_go_there_and_back_bit_for_bit(depot: Depot, port: int, tmp_path: Path) -> None:
+    values, answer = weights(), BF16.encode(weights(1))
+    load, freight = lay(depot, values)
+    road = Road(f"127.0.0.1:{port}")
+    layout, file = road.fetch(freight)
+    assert file is not None
+    arrived = unpack(layout, file)
+    os.close(file)
+    for there, here in zip(arrived, BF16.encode(values), strict=True):
+        np.testing.assert_array_equal(there, here)
+    road.deliver(freight, answer)
+    taken = load.take("lab-a", NO_REPLY, BF16, values)
+    for there, here in zip(taken, answer, strict=True):
+        np.testing.assert_array_equal(there, here)
+    load.drop("lab-a")
+    load.close()
+    assert not [path for name in (DOWN, UP) for path in (tmp_path / "depot" / name).iterdir()]
+
+
+def test_lossless_weights_are_laid_down_as_they_are(depot: Depot, port: int) -> None:
+    values = weights()
+    load = depot.load(FP32.encode(values, depot.room), ["lab-a"], 0, 30.0)
+    freight = Freight.found_in(load.note("lab-a"))
+    assert freight is not None and freight.answer == ""
+    layout, file = Road(f"127.0.0.1:{port}").fetch(freight)
+    for there, here in zip(unpack(layout, file), values.values(), strict=True):
+        np.testing.assert_array_equal(there, here)
+    os.close(cast(int, file))
+    load.close()
+
+
+def test_what_was_taken_up_cannot_be_changed_any_more(depot: Depot, port: int, tmp_path: Path) -> None:
+    """Checked first and merged later: between the two nobody may write to it, not even who has the file open."""
+    values, answer = weights(), BF16.encode(weights(1))
+    load, freight = lay(depot, values)
+    road = Road(f"127.0.0.1:{port}")
+    road.deliver(freight, answer)
+    before = os.open(tmp_path / "depot" / UP / freight.answer, os.O_RDONLY)
+    taken = load.take("lab-a", NO_REPLY, BF16, values)
+    with pytest.raises(Over, match="its round is over"):
+        road.deliver(freight, BF16.encode(weights(2)))
+    from nanofed.federated.server import depot_calls
+
+    path = Path(f"/proc/self/fd/{before}")  # opens the file that has no name any more, as who opened it before holds it
+    with pytest.raises(depot_calls._Refused, match="its round is over"):
+        depot_calls._write(path, 0, b"x" * 100)
+    for there, here in zip(taken, answer, strict=True):
+        np.testing.assert_array_equal(there, here)
+    load.drop("lab-a")
+    with pytest.raises(depot_calls._Refused, match="its round is over"):
+        depot_calls._write(path, 0, b"x" * 100)
+    os.close(before)
+    with pytest.raises(WireError, match="no room for its answer"):
+        load.take("lab-a", NO_REPLY, BF16, values)
+    load.close()
+
+
+def test_a_round_that_is_over_has_no_files(depot: Depot, port: int) -> None:
+    load, freight = lay(depot, weights())
+    load.close()
+    road = Road(f"127.0.0.1:{port}")
+    with pytest.raises(Over):
+        road.fetch(freight)
+    with pytest.raises(Over):
+        road.deliver(freight, BF16.encode(weights(1)))
+
+
+def test_the_round_loop_that_begins_finds_no_files_of_another(depot: Depot, port: int, tmp_path: Path) -> None:
+    _, freight = lay(depot, weights())
+    Depot(tmp_path / "depot")
+    with pytest.raises(Over):
+        Road(f"127.0.0.1:{port}").fetch(freight)
+
+
+def test_an_answer_of_another_size_is_not_sent(depot: Depot, port: int) -> None:
+    load, freight = lay(depot, weights())
+    with pytest.raises(ChannelError, match=r"the answer has 10 bytes, the server expects \d+"):
+        Road(f"127.0.0.1:{port}").deliver(freight, [np.zeros(10, np.uint8)])
+    load.close()
+
+
+def test_calls_that_are_none(depot: Depot, port: int, tmp_path: Path) -> None:
+    load, freight = lay(depot, weights())
+    size = (tmp_path / "depot" / UP / freight.answer).stat().st_size
+    at = {OBJECT: freight.answer, OFFSET: "0"}
+    down = {OBJECT: freight.ticket, OFFSET: "0", LENGTH: "10"}
+    assert call(port, "/v1/fleet/get-run", {})[0] == 418
+    assert call(port, PULL, down)[0] == 200
+    assert call(port, PULL, down, method="GET")[0] == 405
+    for wrong in ("", "../up", freight.ticket.upper() + "x", f"{freight.ticket}/"):
+        assert call(port, PULL, down | {OBJECT: wrong})[0] == 400
+    assert call(port, PULL, down | {OBJECT: freight.answer})[0] == 404  # what others deliver cannot be fetched
+    assert call(port, PUSH, at | {OBJECT: freight.ticket}, b"x")[0] == 404  # nor the weights be changed
+    for name, text in ((OFFSET, "-1"), (OFFSET, ""), (LENGTH, "ten"), (LENGTH, "1" * 16)):
+        assert call(port, PULL, down | {name: text})[0] == 400
+    assert call(port, PULL, down | {OFFSET: str(size), LENGTH: "1"})[0] == 416
+    assert call(port, PUSH, at | {OFFSET: str(size - 1)}, b"xy")[0] == 413
+    assert call(port, PUSH, at, b"x" * (PIECE_BYTES + 1))[0] == 413
+    assert (tmp_path / "depot" / UP / freight.answer).stat().st_size == size
+    load.close()
+
+
+@pytest.mark.parametrize("fault", [CUT, STALLED])
+def test_a_link_that_breaks_or_stalls_costs_time_only(
+    depot: Depot, port: int, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanofed.federated.site.freight.SILENCE_SECONDS", 1.0)
+    values, answer = weights(), BF16.encode(weights(1))
+    load, freight = lay(depot, values)
+    link = Link(port)
+    road = Road(f"127.0.0.1:{link.port}")
+    getattr(link, "cut" if fault == CUT else "stall")(after=PIECE_BYTES + PIECE_BYTES // 2)
+    delivery = threading.Thread(target=road.deliver, args=(freight, answer))
+    delivery.start()
+    while link.state != fault:
+        time.sleep(0.01)
+    time.sleep(1.5)
+    link.heal()
+    delivery.join(20)
+    assert not delivery.is_alive()
+    for there, here in zip(load.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
+        np.testing.assert_array_equal(there, here)
+    load.close()
+    link.close()
+
+
+def test_a_server_that_is_not_there_is_given_up_when_the_round_is_over() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(ChannelError, match=rf"did not pass to or from 127.0.0.1:{port} in time: .*refused"):
+        Road(f"127.0.0.1:{port}").fetch(Freight("0" * 32, [["<u2", [8]]], "", 0, 1.0))
+    assert time.monotonic() - started < 5
+
+
+def test_no_room_for_the_weights(depot: Depot, tmp_path: Path) -> None:
+    with pytest.raises(NanofedError, match=r"the round's weights cannot be kept in .*depot"):
+        depot.room(1 << 50)
+    assert not list((tmp_path / "depot" / DOWN).iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(NanofedError, match="cannot be kept in"):
+        Depot(tmp_path / "file" / "depot")
+
+
+@pytest.mark.parametrize(
+    "text", ["no JSON", "[]", "{}", '{"ticket": "../x", "layout": [], "answer": "", "answer_bytes": 0, "seconds": 1}']
+)
+def test_a_note_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="the note of the round's weights cannot be read"):
+        Freight.found_in({"freight": text})
+    assert Freight.found_in({}) is None
+
+
+def test_flowers_superlink_has_the_calls_outermost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(superlink, "create_app", superlink.create_app)
+    answer_depot_calls(superlink, tmp_path)
+    assert superlink.create_app().user_middleware[0].cls is DepotCalls
+    with pytest.raises(NanofedError, match="another way"):
+        answer_depot_calls(ModuleType("another"), tmp_path)
