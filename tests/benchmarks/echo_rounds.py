@@ -16,6 +16,7 @@ import torch
 
 from nanofed.data.rows import RowPlan
 from nanofed.federated.arguments import Arguments
+from nanofed.federated.site.channel import MemoryRoom
 from nanofed.federated.site.listener import Request
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions, Report
@@ -54,32 +55,32 @@ class EchoTrainer:
         if hash_arrays(request.arrays) != instructions.base_hash:
             raise WireError("the weights that arrived do not have the hash that was announced")
         down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
-        base = down.decode_each(request.arrays, self._weights)
-        for name, weight in self._weights.items():
-            weight[...] = base[name]
+        out = {name: torch.from_numpy(weight) for name, weight in self._weights.items()}
+        down.write_to(out, request.arrays, self._weights)
         with marked("train"):
             start = time.monotonic()
             for weight in self._weights.values():
                 self._move(weight)
             state = self._read(instructions)
             seconds = time.monotonic() - start
-        payload = up.pack(self._weights, base)
-        report = Report(
-            run=instructions.run,
-            round=instructions.round,
-            client=self._name,
-            nonce=instructions.nonce,
-            base_hash=instructions.base_hash,
-            payload_hash=hash_arrays(payload),
-            steps=1,
-            tokens=instructions.batch_tokens,
-            seconds=seconds,
-            loss_first=1.0,
-            loss_last=1.0,
-            exhausted=False,
-            data=state,
-        )
-        request.answer(payload, report.tokens, report.to_config())
+        with MemoryRoom() as room:
+            payload = up.pack(self._weights, down.decode_each(request.arrays, self._weights), room)
+            report = Report(
+                run=instructions.run,
+                round=instructions.round,
+                client=self._name,
+                nonce=instructions.nonce,
+                base_hash=instructions.base_hash,
+                payload_hash=hash_arrays(payload),
+                steps=1,
+                tokens=instructions.batch_tokens,
+                seconds=seconds,
+                loss_first=1.0,
+                loss_last=1.0,
+                exhausted=False,
+                data=state,
+            )
+            request.answer(room.packed(payload), report.tokens, report.to_config())
 
     def _move(self, weight: Array) -> None:
         flat, at = weight.reshape(-1), -int(self._random.integers(NOISE))

@@ -238,6 +238,7 @@ def test_a_note_that_cannot_be_read_is_refused(text: str) -> None:
 def test_flowers_superlink_has_the_calls_outermost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(superlink, "create_app", superlink.create_app)
     answer_depot_calls(superlink, tmp_path)
-    assert superlink.create_app().user_middleware[0].cls is DepotCalls
+    outermost: object = superlink.create_app().user_middleware[0].cls
+    assert outermost is DepotCalls
     with pytest.raises(NanofedError, match="another way"):
         answer_depot_calls(ModuleType("another"), tmp_path)

@@ -343,7 +343,7 @@ def test_the_client_app_loads_neither_torch_nor_lightning(record_property: Calla
 def test_the_client_passes_messages_through_and_names_its_site(path: Path, listener: Listener) -> None:
     from nanofed.federated.site.app import ChannelClient
 
-    client = ChannelClient("lab-a", path, SLOW)
+    client = ChannelClient("lab-a", path, wait=SLOW)
     answer = in_background(lambda: client.fit([np.arange(3)], {"nanofed": "{}"}))
     request = listener.next()
     assert request.config == {"client": "lab-a", "message": {"nanofed": "{}"}}

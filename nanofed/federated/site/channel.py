@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +30,18 @@ import numpy.typing as npt
 from nanofed.errors import NanofedError
 
 Arrays = list[npt.NDArray[np.generic]]
-Packed = tuple[
-    list[Any], int | None
-]  # dtype and shape of each array, and the descriptor of the file that holds their bytes
 
 MAX_HEADER = 32 << 20  # bytes of JSON; instructions and reports are at most half of it
 MAX_ARRAYS = 1 << 16
 POLL = 0.1  # seconds between two tries to reach a trainer that is not there
 _LENGTH = struct.Struct(">I")
+
+
+class Packed(NamedTuple):
+    """Arrays as they are sent: dtype and shape of each, and the descriptor of the file that holds their bytes."""
+
+    layout: list[Any]
+    file: int | None
 
 
 class ChannelError(NanofedError):
@@ -67,7 +71,7 @@ def call(
         ChannelError: no trainer took the request in time, it died, or it could not do it: with its reason.
     """
     end = time.monotonic() + wait
-    layout, file = arrays if isinstance(arrays, tuple) and arrays else pack(arrays)
+    layout, file = _packed(arrays)
     request = {"kind": kind, "config": config, "arrays": layout}
     try:
         while True:
@@ -120,13 +124,50 @@ def _connect(path: Path, end: float, wait: float) -> Iterator[socket.socket]:
             return
 
 
-def send(connection: socket.socket, header: dict[str, Any], arrays: Sequence[npt.NDArray[np.generic]] = ()) -> None:
-    """Send one message.
+class MemoryRoom:
+    """Room for an answer in a file in memory, from which it is sent without a copy; a `with` block lets it go."""
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+
+    def __call__(self, size: int) -> mmap.mmap:
+        """Return a buffer of so many bytes.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        self.close()
+        self._file = memory_file()
+        os.ftruncate(self._file, size)
+        return mmap.mmap(self._file, size)
+
+    def packed(self, arrays: Sequence[npt.NDArray[np.generic]]) -> Packed:
+        """Return arrays that fill the buffer, one after the other, ready to be sent; their file is the receiver's then."""
+        file, self._file = self._file, None
+        return Packed(_layout(arrays), file)
+
+    def close(self) -> None:
+        """Close the file, if it was not sent."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def send(
+    connection: socket.socket, header: dict[str, Any], arrays: Sequence[npt.NDArray[np.generic]] | Packed = ()
+) -> None:
+    """Send one message; the file of arrays that are packed already is closed.
 
     Raises:
         OSError: the other side is gone, or there is no memory for the arrays.
     """
-    layout, file = pack(arrays)
+    layout, file = _packed(arrays)
     try:
         _write(connection, {**header, "arrays": layout}, file)
     finally:
@@ -187,11 +228,19 @@ def read(connection: socket.socket) -> tuple[dict[str, Any], Arrays]:
             os.close(file)
 
 
+def _packed(arrays: Sequence[npt.NDArray[np.generic]] | Packed) -> Packed:
+    return arrays if isinstance(arrays, Packed) else pack(arrays)
+
+
+def _layout(arrays: Sequence[npt.NDArray[np.generic]]) -> list[Any]:
+    return [[array.dtype.str, list(array.shape)] for array in arrays]
+
+
 def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> Packed:
     """Write arrays into a file in memory: return their dtypes and shapes, and its descriptor, None where there are none."""
     if not arrays:
-        return [], None
-    layout = [[array.dtype.str, list(array.shape)] for array in arrays]
+        return Packed([], None)
+    layout = _layout(arrays)
     file = memory_file()
     try:
         for array in arrays:
@@ -202,7 +251,7 @@ def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> Packed:
     except BaseException:
         os.close(file)
         raise
-    return layout, file
+    return Packed(layout, file)
 
 
 def memory_file() -> int:

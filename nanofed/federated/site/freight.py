@@ -87,7 +87,7 @@ class Road:
         except BaseException:
             os.close(file)
             raise
-        return freight.layout, file
+        return Packed(freight.layout, file)
 
     def deliver(self, freight: Freight, arrays: Sequence[npt.NDArray[np.generic]]) -> None:
         """Bring the answer to a round.

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanofed.errors import ConfigError
-from nanofed.federated.site.channel import Arrays, ChannelError, read, send
+from nanofed.federated.site.channel import Arrays, ChannelError, Packed, read, send
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,9 @@ class Request:
         """Tell the client that its request is taken up; False if it is not there to hear it."""
         return self._send({"accepted": True})
 
-    def answer(self, arrays: Sequence[npt.NDArray[np.generic]], num_examples: int, metrics: Mapping[str, Any]) -> bool:
+    def answer(
+        self, arrays: Sequence[npt.NDArray[np.generic]] | Packed, num_examples: int, metrics: Mapping[str, Any]
+    ) -> bool:
         """Send what came of it; False if the client is gone."""
         return self._finish({"num_examples": num_examples, "metrics": dict(metrics)}, arrays)
 
@@ -69,7 +71,7 @@ class Request:
         """Send an error; False if the client is gone."""
         return self._finish({"error": reason})
 
-    def _finish(self, header: dict[str, Any], arrays: Sequence[npt.NDArray[np.generic]] = ()) -> bool:
+    def _finish(self, header: dict[str, Any], arrays: Sequence[npt.NDArray[np.generic]] | Packed = ()) -> bool:
         with self._lock:
             if self.answered:
                 return False
@@ -80,7 +82,7 @@ class Request:
             self._connection.shutdown(socket.SHUT_RDWR)
         return sent
 
-    def _send(self, header: dict[str, Any], arrays: Sequence[npt.NDArray[np.generic]] = ()) -> bool:
+    def _send(self, header: dict[str, Any], arrays: Sequence[npt.NDArray[np.generic]] | Packed = ()) -> bool:
         try:
             send(self._connection, header, arrays)
         except OSError as error:

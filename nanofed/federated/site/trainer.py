@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from lightning import Fabric
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from nanofed.errors import NanofedError
 from nanofed.federated.site.evaluating import measure
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
 from nanofed.federated.site.states import Saved, StateFolder
-from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
+from nanofed.federated.wire.blocks import all_finite, flat
+from nanofed.federated.wire.codec import CODECS, Room, WireError, hash_arrays
 from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
@@ -114,7 +114,11 @@ class FabricTrainer:
         )
 
     def fit(
-        self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions, turn: Turn | None = None
+        self,
+        arrays: Sequence[npt.NDArray[np.generic]],
+        instructions: Instructions,
+        turn: Turn | None = None,
+        room: Room | None = None,
     ) -> tuple[Arrays, Report]:
         """Train one round and return the local weights and the report.
 
@@ -122,6 +126,7 @@ class FabricTrainer:
             arrays: the weights, on the first rank; the others take them from it, and return none.
             instructions: what to do; equal on all ranks.
             turn: lets whoever asked follow the round and end it.
+            room: where the local weights are to be written; anywhere by default.
 
         Raises:
             WireError: the weights are not the ones that the instructions describe.
@@ -173,7 +178,7 @@ class FabricTrainer:
                 step = int(np.argmin(np.isfinite(losses)))
                 raise NanofedError(f"the training loss is {losses[step]} at step {step + 1} of the round")
             if ranks.first:
-                payload = self._local_weights(arrays, instructions)
+                payload = self._local_weights(arrays, instructions, room)
                 turn.check()
         self._keep(instructions)
         seconds = result.seconds - before
@@ -251,17 +256,17 @@ class FabricTrainer:
                 raise WireError(f"the {name} is {text[:80]!r}, no plain word")
         if hash_arrays(arrays) != instructions.base_hash:
             raise WireError("the weights that arrived do not have the hash that was announced")
-        weights = CODECS[instructions.down_codec].decode_each(arrays, self._like)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(torch.from_numpy(np.array(weights[name])))
+        CODECS[instructions.down_codec].write_to(self._parameters, arrays, self._like)
 
-    def _local_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> Arrays:
-        local = {name: p.detach().to("cpu", copy=True).numpy() for name, p in self._parameters.items()}
-        if not all(np.isfinite(array).all() for array in local.values()):
-            raise NanofedError("the weights are no longer finite after the last step of the round")
+    def _local_weights(
+        self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions, room: Room | None
+    ) -> Arrays:
         down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
-        return up.pack(local, {} if up.lossless else down.decode_each(arrays, self._like))
+        copy = up.lossless and room is None  # else they are written somewhere else
+        local = {name: p.detach().to("cpu", copy=copy).numpy() for name, p in self._parameters.items()}
+        if not all(all_finite(flat(array)) for array in local.values()):
+            raise NanofedError("the weights are no longer finite after the last step of the round")
+        return up.pack(local, {} if up.lossless else down.decode_each(arrays, self._like), room)
 
     def _stopwatch(self, client: str, arrived: float | None) -> Stopwatch:
         return self._shared(Stopwatch(self._speed(client)) if arrived is None else Stopwatch(start=arrived))

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nanofed import runtime
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.arguments import Arguments
-from nanofed.federated.site.channel import ChannelError
+from nanofed.federated.site.channel import ChannelError, MemoryRoom
 from nanofed.federated.site.listener import Listener, Request
 from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
@@ -155,18 +155,19 @@ class Worker:
             evaluation = self._trainer.evaluate(request.arrays, asked, turn)
             turn.arrived += evaluation.seconds  # the training's budget runs from here on
             metrics, count = evaluation.to_config(), evaluation.bytes
-        if instructions is not None:
-            micro_batch = self._data.device_batch_size * self._data.sequence_len * self.ranks
-            progress.begin(instructions.run, instructions.round, max(1, instructions.batch_tokens // micro_batch))
-            payload, report = self._trainer.fit(request.arrays, instructions, turn)
-            metrics, count = metrics | report.to_config(), report.tokens
-            self._say(report, progress)
-        unwritten, before = self._trainer.states.unwritten, self._unwritten
-        self._unwritten = unwritten
-        if unwritten > before:
-            metrics[UNWRITTEN] = True
-        progress.idle()
-        request.answer(payload, count, metrics)
+        with MemoryRoom() as room:
+            if instructions is not None:
+                micro_batch = self._data.device_batch_size * self._data.sequence_len * self.ranks
+                progress.begin(instructions.run, instructions.round, max(1, instructions.batch_tokens // micro_batch))
+                payload, report = self._trainer.fit(request.arrays, instructions, turn, room)
+                metrics, count = metrics | report.to_config(), report.tokens
+                self._say(report, progress)
+            unwritten, before = self._trainer.states.unwritten, self._unwritten
+            self._unwritten = unwritten
+            if unwritten > before:
+                metrics[UNWRITTEN] = True
+            progress.idle()
+            request.answer(room.packed(payload), count, metrics)
 
     def _say(self, report: Report, progress: Progress) -> None:
         speed = report.tokens / report.seconds if report.seconds > 0 else 0.0

@@ -83,6 +83,16 @@ def over_blocks(
     return in_threads(blocks, unpacking)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether all elements of a one-dimensional tensor in memory are finite."""
+
+    def finite(_: int, part: slice) -> bool:
+        low, high = torch.aminmax(tensor[part])  # both are NaN where one element is
+        return math.isfinite(low) and math.isfinite(high)
+
+    return all(over_blocks([tensor.numel()], lambda: finite))
+
+
 def norm_of_blocks(sizes: Sequence[int], reader: Callable[[], Callable[[int, slice, Tensor], object]]) -> float:
     """Return the L2 norm, in fp64, of all elements of several arrays that are read block by block; not finite where one is not.
 

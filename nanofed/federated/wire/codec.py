@@ -24,6 +24,7 @@ Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's ow
 Arrays = list[npt.NDArray[np.generic]]
 Layout = tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]  # dtype and shape of each array that one weight travels as
 Room = Callable[[int], Any]  # bytes -> a buffer of so many to write to
+Part = Callable[[slice, Tensor], Tensor]  # some elements of a weight, and a buffer for them -> these elements
 
 
 class WireError(ValueError):
@@ -82,7 +83,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def _write(self, values: Array, base: Array | None, out: Sequence[Tensor]) -> None:
+    def _write(self, values: Array, base: Part | None, out: Sequence[Tensor]) -> None:
         """Write one weight, or where there is a base, what it moved, into its arrays, one-dimensional."""
 
     def encode(self, weights: Weights, room: Room | None = None) -> Arrays:
@@ -121,7 +122,7 @@ class Codec(ABC):
         else:
             arrays = self.over(room(self.nbytes(weights)), weights)
         for (name, values), out in zip(weights.items(), self.tensors(arrays, weights), strict=True):
-            self._write(values, None if base is None else base[name], out)
+            self._write(values, None if base is None else _part(base, name), out)
         return arrays
 
     def _fields(self, like: Weights) -> Iterator[Field]:
@@ -162,6 +163,29 @@ class Codec(ABC):
             WireError: the arrays do not fit; see `check`.
         """
         return _Decoded(self, self.tensors(arrays, like), like)
+
+    def write_to(self, out: Mapping[str, Tensor], arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> None:
+        """Write what `decode` returns into fp32 tensors, in memory block by block, on another device one weight at a time.
+
+        Args:
+            out: contiguous tensors with the names and shapes of `like`; they may be parameters.
+            arrays: as they arrived.
+            like: names and shapes of the weights.
+
+        Raises:
+            WireError: the arrays do not fit; see `check`. Nothing is written then.
+        """
+        parts = dict(zip(like, self.tensors(arrays, like), strict=True))
+        targets = {name: out[name].detach().view(-1) for name in like}
+        here = [name for name, target in targets.items() if target.device.type == "cpu"]
+
+        def write(index: int, part: slice) -> None:
+            self.read(parts[here[index]], part, targets[here[index]][part])
+
+        over_blocks([targets[name].numel() for name in here], lambda: write)
+        decoded = self.decode_each(arrays, like)
+        for name in targets.keys() - set(here):
+            targets[name].copy_(flat(decoded[name]))
 
     def check(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> None:
         """Check that arrays can be read as weights with the shapes of `like`.
@@ -207,11 +231,27 @@ class _Decoded(Mapping[str, Array]):
         over_blocks([target.numel()], lambda: lambda _, part: self._codec.read(arrays, part, target[part]))
         return out
 
+    def part(self, name: str) -> Part:
+        """Return a function that reads parts of one weight: nothing is made of the rest."""
+
+        def read(part: slice, buffer: Tensor) -> Tensor:
+            self._codec.read(self._parts[name], part, buffer)
+            return buffer
+
+        return read
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def _part(weights: Weights, name: str) -> Part:
+    if isinstance(weights, _Decoded):
+        return weights.part(name)
+    values = flat(weights[name])
+    return lambda part, _: values[part]
 
 
 class Fp32Codec(Codec):
@@ -229,7 +269,7 @@ class Fp32Codec(Codec):
         """Copy elements into `out`."""
         out.copy_(arrays[0][part])
 
-    def _write(self, values: Array, base: Array | None, out: Sequence[Tensor]) -> None:
+    def _write(self, values: Array, base: Part | None, out: Sequence[Tensor]) -> None:
         out[0].copy_(flat(values))
 
     def encode(self, weights: Weights, room: Room | None = None) -> Arrays:
@@ -262,17 +302,17 @@ class Bf16Codec(Codec):
         """Widen elements into `out`, which is exact."""
         out.copy_(arrays[0].view(torch.bfloat16)[part])
 
-    def _write(self, values: Array, base: Array | None, out: Sequence[Tensor]) -> None:
+    def _write(self, values: Array, base: Part | None, out: Sequence[Tensor]) -> None:
         source, target = flat(values), out[0].view(torch.bfloat16)
-        start = None if base is None else flat(base)
 
         def worker() -> Callable[[int, slice], None]:
-            buffer = torch.empty(min(BLOCK, source.numel()))
+            buffers = torch.empty(2, min(BLOCK, source.numel()))
 
             def write(_: int, part: slice) -> None:
                 block = source[part]
-                if start is not None:
-                    block = torch.sub(block, start[part], out=buffer[: block.numel()])
+                if base is not None:
+                    before, moved = buffers[:, : block.numel()]
+                    block = torch.sub(block, base(part, before), out=moved)
                 target[part].copy_(block)
 
             return write
