@@ -21,11 +21,13 @@ from flwr.superlink import main as superlink
 from nanofed.errors import NanofedError
 from nanofed.federated.server.depot import DOWN, UP, Depot
 from nanofed.federated.server.depot_calls import DepotCalls, answer_depot_calls
+from nanofed.federated.server.keys import init
 from nanofed.federated.site.channel import ChannelError, unpack
 from nanofed.federated.site.freight import Over, Road
 from nanofed.federated.wire.codec import CODECS, Array, WireError
 from nanofed.federated.wire.freight import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, Freight
 from tests.faults.link import CUT, STALLED, Link
+from tests.faults.perimeter import Perimeter
 
 BF16, FP32 = CODECS["bf16"], CODECS["fp32"]
 NO_REPLY = cast(Message, None)
@@ -206,6 +208,35 @@ def test_a_link_that_breaks_or_stalls_costs_time_only(
         np.testing.assert_array_equal(there, here)
     load.close()
     link.close()
+
+
+def test_weights_pass_the_proxy_of_sites_that_it_knows_only(depot: Depot, port: int, tmp_path: Path) -> None:
+    keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
+    strangers = init(tmp_path / "strangers", ["127.0.0.1"], ["lab-a"])
+    values, answer = weights(), BF16.encode(weights(1))
+    load, freight = lay(depot, values)
+    with Perimeter(tmp_path, keys, port, plain=True).running() as proxy:
+        server = f"127.0.0.1:{proxy.port}"
+        for road, reason in (
+            (Road(server, keys.ca, strangers.private_key("lab-a")), "the operator has not registered this key"),
+            (Road(server, keys.ca), "no SuperNode's signature"),
+        ):
+            with pytest.raises(ChannelError, match=reason):
+                road.fetch(freight)
+            with pytest.raises(ChannelError, match=reason):
+                road.deliver(freight, answer)
+        road = Road(server, keys.ca, keys.private_key("lab-a"))
+        layout, file = road.fetch(freight)
+        for there, here in zip(unpack(layout, file), BF16.encode(values), strict=True):
+            np.testing.assert_array_equal(there, here)
+        os.close(cast(int, file))
+        road.deliver(freight, answer)
+        for there, here in zip(load.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
+            np.testing.assert_array_equal(there, here)
+        proxy.settled()
+        site = proxy.figures()["sites"]["lab-a"]
+        assert site["bytes_up"] == site["bytes_down"] == freight.answer_bytes
+    load.close()
 
 
 def test_a_server_that_is_not_there_is_given_up_when_the_round_is_over() -> None:

@@ -13,10 +13,10 @@ What is covered, and by what:
 - Replays: a signature counts once. It covers a time only, not the path or the body, so this matters only where TLS was broken
   or a site leaks its own traffic. What was signed before the proxy began is refused, since it cannot know whether it was used.
   Flower signs each attempt of a call anew, so nobody who retries is refused; what is refused for this is told to try again (503).
-- Control and Runtime calls, documentation, registering by oneself: not among the ten paths that are passed.
+- Control and Runtime calls, documentation, registering by oneself: not among the twelve paths that are passed.
 - Requests that two parsers read differently: heads are parsed strictly by h11 and written anew, with one Content-Length, a fixed
-  Host and known headers; chunked bodies, upgrades, HTTP other than 1.1, pipelining and any path but those ten, letter by letter,
-  are refused.
+  Host and known headers; chunked bodies, upgrades, HTTP other than 1.1, pipelining and any path but those twelve, letter by
+  letter, are refused.
 - Exhaustion: bytes of a head and a body, seconds of a handshake, a head, a body and an idle connection, connections in all and an
   address, handshakes and requests a second and an address. Half of all connections are kept for addresses of known sites.
 
