@@ -4,8 +4,9 @@ Flower's waits 3 s between two looks, at the SuperLink for a message and half a 
 of a short round they are most of what is no training (`bin/bench round`). Here it looks at once, then less and less often, so
 that a site that waits for a server's quorum through a night costs the server no more than Flower's would.
 
-Flower's also waits for the rest of an answer for ever: a client killed while it hands its weights over would end the site's part
-in the federation, while everything seems to be well.
+Flower's also waits for the rest of an answer for ever: a client killed while it hands it over would end the site's part
+in the federation, while everything seems to be well. And it sends one answer for each message, the next that is there: a client
+that answers after Flower has answered for it would make every later answer of the site wait for the next round's message.
 """
 
 from __future__ import annotations
@@ -110,6 +111,59 @@ def give_up_unfinished(start_client_internal: Any) -> None:
     start_client_internal._push_messages = push_messages
 
 
+class _Found:
+    """Flower's state of a SuperNode, for one who sends the answers in it: those that were found already come first.
+
+    Args:
+        state: Flower's.
+        found: is emptied.
+    """
+
+    def __init__(self, state: Any, found: list[Any]) -> None:
+        self._state = state
+        self._found = found
+
+    def get_messages_legacy(self, **which: Any) -> list[Any]:
+        """Return answers that nobody has taken yet."""
+        found = self._found.copy()
+        self._found.clear()
+        return found or list(self._state.get_messages_legacy(**which))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def answer_at_any_time(start_client_internal: Any) -> None:
+    """Let Flower's main loop of a SuperNode send an answer also where no message was received before it.
+
+    Args:
+        start_client_internal: Flower's module of that name.
+
+    Raises:
+        NanofedError: this Flower is another one than was made for.
+    """
+    pull = getattr(start_client_internal, "_pull_and_store_message", None)
+    push = getattr(start_client_internal, "_push_messages", None)
+    if pull is None or push is None or not all("state" in inspect.signature(call).parameters for call in (pull, push)):
+        raise NanofedError("this version of Flower sends answers in another way: nanofed does not know its SuperNode")
+    found: list[Any] = []
+
+    @functools.wraps(pull)
+    def pull_message(*, state: Any, **others: Any) -> int | None:
+        run_id: int | None = pull(state=state, **others)
+        if run_id is None:
+            found.extend(state.get_messages_legacy(is_reply=True))
+            run_id = int(found[0].metadata.run_id) if found else None
+        return run_id  # None: there is nothing to send
+
+    @functools.wraps(push)
+    def push_messages(*, state: Any, **others: Any) -> None:
+        push(state=_Found(state, found), **others)
+
+    start_client_internal._pull_and_store_message = pull_message
+    start_client_internal._push_messages = push_messages
+
+
 def main() -> None:
     """Run `flower-supernode` with the same arguments."""
     from flwr.supernode import start_client_internal
@@ -118,6 +172,7 @@ def main() -> None:
     quicken(start_client_internal)
     ask_again_soon(start_client_internal)
     give_up_unfinished(start_client_internal)
+    answer_at_any_time(start_client_internal)
     sys.argv[0] = "flower-supernode"
     flower_supernode()
 
