@@ -1,7 +1,7 @@
 """The rounds of a trainer that trains nothing: same codecs, hashes and report, so that a round's cost is that of its ways.
 
 It holds the weights in fp32, as a model would, reads the text of one optimizer step, and answers with weights that have moved
-a little, each chunk of them otherwise: Flower sends an object that is there already only once.
+a little, each part of them otherwise, so that nothing on the way can be spared.
 """
 
 from __future__ import annotations

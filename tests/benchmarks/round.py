@@ -81,7 +81,7 @@ def lines(result: dict[str, Any]) -> list[list[object]]:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bin/bench round", description=__doc__)
     add = parser.add_argument
-    add("--depth", type=int, default=4, help="d20 takes 13 GB of memory and 12 GB of disk; stock d12 about as much")
+    add("--depth", type=int, default=4, help="d20 takes 14 GB of memory and 14 GB of disk; stock d12 11 GB of memory")
     add("--sites", type=int, default=1)
     add("--rounds", type=int, default=4, help="that count; one more is run")
     add("--vocab_size", type=int, default=65_536)

@@ -13,15 +13,15 @@ from typing import Any
 from tests.benchmarks.round_memory import Sampler, kind
 
 PHASES = (
-    "push",  # the server sends the weights
+    "push",  # the server sends the messages
     "SuperNode waits",  # for its next poll
     "download",
     "client starts",
-    "client pulls",
+    "client pulls",  # its message, and where these are beside it, the weights
     "hand-over",  # to the trainer, up to its first step
     "train",
     "hand-back",
-    "client pushes",
+    "client pushes",  # likewise
     "upload",  # what is left of it
     "server pulls",
     "validate",

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
+from nanofed.federated.server.carriage import arrays_in
 from nanofed.federated.server.validation import Refused, Update, check_reply
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY
@@ -23,7 +24,7 @@ SHARD = "shard_00000.parquet"
 
 
 def check(message: Message) -> Update:
-    return check_reply(message, instructions(), sent(), STREAMS)
+    return check_reply(message, instructions(), sent(), STREAMS, arrays_in)
 
 
 def test_an_honest_reply_is_accepted_as_it_is() -> None:

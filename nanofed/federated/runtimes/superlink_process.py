@@ -1,8 +1,8 @@
-"""The process of a SuperLink: Flower's own, with a depot for weights; it hands over no reply before it is whole.
+"""The process of a SuperLink: Flower's own, which hands over no reply before it is whole, and has a depot for weights.
 
-Flower's puts every object of every message into SQLite. There they hold up each other and the SuperLink's own book-keeping, until
-a call finds the database locked and the run fails. They are of no use there: after a crash of the SuperLink its runs are over,
-and ours goes on from its own checkpoint. So here they are kept in memory.
+Flower's puts every object of every message into SQLite. There they hold up each other and the SuperLink's own book-keeping: with
+weights in them, a call found the database locked and the run failed. They are of no use there: after a crash of the SuperLink
+its runs are over, and ours goes on from its own checkpoint. So here they are kept in memory.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def keep_objects_in_memory(config_loader: Any, sql_mixin: Any) -> None:
 def hold_back_unfinished(linkstate: Any, corestate: Any) -> None:
     """Make Flower's SuperLink hand a reply over when all of it is there.
 
-    Flower's hands it over once it is announced, and whoever asked then waits for what is in it: for a slow upload as long as that
-    takes, for one that was cut off three minutes. The round loop takes one reply at a time, so one client with a bad link would
+    Flower's hands it over once it is announced, and whoever asked then waits for what is in it, three minutes for one that was
+    cut off. The round loop takes one reply at a time, so one client with a bad link would
     hold up all the others, past the round's end.
 
     Args:

@@ -1,7 +1,8 @@
 """The depot of a deployment: files through which weights go to the sites and come back, beside Flower's messages.
 
 The round loop lays files down and takes them up; the SuperLink's process reads and writes them for the sites (`depot_calls.py`).
-A file's name is its ticket: 128 random bits that only the message to its site says.
+A file's name is its ticket, 128 random bits: that of the weights is in all messages of the round, that of an answer only in the
+message to its site.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two calls of a depot, answered in the SuperLink's process: a site fetches weights and delivers its own, piece by piece.
 
-They stand before Flower's application: who calls has been checked by the proxy, like every site's call, and has to know a
-file's name, which is 128 random bits.
+They stand before Flower's application: who calls has been checked by the proxy, like every site's call (without keys the port
+is on loopback), and has to know a file's name, which is 128 random bits.
 """
 
 from __future__ import annotations

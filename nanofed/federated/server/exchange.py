@@ -25,7 +25,7 @@ MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them
 T = TypeVar("T")
 Metrics = Mapping[str, Any]
 
-# Flower's messages are cycles, weights and all: few objects, so that Python would look for them too late.
+# Flower's messages are cycles, with the weights where these are in them: few objects, so that Python would look too late.
 WASTE_BYTES = 64 << 20
 REMEMBERED = 1000  # messages of earlier rounds, whose answers can still be told apart
 

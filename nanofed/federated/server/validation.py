@@ -10,10 +10,9 @@ import numpy as np
 from flwr.app import Message
 
 from nanofed.data.rows import Row
-from nanofed.federated.server.carriage import arrays_in
 from nanofed.federated.server.events import Kind
 from nanofed.federated.server.updates import update_norm
-from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, hash_arrays
+from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, hash_arrays, payload_bytes
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.plain import plain
 
@@ -72,7 +71,7 @@ def check_reply(
     instructions: Instructions,
     sent: Sent,
     streams: int,
-    take: Callable[[Message], Arrays] = arrays_in,
+    take: Callable[[Message], Arrays],
 ) -> Update:
     """Return the update in a reply to `instructions`.
 
@@ -94,7 +93,7 @@ def check_reply(
         report = Report.from_config(metrics)
         unwritten = metrics is not None and bool(metrics.get(UNWRITTEN))
         arrays = take(reply)
-        payload = sum(array.nbytes for array in arrays)
+        payload = payload_bytes(arrays)
         sent.up.check(arrays, sent.weights)
     except Exception as error:  # foreign bytes: NumPy's reader raises a dozen kinds
         reason = str(error) if isinstance(error, WireError) else f"it cannot be read: {error!r}"

@@ -1,5 +1,7 @@
 """The ClientApp that a site's SuperNode starts anew for every message: it hands the message to the site's trainer.
 
+The weights that a message names it fetches for the trainer, and delivers what comes back.
+
 Its imports are what every round waits for: Flower's and NumPy, neither torch nor lightning (a test looks).
 """
 
@@ -90,7 +92,7 @@ def client_fn(context: Context) -> Client:
     It may have `server` (`host:port`), `authority` and `key` (paths) as well, for weights in a depot, and `trainer_wait`.
 
     Raises:
-        ValueError: it lacks one of them.
+        ValueError: it lacks `name` or `trainer`.
     """
     config = context.node_config
     missing = [key for key in ("name", "trainer") if not config.get(key)]

@@ -1,6 +1,6 @@
 """What server and site say to each other when sites measure the global weights on text of their own.
 
-A request to evaluate rides with a round: beside the instructions, in the message that carries the weights anyway, so that a
+A request to evaluate rides with a round: beside the instructions, in the message that brings the weights anyway, so that a
 site with a slow link does not take a second copy of the model for it. Only the last weights of a run, after which no round
 comes, are sent to be evaluated alone. The answer is sums, nats and bytes: sums of several sites pool exactly, means do not.
 """
@@ -29,8 +29,8 @@ class Evaluate(Note):
         round: number of the round whose message this is, from 1; that of the last one where there is no other to come.
         client: name of the client.
         nonce: of this message alone; the answer returns it.
-        base_hash: of the arrays sent along, which are to be measured.
-        down_codec: of the arrays sent along.
+        base_hash: of the arrays that go with it, which are to be measured.
+        down_codec: of these arrays.
         batches: to be read at most, over all shares.
         batch_rows: rows of each.
         share: of this client.

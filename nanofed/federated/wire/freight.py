@@ -15,14 +15,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanofed.federated.wire.sizes import CHUNK_BYTES
-
 FREIGHT = "freight"  # of the note, in Flower's config dictionaries
 PULL, PUSH = "/v1/fleet/nanofed-pull", "/v1/fleet/nanofed-push"  # the calls: a piece down, a piece up
 OBJECT, OFFSET = "nanofed-object", "nanofed-offset"  # their headers: a ticket, and the first byte of the piece
 LENGTH = "nanofed-length"  # bytes of a piece that is pulled
 OCTETS = "application/octet-stream"
-PIECE_BYTES = CHUNK_BYTES
+PIECE_BYTES = 16 << 20  # of one call
 TICKET = re.compile(r"[0-9a-f]{32}")  # 128 random bits: who has it may make the call, once the proxy knows the site
 
 

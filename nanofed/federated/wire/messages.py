@@ -238,8 +238,8 @@ class Instructions(Note):
         round: number of the round, from 1.
         client: name of the client, so that a reply cannot be taken for another's.
         nonce: of this message alone; the report returns it.
-        base_hash: of the arrays sent along.
-        down_codec: of the arrays sent along.
+        base_hash: of the arrays that go with it.
+        down_codec: of these arrays.
         up_codec: of those to be sent back.
         max_steps: optimizer steps at most (the round's, or what is left to the horizon).
         seconds: training budget on the client's own clock; None in a round of steps.
@@ -294,7 +294,7 @@ class Report(Note):
         client: see `run`.
         nonce: see `run`.
         base_hash: see `run`.
-        payload_hash: of the arrays sent along.
+        payload_hash: of the arrays that go with it.
         steps: full optimizer steps.
         tokens: tokens of them, over all ranks.
         seconds: training time on the client's own clock.

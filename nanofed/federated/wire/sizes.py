@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-# Bytes of the pieces in which weights are fetched and delivered, and of those that Flower cuts an array in a message into (its
-# own are of 5 MB): each is a request of its own.
+# Bytes of the chunks that Flower cuts an array in a message into (its own are of 5 MB): each is an object of its own.
 CHUNK_BYTES = 16 << 20
-# Of small weights that travel together; with NumPy's header they are one piece.
+# Of small weights that are put together; in a message, with NumPy's header, they are one chunk.
 PARCEL_BYTES = CHUNK_BYTES - 4096
