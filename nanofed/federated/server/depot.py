@@ -41,9 +41,11 @@ class Depot:
         self._folder = folder
         self._ticket = ""
         try:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, mode=0o700, exist_ok=True)  # or a link to one on another disk
             for name in (DOWN, UP):
-                (folder / name).mkdir(parents=True, mode=0o700)
+                if (folder / name).exists():
+                    shutil.rmtree(folder / name)
+                (folder / name).mkdir(mode=0o700)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -80,7 +82,7 @@ class Depot:
                 file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 tickets[client] = ticket
                 try:
-                    os.ftruncate(file, answer_bytes)
+                    os.posix_fallocate(file, 0, answer_bytes)  # before anybody trains for an answer that has no room
                 finally:
                     os.close(file)
         except OSError as error:
@@ -131,8 +133,8 @@ class _Laid:
         except OSError as error:
             raise WireError(f"there is no room for its answer: {error.strerror}") from error
         self._held[client] = file
+        path.unlink()  # first: whoever comes now finds nothing, and the lock waits for what is being written only
         fcntl.flock(file, fcntl.LOCK_EX)
-        path.unlink()
         return codec.over(mmap.mmap(file, freight.answer_bytes, access=mmap.ACCESS_READ), like)
 
     def drop(self, client: str) -> None:

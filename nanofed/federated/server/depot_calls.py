@@ -114,7 +114,7 @@ def _read(path: Path, offset: int, length: int) -> bytes:
 def _write(path: Path, offset: int, body: bytes) -> None:
     """Write a piece, unless the round loop has taken the file up already, or takes it up now."""
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # to read, too: where the folder is on NFS, the lock needs it
     except FileNotFoundError:
         raise _over() from None
     try:

@@ -182,7 +182,7 @@ class Exchange:
                     try:
                         result, metrics = check(client, reply, load)
                     except Refused as refusal:
-                        result = refusal
+                        result = Refused(refusal.kind, str(refusal))  # the other one's traceback holds the weights
                     del reply
                     yield Answer(client, result, time.monotonic() - started, metrics)
                     del result, metrics
@@ -193,7 +193,8 @@ class Exchange:
                 yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
             load.close()
-            self._collect_garbage()
+            gc.collect()  # a cycle would hold the round's files and memory: hardly anything is looked at here, see `Settled`
+            self._waste = 0
             for message_id, client in waiting.items():
                 self._remember(self._given_up, message_id, (client, number))
 

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping
 
 from nanofed.data.datamodule import TokenDataModule
+from nanofed.errors import NanofedError
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.events import SERVER
@@ -222,9 +223,13 @@ class Pooling:
             self._none(state, "no site is there to be asked")
             return
         codec = CODECS[self._config.down_codec]
-        payload = self._exchange.encode(state.weights, codec)
-        base_hash = hash_arrays(payload)
         number = state.clock.round
+        try:
+            payload = self._exchange.encode(state.weights, codec)
+        except NanofedError as error:  # the disk on which they are kept is full
+            self._none(state, str(error))
+            return
+        base_hash = hash_arrays(payload)
         self._asks, self._sums = (
             {
                 client: self._request(index, len(nodes), state.run_id, number, client, secrets.token_hex(16), base_hash)

@@ -89,7 +89,8 @@ class RoundLoop:
         self.board = board
         evaluator = Evaluator(module, data, device, shared=simulated)
         self._owner = Owner(run)
-        if config.sharding != "local":
+        local = config.sharding == "local"
+        if not local:
             RowPlan.whole(data.dataset).check_streams(data.streams)
         self._shards = {shard.name: shard for shard in data.dataset.train}
         self._horizon = module.recipe.horizon(module.config)
@@ -98,14 +99,9 @@ class RoundLoop:
         evaluator.release()  # the state has the weights
         events = self.state.events
         self._exchange = Exchange(grid, events, carriage)
+        hello = Hello.of("", module, data)
         self._roster = Roster(
-            grid,
-            Hello.of("", module, data),
-            events,
-            simulated=simulated,
-            admit=self._admit,
-            any_dataset=config.sharding == "local",
-            owners=owners,
+            grid, hello, events, simulated=simulated, admit=self._admit, any_dataset=local, owners=owners
         )
         self._presence = Presence(self._roster, config, events, module.seed, simulated=simulated)
         self._measuring: Measuring | Pooling
@@ -241,7 +237,10 @@ class RoundLoop:
         for answer in self._exchange.round(present, asked, sent, streams=self._data.streams, seconds=ttl, asks=asks):
             folding = time.monotonic()
             try:
-                figures.merged[answer.client] = self._fold(answer, asked[answer.client], merger)
+                if isinstance(answer.result, Refused):
+                    self._refuse(answer.client, figures, answer.result)
+                else:
+                    figures.merged[answer.client] = self._fold(answer, answer.result, asked[answer.client], merger)
             except Refused as refusal:
                 self._refuse(answer.client, figures, refusal)
             figures.merge += time.monotonic() - folding
@@ -250,15 +249,13 @@ class RoundLoop:
         while self._exchange.late:
             self.state.pace.hurry(self._exchange.late.pop(), self._config.round_seconds)
 
-    def _fold(self, answer: Answer[Update], asked: Instructions, merger: Merger) -> Merged:
+    def _fold(self, answer: Answer[Update], update: Update, asked: Instructions, merger: Merger) -> Merged:
         """Check an answer against what is known of its client, and fold it in.
 
         Raises:
             Refused: it must not be merged.
         """
-        if isinstance(answer.result, Refused):
-            raise answer.result
-        update, client, state = answer.result, answer.client, self.state
+        client, state = answer.client, self.state
         if not self._simulated:
             state.pace.check(update.report, answer.seconds)
         if isinstance(state.ledger, LocalLedger):

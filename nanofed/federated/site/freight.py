@@ -10,6 +10,7 @@ import http.client
 import json
 import mmap
 import os
+import socket
 import ssl
 import time
 from base64 import b64encode
@@ -18,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 import numpy.typing as npt
@@ -32,12 +35,18 @@ from nanofed.federated.wire.freight import LENGTH, OBJECT, OCTETS, OFFSET, PIECE
 
 LANES = 2  # pieces under way at a time: one fills the pause in which the other is answered
 SILENCE_SECONDS = 30.0  # without a byte, after which a connection is given up and the piece sent again
+ANSWER_SECONDS = (
+    90.0  # likewise, once all is sent: some of it waits in buffers on its way, and the server takes its time
+)
+BLOCK_BYTES = 64 << 10  # Python counts a time limit for all of what is sent at once
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # between two tries
 AGAIN = (
     HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
     HTTPStatus.BAD_GATEWAY,
     HTTPStatus.SERVICE_UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT,
+    HTTPStatus.INSUFFICIENT_STORAGE,
 )
 MAX_ANSWER = 1 << 16  # bytes of a refusal that are read
 
@@ -146,12 +155,13 @@ class Road:
             self._check(answer)
             if answer.length != len(into):
                 raise ChannelError(f"{self._server} answers with {answer.length} bytes, not with {len(into)}")
-            rest = into
-            while rest:
-                count = answer.readinto(rest)
+            done = 0
+            while done < len(into):
+                with into[done:] as rest:  # let go whatever happens: the memory below is to be closed
+                    count = answer.readinto(rest)
                 if not count:
-                    raise http.client.IncompleteRead(b"", len(rest))
-                rest = rest[count:]
+                    raise http.client.IncompleteRead(b"", len(into) - done)
+                done += count
 
     def _push(self, lane: _Lane, freight: Freight, piece: Piece) -> None:
         offset, views = piece
@@ -192,9 +202,13 @@ class _Lane:
         self._connection: http.client.HTTPConnection
         if authority is None:
             self._connection = http.client.HTTPConnection(*address, timeout=SILENCE_SECONDS)
-        else:
-            context = ssl.create_default_context(cafile=str(authority))
-            self._connection = http.client.HTTPSConnection(*address, timeout=SILENCE_SECONDS, context=context)
+            return
+        context = ssl.create_default_context(cafile=str(authority))
+        proxy = _proxy(address[0])
+        first = address if proxy is None else (proxy.hostname or "", proxy.port or 80)
+        self._connection = http.client.HTTPSConnection(*first, timeout=SILENCE_SECONDS, context=context)
+        if proxy is not None:
+            self._connection.set_tunnel(*address, headers=_credentials(proxy))
 
     def __enter__(self) -> _Lane:
         return self
@@ -207,8 +221,11 @@ class _Lane:
         """Make a call and yield its answer; the connection is kept where the block ends well."""
         length = sum(map(len, body))
         try:
-            self._connection.request("POST", path, iter(body), {**headers, "Content-Length": str(length)})
+            self._connection.request("POST", path, _blocks(body), {**headers, "Content-Length": str(length)})
+            line: socket.socket = self._connection.sock
+            line.settimeout(ANSWER_SECONDS)
             answer = self._connection.getresponse()
+            line.settimeout(SILENCE_SECONDS)
             yield answer
             answer.read()
         except BaseException:
@@ -231,3 +248,32 @@ def _pieces(views: Sequence[memoryview]) -> Iterator[Piece]:
                 offset, size, piece = offset + size, 0, []
     if piece:
         yield offset, piece
+
+
+def _blocks(views: Sequence[memoryview]) -> Iterator[memoryview]:
+    for view in views:
+        for start in range(0, len(view), BLOCK_BYTES):
+            yield view[start : start + BLOCK_BYTES]
+
+
+def _proxy(host: str) -> SplitResult | None:
+    """Return the proxy through which this machine reaches others, None for none: the one that Flower's own calls take.
+
+    Raises:
+        ChannelError: it is of a kind that Python's own HTTP client does not know.
+    """
+    found = getproxies()
+    url = found.get("https") or found.get("all")
+    if not url or proxy_bypass(host):
+        return None
+    proxy = urlsplit(url if "://" in url else f"http://{url}")
+    if proxy.scheme != "http":
+        raise ChannelError(f"weights can pass a proxy at http://HOST:PORT, this machine's is {proxy.scheme}://")
+    return proxy
+
+
+def _credentials(proxy: SplitResult) -> dict[str, str]:
+    if proxy.username is None:
+        return {}
+    words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(words.encode()).decode('ascii')}"}
