@@ -218,10 +218,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Let glibc give blocks of 1 MiB and more back as soon as they are freed: what passes messages on frees them for good.
+    """Let glibc give blocks of 1 MiB and more back as soon as they are freed, for what needs large ones but once a round.
 
-    A message comes in chunks of 16 MB. Kept, as `keep_freed_memory` has it and glibc itself after the first of them, they
-    fragment the heap of whatever else is allocated meanwhile.
+    Kept, as `keep_freed_memory` has it and glibc itself after the first of them, they fragment the heap of whatever else is
+    allocated meanwhile.
     """
     _set_malloc(mmap_threshold=1 << 20, trim_threshold=1 << 17)
 

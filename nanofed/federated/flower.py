@@ -26,8 +26,8 @@ def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(CHUNK_BYTES),
-            # Chunks are many and large; kept once freed, as glibc does, they make up a third of the memory of a round. Given
-            # back, they are new pages every time: of 4 KB each, these cost a round 39 s instead of 24.
+            # What is freed goes back at once: kept, as glibc does, it is a third of a round's memory where weights are in the
+            # messages, and 0.4 GB at d20 where they are beside them. Then it is new pages every time: large ones cost less.
             "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
             "GLIBC_TUNABLES": ":".join(filter(None, [given.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"])),
             **changes,
