@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import socket
+import socketserver
 import threading
 import time
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -16,18 +20,26 @@ import numpy as np
 import pytest
 import uvicorn
 from flwr.app import Message
+from flwr.serverapp import Grid
 from flwr.superlink import main as superlink
 
 from nanofed.errors import NanofedError
+from nanofed.federated.server import depot_calls
 from nanofed.federated.server.depot import DOWN, UP, Depot
 from nanofed.federated.server.depot_calls import DepotCalls, answer_depot_calls
+from nanofed.federated.server.events import Events
+from nanofed.federated.server.exchange import Exchange
 from nanofed.federated.server.keys import init
+from nanofed.federated.server.validation import Refused, Sent
 from nanofed.federated.site.channel import ChannelError, unpack
 from nanofed.federated.site.freight import Over, Road
-from nanofed.federated.wire.codec import CODECS, Array, WireError
+from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.freight import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, Freight
+from nanofed.federated.wire.messages import Instructions
+from nanofed.training.garbage import Settled
 from tests.faults.link import CUT, STALLED, Link
 from tests.faults.perimeter import Perimeter
+from tests.federated import replies
 
 BF16, FP32 = CODECS["bf16"], CODECS["fp32"]
 NO_REPLY = cast(Message, None)
@@ -125,8 +137,6 @@ def test_what_was_taken_up_cannot_be_changed_any_more(depot: Depot, port: int, t
     taken = load.take("lab-a", NO_REPLY, BF16, values)
     with pytest.raises(Over, match="its round is over"):
         road.deliver(freight, BF16.encode(weights(2)))
-    from nanofed.federated.server import depot_calls
-
     path = Path(f"/proc/self/fd/{before}")  # opens the file that has no name any more, as who opened it before holds it
     with pytest.raises(depot_calls._Refused, match="its round is over"):
         depot_calls._write(path, 0, b"x" * 100)
@@ -210,6 +220,169 @@ def test_a_link_that_breaks_or_stalls_costs_time_only(
     link.close()
 
 
+def test_a_slow_line_carries_a_whole_piece(
+    depot: Depot, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A piece takes longer than a silence may, and then its end waits in buffers: neither is a silence."""
+    monkeypatch.setattr("nanofed.federated.site.freight.SILENCE_SECONDS", 0.5)
+    values = {"w": weights()["big"][: PIECE_BYTES // 2 // 64]}
+    answer = BF16.encode({"w": values["w"] + 1})
+    load, freight = lay(depot, values, seconds=60.0)
+    assert freight.answer_bytes == PIECE_BYTES
+    link = Link(port)
+    link.bytes_per_second = 3e6
+    Road(f"127.0.0.1:{link.port}").deliver(freight, answer)
+    assert link.sent < 1.1 * PIECE_BYTES, "it went once"
+    np.testing.assert_array_equal(load.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
+    load.close()
+    link.close()
+
+
+def test_weights_take_the_machines_way_out(
+    depot: Depot, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others are reached through an HTTP proxy, as Flower's own calls are."""
+    keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
+    values, answer = weights(), BF16.encode(weights(1))
+    load, freight = lay(depot, values)
+    with Perimeter(tmp_path, keys, port, plain=True).running() as perimeter, wayout() as (outer, asked):
+        road = Road(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@127.0.0.1:{outer}")
+        os.close(cast(int, road.fetch(freight)[1]))
+        road.deliver(freight, answer)
+        assert {line for line, _ in asked} == {f"CONNECT 127.0.0.1:{perimeter.port}"}
+        assert {words for _, words in asked} == {"Basic " + b64encode(b"me:p@ss").decode()}
+        count = len(asked)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        os.close(cast(int, road.fetch(freight)[1]))
+        assert len(asked) == count
+        monkeypatch.delenv("NO_PROXY")
+        monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
+        with pytest.raises(ChannelError, match="this machine's is socks5://"):
+            road.fetch(freight)
+    load.close()
+
+
+@contextlib.contextmanager
+def wayout() -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """Run an HTTP proxy that opens tunnels, and yield its port and what it was asked for, with the credentials."""
+    asked: list[tuple[str, str]] = []
+
+    class Tunnel(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            line = self.rfile.readline().decode().rsplit(" ", 1)[0]
+            headers = http.client.parse_headers(self.rfile)
+            asked.append((line, headers["Proxy-Authorization"]))
+            with socket.create_connection(("127.0.0.1", int(line.rpartition(":")[2]))) as there:
+                self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=pass_on, args=(there, self.connection))
+                back.start()
+                pass_on(self.connection, there)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield server.server_address[1], asked
+        server.shutdown()
+
+
+def pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+def test_writers_cannot_hold_up_who_takes_an_answer(depot: Depot, port: int, tmp_path: Path) -> None:
+    """A site that goes on sending, as fast as it can, does not keep the round loop from its other answers."""
+    values = weights()
+    load, freight = lay(depot, values)
+    path, over = tmp_path / "depot" / UP / freight.answer, threading.Event()
+
+    def write() -> None:
+        with pytest.raises(depot_calls._Refused, match="its round is over"):
+            while True:
+                depot_calls._write(path, 0, bytes(PIECE_BYTES))
+        over.set()
+
+    writers = [threading.Thread(target=write) for _ in range(6)]
+    for writer in writers:
+        writer.start()
+    time.sleep(0.2)
+    taking = threading.Thread(target=load.take, args=("lab-a", NO_REPLY, BF16, values), daemon=True)
+    taking.start()
+    taking.join(10)
+    assert not taking.is_alive() and over.is_set()
+    for writer in writers:
+        writer.join(10)
+    load.close()
+
+
+def test_refused_answers_leave_neither_files_nor_memory(depot: Depot, tmp_path: Path) -> None:
+    """Nothing of a round may hang on a refusal: it would be unseen space on the disk, for as long as the process lives."""
+    grid = Answering()
+    exchange, events = Exchange(cast(Grid, grid), Events(), depot), Events()
+    replies.request()  # Message() reads what it sets
+    with Settled():
+        for number in range(1, 5):
+            values = replies.weights()
+            payload = exchange.encode(values, FP32)
+            asked = replies.instructions(round=number, base_hash=hash_arrays(payload))
+            nodes = {"client-0": 1, "client-1": 2}
+            instructed = {client: replace(asked, client=client) for client in nodes}
+            found = exchange.round(
+                nodes, instructed, Sent(values, payload, FP32, FP32), streams=replies.STREAMS, seconds=0.3
+            )
+            for answer in found:
+                assert isinstance(answer.result, Refused)
+                events.add(answer.result.kind, answer.client, answer.result, number)
+            del payload, found, answer
+            assert events.total() == 2 * number
+            assert not gone(), f"after round {number}"
+    event = events.last("damaged", "client-0")
+    assert event is not None and event.count == 4, "its file was read"
+
+
+class Answering:
+    """A grid whose first client delivers other weights than it announces, while the second says nothing."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        (message,) = messages
+        if message.metadata.dst_node_id == 2:
+            return ["silent"]
+        config = message.content.config_records["fitins.config"]
+        asked = Instructions.from_config(config)
+        report = replies.report(round=asked.round, base_hash=asked.base_hash)
+        reply = replies.reply([], report.to_config())
+        reply.metadata.__dict__["_reply_to_message_id"] = f"message {asked.round}"
+        self._left[f"message {asked.round}"] = reply
+        return [f"message {asked.round}"]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._left.pop(name) for name in message_ids if name in self._left]
+
+
+def gone() -> list[str]:
+    """Return files of a depot that this process maps or has open, and that have no name any more."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [line for line in maps + links if "/depot/" in line and "(deleted)" in line]
+
+
+def test_the_folder_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "depot").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        depot = Depot(tmp_path / "depot")
+        lay(depot, weights())
+    assert len(list((tmp_path / "disk" / DOWN).iterdir())) == 1
+
+
 def test_weights_pass_the_proxy_of_sites_that_it_knows_only(depot: Depot, port: int, tmp_path: Path) -> None:
     keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
     strangers = init(tmp_path / "strangers", ["127.0.0.1"], ["lab-a"])
@@ -236,6 +409,18 @@ def test_weights_pass_the_proxy_of_sites_that_it_knows_only(depot: Depot, port: 
         proxy.settled()
         site = proxy.figures()["sites"]["lab-a"]
         assert site["bytes_up"] == site["bytes_down"] == freight.answer_bytes
+    load.close()
+
+
+def test_a_fetch_that_breaks_off_says_why(depot: Depot, port: int) -> None:
+    load, freight = lay(depot, weights(), seconds=1.5)
+    link = Link(port)
+    link.bytes_per_second = 2e6  # so that its round is over in the middle of a piece
+    breaker = threading.Timer(1.0, link.close)
+    breaker.start()
+    with pytest.raises(ChannelError, match=r"did not pass to or from 127\.0\.0\.1"):
+        Road(f"127.0.0.1:{link.port}").fetch(freight)
+    breaker.join()
     load.close()
 
 

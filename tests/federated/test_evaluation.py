@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -17,13 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nanofed.cli import main
 from nanofed.data.writing import write_shards
-from nanofed.errors import ConfigError
+from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server import pooling
 from nanofed.federated.server.evaluation import Evaluator
 from nanofed.federated.server.events import SERVER
+from nanofed.federated.server.exchange import Exchange
 from nanofed.federated.server.pace import Pace
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.evaluating import own_batches
@@ -185,6 +187,26 @@ def test_a_site_too_slow_to_measure_keeps_its_training(
         assert event is not None and event.count == 2 + 1 and "0 batches took more than 3e-10 s" in event.reason
     nobody = slow.state.events.last("evaluation", SERVER)
     assert nobody is not None and nobody.count == 3 and "none of the 2 sites" in nobody.reason
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_last_figure_only(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Exchange.encode, itertools.count(1)
+
+    def encode(self: Exchange, *args: Any) -> Arrays:
+        if next(calls) > 2:
+            raise NanofedError("the round's weights cannot be kept: no space left on device")
+        return real(self, *args)
+
+    monkeypatch.setattr(Exchange, "encode", encode)
+    options = {**TEXT, **SITES, "rounds": 2}
+    loop, _ = train(federation(tiny_corpus, tmp_path, "run", **options))
+    assert loop.state.clock.round == 2 and len(figures(loop)) == 2
+    event = loop.state.events.last("evaluation", SERVER)
+    assert event is not None and "no space left on device" in event.reason
+    resumed, _ = _resume(federation(tiny_corpus, tmp_path, "run", ckpt_path="last", **options))
+    assert same_bits(resumed, loop), "the last round is saved"
 
 
 def test_the_time_of_an_evaluation_is_not_the_trainings(
