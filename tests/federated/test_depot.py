@@ -413,9 +413,9 @@ def test_weights_pass_the_proxy_of_sites_that_it_knows_only(depot: Depot, port: 
 
 
 def test_a_fetch_that_breaks_off_says_why(depot: Depot, port: int) -> None:
-    load, freight = lay(depot, weights(), seconds=1.5)
+    load, freight = lay(depot, weights(), seconds=1.05)
     link = Link(port)
-    link.bytes_per_second = 2e6  # so that its round is over in the middle of a piece
+    link.bytes_per_second = 2e6  # in the middle of a piece, with no time for another try
     breaker = threading.Timer(1.0, link.close)
     breaker.start()
     with pytest.raises(ChannelError, match=r"did not pass to or from 127\.0\.0\.1"):
