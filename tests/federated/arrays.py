@@ -9,7 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nanofed.federated.wire.blocks import BLOCK
-from nanofed.federated.wire.codec import Array, Weights
+from nanofed.federated.wire.codec import Array, Weights, hash_arrays
+
+
+def hash_weights(weights: Weights) -> str:
+    """Return names in their order and the hash of the rest: two that agree on it are the same weights, to the bit."""
+    return f"{list(weights)} {hash_arrays(list(weights.values()))}"
 
 
 def random_weights(seed: int, size: int = 20_000) -> dict[str, Array]:

@@ -13,8 +13,8 @@ import torch
 from nanofed.federated.server.merge import Merger, Method, PseudoGradient, make_merger, update_norm
 from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.wire import blocks
-from nanofed.federated.wire.codec import CODECS, Array, Weights, WireError, hash_weights
-from tests.federated.arrays import odd_weights, random_weights, trained, vector
+from nanofed.federated.wire.codec import CODECS, Array, Weights, WireError
+from tests.federated.arrays import hash_weights, odd_weights, random_weights, trained, vector
 
 FP32, BF16 = CODECS["fp32"], CODECS["bf16"]
 LINKS = list(itertools.product(CODECS, CODECS))  # down, up

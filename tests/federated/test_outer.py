@@ -11,8 +11,8 @@ from nanofed.errors import ConfigError
 from nanofed.federated.server.folding import PseudoGradient
 from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.wire import blocks
-from nanofed.federated.wire.codec import Array, Weights, hash_weights
-from tests.federated.arrays import odd_weights
+from nanofed.federated.wire.codec import Array, Weights
+from tests.federated.arrays import hash_weights, odd_weights
 
 SHAPES = {"a": (7, 5), "b": (11,)}
 

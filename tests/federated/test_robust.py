@@ -14,10 +14,10 @@ from nanofed.federated.server.merge import Method, make_merger, update_norm
 from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.robust import Median, Sorted, TrimmedMean, comparators
 from nanofed.federated.server.updates import Base
-from nanofed.federated.wire.codec import CODECS, Array, Weights, hash_weights, payload_bytes
+from nanofed.federated.wire.codec import CODECS, Array, Weights, payload_bytes
 from tests.benchmarks import machine
 from tests.faults.children import call, mount_disk
-from tests.federated.arrays import odd_weights, random_weights, trained, vector
+from tests.federated.arrays import hash_weights, odd_weights, random_weights, trained, vector
 
 ROBUST: tuple[Method, ...] = ("median", "trimmed_mean")
 FP32 = CODECS["fp32"]

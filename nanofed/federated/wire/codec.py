@@ -323,22 +323,16 @@ class Bf16Codec(Codec):
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32Codec(), Bf16Codec())}
 
 
-def hash_weights(weights: Weights) -> str:
-    """Return the SHA-256 over names, shapes and bytes: two sides that agree on it hold the same weights."""
-    return _hash([[name, list(array.shape)] for name, array in weights.items()], list(weights.values()))
-
-
 def hash_arrays(arrays: Sequence[npt.NDArray[np.generic]]) -> str:
-    """Return the SHA-256 over dtypes, shapes and bytes of arrays as they travel: what arrives is what was sent."""
-    return _hash([[array.dtype.str, list(array.shape)] for array in arrays], arrays)
+    """Return the SHA-256 over dtypes, shapes and bytes of arrays as they travel: what arrives is what was sent.
 
-
-def _hash(headers: Sequence[object], arrays: Sequence[npt.NDArray[np.generic]]) -> str:
-    """Return the SHA-256 over each array's header and the SHA-256 of its bytes: arrays are hashed by several threads."""
+    It is that of each array's dtype and shape with the SHA-256 of its bytes: they are hashed by several threads.
+    """
 
     def worker() -> Callable[[npt.NDArray[np.generic]], str]:
         return lambda array: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
+    headers = [[array.dtype.str, list(array.shape)] for array in arrays]
     digests = in_threads(arrays, worker)
     return hashlib.sha256(json.dumps(list(zip(headers, digests, strict=True))).encode()).hexdigest()
 
