@@ -11,7 +11,6 @@ from typing import Any
 
 from nanofed import runtime
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.sizes import CHUNK_BYTES
 
 
 def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
@@ -25,7 +24,6 @@ def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(CHUNK_BYTES),
             # What is freed goes back at once: kept, as glibc does, it is a third of a round's memory where weights are in the
             # messages, and 0.4 GB at d20 where they are beside them. Then it is new pages every time: large ones cost less.
             "MALLOC_MMAP_THRESHOLD_": str(1 << 20),

@@ -183,7 +183,7 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
     }
     log = folder / "flower.log"
     with _traced(fleet, folder) as (_, figures), ExitStack() as stack:
-        settings_of_ours = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE")
+        settings_of_ours = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
         own: dict[str, str | None] = dict.fromkeys(settings_of_ours)
         link = SuperLink(folder, log, environment=own)
         database = ["--database", str(folder / "superlink.db")]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor
 
 from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, over_blocks
-from nanofed.federated.wire.sizes import PARCEL_BYTES
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides
@@ -31,22 +28,6 @@ class WireError(ValueError):
     """What arrived is not what the schema says."""
 
 
-@dataclass(frozen=True)
-class Field:
-    """One array of one weight, and where it is: in which array of the message, from which byte on."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    parcel: int
-    start: int
-
-    @property
-    def stop(self) -> int:
-        """Behind its last byte."""
-        return self.start + self.dtype.itemsize * math.prod(self.shape)
-
-
 class Codec(ABC):
     """Turns weights into the arrays of a message and back.
 
@@ -55,18 +36,14 @@ class Codec(ABC):
     an update keeps its leading digits, while of the weights the update would be the last ones.
 
     A codec says how one weight travels (`layout`, `_write`, `read`): as one array or several, such as integers and scales.
-    Those of small weights that follow each other are put together: a parcel is a vector of bytes, or where there is but one
-    array in it, that array.
 
     Attributes:
         name: as in configs and instructions.
         lossless: what arrives is what was sent, to the bit.
-        parcel_bytes: to which arrays are put together.
     """
 
     name: str
     lossless: bool
-    parcel_bytes: int = PARCEL_BYTES
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> Layout:
@@ -109,7 +86,7 @@ class Codec(ABC):
         """
         rest: Any = np.frombuffer(buffer, np.uint8)
         arrays: Arrays = []
-        for _, dtype, shape in self._parcels(like):
+        for _, dtype, shape in self._layouts(like):
             size = dtype.itemsize * math.prod(shape)
             arrays.append(rest[:size].view(dtype).reshape(shape))
             rest = rest[size:]
@@ -118,35 +95,18 @@ class Codec(ABC):
     def _packed(self, weights: Weights, base: Weights | None, room: Room | None) -> Arrays:
         arrays: Arrays
         if room is None:
-            arrays = [np.empty(shape, dtype) for _, dtype, shape in self._parcels(weights)]
+            arrays = [np.empty(shape, dtype) for _, dtype, shape in self._layouts(weights)]
         else:
             arrays = self.over(room(self.nbytes(weights)), weights)
         for (name, values), out in zip(weights.items(), self.tensors(arrays, weights), strict=True):
             self._write(values, None if base is None else _part(base, name), out)
         return arrays
 
-    def _fields(self, like: Weights) -> Iterator[Field]:
-        """Yield the arrays of all weights with their places."""
-        parcel, end = -1, self.parcel_bytes
+    def _layouts(self, like: Weights) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+        """Yield what each array of a message is part of, its dtype and its shape."""
         for name, expected in like.items():
             for dtype, shape in self.layout(expected.shape):
-                field = Field(name, dtype, shape, parcel, end + -end % dtype.itemsize)
-                if field.stop >= self.parcel_bytes:
-                    parcel += 1
-                    field = Field(name, dtype, shape, parcel, 0)
-                yield field
-                end = field.stop
-
-    def _parcels(self, like: Weights) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
-        """Return what each array of a message holds, its dtype and its shape."""
-        parcels: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
-        for _, group in itertools.groupby(self._fields(like), key=lambda field: field.parcel):
-            first, *more = group
-            if more:
-                parcels.append((f"{first.name} to {more[-1].name}", np.dtype(np.uint8), (more[-1].stop,)))
-            else:
-                parcels.append((first.name, first.dtype, first.shape))
-        return parcels
+                yield name, dtype, shape
 
     def decode(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Array]:
         """Return weights with the names and shapes of `like`; they may be the arrays themselves.
@@ -193,10 +153,10 @@ class Codec(ABC):
         Raises:
             WireError: another number of arrays, or another shape or dtype; it names the first that does not fit.
         """
-        parcels = self._parcels(like)
-        if len(arrays) != len(parcels):
-            raise WireError(f"{len(arrays)} arrays arrived, {len(parcels)} are expected")
-        for (name, dtype, shape), array in zip(parcels, arrays, strict=True):
+        layouts = list(self._layouts(like))
+        if len(arrays) != len(layouts):
+            raise WireError(f"{len(arrays)} arrays arrived, {len(layouts)} are expected")
+        for (name, dtype, shape), array in zip(layouts, arrays, strict=True):
             if array.dtype != dtype:
                 raise WireError(f"{name} is {array.dtype}, not {dtype}")
             if array.shape != shape:
@@ -205,16 +165,12 @@ class Codec(ABC):
     def tensors(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> list[list[Tensor]]:
         """Check arrays and return those of each weight, one-dimensional, ready for `read`, on the same memory."""
         self.check(arrays, like)
-        parcels = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
-        weights: dict[str, list[Tensor]] = {name: [] for name in like}
-        for field in self._fields(like):
-            part = parcels[field.parcel][field.start : field.stop]
-            weights[field.name].append(flat(part.view(field.dtype)))
-        return list(weights.values())
+        rest = iter(arrays)
+        return [[flat(next(rest)) for _ in self.layout(expected.shape)] for expected in like.values()]
 
     def nbytes(self, like: Weights) -> int:
         """Return the exact size of weights on the wire in bytes, without the messages' own framing."""
-        return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._parcels(like))
+        return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._layouts(like))
 
 
 class _Decoded(Mapping[str, Array]):
@@ -259,7 +215,6 @@ class Fp32Codec(Codec):
 
     name = "fp32"
     lossless = True
-    parcel_bytes = 0
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Return that a weight travels as itself."""
