@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
+import itertools
 import os
 import socket
 import socketserver
@@ -200,7 +202,7 @@ def test_calls_that_are_none(depot: Depot, port: int, tmp_path: Path) -> None:
 def test_a_link_that_breaks_or_stalls_costs_time_only(
     depot: Depot, port: int, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanofed.federated.site.freight.SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr("nanofed.federated.site.lane.SILENCE_SECONDS", 1.0)
     values, answer = weights(), BF16.encode(weights(1))
     load, freight = lay(depot, values)
     link = Link(port)
@@ -224,7 +226,7 @@ def test_a_slow_line_carries_a_whole_piece(
     depot: Depot, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A piece takes longer than a silence may, and then its end waits in buffers: neither is a silence."""
-    monkeypatch.setattr("nanofed.federated.site.freight.SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr("nanofed.federated.site.lane.SILENCE_SECONDS", 0.5)
     values = {"w": weights()["big"][: PIECE_BYTES // 2 // 64]}
     answer = BF16.encode({"w": values["w"] + 1})
     load, freight = lay(depot, values, seconds=60.0)
@@ -236,6 +238,47 @@ def test_a_slow_line_carries_a_whole_piece(
     np.testing.assert_array_equal(load.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
     load.close()
     link.close()
+
+
+def test_a_delivery_ends_with_its_round(depot: Depot, port: int) -> None:
+    """A line too slow for its piece is not sent to until the piece is through: the next round is waiting."""
+    values = weights()
+    load, freight = lay(depot, values, seconds=2.0)
+    link = Link(port)
+    link.bytes_per_second = 1e5
+    started = time.monotonic()
+    with pytest.raises(ChannelError, match="did not pass to or from"):
+        Road(f"127.0.0.1:{link.port}").deliver(freight, BF16.encode(values))
+    assert time.monotonic() - started < 6
+    link.close()
+    load.close()
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_server_that_cannot_is_asked_again_for_a_while(
+    lasting: bool, depot: Depot, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, answer = weights(), BF16.encode(weights(1))
+    load, freight = lay(depot, values)
+    tries, real = itertools.count(), os.pwrite
+
+    def full(*args: Any) -> int:
+        if lasting or next(tries) < 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr("nanofed.federated.site.freight.UNABLE_SECONDS", 1.0 if lasting else 10.0)
+    road = Road(f"127.0.0.1:{port}")
+    if lasting:
+        started = time.monotonic()
+        with pytest.raises(ChannelError, match="the server's disk: No space left on device"):
+            road.deliver(freight, answer)
+        assert time.monotonic() - started < 6, "its round has 30 s"
+    else:
+        road.deliver(freight, answer)
+        np.testing.assert_array_equal(load.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
+    load.close()
 
 
 def test_weights_take_the_machines_way_out(
@@ -255,9 +298,10 @@ def test_weights_take_the_machines_way_out(
         assert {line for line, _ in asked} == {f"CONNECT 127.0.0.1:{perimeter.port}"}
         assert {words for _, words in asked} == {"Basic " + b64encode(b"me:p@ss").decode()}
         count = len(asked)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        os.close(cast(int, road.fetch(freight)[1]))
-        assert len(asked) == count
+        for around in ("127.0.0.1", f"127.0.0.1:{perimeter.port}", "elsewhere, *"):
+            monkeypatch.setenv("NO_PROXY", around)
+            os.close(cast(int, road.fetch(freight)[1]))
+            assert len(asked) == count
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
         with pytest.raises(ChannelError, match="this machine's is socks5://"):

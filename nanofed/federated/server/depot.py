@@ -139,7 +139,7 @@ class _Laid:
 
     def drop(self, client: str) -> None:
         if client in self._held:
-            os.close(self._held.pop(client))  # and with it the lock
+            os.close(self._held.pop(client))  # the lock goes with the last array
 
     def close(self) -> None:
         self._depot.remove()

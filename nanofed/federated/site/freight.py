@@ -5,13 +5,10 @@ Nothing but the standard library and what Flower's client process has imported a
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import mmap
 import os
-import socket
-import ssl
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 import numpy.typing as npt
@@ -31,22 +26,18 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from nanofed.federated.site.channel import ChannelError, Packed, memory_file, sizes_of
+from nanofed.federated.site.lane import Lane, check_time
 from nanofed.federated.wire.freight import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH, Freight
 
 LANES = 2  # pieces under way at a time: one fills the pause in which the other is answered
-SILENCE_SECONDS = 30.0  # without a byte, after which a connection is given up and the piece sent again
-ANSWER_SECONDS = (
-    90.0  # likewise, once all is sent: some of it waits in buffers on its way, and the server takes its time
-)
-BLOCK_BYTES = 64 << 10  # Python counts a time limit for all of what is sent at once
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # between two tries
+UNABLE_SECONDS = 15.0  # after which one who says that he cannot is believed, so that the server still hears why
+UNABLE = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE)
 AGAIN = (
     HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.INTERNAL_SERVER_ERROR,
     HTTPStatus.BAD_GATEWAY,
     HTTPStatus.SERVICE_UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT,
-    HTTPStatus.INSUFFICIENT_STORAGE,
 )
 MAX_ANSWER = 1 << 16  # bytes of a refusal that are read
 
@@ -55,6 +46,10 @@ Piece = tuple[int, list[memoryview]]  # the first byte of it, and its bytes
 
 class Over(ChannelError):
     """What was asked for is not in the depot any more: the round is over."""
+
+
+class _Unable(http.client.HTTPException):
+    """The server says that it cannot."""
 
 
 class Road:
@@ -111,13 +106,13 @@ class Road:
         views = [memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) for array in arrays]  # type: ignore[arg-type]
         self._move(list(_pieces(views)), freight, self._push)
 
-    def _move(self, pieces: Sequence[Piece], freight: Freight, move: Callable[[_Lane, Freight, Piece], None]) -> None:
+    def _move(self, pieces: Sequence[Piece], freight: Freight, move: Callable[[Lane, Freight, Piece], None]) -> None:
         """Move all pieces, several at a time, each again until it is there or the time is over."""
         queue = iter(pieces)
         failed: list[Exception] = []
 
         def lane() -> None:
-            with _Lane(self._address, self._authority) as connection:
+            with Lane(self._address, self._authority) as connection:
                 for piece in queue:
                     self._persist(freight, lambda: move(connection, freight, piece), failed)  # noqa: B023
                     if failed:
@@ -133,14 +128,15 @@ class Road:
             raise failed[0]
 
     def _persist(self, freight: Freight, attempt: Callable[[], None], failed: Sequence[Exception]) -> None:
-        pause = FIRST_PAUSE
+        pause, end = FIRST_PAUSE, self._end(freight)
         while not failed:
             try:
                 attempt()
                 return
             except (OSError, http.client.HTTPException) as error:
-                left = freight.seconds - (time.monotonic() - self._began)
-                if left < pause:
+                if isinstance(error, _Unable) or str(error).startswith("Tunnel connection failed"):
+                    end = min(end, time.monotonic() + UNABLE_SECONDS)
+                if end - time.monotonic() < pause:
                     reason = str(error) or type(error).__name__
                     raise ChannelError(
                         f"the weights did not pass to or from {self._server} in time: {reason}"
@@ -148,24 +144,29 @@ class Road:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _pull(self, lane: _Lane, freight: Freight, piece: Piece) -> None:
+    def _end(self, freight: Freight) -> float:
+        """Return when the round is over, on the monotonic clock."""
+        return self._began + freight.seconds
+
+    def _pull(self, lane: Lane, freight: Freight, piece: Piece) -> None:
         offset, (into,) = piece
         headers = self._headers(freight.ticket, offset) | {LENGTH: str(len(into))}
-        with lane.asked(PULL, headers, []) as answer:
+        with lane.asked(PULL, headers, [], self._end(freight)) as answer:
             self._check(answer)
             if answer.length != len(into):
                 raise ChannelError(f"{self._server} answers with {answer.length} bytes, not with {len(into)}")
             done = 0
             while done < len(into):
+                check_time(self._end(freight))
                 with into[done:] as rest:  # let go whatever happens: the memory below is to be closed
                     count = answer.readinto(rest)
                 if not count:
                     raise http.client.IncompleteRead(b"", len(into) - done)
                 done += count
 
-    def _push(self, lane: _Lane, freight: Freight, piece: Piece) -> None:
+    def _push(self, lane: Lane, freight: Freight, piece: Piece) -> None:
         offset, views = piece
-        with lane.asked(PUSH, self._headers(freight.answer, offset), views) as answer:
+        with lane.asked(PUSH, self._headers(freight.answer, offset), views, self._end(freight)) as answer:
             self._check(answer)
 
     def _headers(self, ticket: str, offset: int) -> dict[str, str]:
@@ -189,48 +190,12 @@ class Road:
             detail = str(json.loads(said)["detail"])[:300]
         except (ValueError, KeyError, TypeError):
             detail = f"HTTP status {answer.status}"
+        if answer.status in UNABLE:
+            raise _Unable(detail)
         if answer.status in AGAIN:
             raise http.client.HTTPException(detail)
         kind = Over if answer.status == HTTPStatus.NOT_FOUND else ChannelError
         raise kind(f"{self._server} refuses the weights' way: {detail}")
-
-
-class _Lane:
-    """One connection, made anew after every failure."""
-
-    def __init__(self, address: tuple[str, int], authority: Path | None) -> None:
-        self._connection: http.client.HTTPConnection
-        if authority is None:
-            self._connection = http.client.HTTPConnection(*address, timeout=SILENCE_SECONDS)
-            return
-        context = ssl.create_default_context(cafile=str(authority))
-        proxy = _proxy(address[0])
-        first = address if proxy is None else (proxy.hostname or "", proxy.port or 80)
-        self._connection = http.client.HTTPSConnection(*first, timeout=SILENCE_SECONDS, context=context)
-        if proxy is not None:
-            self._connection.set_tunnel(*address, headers=_credentials(proxy))
-
-    def __enter__(self) -> _Lane:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-
-    @contextlib.contextmanager
-    def asked(self, path: str, headers: dict[str, str], body: list[memoryview]) -> Iterator[http.client.HTTPResponse]:
-        """Make a call and yield its answer; the connection is kept where the block ends well."""
-        length = sum(map(len, body))
-        try:
-            self._connection.request("POST", path, _blocks(body), {**headers, "Content-Length": str(length)})
-            line: socket.socket = self._connection.sock
-            line.settimeout(ANSWER_SECONDS)
-            answer = self._connection.getresponse()
-            line.settimeout(SILENCE_SECONDS)
-            yield answer
-            answer.read()
-        except BaseException:
-            self._connection.close()
-            raise
 
 
 def _pieces(views: Sequence[memoryview]) -> Iterator[Piece]:
@@ -248,32 +213,3 @@ def _pieces(views: Sequence[memoryview]) -> Iterator[Piece]:
                 offset, size, piece = offset + size, 0, []
     if piece:
         yield offset, piece
-
-
-def _blocks(views: Sequence[memoryview]) -> Iterator[memoryview]:
-    for view in views:
-        for start in range(0, len(view), BLOCK_BYTES):
-            yield view[start : start + BLOCK_BYTES]
-
-
-def _proxy(host: str) -> SplitResult | None:
-    """Return the proxy through which this machine reaches others, None for none: the one that Flower's own calls take.
-
-    Raises:
-        ChannelError: it is of a kind that Python's own HTTP client does not know.
-    """
-    found = getproxies()
-    url = found.get("https") or found.get("all")
-    if not url or proxy_bypass(host):
-        return None
-    proxy = urlsplit(url if "://" in url else f"http://{url}")
-    if proxy.scheme != "http":
-        raise ChannelError(f"weights can pass a proxy at http://HOST:PORT, this machine's is {proxy.scheme}://")
-    return proxy
-
-
-def _credentials(proxy: SplitResult) -> dict[str, str]:
-    if proxy.username is None:
-        return {}
-    words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {b64encode(words.encode()).decode('ascii')}"}
