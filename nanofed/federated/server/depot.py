@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, Message
 from nanofed.errors import NanofedError
 from nanofed.federated.server.carriage import Load
 from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError
-from nanofed.federated.wire.freight import Freight
+from nanofed.federated.wire.freight import Freight, layout_of
 
 DOWN, UP = "down", "up"  # folders: of weights to be fetched, and of room for answers
 
@@ -56,39 +56,20 @@ class Depot:
             NanofedError: the disk has no room for it.
         """
         self.remove()
-        ticket = secrets.token_hex(16)
-        path = self._folder / DOWN / ticket
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(file, 0, size)  # a mapped page for which there is no room would end this process
-                mapped = mmap.mmap(file, size)
-            finally:
-                os.close(file)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise self._failed(error) from error
-        self._ticket = ticket
+        self._ticket, mapped = self._file(DOWN, size)
         return mapped
 
     def load(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> Load:
         """Make room for the answers to the weights that `room` was given for."""
-        layout = [[array.dtype.str, list(array.shape)] for array in payload]
+        layout = layout_of(payload)
         tickets: dict[str, str] = {}
         try:
             for client in clients if answer_bytes else ():
-                ticket = secrets.token_hex(16)
-                path = self._folder / UP / ticket
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                tickets[client] = ticket
-                try:
-                    os.posix_fallocate(file, 0, answer_bytes)  # before anybody trains for an answer that has no room
-                finally:
-                    os.close(file)
-        except OSError as error:
+                tickets[client], _ = self._file(UP, answer_bytes)  # before anybody trains for what has no room
+        except NanofedError:
             for ticket in tickets.values():
                 (self._folder / UP / ticket).unlink(missing_ok=True)
-            raise self._failed(error) from error
+            raise
         freights = {
             client: Freight(self._ticket, layout, tickets.get(client, ""), answer_bytes, seconds) for client in clients
         }
@@ -99,6 +80,25 @@ class Depot:
         if self._ticket:
             (self._folder / DOWN / self._ticket).unlink(missing_ok=True)
             self._ticket = ""
+
+    def _file(self, where: str, size: int) -> tuple[str, mmap.mmap]:
+        """Make a file of so many bytes, and return its ticket and its bytes.
+
+        Raises:
+            NanofedError: the disk has no room for it; there is none then.
+        """
+        ticket = secrets.token_hex(16)
+        path = self._folder / where / ticket
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(file, 0, size)  # a mapped page for which there is no room would end this process
+                return ticket, mmap.mmap(file, size)
+            finally:
+                os.close(file)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> NanofedError:
         return NanofedError(f"the round's weights cannot be kept in {self._folder}: {error.strerror or error}")

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanofed.errors import NanofedError
+from nanofed.federated.wire.freight import layout_of
 
 Arrays = list[npt.NDArray[np.generic]]
 
@@ -144,7 +145,7 @@ class MemoryRoom:
     def packed(self, arrays: Sequence[npt.NDArray[np.generic]]) -> Packed:
         """Return arrays that fill the buffer, one after the other, ready to be sent; their file is the receiver's then."""
         file, self._file = self._file, None
-        return Packed(_layout(arrays), file)
+        return Packed(layout_of(arrays), file)
 
     def close(self) -> None:
         """Close the file, if it was not sent."""
@@ -232,15 +233,11 @@ def _packed(arrays: Sequence[npt.NDArray[np.generic]] | Packed) -> Packed:
     return arrays if isinstance(arrays, Packed) else pack(arrays)
 
 
-def _layout(arrays: Sequence[npt.NDArray[np.generic]]) -> list[Any]:
-    return [[array.dtype.str, list(array.shape)] for array in arrays]
-
-
 def pack(arrays: Sequence[npt.NDArray[np.generic]]) -> Packed:
     """Write arrays into a file in memory: return their dtypes and shapes, and its descriptor, None where there are none."""
     if not arrays:
         return Packed([], None)
-    layout = _layout(arrays)
+    layout = layout_of(arrays)
     file = memory_file()
     try:
         for array in arrays:
@@ -269,7 +266,7 @@ def unpack(layout: Any, file: int | None) -> Arrays:
         ChannelError: the layout is none, or does not describe this file.
     """
     described = [_array_kind(entry) for entry in _as_list(layout)]
-    size = sum(sizes_of(layout))
+    size = bytes_of(layout)
     if file is None:
         if described:
             raise ChannelError(f"{len(described)} arrays are announced and none came")
@@ -287,13 +284,13 @@ def unpack(layout: Any, file: int | None) -> Arrays:
     return arrays
 
 
-def sizes_of(layout: Any) -> list[int]:
-    """Return the bytes of each array of a layout.
+def bytes_of(layout: Any) -> int:
+    """Return how many bytes the arrays of a layout have together.
 
     Raises:
         ChannelError: it is none.
     """
-    return [dtype.itemsize * math.prod(shape) for dtype, shape in map(_array_kind, _as_list(layout))]
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in map(_array_kind, _as_list(layout)))
 
 
 def _as_list(layout: Any) -> list[Any]:

@@ -25,7 +25,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from nanofed.federated.site.channel import ChannelError, Packed, memory_file, sizes_of
+from nanofed.federated.site.channel import ChannelError, Packed, bytes_of, memory_file
 from nanofed.federated.site.lane import Lane, check_time
 from nanofed.federated.wire.freight import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH, Freight
 
@@ -76,7 +76,7 @@ class Road:
             Over: the round is.
             ChannelError: the server cannot be reached in its time, or refuses.
         """
-        size = sum(sizes_of(freight.layout))
+        size = bytes_of(freight.layout)
         file = memory_file()
         try:
             os.ftruncate(file, size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, over_blocks
+from nanofed.federated.wire.freight import layout_of
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides
@@ -287,9 +288,8 @@ def hash_arrays(arrays: Sequence[npt.NDArray[np.generic]]) -> str:
     def worker() -> Callable[[npt.NDArray[np.generic]], str]:
         return lambda array: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
-    headers = [[array.dtype.str, list(array.shape)] for array in arrays]
     digests = in_threads(arrays, worker)
-    return hashlib.sha256(json.dumps(list(zip(headers, digests, strict=True))).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(list(zip(layout_of(arrays), digests, strict=True))).encode()).hexdigest()
 
 
 def payload_bytes(arrays: Sequence[npt.NDArray[np.generic]]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ LENGTH = "nanofed-length"  # bytes of a piece that is pulled
 OCTETS = "application/octet-stream"
 PIECE_BYTES = 16 << 20  # of one call
 TICKET = re.compile(r"[0-9a-f]{32}")  # 128 random bits: who has it may make the call, once the proxy knows the site
+
+
+def layout_of(arrays: Iterable[Any]) -> list[list[Any]]:
+    """Return dtype and shape of each of some NumPy arrays, as JSON can say them."""
+    return [[array.dtype.str, list(array.shape)] for array in arrays]
 
 
 @dataclass(frozen=True)
