@@ -25,6 +25,7 @@ from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.garbage import Settled
+from nanofed.training.recipe import accumulation_steps
 from nanofed.training.strategy import FabricShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Worker:
         args: of `nanofed federate`.
 
     Raises:
-        ConfigError: the arguments or devices are wrong.
+        ConfigError: the arguments or devices are wrong, or a batch does not divide into these devices'.
         DataError: shards or tokenizer are.
     """
 
@@ -84,6 +85,13 @@ class Worker:
         self._module, self._data = arguments.build()
         self._fabric = _fabric(arguments)
         self._fabric.launch()
+        if arguments.federation.global_batch_tokens is None:  # else it depends on who else is there
+            accumulation_steps(
+                self._module.recipe.batch_tokens,
+                device_batch_size=self._data.device_batch_size,
+                sequence_len=self._data.sequence_len,
+                world_size=self._fabric.world_size,
+            )
         self._trainer = FabricTrainer(self._module, self._data, self._fabric, state, durable=True)
         self._unwritten = 0  # states, after the last round
 
