@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanofed.errors import DataError
+from nanofed.files import write_atomically
 
 MANIFEST = "dataset.json"
 FORMAT_VERSION = 1
@@ -40,13 +39,7 @@ class Manifest:
         """Write `dataset.json` into a folder, atomically."""
         shards = {name: vars(recorded) for name, recorded in sorted(self.shards.items())}
         content = {"format_version": FORMAT_VERSION, **self.provenance, "validation": self.validation, "shards": shards}
-        temporary = folder / f"{MANIFEST}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST)
+        write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -89,9 +82,3 @@ def _recorded(path: Path, name: str, entry: Mapping[str, Any]) -> Recorded:
     if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256) or not numbers:
         raise DataError(f"{path}: the entry of {name} needs a sha256, and bytes and rows above 0")
     return Recorded(sha256, size, rows)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanofed.data.manifest import MANIFEST, Manifest, Recorded, file_sha256, read_manifest, safe_name
+from nanofed.data.manifest import MANIFEST, Manifest, Recorded, read_manifest, safe_name
 from nanofed.errors import ConfigError, DataError
+from nanofed.files import sha256 as file_sha256
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -16,8 +16,8 @@ from pathlib import Path
 import requests
 from requests.auth import AuthBase
 
-from nanofed.data.manifest import file_sha256
 from nanofed.errors import DataError
+from nanofed.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Transfer:
     def _finish(self) -> None:
         note = self._note()
         problem = self._check(self._part)
-        if problem is None and note is not None and note.sha256 and file_sha256(self._part) != note.sha256:
+        if problem is None and note is not None and note.sha256 and sha256(self._part) != note.sha256:
             problem = "its sha256 is not the one that the server announced"
         if problem is not None:
             self._discard()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nanofed.errors import ConfigError, DataError
+from nanofed.files import write_atomically
 from nanofed.tokenizer.vocabulary import Vocabulary
 
 T = TypeVar("T")
@@ -134,23 +134,11 @@ def write_json(vocabulary: Vocabulary, folder: Path) -> Path:
     """
     text = to_json(vocabulary)
     path = folder / TOKENIZER_JSON
-    temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=folder, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        write_atomically(path, text)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanofed.errors import ConfigError
+from nanofed.files import sha256
 from nanofed.model import GPTConfig
 from nanofed.tokenizer import Tokenizer
 from nanofed.tokenizer.storage import TOKENIZER_JSON, to_json
@@ -276,7 +277,7 @@ def _verify(file: Path, entry: Mapping[str, Any]) -> None:
         if time.time_ns() - status.st_mtime_ns > SETTLED_SECONDS * 1e9:
             digest = _settled_sha256(file, status.st_ino, status.st_mtime_ns)
         else:
-            digest = _sha256(file)
+            digest = sha256(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}): the checkpoint is damaged") from error
     if digest != entry["sha256"]:
@@ -285,12 +286,7 @@ def _verify(file: Path, entry: Mapping[str, Any]) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _settled_sha256(path: Path, inode: int, changed_ns: int) -> str:
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nanofed.errors import NanofedError
+from nanofed.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -199,18 +200,6 @@ def put_right(folder: Path, name: str) -> None:
             discard(path)
         else:
             path.rename(owner)
-
-
-def sync_folder(path: Path) -> None:
-    """Sync a folder's entries; some network file systems cannot, and do without."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _take_place(temporary: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.files import write_atomically
 from nanofed.training.checkpoint import checkpoints, find_checkpoint, newest_whole
 from nanofed.training.options import RunOptions
 
@@ -60,9 +61,7 @@ class Summary:
     def write(self, run: Path) -> None:
         """Write `summary.json` atomically."""
         content = {**asdict(self), "bpb_start": self.bpb_start, "bpb_end": self.bpb_end}
-        temporary = run / f".{SUMMARY}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(run / SUMMARY)
+        write_atomically(run / SUMMARY, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, run: Path) -> Summary:
@@ -102,9 +101,7 @@ def open_run(options: RunOptions, config: str) -> Path:
         if options.overwrite and is_used(run):
             shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
-        temporary = run / f".{CONFIG}.tmp"
-        temporary.write_text(config)
-        temporary.replace(run / CONFIG)
+        write_atomically(run / CONFIG, config)
     except OSError as error:
         raise NanofedError(
             f"the run folder {run} cannot be written: {error.strerror}; choose another --runs_dir"

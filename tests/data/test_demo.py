@@ -11,10 +11,11 @@ import pytest
 
 from nanofed.data import demo
 from nanofed.data.demo import build_demo_corpus
-from nanofed.data.manifest import MANIFEST, file_sha256
+from nanofed.data.manifest import MANIFEST
 from nanofed.data.shards import open_dataset, read_texts
 from nanofed.data.writing import write_shards
 from nanofed.errors import DataError
+from nanofed.files import sha256
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
 
 
 def texts(folder: Path) -> list[str]:

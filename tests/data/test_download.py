@@ -17,11 +17,12 @@ import pytest
 
 from nanofed.data import transfer
 from nanofed.data.download import download
-from nanofed.data.manifest import MANIFEST, file_sha256, read_manifest
+from nanofed.data.manifest import MANIFEST, read_manifest
 from nanofed.data.shards import Dataset, open_dataset, verify_shard
 from nanofed.data.transfer import Retry
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
+from nanofed.files import sha256
 from tests.data.hub import Hub, make_files, serving
 
 FAST = Retry(attempts=3, backoff=0.01)
@@ -59,7 +60,7 @@ def assert_whole(output: Path, hub: Hub, num_shards: int = 2) -> None:
     manifest = read_manifest(output)
     assert manifest is not None
     assert manifest.validation == VALIDATION
-    assert {n: r.sha256 for n, r in manifest.shards.items()} == {n: file_sha256(output / n) for n in names}
+    assert {n: r.sha256 for n, r in manifest.shards.items()} == {n: sha256(output / n) for n in names}
     assert sorted(p.name for p in output.iterdir() if p.name != ".download.lock") == sorted([MANIFEST, *names])
 
 

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanofed.data.manifest import file_sha256, read_manifest
+from nanofed.data.manifest import read_manifest
 from nanofed.data.pack import pack
 from nanofed.data.shards import Dataset, open_dataset, read_texts
 from nanofed.errors import ConfigError, DataError
+from nanofed.files import sha256
 
 
 def texts(dataset: Dataset) -> list[str]:
@@ -19,7 +20,7 @@ def texts(dataset: Dataset) -> list[str]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanofed.data import shards as shards_module
-from nanofed.data.manifest import MANIFEST, file_sha256, read_manifest
+from nanofed.data.manifest import MANIFEST, read_manifest
 from nanofed.data.shards import Dataset, Shard, open_dataset, read_shard, read_texts, verify_shard
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
+from nanofed.files import sha256
 
 DOCUMENTS = [f"Document {i}: é ∑ 🙂 " + "words " * (i % 17) for i in range(100)]
 
@@ -44,7 +45,7 @@ def test_what_was_written_is_read(dataset: Dataset) -> None:
         assert shard.row_group_rows == (8, 8, 8, 1)
         assert shard.num_rows == 25
         assert shard.num_bytes == shard.path.stat().st_size
-        assert shard.sha256 == file_sha256(shard.path)
+        assert shard.sha256 == sha256(shard.path)
         text = sum(len(document.encode()) for document in DOCUMENTS[index::4])
         assert text < shard.text_bytes < text + 4 * 25 + 4 * 100  # four bytes of length a text, and page headers
         assert verify_shard(shard.path) is None

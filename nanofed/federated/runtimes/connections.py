@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from flwr.cli.constant import DEFAULT_FLOWER_CONFIG_TOML, FLOWER_CONFIG_FILE
 
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.files import write_atomically
 
 START = "# >>> nanofed federate --runtime simulation writes this block anew each time"
 END = "# <<< nanofed"
@@ -79,7 +78,8 @@ def write_connections(home: Path, connections: dict[str, Resources]) -> list[str
         new = f"{others.rstrip()}\n\n{block}\n" if mine else others
         _parse(new, path)
         if not path.exists() or new != text:
-            _replace(path, new)
+            mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+            write_atomically(path, new, mode=mode)
     except OSError as error:
         raise NanofedError(f"Flower's connections file {path} cannot be written: {error.strerror}") from error
     return list(mine)
@@ -102,19 +102,3 @@ def _parse(text: str, path: Path) -> dict[str, dict[str, object]]:
         raise ConfigError(
             f"Flower's connections file {path} is no valid TOML ({error}): correct or remove it"
         ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all; a link is followed, the mode stays."""
-    path = path.resolve()
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

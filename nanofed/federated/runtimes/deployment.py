@@ -29,6 +29,7 @@ from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_fa
 from nanofed.federated.server.keys import Keys, load
 from nanofed.federated.server.signing import signature_in
 from nanofed.federated.wire.signature import SIGNATURE
+from nanofed.files import write_atomically
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run import Summary, is_used
 
@@ -253,9 +254,7 @@ class _Service:
                 logger.info("site %s may take part", name)
             else:
                 logger.warning("site %s cannot be registered: %.300s", name, " ".join(said.split()))
-        temporary = self._folder / f".{NODES}.tmp"
-        temporary.write_text(json.dumps(known))
-        temporary.replace(self._folder / NODES)
+        write_atomically(self._folder / NODES, json.dumps(known))
 
     def _start_proxy(self, keys: Keys) -> None:
         command = [sys.executable, "-m", "nanofed.federated.server.proxy", "--listen", self._options.listen]

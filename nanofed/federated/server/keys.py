@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import ipaddress
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.files import write_atomically
 
 HOST_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 LOOPBACK = ("localhost", "127.0.0.1")  # the SuperLink has the same certificate, and is called there
@@ -331,17 +329,5 @@ def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat)
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file for this user's eyes only, whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}."
-    )  # mode 0600 from the first moment
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    """Write a file that only this user can read, whole or not at all."""
+    write_atomically(path, content, mode=0o600)

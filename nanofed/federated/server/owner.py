@@ -17,6 +17,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from nanofed.errors import NanofedError
+from nanofed.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,8 @@ class Owner:
         """Write what the server is doing, for `nanofed status`; figures said before stay."""
         self._said |= figures
         known = {"pid": os.getpid(), "host": socket.gethostname(), "since": self._since, "when": time.time()}
-        temporary = self._run / f".{LIVE}.tmp"
         try:
-            temporary.write_text(json.dumps({**known, **self._said}) + "\n")
-            temporary.replace(self._run / LIVE)
+            write_atomically(self._run / LIVE, json.dumps({**known, **self._said}) + "\n")
         except OSError as error:  # it is for people who look on; the run does not need it
             logger.debug("%s cannot be written: %s", self._run / LIVE, error)
 

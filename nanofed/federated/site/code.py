@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from filelock import FileLock
 import nanofed
 from nanofed import runtime
 from nanofed.federated.wire.signature import DIGEST, PACKAGE, SOURCE, Signature, digest, read_trusted
-from nanofed.training.checkpoint_files import sync_folder
+from nanofed.files import sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +197,4 @@ class Code:
         sync_folder(self.folder)
 
     def _write(self, name: str, content: str) -> None:
-        temporary = self.folder / f".{name}.tmp"  # under the lock
-        with temporary.open("w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / name)
-        sync_folder(self.folder)
+        write_atomically(self.folder / name, content)

@@ -21,6 +21,7 @@ from nanofed.federated.server.proxy.guard import Guard, Limits, Visitor
 from nanofed.federated.server.proxy.relay import Relay, Upstream
 from nanofed.federated.server.proxy.sites import Sites
 from nanofed.federated.server.proxy.stream import Stream
+from nanofed.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -206,10 +207,8 @@ class Proxy:
         with contextlib.suppress(ConfigError):  # just being replaced
             ends = read_certificate(self.options.certificate).not_valid_after_utc
             figures["certificate_ends"] = ends.isoformat()
-        temporary = self.options.status.with_name(f".{self.options.status.name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(figures))
-            temporary.replace(self.options.status)
+            write_atomically(self.options.status, json.dumps(figures))
         except OSError as error:  # a full disk must not end the proxy
             logger.warning("the proxy's counters cannot be written to %s: %s", self.options.status, error.strerror)
 

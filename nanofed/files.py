@@ -1,0 +1,65 @@
+"""Small files written whole or not at all, and files hashed: the one place for each."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
+    """Write a file so that a reader, a crash or a power cut finds the old content or the new one, never a part.
+
+    The content is synced to disk under a temporary name in the same folder before it takes the file's name. A symbolic link
+    is followed: the file that it names is replaced, and the link stays.
+
+    Args:
+        path: file to write; its folder exists.
+        content: text is written as UTF-8.
+        mode: permissions of the new file, less those that the user's umask takes away; 0o600 keeps it from other users
+            from its first moment.
+
+    Raises:
+        OSError: the folder is missing or cannot be written; the old file is as it was.
+    """
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make a folder's entries durable; network file systems that cannot do that are left to their own ways.
+
+    Raises:
+        OSError: the folder cannot be opened, or the disk fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

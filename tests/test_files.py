@@ -1,0 +1,42 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from nanofed.files import sha256, write_atomically
+
+
+def test_a_file_that_cannot_be_written_keeps_its_old_content_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.json"
+    write_atomically(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+    assert path.read_text() == "old"
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "target"
+    link.symlink_to(target)
+    write_atomically(link, b"content")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"content"
+
+
+def test_a_private_file_is_for_its_user_only(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "key", "secret", mode=0o600)
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+
+
+def test_a_hash_is_of_the_content(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "empty", "")
+    assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
