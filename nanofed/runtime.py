@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nanofed.errors import NanofedError
+from nanofed.errors import ConfigError, NanofedError
 
 if TYPE_CHECKING:
     import torch
@@ -89,20 +92,59 @@ def config_file(name: str) -> Path:
 
 
 def has_compiler() -> bool:
-    """Tell whether a C++ compiler, which torch.compile needs on CPU, can be found."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
+    """Tell whether the C++ compiler that torch.compile would call on CPU can be found."""
+    return shutil.which(_compiler()) is not None
+
+
+def _compiler() -> str:
+    """Return the one C++ compiler that torch.compile looks for: `CXX`, by default g++ (clang++ on macOS)."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def why_not_compiled() -> str | None:
     """Return why torch.compile cannot work on this machine's CPU, None where it can."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
+    compiler = _compiler()
     if not has_compiler():
-        return "there is no C++ compiler"
+        if "CXX" not in os.environ:
+            return f"there is no C++ compiler ({compiler})"
+        hint = " (torch.compile takes it as the name of one program)" if len(compiler.split()) > 1 else ""
+        return f"CXX names {compiler!r}, which cannot be run{hint}"
     if not header.is_file():
         return f"Python's own headers are not installed ({header})"
     if any(character.isspace() for character in sysconfig.get_path("purelib")):
         return "torch is installed under a path with a space, which the compiler commands of torch.compile break at"
-    return None
+    return compiler_fault(compiler, "c++", "-std=c++20", "-fopenmp")
+
+
+@functools.cache
+def compiler_fault(compiler: str, language: str, *options: str) -> str | None:
+    """Return why a compiler cannot build an extension of Python, None where it can: it builds an empty one (0.4 s).
+
+    Args:
+        compiler: name or path of the program.
+        language: as the compiler's option -x takes it, `c` or `c++`.
+        options: further ones.
+    """
+    command = [compiler, "-x", language, *options, f"-I{sysconfig.get_path('include')}", "-shared", "-fPIC", "-", "-o"]
+    try:
+        with tempfile.TemporaryDirectory(prefix="nanofed-") as folder:
+            built = subprocess.run(
+                [*command, str(Path(folder) / "probe.so")],
+                input="#include <Python.h>\n",
+                text=True,
+                errors="replace",
+                capture_output=True,
+                timeout=60,
+                check=False,
+            )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the compiler {compiler} cannot be run: {error}"
+    if built.returncode == 0:
+        return None
+    said = built.stderr.strip().splitlines() or built.stdout.strip().splitlines()
+    reason = next((line for line in said if "error" in line), said[0] if said else f"exit code {built.returncode}")
+    return f"the compiler {compiler} cannot build a trivial program: {reason.strip()[:200]}"
 
 
 def is_first_rank() -> bool:
@@ -165,16 +207,19 @@ def default_compute_dtype(device: torch.device | str) -> torch.dtype:
 def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
     """Decide whether to compile: as asked, and under `auto` where compiling for the device can work.
 
-    Says so in one line (a warning) where there is none, since an eager model is several times slower.
+    Where it cannot, `auto` warns in one line, since an eager model is several times slower.
+
+    Raises:
+        ConfigError: compiling is asked for and cannot work.
     """
     import torch
 
-    if wanted != "auto":
-        return bool(wanted)
     kind = torch.device(device).type
-    if kind == "meta":
+    if not wanted or (wanted == "auto" and kind == "meta"):
         return False
-    why_not = None if kind == "cuda" else why_not_compiled()
+    why_not = None if kind in ("cuda", "meta") else why_not_compiled()
+    if why_not and wanted != "auto":
+        raise ConfigError(f"model.compile {wanted}: torch.compile cannot work here, since {why_not}")
     if why_not:
         logger.warning("the model runs eager, which is slower: %s", why_not)
     return why_not is None

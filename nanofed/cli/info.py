@@ -73,7 +73,8 @@ def _machine() -> dict[str, Any]:
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
         found["memory_available_bytes"] = int(lines["MemAvailable"].split()[0]) * 1024
-    return found | {"compiler": runtime.has_compiler()}
+    why_not = runtime.why_not_compiled()
+    return found | {"compiler": why_not is None, "why_not_compiled": why_not}
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -172,7 +173,7 @@ def _as_text(report: dict[str, Any]) -> str:
     add(
         "compiler",
         report["machine"],
-        lambda p: "found" if p["compiler"] else "none, so nothing is compiled",
+        lambda p: "found" if p["compiler"] else f"{p['why_not_compiled']}: models run eager",
     )
     for device in [report["devices"]] if isinstance(report["devices"], dict) else report["devices"]:
         add(device.get("device", "devices"), device, _device_text)
