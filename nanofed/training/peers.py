@@ -22,6 +22,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 FAILED = "nanofed/failed"  # the first failure, by which all of them end
 HEARD = "nanofed/heard"  # how many ranks know of it
 POLL = 0.5  # seconds between two looks
+JOIN_SECONDS = 10.0  # a store that never answers must not hold up the end of the run
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Peers:
         self._mine: Failure | None = None
         self._heard: Failure | None = None
         self._wake, self._answered, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="nanofed-peers", daemon=True)
 
     @property
     def children(self) -> list[subprocess.Popen[bytes]]:
@@ -72,7 +74,7 @@ class Peers:
             if rank != self.rank and there == here:
                 self._pids[rank] = pid
         self._store = store.clone()  # a connection of its own: the main thread may be waiting on the other one
-        threading.Thread(target=self._listen, name="nanofed-peers", daemon=True).start()
+        self._listener.start()
 
     def _listen(self) -> None:
         # A store whose rank is stopped answers nothing, for good: only this thread may wait for it.
@@ -156,6 +158,12 @@ class Peers:
         return self._died() if self.children else None
 
     def close(self) -> None:
-        """Stop listening: the run is over."""
+        """Stop listening, and wait until the thread that listens has ended.
+
+        Python ends a thread that comes back from a call of the store after the interpreter's end by unwinding its stack, and
+        C++ answers that with `std::terminate`: a rank whose thread lives on can end with SIGABRT after a finished run.
+        """
         self._closed.set()
         self._wake.set()
+        if self._listener.is_alive():
+            self._listener.join(JOIN_SECONDS)

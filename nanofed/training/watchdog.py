@@ -96,7 +96,8 @@ class Watchdog(Callback):
             yield
             return
         peers = self._peers = Peers(trainer)
-        threading.Thread(target=self._watch, args=(peers,), name="nanofed-watchdog", daemon=True).start()
+        watching = threading.Thread(target=self._watch, args=(peers,), name="nanofed-watchdog", daemon=True)
+        watching.start()
         try:
             yield
             self._expect("save")
@@ -105,6 +106,7 @@ class Watchdog(Callback):
             self._fail(peers, error)
         finally:  # also of an end that was asked for, by SIGINT or SIGTERM: all ranks got it
             self._done.set()
+            watching.join()  # no thread of the run may outlive it: see Peers.close
             peers.close()
         failure = peers.await_children(60.0)
         if failure is not None:

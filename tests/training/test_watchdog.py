@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nanofed.errors import ConfigError
-from nanofed.training import watchdog
+from nanofed.training import peers, watchdog
 from nanofed.training.peers import POLL
 from nanofed.training.watchdog import GRACE, Limits, Watchdog
 
@@ -65,3 +68,28 @@ def test_the_default_ends_a_hang_within_130_seconds() -> None:
 def test_no_time_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match=r"watchdog\.save must be"):
         Limits(save=seconds)
+
+
+def test_no_thread_outlives_a_run_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that returns from torch's store after the interpreter's end makes the process end with SIGABRT."""
+    asked = threading.Event()
+
+    def answer_late(keys: list[str]) -> bool:
+        asked.set()
+        time.sleep(0.3)
+        return False
+
+    store = SimpleNamespace(
+        set=lambda key, value: None, get=lambda key: json.dumps([0, "other", "", 1]), check=answer_late
+    )
+    store.clone = lambda: store
+    monkeypatch.setattr(
+        peers, "dist", SimpleNamespace(distributed_c10d=SimpleNamespace(_get_default_store=lambda: store))
+    )
+    strategy = SimpleNamespace(launcher=None, barrier=lambda name: None)
+    trainer: Any = SimpleNamespace(global_rank=1, node_rank=0, world_size=2, strategy=strategy)
+    dog = Watchdog(LIMITS)
+    with dog.over(trainer):
+        dog.setup(trainer, trainer, "fit")
+        assert asked.wait(30)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("nanofed-")] == []
