@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,28 +95,49 @@ def config_file(name: str) -> Path:
 
 def has_compiler() -> bool:
     """Tell whether the C++ compiler that torch.compile would call on CPU can be found."""
-    return shutil.which(_compiler()) is not None
+    return shutil.which(_compiler("cpu")) is not None
 
 
-def _compiler() -> str:
-    """Return the one C++ compiler that torch.compile looks for: `CXX`, by default g++ (clang++ on macOS)."""
+def _compiler(kind: str) -> str:
+    """Return the one compiler that torch.compile calls: C++'s on a CPU, C's (which Triton calls) on a GPU.
+
+    It is what `CXX` or `CC` names; by default g++ (clang++ on macOS), or the first of gcc and clang that there is.
+    """
+    if kind == "cuda":
+        return os.environ.get("CC") or ("clang" if shutil.which("clang") and not shutil.which("gcc") else "gcc")
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
-def why_not_compiled() -> str | None:
-    """Return why torch.compile cannot work on this machine's CPU, None where it can."""
+def why_not_compiled(device: torch.device | str = "cpu") -> str | None:
+    """Return why torch.compile cannot work on this machine for a device, None where it can."""
+    kind = str(device).partition(":")[0]
+    if kind == "meta":
+        return None
+    variable, language = ("CC", "C") if kind == "cuda" else ("CXX", "C++")
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    compiler = _compiler()
-    if not has_compiler():
-        if "CXX" not in os.environ:
-            return f"there is no C++ compiler ({compiler})"
+    compiler = _compiler(kind)
+    if shutil.which(compiler) is None:
+        if not os.environ.get(variable):
+            return f"there is no {language} compiler ({compiler})"
         hint = " (torch.compile takes it as the name of one program)" if len(compiler.split()) > 1 else ""
-        return f"CXX names {compiler!r}, which cannot be run{hint}"
+        return f"{variable} names {compiler!r}, which cannot be run{hint}"
     if not header.is_file():
         return f"Python's own headers are not installed ({header})"
+    if kind == "cuda":
+        return _triton_fault(device) or compiler_fault(compiler, "c")
     if any(character.isspace() for character in sysconfig.get_path("purelib")):
         return "torch is installed under a path with a space, which the compiler commands of torch.compile break at"
     return compiler_fault(compiler, "c++", "-std=c++20", "-fopenmp")
+
+
+def _triton_fault(device: torch.device | str) -> str | None:
+    """Return why Triton makes no code for a GPU, None where it does."""
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"Triton has no code for a GPU of compute capability {major}.{minor}" if major < 7 else None
 
 
 @functools.cache
@@ -214,10 +237,9 @@ def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
     """
     import torch
 
-    kind = torch.device(device).type
-    if not wanted or (wanted == "auto" and kind == "meta"):
+    if not wanted or (wanted == "auto" and torch.device(device).type == "meta"):
         return False
-    why_not = None if kind in ("cuda", "meta") else why_not_compiled()
+    why_not = why_not_compiled(device)
     if why_not and wanted != "auto":
         raise ConfigError(f"model.compile {wanted}: torch.compile cannot work here, since {why_not}")
     if why_not:
@@ -230,26 +252,92 @@ def keep_compiled_code() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "inductor"))
 
 
-# Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity).
+# Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity), by what a GPU's name holds: the first
+# that fits, so cards with less power (PCIe, NVL) stand before the SXM modules of their generation.
 _PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
+    r"H100 PCIe|H800 PCIe": 756e12,
+    r"H100 NVL|H200 NVL": 835e12,
+    r"H100|H200|GH200|H800": 989e12,
+    r"H20\b": 148e12,
+    r"GB200": 2500e12,
+    r"B200": 2250e12,
+    r"A100|A800": 312e12,
+    r"L40S": 362e12,
+    r"L4\b": 121e12,
+    r"RTX 4090$": 165e12,
 }
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """Return the device's bf16 peak in FLOP/s, None where it is not known (CPUs among them)."""
+    """Return the device's bf16 peak in FLOP/s, None where it is not known (CPUs and parts of a GPU among them)."""
     import torch
 
     if torch.device(device).type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+    if " MIG " in name:
+        return None
+    return next((peak for pattern, peak in _PEAK_FLOPS.items() if re.search(pattern, name)), None)
+
+
+# The oldest NVIDIA driver for the CUDA that a build of torch has, by CUDA's major version (NVIDIA's CUDA compatibility guide).
+_DRIVERS = {12: 525, 13: 580}
+
+
+def why_gpu_is_unused(root: Path = Path("/")) -> str | None:
+    """Return why torch cannot use the NVIDIA GPU that is in this machine; None where it can, where none is, or none is wanted.
+
+    Args:
+        root: where `proc`, `sys` and `dev` lie.
+    """
+    import torch
+
+    driver = nvidia_driver(root)
+    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ or not (driver or _nvidia_devices(root)):
+        return None
+    version = torch.version.cuda
+    if version is None:
+        return f"torch {torch.__version__} is a build without CUDA: install another one"
+    least = _DRIVERS.get(int(version.split(".")[0]), 0)
+    if driver is None:
+        return f"no NVIDIA driver is loaded (torch {torch.__version__} needs {least} or newer)"
+    if int(driver.split(".")[0]) < least:
+        return (
+            f"torch {torch.__version__} needs an NVIDIA driver of version {least} or newer and this one is {driver}: update the "
+            "driver, or install a torch for an older CUDA (https://pytorch.org/get-started)"
+        )
+    return f"torch {torch.__version__} finds no GPU that it can open, with driver {driver}"
+
+
+def nvidia_driver(root: Path = Path("/")) -> str | None:
+    """Return the version of the NVIDIA driver that Linux has loaded, such as 580.65.06; None where it has none."""
+    try:
+        text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found[0] if found else None
+
+
+def _nvidia_devices(root: Path) -> list[str]:
+    """Return the NVIDIA GPUs that Linux sees on its buses (PCI vendor 0x10de, class 0x03: display controllers)."""
+    found = []
+    for device in (root / "sys/bus/pci/devices").glob("*"):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        if vendor == "0x10de" and kind.startswith("0x03"):
+            found.append(device.name)
+    return found
+
+
+@functools.cache  # once a process
+def warn_of_unused_gpu(accelerator: str) -> None:
+    """Say in one line (a warning) that a run trains on the CPU although a GPU is in the machine, unless `cpu` is asked for."""
+    why = why_gpu_is_unused() if accelerator == "auto" else None
+    if why and is_first_rank():
+        logger.warning("training on the CPU although this machine has an NVIDIA GPU: %s", why)
 
 
 def keep_freed_memory() -> None:

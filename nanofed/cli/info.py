@@ -74,7 +74,8 @@ def _machine() -> dict[str, Any]:
         lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
         found["memory_available_bytes"] = int(lines["MemAvailable"].split()[0]) * 1024
     why_not = runtime.why_not_compiled()
-    return found | {"compiler": why_not is None, "why_not_compiled": why_not}
+    compiler = {"compiler": why_not is None, "why_not_compiled": why_not}
+    return found | compiler | {"nvidia_driver": runtime.nvidia_driver()}
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -86,9 +87,13 @@ def _devices() -> list[dict[str, Any]]:
     found = [device(_cpu_name(), "cpu", threads=torch.get_num_threads())]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(device(properties.name, f"cuda:{index}", memory_bytes=properties.total_memory))
+        kind = f"cuda:{index}"
+        why_not = runtime.why_not_compiled(kind)
+        found.append(device(properties.name, kind, memory_bytes=properties.total_memory, why_not_compiled=why_not))
     if torch.backends.mps.is_available():
         found.append(device("Apple GPU", "mps"))
+    if why := runtime.why_gpu_is_unused():
+        found.append({"device": "gpu", "name": "an NVIDIA GPU", "unused": why})
     return found
 
 
@@ -177,6 +182,8 @@ def _as_text(report: dict[str, Any]) -> str:
     )
     for device in [report["devices"]] if isinstance(report["devices"], dict) else report["devices"]:
         add(device.get("device", "devices"), device, _device_text)
+    if driver := report["machine"].get("nvidia_driver"):
+        rows.append(("driver", f"NVIDIA {driver}"))
     add("network", report["network"], lambda p: f"{'online' if p['online'] else 'offline'}, asked {p['endpoint']}")
     add("cache", report["caches"], lambda p: f"{p['base_dir']}, {_gib(p['free_bytes'])} free on its disk")
     for name, part in report["data"].items():
@@ -198,9 +205,12 @@ def _machine_text(part: dict[str, Any]) -> str:
 
 
 def _device_text(part: dict[str, Any]) -> str:
+    if "unused" in part:
+        return f"{part['name']} that is not used: {part['unused']}"
+    eager = f", models run eager: {part['why_not_compiled']}" if part.get("why_not_compiled") else ""
     memory = f", {_gib(part['memory_bytes'])}" if "memory_bytes" in part else ""
     threads = f", {part['threads']} threads" if "threads" in part else ""
-    return f"{part['name']}{memory}{threads}, computes in {part['compute_dtype']}"
+    return f"{part['name']}{memory}{threads}, computes in {part['compute_dtype']}{eager}"
 
 
 def _dataset_text(part: dict[str, Any]) -> str:

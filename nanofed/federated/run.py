@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from lightning import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.arguments import Arguments
 from nanofed.federated.runtimes.app import client_app, server_app
@@ -52,6 +53,7 @@ class Federation(Arguments):
             raise ConfigError(
                 f"fabric.devices={options.devices}: in process and in simulation a client trains on one device; set it to 1"
             )
+        runtime.warn_of_unused_gpu(options.accelerator)
         try:
             return Fabric(accelerator=options.accelerator, devices=1)
         except (MisconfigurationException, RuntimeError) as error:  # devices that are not there

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanofed.model.blocked_attention import blocked_attention
+from nanofed.model.config import GPTConfig
+
+KERNELS = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.EFFICIENT_ATTENTION: "PyTorch's memory-efficient kernel",
+    SDPBackend.MATH: "plain matrix products",
+}
 
 # The longest rows for which the blocked kernel beats SDPA's flash kernel on CPU, forward and backward (measured: fp32 on
 # AVX2 1.2x at 512, 1.0x at 1,024, slower at 2,048; bf16 on AVX512-BF16 2.5x at 512 and 1.6x at 2,048).
@@ -16,7 +26,7 @@ BLOCKED_LONGEST = {torch.float32: 512, torch.bfloat16: 2048}
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Let each query attend to the keys up to its own position.
 
-    On CUDA this is SDPA, which picks cuDNN, flash (version 3 or 4 where `use_flash_attention` found one) or its own.
+    On CUDA this is SDPA, which picks cuDNN, FlashAttention or its own kernel (`attention_kernel` says which).
 
     Args:
         q: RMS-normed queries (B, Tq, n_head, D); they are the last Tq of the Tk positions.
@@ -42,25 +52,24 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-def use_flash_attention() -> str | None:
-    """Have SDPA on CUDA use the newest FlashAttention that is installed and fits the GPU, and return its name.
+def attention_kernel(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the name of the kernel that SDPA runs for a training row on a CUDA device: PyTorch is asked, nothing is run.
 
-    FlashAttention 3 wants a Hopper GPU and the package `flash_attn_interface`, FlashAttention 4 a Hopper or Blackwell one
-    and `flash_attn.cute`; PyTorch's registry says which it knows. None: SDPA keeps its own kernels.
+    Its order of preference follows the GPU, cuDNN's version, the dtype and whether runs are to be deterministic.
     """
-    from torch.nn import attention
+    q, k = (
+        torch.empty(1, heads, config.sequence_len, config.head_dim, dtype=dtype, device=device, requires_grad=True)
+        for heads in (config.n_head, config.n_kv_head)
+    )
+    chosen = SDPBackend(torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=config.n_head != config.n_kv_head))
+    if chosen == SDPBackend.FLASH_ATTENTION:  # 2 is PyTorch's own; a program may have activated a newer one
+        return f"FlashAttention {(torch.nn.attention.current_flash_attention_impl() or 'FA2').removeprefix('FA')}"
+    return KERNELS.get(chosen, chosen.name)
 
-    if not torch.cuda.is_available():
-        return None
-    generation = torch.cuda.get_device_capability()[0]
-    for name, generations in {"FA4": (10,), "FA3": (9,)}.items():
-        if generation in generations and name in attention.list_flash_attention_impls():
-            try:
-                attention.activate_flash_attention_impl(name)
-            except (ImportError, RuntimeError):  # its package is not installed, or has no kernels for this torch
-                continue
-            return name
-    return None
+
+def decoding_kernels() -> AbstractContextManager[None]:
+    """Have SDPA leave cuDNN's kernel alone: it makes a plan for every length of the keys, 23 to 37 ms of the host each."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _blocked_is_faster(q: Tensor) -> bool:

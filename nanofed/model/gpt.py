@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanofed.errors import ConfigError
-from nanofed.model.attention import causal_attention
+from nanofed.model.attention import causal_attention, decoding_kernels
 from nanofed.model.config import GPTConfig
 from nanofed.model.kv_cache import KVCache
 from nanofed.model.layers import Linear, apply_rotary, norm, rotary_tables
@@ -174,8 +175,9 @@ class GPT(nn.Module):
         cos, sin = self.cos[start:end], self.sin[start:end]
 
         x = norm(self.transformer.wte(inputs).to(self.compute_dtype))
-        for block in self.transformer.h:
-            x = block(x, cos, sin, kv_cache)
+        with nullcontext() if kv_cache is None else decoding_kernels():
+            for block in self.transformer.h:
+                x = block(x, cos, sin, kv_cache)
         x = norm(x)
         if kv_cache is not None:
             kv_cache.advance(inputs.size(1))

@@ -140,6 +140,7 @@ class FitCLI(LightningCLI):
         io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer)
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), io]
+        runtime.warn_of_unused_gpu(str(trainer["accelerator"]))
         try:
             if trainer["strategy"] == "auto":
                 kwargs["strategy"] = automatic(

@@ -95,5 +95,4 @@ def start_from(module: GPTModule, where: str | Path) -> None:
     """Give the module the weights of a run or checkpoint of either path; optimizer and data start anew."""
     path = find_checkpoint(where)
     check_model(read_manifest(path), module.config, path)
-    module.configure_model()
-    module.gpt.load_state_dict(read_weights(path), strict=True)
+    module.start_from(read_weights(path))

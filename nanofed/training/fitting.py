@@ -119,7 +119,7 @@ def check_memory(module: GPTModule, data: TokenDataModule, place: Place, *, batc
 
 
 def _compiles(wanted: bool | str, device: torch.device) -> bool:
-    return bool(wanted) if wanted != "auto" else device.type == "cuda" or runtime.why_not_compiled() is None
+    return bool(wanted) if wanted != "auto" else runtime.why_not_compiled(device) is None
 
 
 def suggest(setting: Setting, available: int) -> str:

@@ -73,13 +73,16 @@ def train_steps(
 ) -> LoopResult:
     """Train for `num_steps` optimizer steps, or until the next one would end after `seconds`; at least one step.
 
+    A device takes work while the host decides: the time of a step is taken at the end of its backward passes, so a stretch
+    may be longer by one update of the optimizer.
+
     A half accumulation is never flushed as a full step: if the data ends in it, its gradients are dropped and the module's
     `data_state` goes back to the last full step.
 
     Args:
         fabric: set up and launched.
         module: the GPTModule as `fabric.setup` returned it.
-        optimizer: likewise.
+        optimizer: the module's, as `fabric.setup` returned it.
         batches: this rank's micro-batches, on the CPU; with several ranks they end, or fail, on all at the same one.
         accumulation: micro-batches an optimizer step.
         step_tokens: tokens a step over all ranks.
@@ -95,11 +98,12 @@ def train_steps(
     ends: list[float] = []  # of the steps so far, and the begin of the first
     committed: DataState | None = inner.data_state
     exhausted = False
+    backward = _BackwardEnd(fabric.device)
     inner.pop_losses()
     optimizer.zero_grad()  # a stretch that ended in an error may have left gradients
     while num_steps is None or len(losses) < num_steps:
         if seconds is not None and losses:
-            losses[-1].item()  # the host runs ahead of a device: from here on by no more than a backward pass
+            backward.wait()  # the host runs ahead of a device: by no more than the update, which keeps it busy meanwhile
         ends.append(watch.elapsed())
         if seconds is not None and losses and ends[-1] + _pace(ends) > seconds:
             break
@@ -117,12 +121,29 @@ def train_steps(
             inner.data_state = committed
             inner.pop_losses()
             break
+        if seconds is not None:
+            backward.mark()
         optimizer.step()
         optimizer.zero_grad()
         committed = inner.data_state
         losses.append(torch.stack(inner.pop_losses()).mean())
     values = tuple(torch.stack(losses).tolist()) if losses else ()  # waits for the device: the time below is real
     return LoopResult(len(values), len(values) * step_tokens, watch.elapsed(), values, exhausted)
+
+
+class _BackwardEnd:
+    """Where a device has done all backward passes of a step; on a CPU, which does everything at once, nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = None if device.type == "cpu" else torch.Event(device)
+
+    def mark(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
 
 
 def _pace(ends: list[float]) -> float:

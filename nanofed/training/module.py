@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from nanofed.data.streams import Batch, DataState
 from nanofed.errors import ConfigError
 from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.model import GPT, GPTConfig
-from nanofed.model.attention import use_flash_attention
+from nanofed.model.attention import attention_kernel
 from nanofed.optim import Clock, DistMuonAdamW, MuonAdamW, parameter_groups
 from nanofed.training.recipe import OCTOBER, Recipe
 from nanofed.training.strategy import FabricShardedStrategy, ShardedStrategy
@@ -39,6 +40,9 @@ class GPTModule(LightningModule):
         compute_dtype: dtype of the matmuls, Newton-Schulz's too; masters are fp32. `auto` is bf16 where the device multiplies it.
         compile: compile the model; `auto` does where a compiler is found.
         seed: initialises the weights, whatever the global generator's state.
+
+    Attributes:
+        compiled: whether the model, once it is built, is compiled; Newton-Schulz is on a GPU then, too.
     """
 
     def __init__(
@@ -64,10 +68,23 @@ class GPTModule(LightningModule):
         self.data_state: DataState | None = None
         self.micro_losses: list[Tensor] = []
         self.bits_per_byte: BitsPerByte | None = None
+        self.compiled = False
+        self._first_weights: Mapping[str, Tensor] | None = None
         self.gpt: GPT
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the GPT these weights, all of them by name; `configure_model` loads them where it is not built yet.
+
+        Whoever drives the module builds the model in the context of its device; built here, its dtype and whether it is
+        compiled would follow the host's CPU.
+        """
+        if hasattr(self, "gpt"):
+            self.gpt.load_state_dict(weights, strict=True)
+        else:
+            self._first_weights = weights
+
     def configure_model(self) -> None:
-        """Build and initialise the GPT on the current default device, once."""
+        """Build and initialise the GPT on the current default device, once: whoever calls it sets the device first."""
         if hasattr(self, "gpt"):
             return
         device = torch.get_default_device()
@@ -75,14 +92,27 @@ class GPTModule(LightningModule):
             runtime.keep_freed_memory()
         auto = runtime.default_compute_dtype(device)
         self.gpt = GPT(self.config, compute_dtype=DTYPES.get(self.compute_dtype, auto))
-        if device.type != "meta":
+        if self._first_weights is not None:
+            self.gpt.load_state_dict(self._first_weights, strict=True)
+            self._first_weights = None
+        elif device.type != "meta":
             self.gpt.init_weights(self.seed)
-        flash = use_flash_attention() if device.type == "cuda" else None
-        if flash:
-            logger.info("attention by %s", flash)
-        if runtime.should_compile(self.compile_model, device):
+        if device.type == "cuda":
+            self._say_kernel(device)
+        self.compiled = runtime.should_compile(self.compile_model, device)
+        if self.compiled:
             runtime.keep_compiled_code()
             self.gpt.compile(dynamic=False, fullgraph=True)
+
+    def _say_kernel(self, device: torch.device) -> None:
+        kernel = attention_kernel(self.config, self.gpt.compute_dtype, device)
+        logger.info("attention by %s", kernel)
+        if kernel == "FlashAttention 2" and torch.cuda.get_device_capability(device)[0] == 9:
+            logger.warning(
+                "attention runs FlashAttention 2, which is slower than cuDNN's on this GPU: torch prefers cuDNN's from version "
+                "9.15 on (this one is %s) unless that is switched off or the run is deterministic",
+                torch.backends.cudnn.version(),
+            )
 
     def count_bytes_with(self, token_bytes: Tensor) -> None:
         """Prepare bits per byte: `token_bytes` (vocab_size,) holds the UTF-8 bytes of every token."""
@@ -143,7 +173,7 @@ class GPTModule(LightningModule):
             clock=self.clock,
             clip=recipe.clip or None,
             ns_dtype=self.gpt.compute_dtype,  # matmuls, too
-            compiled=self.compile_model is not False,
+            compiled=self.compiled,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -61,9 +61,11 @@ def data_module(
 def random_batches(vocab_size: int, *, sequence_len: int, device_batch_size: int) -> Iterator[Batch]:
     """Yield batches of random tokens for ever: for machines without a corpus, and to leave the data's cost out."""
     generator = torch.Generator().manual_seed(0)
+    pinned = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # as TokenLoader's are
     made = []
     for _ in range(8):
         tokens = torch.randint(vocab_size, (device_batch_size, sequence_len + 1), generator=generator)
-        made.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), DataState(0, {})))
+        parts = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        made.append(Batch(*(part.pin_memory() if pinned else part for part in parts), DataState(0, {})))
     while True:
         yield from made

@@ -144,3 +144,14 @@ def test_unknown_option_is_a_usage_error() -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["info", "--jsno"])
     assert end.value.code == 2
+
+
+def test_a_gpu_that_is_not_used_is_named_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info.runtime, "why_gpu_is_unused", lambda: "the driver is old")
+    monkeypatch.setattr(info.runtime, "nvidia_driver", lambda: "535.104.05")
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "an NVIDIA GPU that is not used: the driver is old\n" in text
+    assert "NVIDIA 535.104.05\n" in text

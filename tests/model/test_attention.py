@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from nanofed.model import attention
+from nanofed.model import GPT, GPTConfig, KVCache, attention
 from nanofed.model.attention import BLOCKED_LONGEST, causal_attention
 from nanofed.model.blocked_attention import blocked_attention
 from nanofed.model.layers import norm
@@ -76,12 +79,42 @@ def test_short_rows_are_blocked_and_long_ones_left_to_sdpa(dtype: torch.dtype, m
     assert taken == [130]
 
 
-def test_no_flash_attention_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert attention.use_flash_attention() is None
+@pytest.mark.parametrize(
+    ("chosen", "active", "name"),
+    [
+        (SDPBackend.CUDNN_ATTENTION, None, "cuDNN"),
+        (SDPBackend.FLASH_ATTENTION, None, "FlashAttention 2"),
+        (SDPBackend.FLASH_ATTENTION, "FA3", "FlashAttention 3"),
+        (SDPBackend.CUDNN_ATTENTION, "FA3", "cuDNN"),  # activating one does not make SDPA prefer it
+        (SDPBackend.MATH, None, "plain matrix products"),
+    ],
+)
+def test_the_kernel_that_is_named_is_the_one_that_torch_chooses(
+    chosen: SDPBackend, active: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **options: chosen.value)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active)
+    config = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=256, sequence_len=8, vocab_size=16)
+    assert attention.attention_kernel(config, torch.float32, torch.device("cpu")) == name
 
 
-def test_flash_attention_that_is_not_installed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert attention.use_flash_attention() is None  # torch knows FA3, its package is not there
+def test_decoding_leaves_cudnn_alone_and_training_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=256, sequence_len=600, vocab_size=16)
+    model = GPT(config)
+    allowed: list[bool] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sdpa(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    cache = KVCache(config, batch_size=1, length=603)
+    ids = torch.zeros(1, 600, dtype=torch.int64)
+    with torch.no_grad():
+        model(ids, kv_cache=cache)  # a prompt: its length is as good as new each time
+        model(ids[:, :1], kv_cache=cache)
+        model(ids[:, :2], kv_cache=cache)
+        assert allowed == [False, False, False]
+        model(ids)
+    assert allowed[3:] == [True]

@@ -11,6 +11,7 @@ from lightning import Fabric
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import Batch, DataState
+from nanofed.training import loop
 from nanofed.training.loop import LoopResult, Stopwatch, train_steps
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe
@@ -173,3 +174,29 @@ def test_gradients_of_a_stretch_that_broke_are_not_stepped_along() -> None:
     broken.train(batches(4), num_steps=2)
     clean.train(batches(4), num_steps=2)
     assert same(broken.weights(), clean.weights())
+
+
+def test_the_deadline_waits_for_the_backward_pass_and_lets_the_update_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, order = Setup(), list[str]()
+
+    class Event:
+        def __init__(self, device: torch.device) -> None:
+            self._event = None
+
+        def mark(self) -> None:
+            order.append("mark")
+
+        def wait(self) -> None:
+            order.append("wait")
+
+    update, backward = setup.optimizer.step, setup.fabric.backward
+    monkeypatch.setattr(loop, "_BackwardEnd", Event)
+    monkeypatch.setattr(setup.optimizer, "step", lambda: (order.append("update"), update()))
+    monkeypatch.setattr(setup.fabric, "backward", lambda loss: (order.append("backward"), backward(loss)))
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a number is read: that waits for the device"))
+    setup.train(batches(20), seconds=1e9, num_steps=2)
+    step = ["backward", "backward", "mark", "update"]
+    assert order == [*step, "wait", *step]
+    order.clear()
+    setup.train(batches(20), num_steps=2)
+    assert "wait" not in order and "mark" not in order

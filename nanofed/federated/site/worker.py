@@ -206,6 +206,7 @@ def _fabric(arguments: Arguments) -> Fabric:
     options = arguments.fabric_options
     devices, machines = runtime.launched_ranks() or (options.devices, 1)
     several = devices * machines > 1
+    runtime.warn_of_unused_gpu(options.accelerator)
     try:
         return Fabric(
             accelerator=options.accelerator,
