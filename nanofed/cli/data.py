@@ -47,12 +47,15 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add("demo", help="an offline corpus", description="Build a corpus from this Python's standard library.")
     demo.add_argument("--output", type=Path, help="folder (default: demo/data under NANOCHAT_BASE_DIR)")
-    demo.add_argument("-n", "--num_shards", type=int, default=8, help="training shards (default: %(default)s)")
-    demo.add_argument("--max_bytes", type=int, default=20_000_000, help="most bytes of text (default: %(default)s)")
+    demo.add_argument("-n", "--num_shards", type=int, help="training shards (default: those of the corpus there, or 8)")
+    demo.add_argument("--max_bytes", type=int, help="most bytes of text (default: of the corpus there, or 20000000)")
+    demo.add_argument("--force", action="store_true", help="replace a demo corpus of other options")
     demo.set_defaults(run=_demo)
 
     pack = add(
-        "pack", help="shards from your own text", description="Pack txt, md, jsonl and parquet files into shards."
+        "pack",
+        help="shards from your own text",
+        description="Pack txt, md, jsonl (also .gz, .zst, .bz2) and parquet files into shards.",
     )
     pack.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, and folders to search for them")
     pack.add_argument("--output", type=Path, required=True, help="folder for the shards")
@@ -60,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         "-n", "--num_shards", type=int, help="training shards (default: one for every 200 MB, at least 8)"
     )
     pack.add_argument("--rows_per_group", type=int, default=256, help="documents of a row group (default: %(default)s)")
-    pack.add_argument("--key", default="text", help="key of the text in jsonl objects (default: %(default)s)")
+    pack.add_argument(
+        "--key",
+        "--text_column",
+        default="text",
+        help="key of the text in jsonl objects, and its column in parquet files; a.b: the entry b of a "
+        "(default: %(default)s)",
+    )
     pack.add_argument(
         "--shuffle_buffer",
         type=int,
@@ -118,7 +127,8 @@ def _demo(args: argparse.Namespace) -> int:
     from nanofed.data.demo import build_demo_corpus
 
     output = args.output or runtime.dataset_dir("demo")
-    print(_summary(build_demo_corpus(output, num_shards=args.num_shards, max_bytes=args.max_bytes)))
+    dataset = build_demo_corpus(output, num_shards=args.num_shards, max_bytes=args.max_bytes, force=args.force)
+    print(_summary(dataset))
     return 0
 
 

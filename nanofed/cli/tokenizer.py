@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         help="regular expression whose matches are merged one by one (default: nanochat's)",
     )
     train.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)")
-    train.add_argument("--force", action="store_true", help="replace a tokenizer that is in the folder")
+    train.add_argument(
+        "--force", action="store_true", help="replace a tokenizer that is in the folder; the old file is kept beside it"
+    )
     evaluate.add_argument(
         "--tokenizer", type=Path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)"
     )

@@ -28,8 +28,11 @@ from nanofed.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+SOURCE = "demo: the standard library of Python"
 RECIPE = 1  # goes up when the same Python would give another corpus
 SEED = 1337
+NUM_SHARDS = 8
+MAX_BYTES = 20_000_000
 GROUPS_PER_SHARD = 8
 _MIN_CHARACTERS = 100
 _SOURCE_CHARACTERS = 8192  # a source file longer than this becomes several documents, cut between statements
@@ -42,22 +45,22 @@ _SKIPPED_FILES = ("_sysconfigdata", "config-", "encodings/cp", "encodings/iso885
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def build_demo_corpus(output: Path, *, num_shards: int = 8, max_bytes: int = 20_000_000) -> Dataset:
-    """Build the demo corpus, or return it where it is there already and intact.
+def build_demo_corpus(
+    output: Path, *, num_shards: int | None = None, max_bytes: int | None = None, force: bool = False
+) -> Dataset:
+    """Build the demo corpus, or return the one that is there and intact, whatever its size, Python or recipe.
 
     Args:
-        output: The folder; demo shards of another Python or other arguments in it are replaced.
-        num_shards: Training shards; one more is for validation.
-        max_bytes: Leave out documents beyond so many bytes of UTF-8 (the library of Python 3.11 gives 10.6 MB).
+        output: The folder. A demo corpus in it that is damaged is built anew, as it was asked for then.
+        num_shards: Training shards (8 unless there is a corpus); one more is for validation.
+        max_bytes: Leave out documents beyond so many bytes of UTF-8 (20 MB unless there is a corpus; the library of
+            Python 3.11 gives 10.6 MB).
+        force: Replace a demo corpus of other arguments.
 
     Raises:
-        DataError: `output` holds something else, or this Python has no sources.
+        DataError: `output` holds something else, or without `force` a corpus of other arguments; or this Python has no
+            sources.
     """
-    provenance = {
-        "source": "demo: the standard library of Python",
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "demo": {"recipe": RECIPE, "num_shards": num_shards, "max_bytes": max_bytes},
-    }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         acquired = FileLock(output.parent / f".{output.name}.lock").acquire()
@@ -65,19 +68,34 @@ def build_demo_corpus(output: Path, *, num_shards: int = 8, max_bytes: int = 20_
         raise DataError(f"{output} cannot be written: {error.strerror}") from error
     with acquired:
         check_output(output, replace=True)
-        manifest = read_manifest(output) if output.exists() else None
-        if manifest is None and output.exists() and any(output.iterdir()):
-            raise DataError(f"{output} holds shards that are not the demo corpus: choose another folder")
+        manifest = read_manifest(output)
+        asked = {"num_shards": num_shards, "max_bytes": max_bytes}
+        size = {"num_shards": NUM_SHARDS, "max_bytes": MAX_BYTES}
         if manifest is not None:
-            if manifest.provenance.get("source") != provenance["source"]:
+            if manifest.provenance.get("source") != SOURCE:
                 raise DataError(f"{output} holds shards from elsewhere ({manifest.provenance.get('source')})")
-            if manifest.provenance == provenance and _intact(output, manifest):
+            recorded = manifest.provenance.get("demo")
+            there = recorded if isinstance(recorded, dict) else {}
+            other = {name: there.get(name) for name, value in asked.items() if value not in (None, there.get(name))}
+            if other and not force:
+                named = " and ".join(f"{name} {value}" for name, value in other.items())
+                raise DataError(
+                    f"{output} holds a demo corpus of {named}: choose another folder, or replace it with --force"
+                )
+            if not other and _intact(output, manifest):
                 return open_dataset(output)
-            logger.info("%s: replacing the demo corpus of another Python, recipe or size", output)
-        documents = _select(max_bytes)
-        rows = -(-len(documents) // ((num_shards + 1) * GROUPS_PER_SHARD))
+            logger.warning("%s: the demo corpus is replaced: %s", output, "as asked" if other else "it is damaged")
+            size |= {name: there[name] for name in size if isinstance(there.get(name), int)}
+        size |= {name: value for name, value in asked.items() if value is not None}
+        documents = _select(size["max_bytes"])
+        rows = -(-len(documents) // ((size["num_shards"] + 1) * GROUPS_PER_SHARD))
+        provenance = {
+            "source": SOURCE,
+            "python": f"{platform.python_implementation()} {platform.python_version()}",
+            "demo": {"recipe": RECIPE, **size},
+        }
         return write_shards(
-            documents, output, num_shards=num_shards, rows_per_group=rows, provenance=provenance, replace=True
+            documents, output, num_shards=size["num_shards"], rows_per_group=rows, provenance=provenance, replace=True
         )
 
 

@@ -149,9 +149,9 @@ def _have(path: Path, recorded: Recorded | None) -> bool:
     except DataError as error:
         logger.warning("%s: it does not count as a shard", error)
         return False
-    if recorded is None or (shard.num_bytes, shard.num_rows) == (recorded.bytes, recorded.rows):
+    if shard.num_rows and (recorded is None or (shard.num_bytes, shard.num_rows) == (recorded.bytes, recorded.rows)):
         return True
-    logger.warning("%s is not what dataset.json records: it does not count as a shard", path)
+    logger.warning("%s has no rows, or is not what dataset.json records: it does not count as a shard", path)
     return False
 
 
@@ -225,7 +225,7 @@ def _fetch(
             Transfer(
                 source.url(name),
                 target,
-                check=verify_shard,
+                check=_problem,
                 advance=advance,
                 stop=stop,
                 retry=retry,
@@ -234,6 +234,10 @@ def _fetch(
             return record(target)
 
         return _in_parallel(fetch, names, workers, stop)
+
+
+def _problem(path: Path) -> str | None:
+    return verify_shard(path) or (None if read_shard(path).num_rows else f"{path} has no rows")
 
 
 def _in_parallel(

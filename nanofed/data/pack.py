@@ -1,14 +1,19 @@
-"""Shards from anybody's own text: txt, md, jsonl and parquet files."""
+"""Shards from anybody's own text: txt, md, jsonl and parquet files; the first three also compressed."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
+from nanofed.data.manifest import MANIFEST, read_manifest
 from nanofed.data.shards import Dataset, read_shard, read_texts
 from nanofed.data.writing import check_output, write_shards
 from nanofed.errors import ConfigError, DataError
@@ -17,8 +22,10 @@ logger = logging.getLogger(__name__)
 
 PLAIN = frozenset({".txt", ".text", ".md", ".markdown"})
 LINES = frozenset({".jsonl", ".ndjson"})
-SUPPORTED = (*sorted(PLAIN), *sorted(LINES), ".parquet")
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # the ending of a compressed file -> Arrow's name of the codec
+SUPPORTED = f"{' '.join((*sorted(PLAIN), *sorted(LINES)))} (also as {' '.join(CODECS)}) .parquet"
 MAX_DOCUMENT_BYTES = 1 << 30
+SOURCE = "packed: "  # how the source of a pack begins in `dataset.json`
 SHARD_BYTES = 200_000_000  # of input, when nobody says how many shards: FineWeb-Edu's have about as much text
 
 
@@ -35,19 +42,21 @@ def pack(
 ) -> Dataset:
     """Pack text files, and folders of them, into shards; the same files give the same bytes.
 
-    A txt or md file is one document, a line of a jsonl file and a row of a parquet file is one. Documents that are
-    blank are left out. All or nothing is written.
+    A txt or md file is one document, a line of a jsonl file and a row of a parquet file is one. What is left out is said in
+    a warning: files of other kinds, hidden ones, linked folders and datasets of nanofed's within a folder, blank documents.
+    All or nothing is written.
 
     Args:
-        paths: Files, and folders to search for files of these kinds (by name, hidden ones left out).
+        paths: Files, and folders to search for files of these kinds (by name). A dataset of nanofed's is packed anew where
+            it is named itself.
         output: The folder for the shards.
         num_shards: Training shards, one more is for validation; by default one for every 200 MB, at least 8.
         rows_per_group: Most documents of a row group.
-        key: The key of jsonl objects that holds the text (in parquet files it is the column `text`).
+        key: The key of jsonl objects, and the column of parquet files, that holds the text; `a.b` is the entry b of a.
         shuffle_buffer: Documents are drawn at random from a buffer of so many (0: order of the files), so that a
             shard is no single file and the validation shard is like the others.
         seed: Of that draw.
-        force: Replace the shards that are in `output`.
+        force: Replace the shards that an earlier `pack` has written to `output`.
 
     Raises:
         DataError: naming file and line: not there, not UTF-8, not JSON, without the key; or `output` is taken.
@@ -56,22 +65,42 @@ def pack(
     if shuffle_buffer < 0:
         raise ConfigError(f"shuffle_buffer is {shuffle_buffer}; it has to be 0 (off) or more")
     check_output(output, replace=force)
-    files = _files(paths, output)
-    if num_shards is None:
-        num_shards = max(8, sum(path.stat().st_size for path in files) // SHARD_BYTES)
-    documents = (text for path in files for text in _documents(path, key) if text.strip())
+    if force and (there := read_manifest(output)) and not str(there.provenance.get("source", "")).startswith(SOURCE):
+        raise DataError(
+            f"{output} holds shards from elsewhere ({there.provenance.get('source')}): choose another folder"
+        )
+    try:
+        files = _files(paths, output.resolve())
+        if num_shards is None:
+            num_shards = max(8, sum(path.stat().st_size for path in files) // SHARD_BYTES)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    blank = 0
+
+    def documents() -> Iterator[str]:
+        nonlocal blank
+        for path in files:
+            for text in _documents(path, key):
+                if text.strip():
+                    yield text
+                else:
+                    blank += 1
+
     provenance = {
-        "source": "packed: " + ", ".join(path.name or str(path) for path in paths),
+        "source": SOURCE + ", ".join(path.name or str(path) for path in paths),
         "pack": {"files": len(files), "key": key, "shuffle_buffer": shuffle_buffer, "seed": seed},
     }
-    return write_shards(
-        _shuffled(documents, shuffle_buffer, seed),
+    dataset = write_shards(
+        _shuffled(documents(), shuffle_buffer, seed),
         output,
         num_shards=num_shards,
         rows_per_group=rows_per_group,
         provenance=provenance,
         replace=force,
     )
+    if blank:
+        logger.warning("left out %s blank documents", f"{blank:,}")
+    return dataset
 
 
 def _shuffled(documents: Iterable[str], size: int, seed: int) -> Iterator[str]:
@@ -94,39 +123,92 @@ def _files(paths: Sequence[Path], output: Path) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
-            inside = list(_search(path, output.resolve()))
+            inside = list(_search(path, output))
             if not inside:
-                raise DataError(f"{path} holds no files of the kinds {' '.join(SUPPORTED)}")
+                raise DataError(f"{path} holds no files of the kinds {SUPPORTED}")
         elif not path.exists():
             raise DataError(f"{path} does not exist")
-        elif path.suffix.lower() not in SUPPORTED:
-            raise DataError(f"{path}: cannot pack this kind of file; these can be: {' '.join(SUPPORTED)}")
+        elif _kind(path) is None:
+            raise DataError(f"{path}: cannot pack this kind of file; these can be: {SUPPORTED}")
         else:
             inside = [path]
         for file in inside:
             if not file.is_file():
                 raise DataError(f"{file} is no regular file (a broken link?)")
+            if output in file.resolve().parents:
+                raise DataError(f"{file} is in {output}, which is to be packed into itself: choose another --output")
             found.setdefault(file.resolve(), file)
     if not found:
         raise ConfigError("nothing to pack: name files or folders")
     return list(found.values())
 
 
+def _kind(path: Path) -> str | None:
+    """Return how a file is read, by its name: `plain`, `lines` or `parquet`; None for other kinds."""
+    compressed = path.suffix.lower() in CODECS
+    suffix = (path.with_suffix("") if compressed else path).suffix.lower()
+    if suffix in PLAIN:
+        return "plain"
+    # Corpora come as .json.gz with an object a line (C4, Dolma); a .json file alone is nearly always something else.
+    if suffix in LINES or (compressed and suffix == ".json"):
+        return "lines"
+    return "parquet" if suffix == ".parquet" and not compressed else None
+
+
 def _search(folder: Path, output: Path) -> Iterator[Path]:
-    others = 0
+    left_out = Counter[str]()
+    listed = _listed_shards(folder)
     for name, folders, files in os.walk(folder, onerror=_refuse):
         here = Path(name)
-        # What an earlier run packed is no input of this one.
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and (here / f).resolve() != output)
+        entered = []
+        for sub in sorted(folders):
+            if sub.startswith("."):
+                left_out["hidden"] += 1
+            elif (here / sub).is_symlink():
+                left_out["linked folder"] += 1
+            elif (here / sub).resolve() == output:
+                continue  # what an earlier run packed there is no input of this one
+            elif _listed_shards(here / sub):
+                logger.warning(
+                    "%s is left out: it is a dataset of nanofed's; name it to have it packed too", here / sub
+                )
+            else:
+                entered.append(sub)
+        folders[:] = entered
         if here.resolve() == output:
             raise DataError(f"{output} is to be packed into itself: choose another --output")
-        for file in sorted(f for f in files if not f.startswith(".")):
-            if (here / file).suffix.lower() in SUPPORTED:
-                yield here / file
+        for file in sorted(files):
+            path = here / file
+            if listed and here == folder and file == MANIFEST:
+                continue
+            if file.startswith("."):
+                left_out["hidden"] += 1
+            elif _kind(path) is None:
+                left_out[_ending(path) or "without an ending"] += 1
+            elif path.suffix.lower() in CODECS and path.stem in files:
+                left_out["compressed, with the same file uncompressed beside it"] += 1
+            elif listed and here == folder and file not in listed:
+                raise DataError(
+                    f"{folder} holds shards that {MANIFEST} lists and also {file!r}: name the files to pack, or move these"
+                )
             else:
-                others += 1
-    if others:
-        logger.info("%s: left out %d files of other kinds", folder, others)
+                yield path
+    if left_out:
+        named = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        logger.warning("%s: left out %s; what can be packed: %s", folder, named, SUPPORTED)
+
+
+def _ending(path: Path) -> str:
+    return "".join(path.suffixes[-2:] if path.suffix.lower() in CODECS else path.suffixes[-1:])
+
+
+def _listed_shards(folder: Path) -> frozenset[str]:
+    """Return the shards that a folder's `dataset.json` of nanofed's lists, none where there is no such file."""
+    try:
+        manifest = read_manifest(folder)
+    except DataError:  # somebody else's file of that name
+        return frozenset()
+    return frozenset(manifest.shards) if manifest else frozenset()
 
 
 def _refuse(error: OSError) -> None:
@@ -135,23 +217,40 @@ def _refuse(error: OSError) -> None:
 
 def _documents(path: Path, key: str) -> Iterator[str]:
     try:
-        suffix = path.suffix.lower()
-        if suffix in PLAIN:
+        kind = _kind(path)
+        if kind == "plain":
             yield _plain(path)
-        elif suffix in LINES:
+        elif kind == "lines":
             yield from _lines(path, key)
         else:
-            shard = read_shard(path)
+            shard = read_shard(path, key)
             for group in range(len(shard.row_group_rows)):
                 yield from read_texts(shard, group)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading its bytes, uncompressed where its name says that it is compressed."""
+    codec = CODECS.get(path.suffix.lower())
+    with path.open("rb") as file:
+        if codec is None:
+            yield file
+        else:
+            import pyarrow as pa
+
+            raw: Any = pa.CompressedInputStream(file, codec)
+            with io.BufferedReader(raw, 1 << 20) as content:
+                yield content
+
+
 def _plain(path: Path) -> str:
-    if (size := path.stat().st_size) > MAX_DOCUMENT_BYTES:
-        raise DataError(f"{path} has {size:,} bytes; split it: a document may have {MAX_DOCUMENT_BYTES:,}")
-    return _decode(path.read_bytes(), str(path))
+    with _opened(path) as file:
+        content = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        raise DataError(f"{path} has more than {MAX_DOCUMENT_BYTES:,} bytes, the most of a document: split it")
+    return _decode(content, str(path))
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -164,7 +263,7 @@ def _decode(content: bytes, where: str) -> str:
 
 
 def _lines(path: Path, key: str) -> Iterator[str]:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         number = 0
         while line := file.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
@@ -182,10 +281,12 @@ def _text_of(line: str, key: str, where: str) -> str:
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(entry, dict):
         raise DataError(f"{where}: not a JSON object")
-    if key not in entry:
-        keys = ", ".join(map(repr, list(entry)[:8])) or "none"
-        raise DataError(f"{where}: there is no key {key!r} (its keys: {keys}); --key names another")
-    text = entry[key]
+    text: Any = entry
+    for part in [key] if key in entry else key.split("."):
+        if not isinstance(text, dict) or part not in text:
+            keys = ", ".join(map(repr, list(entry)[:8])) or "none"
+            raise DataError(f"{where}: there is no key {key!r} (its keys: {keys}); --key names another")
+        text = text[part]
     if not isinstance(text, str):
         raise DataError(f"{where}: {key!r} is not a string but {type(text).__name__}")
     try:

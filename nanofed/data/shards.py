@@ -1,12 +1,17 @@
-"""Parquet shards on disk: a folder of `*.parquet` files with a `text` column, one of them for validation."""
+"""Parquet shards on disk: a folder of `*.parquet` files with a `text` column, one of them for validation.
+
+Packing, training, the tokenizer and `nanofed data` all read text here, and nowhere else: `read_shard` decides whether a file
+holds text, and `read_texts` returns it.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +22,7 @@ from nanofed.errors import ConfigError, DataError
 from nanofed.files import sha256 as file_sha256
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
@@ -24,6 +30,7 @@ logger = logging.getLogger(__name__)
 MAX_GROUP_BYTES = 2 << 30  # uncompressed: a row group beyond it is a decompression bomb, not text
 MAX_EXPANSION = 1000  # uncompressed over the bytes of the file; text compresses some 3 to 10 times
 PLAUSIBLE_BYTES = 256 << 20  # of a row group, however small the file: one text may stand there many times
+_EXPANDED_BYTES = 16 << 20  # at most, of the rows that are decoded at a time; one row may be longer
 _REMEDY = "build one offline with `nanofed data demo`, or download text with `nanofed data download -n 8`"
 
 
@@ -31,7 +38,8 @@ _REMEDY = "build one offline with `nanofed data demo`, or download text with `na
 class Shard:
     """One parquet file, as its metadata describes it.
 
-    `text_bytes` is the uncompressed size of the text column; `sha256` is what `dataset.json` records, if anything.
+    `text_bytes` is the uncompressed size of the text column, whose name is `column` (`a.b` is the field b of the column a);
+    `sha256` is what `dataset.json` records, if anything. A file may have no rows, as Spark writes some.
     """
 
     name: str
@@ -41,6 +49,7 @@ class Shard:
     num_bytes: int
     text_bytes: int
     sha256: str | None = None
+    column: str = "text"
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def open_dataset(path: Path, *, validation: str | None = None, num_shards: int |
     """Read the metadata of a folder's shards.
 
     With a `dataset.json` its shards are the dataset, whatever else lies in the folder; without one every `*.parquet`
-    file is, and the last by name is for validation.
+    file that has rows is, and the last by name is for validation.
 
     Args:
         path: The folder.
@@ -101,15 +110,36 @@ def open_dataset(path: Path, *, validation: str | None = None, num_shards: int |
         raise DataError(f"{path} holds no parquet shards; {_REMEDY}")
     if len(names) < 2:
         raise DataError(f"{path} holds only {names[0]}: at least 2 shards are needed, one of them for validation")
-    chosen = validation or (manifest.validation if manifest else names[-1])
-    if chosen not in names:
+    recorded = manifest.shards if manifest else {}
+    chosen = validation or (manifest.validation if manifest else None)
+    if chosen is not None and chosen not in names:
         raise DataError(f"{path} has no shard {chosen!r}, which is to be the one for validation")
-    train = [name for name in names if name != chosen]
+    empty: list[str] = []
+    last_first = _with_rows(path, [chosen] if chosen else names[::-1], recorded, empty)
+    held_out = next(last_first, None)
+    if held_out is None:
+        raise DataError(f"{path}: {', '.join(empty[:3])} has no rows, and so none for validation; {_REMEDY}")
+    others = _with_rows(path, [name for name in names if name not in (held_out.name, *empty)], recorded, empty)
+    train = tuple(itertools.islice(others, num_shards))
     if num_shards is not None and num_shards > len(train):
         raise DataError(f"{path} has {len(train)} training shards, {num_shards} were asked for")
-    recorded = manifest.shards if manifest else {}
-    opened = [_open_recorded(path / name, recorded.get(name)) for name in (chosen, *train[:num_shards])]
-    return Dataset(path, tuple(opened[1:]), opened[0])
+    if not train:
+        raise DataError(
+            f"{path} has rows only in {held_out.name}: at least 2 shards are needed, one of them for validation"
+        )
+    if empty:
+        logger.warning("%s: %d files without rows are left out: %s", path, len(empty), ", ".join(sorted(empty)[:3]))
+    return Dataset(path, train, held_out)
+
+
+def _with_rows(path: Path, names: list[str], recorded: Mapping[str, Recorded], empty: list[str]) -> Iterator[Shard]:
+    """Open shards one by one and yield those that have rows; the names of the others are added to `empty`."""
+    for name in names:
+        shard = _open_recorded(path / name, recorded.get(name))
+        if shard.num_rows:
+            yield shard
+        else:
+            empty.append(name)
 
 
 def _restore(manifest: Manifest) -> str:
@@ -130,23 +160,18 @@ def _open_recorded(path: Path, recorded: Recorded | None) -> Shard:
 
 
 @contextmanager
-def _parquet(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """Open a shard; yields it with the index of its text column, and names the file in whatever goes wrong."""
+def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a parquet file, and name it in whatever goes wrong."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            schema = file.schema_arrow
-            if schema.names.count("text") != 1:
-                raise DataError(f"{path} has no `text` column; its columns are {', '.join(schema.names) or 'none'}")
-            kind = schema.field("text").type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f"{path}: the column `text` holds {kind}, not string")
-            leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-            yield file, leaves.index("text")
+            yield file
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except MemoryError as error:
         raise DataError(f"{path} has row groups that this machine's memory does not hold: make them smaller") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
@@ -154,27 +179,89 @@ def _parquet(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
         raise DataError(f"{path} is truncated, damaged or not a parquet file: {reason[0][:200]}") from error
 
 
-def read_shard(path: Path) -> Shard:
-    """Read a shard's metadata, none of its text.
+def _text_leaf(path: Path, file: pq.ParquetFile, column: str) -> int:
+    """Return the index, among the file's leaves, of the column that holds the text.
 
     Raises:
-        DataError: the file is truncated, not parquet, empty, without a string column `text`, or implausibly large.
+        DataError: the column is not there, or holds no text: names the columns and what to do.
     """
-    with _parquet(path) as (file, column):
+    schema = file.schema_arrow
+    named = f"its columns are {', '.join(_columns(schema)) or 'none'}"
+    remedy = f"`nanofed data pack {path.parent} --key NAME --output DIR` makes shards of the column that holds the text"
+    kind = _kind(schema, column)
+    if kind is None:
+        raise DataError(f"{path} has no `{column}` column; {named}: {remedy}")
+    if not _is_text(kind):
+        raise DataError(f"{path}: the column `{column}` holds {str(kind)[:80]}, not string; {named}: {remedy}")
+    return [file.schema.column(i).path for i in range(len(file.schema))].index(column)
+
+
+def _kind(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """Return the type of a column or, as `a.b`, of a field of one; None where there is no such column, or two of a name."""
+    import pyarrow as pa
+
+    parts = [column] if column in schema.names else column.split(".")
+    if schema.names.count(parts[0]) != 1:
+        return None
+    kind = schema.field(parts[0]).type
+    for part in parts[1:]:
+        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return None
+        kind = kind.field(part).type
+    return kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Tell whether a type holds text: any string, or bytes that have to be UTF-8, themselves or by a dictionary."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+    )
+    return any(test(kind) for test in tests)
+
+
+def _columns(schema: pa.Schema) -> Iterator[str]:
+    """Yield the names of the columns, those of a struct's fields as `a.b`."""
+    import pyarrow as pa
+
+    for field in schema:
+        yield field.name
+        if pa.types.is_struct(field.type):
+            yield from (f"{field.name}.{name}" for name in _columns(pa.schema(list(field.type))))
+
+
+def read_shard(path: Path, column: str = "text") -> Shard:
+    """Read a shard's metadata, none of its text.
+
+    Args:
+        path: The file.
+        column: The column that holds the text; `a.b` is the field b of the column a. A file without rows needs none.
+
+    Raises:
+        DataError: the file is truncated, not parquet, without text in `column`, or implausibly large.
+    """
+    with _parquet(path) as file:
         metadata = file.metadata
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        rows = tuple(group.num_rows for group in groups)
-        sizes = [group.column(column).total_uncompressed_size for group in groups]
         num_rows = metadata.num_rows
-    if num_rows < 1:
-        raise DataError(f"{path} has no rows")
-    if sum(rows) != num_rows or min(rows) < 0 or min(sizes) < 0:
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)] if num_rows else []
+        rows = tuple(group.num_rows for group in groups)
+        leaf = _text_leaf(path, file, column) if num_rows else 0
+        sizes = [group.column(leaf).total_uncompressed_size for group in groups]
+    if sum(rows) != num_rows or min(rows, default=0) < 0 or min(sizes, default=0) < 0:
         raise DataError(f"{path} is damaged: its row groups do not add up to its {num_rows:,} rows")
     most = _most_bytes(path)
     for index, size in enumerate(sizes):
         if size > most:
             raise DataError(f"{path}: row group {index} declares {size:,} bytes of text, more than {most:,}")
-    return Shard(path.name, path, num_rows, rows, path.stat().st_size, sum(sizes))
+    return Shard(path.name, path, num_rows, rows, path.stat().st_size, sum(sizes), column=column)
 
 
 def read_texts(shard: Shard, row_group: int) -> list[str]:
@@ -184,14 +271,15 @@ def read_texts(shard: Shard, row_group: int) -> list[str]:
     that damage is an error and never another text.
 
     Raises:
-        DataError: naming file and row group: damaged, changed since it was opened, or with nulls (naming the row).
+        DataError: naming file and row group: damaged, changed since it was opened, or with nulls or bytes that are not
+            UTF-8 (naming the row).
     """
     texts: list[str] = []
     try:
         if shard.sha256 is not None:
             state = shard.path.stat()
             _check_hash(shard.path, state.st_size, state.st_mtime_ns, shard.sha256)
-        for texts_of_batch in _batches(shard.path, row_group):
+        for texts_of_batch in _batches(shard, row_group):
             texts += texts_of_batch
     except DataError as error:
         raise DataError(f"row group {row_group}: {error}") from error
@@ -203,26 +291,53 @@ def read_texts(shard: Shard, row_group: int) -> list[str]:
     return texts
 
 
-def _batches(path: Path, row_group: int) -> Iterator[list[str]]:
+def _batches(shard: Shard, row_group: int) -> Iterator[list[str]]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    path, column = shard.path, shard.column
     rows = size = 0
-    with _parquet(path) as (file, column):
+    with _parquet(path) as file:
         if row_group >= file.metadata.num_row_groups:
             raise DataError(f"{path} has only {file.metadata.num_row_groups} row groups: damaged or replaced")
-        declared = file.metadata.row_group(row_group).column(column).total_uncompressed_size
+        leaf = _text_leaf(path, file, column)
+        declared = file.metadata.row_group(row_group).column(leaf).total_uncompressed_size
         most = _most_bytes(path)
         if declared > most:
             raise DataError(f"{path} declares {declared:,} bytes of text there, more than {most:,}")
+        fields = [] if column in file.schema_arrow.names else column.split(".")[1:]
         # Threads of Arrow's own would not survive a DataLoader's fork.
-        for batch in file.iter_batches(256, row_groups=[row_group], columns=["text"], use_threads=False):
+        for batch in file.iter_batches(256, row_groups=[row_group], columns=[column], use_threads=False):
             texts = batch.column(0)
-            size += texts.nbytes  # a dictionary may expand to far more than was declared
-            if size > most:
-                raise DataError(f"{path} holds more than {most:,} bytes of text there")
+            for field in fields:
+                texts = pc.struct_field(texts, field)
             if texts.null_count:
                 row = rows + texts.is_null().to_pylist().index(True)
                 raise DataError(f"{path} has a null instead of a text in row {row} there")
+            # A dictionary, or views of the same bytes, may expand to far more than was declared.
+            step = max(1, _EXPANDED_BYTES // max(1, texts.nbytes))
+            for start in range(0, len(texts), step):
+                part = texts.slice(start, step)
+                try:
+                    strings = part.cast(pa.large_string())
+                    size += strings.nbytes
+                    if size > most:
+                        raise DataError(f"{path} holds more than {most:,} bytes of text there")
+                    decoded = strings.to_pylist()
+                except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+                    row = rows + start + _first_not_utf8(part.cast(pa.large_binary()).to_pylist())
+                    raise DataError(f"{path} has text that is not UTF-8 in row {row} there") from error
+                yield decoded
             rows += len(texts)
-            yield texts.to_pylist()
+
+
+def _first_not_utf8(texts: list[bytes]) -> int:
+    for index, text in enumerate(texts):
+        try:
+            text.decode()
+        except UnicodeDecodeError:
+            return index
+    raise AssertionError("all of it is UTF-8")
 
 
 def _most_bytes(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -11,9 +12,11 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
-from nanofed.data.manifest import MANIFEST, Manifest
-from nanofed.data.shards import Dataset, open_dataset, record, shard_names
+from nanofed.data.manifest import MANIFEST, Manifest, read_manifest
+from nanofed.data.shards import Dataset, open_dataset, record, shard_names, verify_shard
 from nanofed.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARDS_WRITTEN = 500  # every shard being written holds a file open
 _FLUSH_CHARACTERS = 64 << 20  # a row group of very long documents is closed early
@@ -35,11 +38,11 @@ def write_shards(
 
     Args:
         documents: Texts, consumed once; `num_shards * rows_per_group` of them are in memory at a time.
-        output: The folder; it must not exist, be empty, or, with `replace`, hold only shards.
+        output: The folder; it must not exist, be empty, or, with `replace`, hold a dataset of nanofed's and nothing else.
         num_shards: Training shards; one more is written for validation.
         rows_per_group: Rows of a row group.
         provenance: Further fields of `dataset.json`, such as `source`.
-        replace: Take the place of the shards that are in `output`.
+        replace: Take the place of the dataset that is in `output`.
 
     Raises:
         DataError: `output` holds other things or cannot be written, or there are fewer than 2 documents.
@@ -50,9 +53,10 @@ def write_shards(
     if rows_per_group < 1:
         raise ConfigError(f"rows_per_group is {rows_per_group}; it has to be at least 1")
     check_output(output, replace=replace)
+    place = output.resolve()  # where a link leads, the link stays
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
     except OSError as error:
         raise DataError(f"{output} cannot be written: {error.strerror}") from error
     try:
@@ -60,11 +64,11 @@ def write_shards(
         names = _write(iter(documents), building, num_shards + 1, rows_per_group)
         recorded = {name: record(building / name) for name in names}
         Manifest(names[-1], recorded, provenance or {}).write(building)
-        check_output(output, replace=replace)
-        if output.exists():
-            _swap(building, output)
+        check_output(place, replace=replace)
+        if place.exists():
+            _swap(building, place)
         else:
-            building.rename(output)
+            building.rename(place)
     except OSError as error:
         raise DataError(f"{output} cannot be written: {error.strerror or error}") from error
     finally:
@@ -73,29 +77,52 @@ def write_shards(
 
 
 def check_output(output: Path, *, replace: bool) -> None:
-    """Refuse an output folder that holds shards already (unless `replace`) or anything that is not ours."""
+    """Refuse an output folder that holds anything but, with `replace`, a dataset of nanofed's as it was written.
+
+    Raises:
+        DataError: the folder is a file, or holds files that its `dataset.json` does not list or that are not those it lists.
+    """
     if not output.exists():
         return
     if not output.is_dir():
         raise DataError(f"{output} is a file, not a folder")
-    ours = {MANIFEST, *shard_names(output)}
-    foreign = sorted(p.name for p in output.iterdir() if p.name not in ours)
+    present = sorted(path.name for path in output.iterdir())
+    if not present:
+        return
+    manifest = read_manifest(output)
+    ours = {MANIFEST, *manifest.shards} if manifest else set()
+    foreign = [name for name in present if name not in ours]
     if foreign:
-        raise DataError(f"{output} holds {foreign[0]!r}, which is not a shard: choose another folder")
-    if any(output.iterdir()) and not replace:
+        what = "which is not a shard" if foreign[0] not in shard_names(output) else f"which no {MANIFEST} lists"
+        raise DataError(f"{output} holds {foreign[0]!r}, {what}: choose another folder")
+    if not replace:
         raise DataError(f"{output} holds shards already: choose another folder, or replace them with --force")
+    for name, recorded in manifest.shards.items() if manifest else ():
+        path = output / name
+        if path.exists() and path.stat().st_size != recorded.bytes and verify_shard(path) is None:
+            raise DataError(
+                f"{path} is whole but not the shard that {MANIFEST} lists: move it, or choose another folder"
+            )
 
 
 def _swap(building: Path, output: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-    output.rename(old / output.name)
+    """Put a new dataset in the place of an old one, of which exactly what its `dataset.json` lists is deleted."""
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent)) / output.name
+    output.rename(old)
     try:
         building.rename(output)
     except OSError:
-        (old / output.name).rename(output)
+        old.rename(output)
+        old.parent.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    manifest = read_manifest(old)
+    for name in (*(manifest.shards if manifest else ()), MANIFEST):
+        (old / name).unlink(missing_ok=True)
+    try:
+        old.rmdir()
+        old.parent.rmdir()
+    except OSError:
+        logger.warning("%s is kept: it holds what was put beside the old shards meanwhile", old)
 
 
 def _write(documents: Iterator[str], folder: Path, total: int, rows_per_group: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -128,6 +129,9 @@ def read_json(path: Path) -> Vocabulary:
 def write_json(vocabulary: Vocabulary, folder: Path) -> Path:
     """Write `tokenizer.json` into a folder, made if it is missing, all of it or nothing; returns its path.
 
+    Another tokenizer that is there is kept beside it, as `tokenizer.json.` and the first 8 digits of its SHA-256: models may
+    have been trained with it.
+
     Raises:
         DataError: the file cannot be written.
         ValueError: the tokens are not those of a BPE.
@@ -136,6 +140,8 @@ def write_json(vocabulary: Vocabulary, folder: Path) -> Path:
     path = folder / TOKENIZER_JSON
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (before := path.read_bytes()) != text.encode():
+            write_atomically(path.with_name(f"{path.name}.{hashlib.sha256(before).hexdigest()[:8]}"), before)
         write_atomically(path, text)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error

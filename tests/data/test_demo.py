@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from nanofed import runtime
 from nanofed.data import demo
+from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.demo import build_demo_corpus
 from nanofed.data.manifest import MANIFEST
+from nanofed.data.prepare import prepare_demo
 from nanofed.data.shards import open_dataset, read_texts
 from nanofed.data.writing import write_shards
 from nanofed.errors import DataError
@@ -90,9 +96,35 @@ def test_it_is_built_once(small_library: Path, tmp_path: Path, monkeypatch: pyte
     first.validation.path.unlink()
     build_demo_corpus(tmp_path / "data", num_shards=2)
     assert hashes(first.path) == before
-    fewer = build_demo_corpus(tmp_path / "data", num_shards=1, max_bytes=100_000)
+    with pytest.raises(DataError, match=r"holds a demo corpus of num_shards 2 and max_bytes 20000000: .*--force"):
+        build_demo_corpus(tmp_path / "data", num_shards=1, max_bytes=100_000)
+    assert hashes(first.path) == before
+    fewer = build_demo_corpus(tmp_path / "data", num_shards=1, max_bytes=100_000, force=True)
     assert len(fewer.train) == 1
     assert 50_000 < sum(len(text.encode()) for text in texts(fewer.path)) <= 100_000
+
+
+def test_a_run_keeps_a_corpus_that_was_made_on_purpose(
+    small_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its size, and whichever Python made it: runs were trained on it, and go on with it."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    made = build_demo_corpus(runtime.dataset_dir("demo"), num_shards=2, max_bytes=90_000)
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
+    prepare_demo(tokenizer=False)
+    assert TokenDataModule("demo").dataset == made
+    made.train[0].path.unlink()  # and a damaged one is built as it was asked for
+    prepare_demo(tokenizer=False)
+    again = open_dataset(made.path)
+    assert [s.sha256 for s in again.train] == [s.sha256 for s in made.train]
+
+
+def test_a_shard_that_somebody_has_changed_is_kept(small_library: Path, tmp_path: Path) -> None:
+    made = build_demo_corpus(tmp_path / "data", num_shards=1)
+    pq.write_table(pa.table({"text": ["mine"]}), made.train[0].path)
+    with pytest.raises(DataError, match=r"shard_00000\.parquet is whole but not the shard that dataset\.json lists"):
+        build_demo_corpus(tmp_path / "data", num_shards=1)
+    assert pq.read_table(made.train[0].path).to_pylist() == [{"text": "mine"}]
 
 
 def test_a_foreign_folder_is_refused(small_library: Path, tmp_path: Path) -> None:
@@ -108,7 +140,7 @@ def test_a_foreign_folder_is_refused(small_library: Path, tmp_path: Path) -> Non
         build_demo_corpus(folder)
     assert hashes(folder) == before
     (folder / MANIFEST).unlink()
-    with pytest.raises(DataError, match="not the demo corpus"):
+    with pytest.raises(DataError, match=r"holds 'shard_00000\.parquet', which no dataset\.json lists"):
         build_demo_corpus(folder)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from nanofed.data.manifest import read_manifest
 from nanofed.data.pack import pack
 from nanofed.data.shards import Dataset, open_dataset, read_texts
+from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
 from nanofed.files import sha256
 
@@ -92,6 +95,10 @@ def test_another_key(source: Path, tmp_path: Path) -> None:
         ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: not JSON"),
         ("x.parquet", b"PAR1", r"x\.parquet is truncated, damaged or not a parquet file"),
         ("x.docx", b"PK", r"x\.docx: cannot pack this kind of file"),
+        ("x.tar.gz", b"PK", r"x\.tar\.gz: cannot pack this kind of file"),
+        ("x.jsonl.gz", b"no gzip", r"x\.jsonl\.gz cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"x\.jsonl\.gz cannot be read: Truncated"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": '), r"x\.jsonl\.gz, line 2: not JSON"),
     ],
 )
 def test_bad_input_leaves_nothing(source: Path, tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -102,6 +109,76 @@ def test_bad_input_leaves_nothing(source: Path, tmp_path: Path, name: str, conte
     with pytest.raises(DataError, match=message):
         pack([source, bad], tmp_path / "results" / "out")
     assert list((tmp_path / "results").iterdir()) == []
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(content, asbytes=True))
+
+
+def test_compressed_files_are_read(tmp_path: Path) -> None:
+    lines = {name: "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(40)).encode() for name in "abcd"}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl.gz").write_bytes(
+        gzip.compress(lines["a"][:700]) + gzip.compress(lines["a"][700:])
+    )  # as pigz does
+    (folder / "b.jsonl.zst").write_bytes(zstd(lines["b"]) + zstd(b""))
+    (folder / "c.json.gz").write_bytes(gzip.compress(lines["c"]))
+    (folder / "d.ndjson.BZ2").write_bytes(bz2.compress(lines["d"]))
+    (folder / "e.txt.gz").write_bytes(gzip.compress("\ufeffplain é".encode()))
+    expected = [f"{name} {i}" for name in "abcd" for i in range(40)]
+    assert sorted(texts(pack([folder], tmp_path / "out"))) == sorted([*expected, "plain é"])
+
+
+def test_what_is_left_out_is_said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (source / "g.tar.gz").write_bytes(b"")
+    (source / "LICENSE").write_text("free")
+    (source / ".hidden.txt").write_text("hidden")
+    (source / "d.jsonl.gz").write_bytes(gzip.compress((source / "d.jsonl").read_bytes()))
+    (source / "loop").symlink_to(source)
+    dataset = pack([source], tmp_path / "out")
+    assert sorted(texts(dataset)) == sorted(EXPECTED)
+    copies = "1 compressed, with the same file uncompressed beside it"
+    kinds = f"left out 1 .png, 1 .tar.gz, {copies}, 2 hidden, 1 linked folder, 1 without an ending; what can be packed:"
+    assert f"{source}: {kinds}" in caplog.text
+    assert "left out 1 blank documents" in caplog.text
+
+
+def test_a_dataset_inside_the_input_is_not_mixed_in(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was packed before would be trained on twice; a corpus of another origin is asked for by its name."""
+    earlier = pack([source], source / "earlier").path
+    dataset = pack([source], tmp_path / "out")
+    assert sorted(texts(dataset)) == sorted(EXPECTED)
+    assert f"{earlier} is left out: it is a dataset of nanofed's" in caplog.text
+    assert sorted(texts(pack([earlier], tmp_path / "again"))) == sorted(EXPECTED)
+    (earlier / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"earlier holds shards that dataset\.json lists and also 'notes\.txt'"):
+        pack([earlier], tmp_path / "mixed")
+    (source / "dataset.json").write_text("{}")  # somebody else's file of that name
+    assert sorted(texts(pack([source], tmp_path / "third"))) == sorted(EXPECTED)
+
+
+def test_parts_without_rows_are_no_documents(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "part-0.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "part-1.parquet")
+    assert sorted(texts(pack([tmp_path], tmp_path / "out"))) == ["a", "b"]
+
+
+def test_key_names_the_column_of_parquet_and_what_is_inside_of_another(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"doc": {"body": "one"}}\n{"doc.body": "two"}\n')
+    pq.write_table(pa.table({"doc": [{"body": "three"}], "text": ["no"]}), tmp_path / "b.parquet")
+    assert sorted(texts(pack([tmp_path], tmp_path / "out", key="doc.body"))) == ["one", "three", "two"]
+    with pytest.raises(DataError, match=r"line 1: there is no key 'doc\.id' \(its keys: 'doc'\)"):
+        pack([tmp_path], tmp_path / "none", key="doc.id")
+
+
+def test_force_replaces_packs_only(source: Path, tmp_path: Path) -> None:
+    there = write_shards(["a", "b"], tmp_path / "out", provenance={"source": "karpathy/fineweb-edu-100b-shuffle"})
+    with pytest.raises(DataError, match=r"holds shards from elsewhere \(karpathy/fineweb-edu-100b-shuffle\)"):
+        pack([source], there.path, force=True)
+    assert open_dataset(there.path) == there
 
 
 def test_parquet_without_text_or_with_nulls(tmp_path: Path) -> None:
@@ -147,8 +224,10 @@ def test_output_inside_the_input(source: Path, tmp_path: Path) -> None:
     first = pack([source], source / "packed", num_shards=2)
     again = pack([source], source / "packed", num_shards=2, force=True)
     assert again.fingerprint() == first.fingerprint()  # the shards of before were no input
-    with pytest.raises(DataError, match="into itself"):
-        pack([source / "packed"], source / "packed", force=True)
+    for inside in (source / "packed", first.train[0].path):
+        with pytest.raises(DataError, match="into itself"):
+            pack([inside], source / "packed", force=True)
+    assert open_dataset(source / "packed") == again
 
 
 def test_real_text(shared_data: Path, tmp_path: Path) -> None:

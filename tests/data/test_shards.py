@@ -188,16 +188,14 @@ def test_shards_that_are_none(tmp_path: Path, dataset: Dataset) -> None:
     write(tmp_path / "textless.parquet", content=pa.array(["a"]))
     write(tmp_path / "numbers.parquet", text=pa.array([1, 2]))
     write(tmp_path / "lists.parquet", text=pa.array([["a"], ["b"]]))
-    write(tmp_path / "rowless.parquet", text=pa.array([], pa.string()))
     expected = {
         "cut": "truncated, damaged or not a parquet file",
         "empty": "truncated, damaged or not a parquet file",
         "html": "truncated, damaged or not a parquet file",
         "folder": "truncated, damaged or not a parquet file",
-        "textless": "no `text` column; its columns are content",
+        "textless": r"no `text` column; its columns are content: `nanofed data pack .* --key NAME --output DIR`",
         "numbers": "holds int64, not string",
         "lists": "not string",
-        "rowless": "has no rows",
         "absent": "does not exist",
     }
     for name, message in expected.items():
@@ -211,6 +209,58 @@ def test_other_columns_and_large_strings(tmp_path: Path) -> None:
     assert texts_of(read_shard(path)) == ["x", "y"]
 
 
+KINDS = {
+    "string_view": pa.string_view(),
+    "binary": pa.binary(),
+    "large_binary": pa.large_binary(),
+    "binary_view": pa.binary_view(),
+    "dictionary": pa.dictionary(pa.int32(), pa.string()),
+    "dictionary_of_binary": pa.dictionary(pa.int32(), pa.binary()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_that_holds_text_is_read(tmp_path: Path, kind: str) -> None:
+    """Pandas writes categories as dictionaries, Polars string views, and Spark binary columns for some tables."""
+    path = write(tmp_path / "a.parquet", text=pa.array(DOCUMENTS * 9).cast(KINDS[kind]))
+    assert texts_of(read_shard(path)) == DOCUMENTS * 9
+    assert verify_shard(path) is None
+
+
+def test_a_field_of_a_column_is_read(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.parquet", doc=pa.array([{"id": 1, "text": "x"}, {"id": 2, "text": "y"}]), n=pa.array([1, 2])
+    )
+    assert texts_of(read_shard(path, "doc.text")) == ["x", "y"]
+    with pytest.raises(DataError, match=r"no `text` column; its columns are doc, doc\.id, doc\.text, n:"):
+        read_shard(path)
+    with pytest.raises(DataError, match=r"the column `doc\.id` holds int64, not string"):
+        read_shard(path, "doc.id")
+    nulls = write(tmp_path / "b.parquet", doc=pa.array([{"text": "x"}, None]))
+    with pytest.raises(DataError, match=r"null instead of a text in row 1"):
+        read_texts(read_shard(nulls, "doc.text"), 0)
+
+
+def test_files_without_rows_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Spark writes a part file for every task, also for one that had nothing to write."""
+    for name, documents in (("b", ["x", "y"]), ("d", ["z"])):
+        write(tmp_path / f"part-{name}.parquet", text=pa.array(documents))
+    write(tmp_path / "part-a.parquet", text=pa.array([], pa.string()))
+    write(tmp_path / "part-c.parquet", text=pa.nulls(0))
+    write(tmp_path / "part-e.parquet")  # as pandas writes an empty frame
+    dataset = open_dataset(tmp_path)
+    assert ([s.name for s in dataset.train], dataset.validation.name) == (["part-b.parquet"], "part-d.parquet")
+    assert "3 files without rows are left out: part-a.parquet, part-c.parquet, part-e.parquet" in caplog.text
+    assert verify_shard(tmp_path / "part-e.parquet") is None
+    with pytest.raises(DataError, match="has 1 training shards, 2 were asked for"):
+        open_dataset(tmp_path, num_shards=2)
+    with pytest.raises(DataError, match=r"part-a\.parquet has no rows, and so none for validation"):
+        open_dataset(tmp_path, validation="part-a.parquet")
+    (tmp_path / "part-b.parquet").unlink()
+    with pytest.raises(DataError, match=r"has rows only in part-d\.parquet: at least 2 shards"):
+        open_dataset(tmp_path)
+
+
 def test_nulls_and_text_that_is_not_utf8(tmp_path: Path) -> None:
     nulls = tmp_path / "nulls.parquet"
     pq.write_table(pa.table({"text": pa.array(["a"] * 700 + [None] + ["b"] * 9)}), nulls, row_group_size=400)
@@ -220,8 +270,16 @@ def test_nulls_and_text_that_is_not_utf8(tmp_path: Path) -> None:
         read_texts(shard, 1)
     assert "null" in (verify_shard(nulls) or "")
     broken = pa.array([b"ok", b"\xff\xfe"], pa.binary()).view(pa.string())
-    with pytest.raises(DataError, match=r"row group 0: .*broken\.parquet is truncated, damaged"):
-        read_texts(read_shard(write(tmp_path / "broken.parquet", text=broken)), 0)
+    for name, column in (
+        ("string", broken),
+        ("binary", broken.cast(pa.binary())),
+        ("chosen", broken.dictionary_encode()),
+    ):
+        path = write(tmp_path / f"{name}.parquet", text=column)
+        with pytest.raises(
+            DataError, match=rf"row group 0: .*{name}\.parquet has text that is not UTF-8 in row 1 there"
+        ):
+            read_texts(read_shard(path), 0)
 
 
 def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +294,9 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert shard.text_bytes < 1 << 20
     with pytest.raises(DataError, match="holds more than"):
         read_texts(shard, 0)
+    chosen = pa.array(["a" * 50_000] * 1000).dictionary_encode()
+    with pytest.raises(DataError, match="holds more than"):
+        read_texts(read_shard(write(tmp_path / "chosen.parquet", text=chosen)), 0)
 
 
 def test_a_shard_that_changed_since_it_was_opened(dataset: Dataset) -> None:
@@ -293,6 +354,33 @@ def test_what_is_there_is_not_overwritten(dataset: Dataset) -> None:
     assert (dataset.path / "thesis.docx").read_text() == "mine"
     with pytest.raises(DataError, match="is a file"):
         write_shards(DOCUMENTS, dataset.path / "thesis.docx", replace=True)
+
+
+def test_only_a_dataset_as_it_was_written_is_replaced(dataset: Dataset, tmp_path: Path) -> None:
+    """Parquet files are not nanofed's for being parquet files: they may be somebody's only copy."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write(folder / "a.parquet", text=pa.array(["mine"]))
+    with pytest.raises(DataError, match=r"mine holds 'a\.parquet', which no dataset\.json lists"):
+        write_shards(DOCUMENTS, folder, replace=True)
+    assert texts_of(read_shard(folder / "a.parquet")) == ["mine"]
+    unlisted = write(dataset.path / "z.parquet", text=pa.array(["mine"]))
+    with pytest.raises(DataError, match=r"holds 'z\.parquet', which no dataset\.json lists"):
+        write_shards(DOCUMENTS, dataset.path, replace=True)
+    unlisted.unlink()
+    changed = write(dataset.path / "shard_00001.parquet", text=pa.array(["mine"]))
+    with pytest.raises(DataError, match=r"shard_00001\.parquet is whole but not the shard that dataset\.json lists"):
+        write_shards(DOCUMENTS, dataset.path, replace=True)
+    assert texts_of(read_shard(changed)) == ["mine"]
+    changed.write_bytes(b"PAR1")  # damage, and no work
+    assert len(write_shards(DOCUMENTS, dataset.path, num_shards=1, replace=True).train) == 1
+
+
+def test_a_link_to_the_output_folder_stays(dataset: Dataset, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(dataset.path)
+    replaced = write_shards(DOCUMENTS[:9], link, num_shards=1, replace=True)
+    assert link.is_symlink() and open_dataset(dataset.path).fingerprint() == replaced.fingerprint()
 
 
 def test_few_documents(tmp_path: Path) -> None:
