@@ -341,6 +341,10 @@ def test_a_tokenizer_is_replaced_only_by_force(tokenizer: Tokenizer, tmp_path: P
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
     other.save(tmp_path, force=True)
     assert Tokenizer.load(tmp_path).fingerprint == other.fingerprint
+    (before,) = (path for path in tmp_path.iterdir() if path.name != "tokenizer.json")
+    assert storage.read_json(before).fingerprint == tokenizer.fingerprint, "models may have been trained with it"
+    other.save(tmp_path, force=True)
+    assert len(list(tmp_path.iterdir())) == 2, "the same tokenizer takes the place of nothing"
 
 
 def test_a_failed_write_leaves_the_old_tokenizer_and_nothing_else(

@@ -84,8 +84,8 @@ class Transfer:
     """Fetches one address into one file.
 
     The bytes go to `<target>.part`, with `<target>.part.json` beside it; only a file that has the length and the hash
-    that the server announced and passes `check` gets the name `target`. A file that has it already is kept beside it as
-    `<target>.replaced`.
+    that the server announced and passes `check` gets the name `target`. A whole file that has it already is kept
+    beside it as `<target>.replaced`.
 
     Args:
         url: The address.
@@ -192,7 +192,7 @@ class Transfer:
         if problem is not None:
             self._discard()
             raise _AgainError(f"what came is not the file: {problem}")
-        if self.target.exists():  # whatever did not count as the file may be somebody's own
+        if self.target.exists() and self._check(self.target) is None:  # whole and another's: it may be somebody's own
             self.target.replace(self.target.with_name(f"{self.target.name}.replaced"))
         self._part.replace(self.target)
         self._note_path.unlink(missing_ok=True)

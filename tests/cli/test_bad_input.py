@@ -218,7 +218,7 @@ def truncated_without_manifest(folder: Path) -> str:
 def without_text(folder: Path) -> str:
     without_manifest(folder)
     pq.write_table(pa.table({"body": ["a", "b"]}), folder / "shard_00001.parquet")
-    return "shard_00001.parquet has no `text` column"
+    return "shard_00001.parquet has no `text` column; its columns are body: `nanofed data pack "
 
 
 def text_of_another_type(folder: Path) -> str:
@@ -284,6 +284,22 @@ def test_bad_data(
     message = damage(data)
     config = config_with(corpus, tmp_path, command, lambda content: content["data"].update(path=str(data)))
     refused([command, "--config", config], 3, str(data), message)
+
+
+@pytest.mark.parametrize(
+    "argv", [["data", "list"], ["data", "verify"], ["tokenizer", "train"], ["tokenizer", "eval"]], ids=" ".join
+)
+def test_text_in_a_column_of_another_name(
+    argv: list[str], corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The columns that are there are named, and the command that makes shards of the right one."""
+    data = tmp_path / "data"
+    shutil.copytree(corpus.data, data)
+    message = without_text(data)
+    more = ["--tokenizer", str(corpus.tokenizer)] if argv[1] == "eval" else []
+    assert cli.main([*argv, "--data", str(data), *more]) == 3
+    captured = capsys.readouterr()
+    assert f"{message}{data} --key NAME --output DIR` makes shards" in captured.out + captured.err
 
 
 @pytest.mark.parametrize(

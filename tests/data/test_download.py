@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanofed.data import transfer
@@ -318,6 +320,24 @@ def test_what_is_in_the_folder(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptu
     write_shards(["a", "b"], tmp_path / "own", provenance={"source": "packed: letters"})
     with pytest.raises(DataError, match=r"shards from elsewhere \(packed: letters\)"):
         get(hub, tmp_path / "own")
+
+
+def test_a_whole_file_of_the_same_name_is_kept(hub: Hub, tmp_path: Path) -> None:
+    """Somebody's own shard may bear the name of one that is missing by the record."""
+    folder = get(hub, tmp_path / "data").path
+    own = write_shards(["mine", "too"], tmp_path / "own").validation.path.read_bytes()
+    (folder / FIRST).write_bytes(own)
+    get(hub, folder)
+    assert (folder / FIRST).read_bytes() == hub.files[FIRST]
+    assert (folder / f"{FIRST}.replaced").read_bytes() == own
+    assert open_dataset(folder).train[0].name == FIRST
+
+
+def test_a_shard_without_rows_is_no_shard_of_the_hub(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    hub.files[FIRST] = (tmp_path / "empty.parquet").read_bytes()
+    with pytest.raises(DataError, match=r"what came is not the file: .* has no rows"):
+        get(hub, tmp_path / "data")
 
 
 def test_a_folder_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
