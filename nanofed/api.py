@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanofed import runtime
+from nanofed.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +24,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def arguments(config: str | Path | None, overrides: dict[str, Any]) -> list[str]:
-    """Turn a config file and keyword overrides into the command line that means the same."""
+def arguments(config: str | Path | None, overrides: Mapping[str, Any]) -> list[str]:
+    """Turn a config file and keyword overrides into the command line that means the same.
+
+    Raises:
+        ConfigError: a value that no option can have; its key is named.
+    """
     import json
 
     args = ["--config", str(config)] if config is not None else []
     for key, value in overrides.items():
-        args.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+        plain = _plain(key, value)
+        args.append(f"--{key}={plain if isinstance(plain, str) else json.dumps(plain)}")
     return args
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Return an override as JSON knows it: paths as text, members of an Enum by value, arrays and tensors as lists of numbers."""
+    if isinstance(value, Enum):
+        return _plain(key, value.value)
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(f"{key}.{name}", part) for name, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset | range):
+        return [_plain(key, part) for part in value]
+    numbers = getattr(value, "tolist", None)  # of NumPy's scalars and arrays, and of tensors
+    if callable(numbers) and not isinstance(value, type) and type(plain := numbers()) is not type(value):
+        return _plain(key, plain)
+    raise ConfigError(
+        f"overrides: {key} is a {type(value).__name__}, which no option can be set to: {str(value)[:60]!r}"
+    )
 
 
 def fit(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.streams import hold_descriptors
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ _PARENT = os.getppid()  # on import, right after the start: whoever launched thi
 # PyTorch asks Linux for 2 MiB pages for large tensors on CPU; it reads this before its first one. A step is 10 to 14 %
 # faster (notebooks/LOG.md).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+hold_descriptors()
 
 
 def base_dir() -> Path:
@@ -68,6 +70,11 @@ def flower_home() -> Path:
     """Return the folder in which Flower keeps its connections: `FLWR_HOME`, by default `~/.flwr`."""
     configured = os.environ.get("FLWR_HOME")
     return Path(configured).expanduser() if configured else Path.home() / ".flwr"
+
+
+def wants_tracebacks() -> bool:
+    """Tell whether an error's traceback is to be printed besides its line: `NANOFED_DEBUG` is set, and not to 0."""
+    return os.environ.get("NANOFED_DEBUG", "0") not in ("", "0")
 
 
 def cpu_count() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+
+from nanofed import streams
 
 # Command -> (module with `main(argv) -> int | None`, one line of help). A module is imported only when its command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -20,6 +22,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenizer": ("nanofed.cli.tokenizer", "train and evaluate the BPE tokenizer"),
     "generate": ("nanofed.cli.generate", "sample text from a checkpoint"),
     "info": ("nanofed.cli.info", "what this machine has: devices, caches, data, versions"),
+}
+
+# Commands that are run for what they print. The others go on where nobody reads it any more, or where it has no room.
+OUTPUT_IS_ALL = {"", "-h", "--help", "help", "-V", "--version", "validate", "status", "generate", "info"} | {
+    "data list",
+    "data verify",
+    "tokenizer eval",
 }
 
 
@@ -36,25 +45,41 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names and return its exit code.
 
-    0 done, 1 failed, 2 usage or configuration, 3 data or network unavailable, 130 and 143 on SIGINT and SIGTERM.
+    0 done, 1 failed, 2 usage or configuration, 3 data or network unavailable, 129, 130 and 143 on SIGHUP, SIGINT and SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = lambda unraisable: None  # what a library's destructor raises ends nothing: it is no news
+    streams.secure(lasting=OUTPUT_IS_ALL.isdisjoint((args[0], " ".join(args[:2])) if args else ("",)))
     try:
-        code = _run(args)
-        sys.stdout.flush()
-        return code
+        try:
+            return _run(args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"nanofed {args[0]}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (head, say) has gone, which is no error of ours; Python's own flush at exit must not stumble over it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except streams.ReaderGone:
         return 0
+    except Exception as error:
+        return _failed(args[0] if args else "", error)
+
+
+def _failed(command: str, error: Exception) -> int:
+    """Say what has ended the command, in one line, and return the exit code that it means."""
+    from nanofed import runtime
+    from nanofed.errors import NanofedError, in_one_line
+
+    time.sleep(runtime.seconds_to_hold_back())
+    known = isinstance(error, NanofedError)
+    if runtime.wants_tracebacks():
+        traceback.print_exception(error)
+    hint = "" if known or runtime.wants_tracebacks() else " (NANOFED_DEBUG=1 shows the traceback)"
+    print(f"nanofed {command}: {in_one_line(error)}{hint}", file=sys.stderr)
+    return error.exit_code if isinstance(error, NanofedError) else 1
 
 
 def _run(args: list[str]) -> int:
-    from nanofed.errors import NanofedError
-
     if not args or args[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if args else 2
@@ -70,12 +95,4 @@ def _run(args: list[str]) -> int:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         print(f"nanofed: there is no command {args[0]!r}{hint} (nanofed --help lists them)", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[args[0]][0])
-    try:
-        return int(module.main(args) or 0)
-    except NanofedError as error:
-        from nanofed import runtime
-
-        time.sleep(runtime.seconds_to_hold_back())
-        print(f"nanofed {args[0]}: {error}", file=sys.stderr)
-        return error.exit_code
+    return int(importlib.import_module(COMMANDS[args[0]][0]).main(args) or 0)

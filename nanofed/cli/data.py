@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanofed import runtime
+from nanofed import runtime, streams
 from nanofed.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     """Run `nanofed data COMMAND`."""
     args = _parser().parse_args(argv[1:])
     # On a terminal the progress bar tells; in a log every finished shard does.
-    level = logging.WARNING if sys.stderr.isatty() else logging.INFO
+    level = logging.WARNING if streams.on_terminal() else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     return int(args.run(args))
 

@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
 def _prompt(given: str) -> str:
     if given != "-":
         return given
+    if sys.stdin is None:
+        raise ConfigError("--prompt -: standard input is closed")
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from nanofed import runtime
+from nanofed import runtime, streams
 from nanofed.cli.imports import import_lightning
+from nanofed.errors import NanofedError
 
 if TYPE_CHECKING:
     from nanofed.training.run import Summary
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Let what ends a command that is run for its output end it; a log line that cannot be made up ends nothing."""
+        if isinstance(sys.exc_info()[1], streams.ReaderGone | NanofedError):
+            raise  # noqa: PLE0704 (logging calls this while it handles the error)
+        super().handleError(record)
 
 
 def show_progress(*, lightning: bool = True) -> None:
@@ -22,7 +31,7 @@ def show_progress(*, lightning: bool = True) -> None:
     """
     if lightning:
         import_lightning()  # sets the levels of its logs when it is first imported
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Handler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("nanofed")
     ours.handlers[:] = [handler]

@@ -13,29 +13,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from nanofed.training.signals import ending_signals
+
 PROC = Path("/proc")
 
 
 @contextmanager
-def ended_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, as Ctrl-C does, so that what was started is stopped; the exit code is 143."""
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM (exit code 143) and SIGHUP (129) unwind the stack, as Ctrl-C does, so that what was started is stopped."""
 
     def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes and its shell send one each
         raise SystemExit(128 + number)
 
-    with _handled({signal.SIGTERM: end}):
+    with _handled({number: end for number in ending_signals() if number != signal.SIGINT}):
         yield
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block has ended: a second Ctrl-C must not leave processes behind."""
+    """Hold the signals that ask to end back until the block has ended: a second Ctrl-C must not leave processes behind."""
     held: list[int] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
         held.append(number)
 
-    with _handled({signal.SIGINT: hold, signal.SIGTERM: hold}):
+    with _handled(dict.fromkeys(ending_signals(), hold)):
         yield
     for number in held[:1]:
         signal.raise_signal(number)

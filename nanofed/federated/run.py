@@ -9,11 +9,11 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 from lightning import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.arguments import Arguments
+from nanofed.federated.processes import ended_by_signals
 from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.board import Board
@@ -24,6 +24,7 @@ from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest
 from nanofed.training.fitting import Place
+from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.preflight import check_start
 from nanofed.training.run import SUMMARY, Summary, check_unused, open_run, resume_checkpoint
 
@@ -54,10 +55,8 @@ class Federation(Arguments):
                 f"fabric.devices={options.devices}: in process and in simulation a client trains on one device; set it to 1"
             )
         runtime.warn_of_unused_gpu(options.accelerator)
-        try:
+        with lightning_errors("fabric", building=True):  # devices that are not there
             return Fabric(accelerator=options.accelerator, devices=1)
-        except (MisconfigurationException, RuntimeError) as error:  # devices that are not there
-            raise ConfigError(f"fabric: {str(error).strip().splitlines()[0]}") from error
 
     @property
     def folder(self) -> Path:
@@ -152,11 +151,12 @@ def client_name(index: int) -> str:
 
 def run_in_process(federation: Federation) -> Summary:
     """Run clients and server in this process, clients one after another, and return what the run came to."""
-    run = federation.open()
-    trainer = federation.trainer()
-    names = [client_name(index) for index in range(federation.federation.clients)]
-    grid = InProcessGrid(client_app(lambda context: trainer), names)
-    loop = federation.loop(grid, run)
-    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-    server_app(lambda grid, context: loop)(grid, context)
-    return loop.board.summary
+    with ended_by_signals():
+        run = federation.open()
+        trainer = federation.trainer()
+        names = [client_name(index) for index in range(federation.federation.clients)]
+        grid = InProcessGrid(client_app(lambda context: trainer), names)
+        loop = federation.loop(grid, run)
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
+        server_app(lambda grid, context: loop)(grid, context)
+        return loop.board.summary

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
 
-from nanofed import runtime
+from nanofed import runtime, streams
 from nanofed.generation.text import generate
 from nanofed.training.losses import LossWindow, SmoothedLoss
 from nanofed.training.module import GPTModule
@@ -204,7 +203,7 @@ class Progress(Callback):
                 initial=module.clock.step,
                 unit="step",
                 dynamic_ncols=True,
-                disable=not sys.stderr.isatty(),
+                disable=not streams.on_terminal(),
                 leave=False,
             )
 

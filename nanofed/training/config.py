@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -19,6 +19,7 @@ from nanofed.training.callbacks import Dashboard, Progress, TextSamples
 from nanofed.training.checkpoint_io import DirectoryCheckpointIO
 from nanofed.training.first_step import FirstStep
 from nanofed.training.garbage import Garbage
+from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.parsing import parse
@@ -38,10 +39,23 @@ TAKEN = {
     "precision": "model.compute_dtype (weights stay fp32)",
     "max_steps": "model.recipe.num_steps",
     "max_epochs": "model.recipe.num_steps",
+    "min_steps": "model.recipe.num_steps",
+    "min_epochs": "model.recipe.num_steps",
+    "fast_dev_run": "model.recipe.num_steps, to a few",
+    "limit_train_batches": "model.recipe.num_steps",
+    "limit_val_batches": "data.eval_tokens",
+    "overfit_batches": "data.num_shards 1",
+    "num_sanity_val_steps": "--eval_every (a run begins with a validation)",
+    "enable_checkpointing": "--save_every",
+    "log_every_n_steps": "--log_every",
+    "barebones": "--eval_every, --save_every and --log_every",
+    "reload_dataloaders_every_n_epochs": "data.num_shards (a run goes on in the data where it is)",
     "accumulate_grad_batches": "model.recipe.batch_tokens",
     "val_check_interval": "--eval_every",
     "check_val_every_n_epoch": "--eval_every",
 }
+
+METRIC = "val/bpb"  # what a callback of Lightning's can watch
 
 
 class FitCLI(LightningCLI):
@@ -102,11 +116,12 @@ class FitCLI(LightningCLI):
         """Build data, model and Trainer; nothing is written yet."""
         self.run_options = run_options(self.config)
         for key, instead in TAKEN.items():
-            if self.config.trainer[key] != self.parser.get_default(f"trainer.{key}"):
+            if self.config.trainer[key] != self._default(key):
                 raise ConfigError(f"trainer.{key} is not used: set {instead}")
         if runtime.is_first_rank() and not self.validate_only:
             check_unused(self.run_options)
-        self.config_init = self.parser.instantiate(self.config)  # Lightning calls it by a name that is deprecated
+        with self.lightning_errors():
+            self.config_init = self.parser.instantiate(self.config)  # Lightning calls it by a name that is deprecated
         self.datamodule = self.config_init["data"]
         self.model = self.config_init["model"]
         self.startup.done("tokenizer")
@@ -118,7 +133,14 @@ class FitCLI(LightningCLI):
         options = self.run_options
         trainer = dict(self._get(self.config_init, "trainer", default={}))
         self.watchdog = Watchdog(self.config_init["watchdog"])
-        callbacks = [self.watchdog, *(trainer.get("callbacks") or [])]  # first: it hears of a step before it is saved
+        given = trainer.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        for callback in given:
+            if getattr(callback, "monitor", None) not in (None, METRIC):
+                raise ConfigError(
+                    f"trainer.callbacks: {type(callback).__name__} monitors {callback.monitor!r}; all there is is {METRIC!r}"
+                )
+        callbacks = [self.watchdog, *given]  # first: it hears of a step before it is saved
         if self.validate_only:
             kwargs["logger"] = False
         else:
@@ -135,26 +157,28 @@ class FitCLI(LightningCLI):
                 self.saver,
                 Stopping(self.signals, self.saver),
             ]
-            if trainer.get("logger") is None:
+            if trainer.get("logger") in (None, True):
                 kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
         io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer)
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), io]
         runtime.warn_of_unused_gpu(str(trainer["accelerator"]))
-        try:
+        with self.lightning_errors(building=True):
             if trainer["strategy"] == "auto":
                 kwargs["strategy"] = automatic(
                     **{name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
                 )
             built = self._instantiate_trainer({**trainer, **kwargs, "callbacks": callbacks}, [])
-        except (
-            MisconfigurationException,
-            ValueError,
-            RuntimeError,
-        ) as error:  # a device that is not there, a wrong name
-            raise ConfigError(f"trainer: {str(error).strip().splitlines()[0]}") from error
         self.watchdog.patience(built.strategy)
         return built
+
+    def lightning_errors(self, *, building: bool = False) -> AbstractContextManager[None]:
+        """Turn what Lightning raises over the Trainer's options into a ConfigError that names those not at their defaults."""
+        given = (name for name, value in vars(self.config.trainer).items() if value != self._default(name))
+        return lightning_errors("trainer", [f"trainer.{name}" for name in given], building=building)
+
+    def _default(self, name: str) -> Any:
+        return self.parser.get_default(f"trainer.{name}")
 
     @cached_property
     def resolved_config(self) -> str:

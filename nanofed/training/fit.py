@@ -25,10 +25,10 @@ def run_fit(cli: FitCLI) -> Summary:
     """Train what the CLI has built: validate, fit, save, validate.
 
     Raises:
-        Stopped: SIGTERM or Ctrl-C reached `cli.signals`, and the run is saved.
+        Stopped: a signal that asks to stop reached `cli.signals`, and the run is saved.
         NonFiniteError: the loss is NaN; says at which step, in which rows, and where the last good checkpoint is.
     """
-    with cli.watchdog.over(cli.trainer):
+    with cli.watchdog.over(cli.trainer), cli.lightning_errors():
         return _fit(cli)
 
 
@@ -86,7 +86,7 @@ def run_validate(cli: FitCLI) -> float:
     check_data_options(cli.datamodule)
     start_from(cli.model, options.folder if options.ckpt_path == "last" else options.ckpt_path)
     take_signals(cli.trainer)
-    with cli.watchdog.over(cli.trainer):
+    with cli.watchdog.over(cli.trainer), cli.lightning_errors():
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     return float(cli.trainer.callback_metrics["val/bpb"])
 

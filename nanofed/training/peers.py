@@ -103,7 +103,7 @@ class Peers:
         children = self.children
         for local_rank, child in enumerate(children, start=1):
             code = child.poll()
-            if code and code not in (130, 143):  # those are ends that were asked for, of all ranks
+            if code and code not in (129, 130, 143):  # those are ends that were asked for, of all ranks
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 return Failure(self.rank, max(code, 1), f"rank {self.rank + local_rank} {how}")
         for rank, pid in self._pids.items() if not children else ():

@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C: at once while there is nothing to lose, else a wish that the run grants at its next full step."""
+"""SIGTERM, SIGHUP and Ctrl-C: at once while there is nothing to lose, else a wish that the run grants at its next full step."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,11 +16,17 @@ HINT = b"\nfinishing this optimizer step, then saving; Ctrl-C again stops at onc
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop, by SIGTERM or Ctrl-C, and has: the exit code is 128 + the signal's number."""
+    """The run was asked to stop, by a signal, and has: the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Return the signals that ask this process to end: SIGINT, SIGTERM, and SIGHUP where it is not ignored, as under nohup."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
 class Child(Protocol):
@@ -36,10 +43,10 @@ class Child(Protocol):
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into `received` while its block runs.
+    """Turns the `ending_signals` into `received` while its block runs.
 
-    As long as `patient` is not set, a signal also ends the block there and then (SIGTERM by `Stopped`, SIGINT by
-    KeyboardInterrupt): nothing is lost by that before the first optimizer step. A second SIGINT always does. Outside the
+    As long as `patient` is not set, a signal also ends the block there and then (SIGINT by KeyboardInterrupt, the others by
+    `Stopped`): nothing is lost by that before the first optimizer step. A second SIGINT always does. Outside the
     main thread, where Python allows no handlers, nothing is changed.
 
     Attributes:
@@ -58,7 +65,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {number: signal.signal(number, self._handle) for number in ending_signals()}
         return self
 
     def __exit__(
@@ -83,13 +90,16 @@ class Signals:
                 child.wait()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.received is not None:
+            return  # a terminal that closes and its shell send one each
         self._interrupts += number == signal.SIGINT
         if self.received is None:
             self.received = number
             for child in self.children:
                 child.send_signal(signal.SIGTERM)
             if self.patient and number == signal.SIGINT:
-                os.write(2, HINT)  # a handler may not log: it may have interrupted the log itself
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, HINT)  # a handler may not log: it may have interrupted the log itself
         if number == signal.SIGINT and (self._interrupts > 1 or not self.patient):
             raise KeyboardInterrupt
         if not self.patient:

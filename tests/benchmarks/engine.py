@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.processes import ended_on_sigterm
+from nanofed.federated.processes import ended_by_signals
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run import Summary
 from tests.benchmarks.corpus import default_data, tokenizer_folder
@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if min(args.clients, args.rounds, args.steps) < 1:
         raise ConfigError("--clients, --rounds and --steps must be at least 1")
-    with tempfile.TemporaryDirectory(prefix="nanofed-engine-") as temporary, ended_on_sigterm():
+    with tempfile.TemporaryDirectory(prefix="nanofed-engine-") as temporary, ended_by_signals():
         folder = (args.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         result: dict[str, Any] = {side: run(side, args, folder) for side in args.sides}

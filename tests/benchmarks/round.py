@@ -18,7 +18,7 @@ import torch
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.processes import ended_on_sigterm
+from nanofed.federated.processes import ended_by_signals
 from nanofed.model import GPTConfig
 from nanofed.tokenizer import load_tokenizer
 from tests.benchmarks import machine
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         if shutil.disk_usage(folder).free < 8 * payload:
             raise ConfigError(f"{8 * payload / 1e9:.0f} GB must be free in {folder}: name another --folder")
         progress(f"d{args.depth}: {setting.config.num_parameters:,} parameters, {args.sites} sites")
-        with ended_on_sigterm():  # what was started is stopped
+        with ended_by_signals():  # what was started is stopped
             result = ours(setting, folder / "ours")
             if args.against:
                 shutil.rmtree(folder / "ours" / "runs")

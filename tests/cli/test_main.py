@@ -73,11 +73,6 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert capsys.readouterr().err == "nanofed boom: interrupted\n"
 
 
-def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_command_that(monkeypatch, ZeroDivisionError())
-
-
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "nanofed", "nope"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nanofed.federated.processes import ended_by_signals
 from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest
+from nanofed.training.signals import Signals
 from tests.faults.fits import STEPS, arguments, curve, fit, launched, losses, probe, processes_with, state
 from tests.parity.test_paths import corpus
 
@@ -74,7 +76,7 @@ def test_at_a_random_moment(
         goes_on_like(whole(1), args, folder)
 
 
-@SIGNALS
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("micro", [3, 4], ids=["first micro-batch of a step", "second"])
 def test_the_step_under_way_is_finished(corpus: Path, tmp_path: Path, number: int, code: int, micro: int) -> None:
     args = arguments(corpus, tmp_path, "cut")
@@ -137,6 +139,28 @@ def test_a_process_that_still_imports(corpus: Path, tmp_path: Path, count: Calla
         process.terminate()
         # Before any of our code runs, the kernel ends it: a shell calls that 143 too.
         assert process.wait(60) in (143, -signal.SIGTERM), (tmp_path / "log").read_text()
+
+
+def test_a_hangup_that_was_ignored_at_the_start_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Signals() as signals, ended_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_what_unwinds_the_stack_is_not_disturbed_by_a_second_hangup(number: int, code: int) -> None:
+    before, unwound = signal.getsignal(signal.SIGHUP), False
+    with pytest.raises(SystemExit) as ended, ended_by_signals():
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            unwound = True
+    assert (ended.value.code, unwound, signal.getsignal(signal.SIGHUP)) == (code, True, before)
 
 
 # --- two ranks

@@ -7,7 +7,7 @@ import pytest
 
 from nanofed.errors import ConfigError
 from nanofed.federated.run import Federation
-from nanofed.federated.runtimes.settings import DEFAULTS, Value, to_args
+from nanofed.federated.runtimes.settings import DEFAULTS, Value, lr_note, to_args
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path("/somewhere/runs")
@@ -65,6 +65,24 @@ def test_every_setting_reaches_the_config() -> None:
     assert model.recipe.batch_tokens == 8 * 128 * 3
     assert (federation.clients, federation.rounds, federation.round_seconds, federation.round_steps) == (4, 5, 20, 6)
     assert (run.folder, run.options.sample_prompts, run.config.seed_everything) == (Path("/runs/mine"), ["a b"], 0)
+
+
+def test_the_settings_of_the_first_nanofed_mean_the_same() -> None:
+    seed = parsed(
+        task_type="nanochat",
+        model_type="nanochat_d20",
+        dataset_name="karpathy/fineweb-edu-100b-shuffle",
+        max_length=2048,
+    )
+    assert seed.config == parsed().config
+
+
+def test_lr_says_what_it_scales() -> None:
+    assert lr_note({"lr": 0.0006}) == (
+        "lr = 0.0006 is taken as the rate of the matrices (Muon), 0.02 in the recipe: the rates of all groups are scaled by 0.03"
+    )
+    assert lr_note({}) is None
+    assert lr_note({"lr": 0.0006, "config": "/some.yaml"}) is None, "the config gives the rates"
 
 
 def test_lr_scales_every_group() -> None:

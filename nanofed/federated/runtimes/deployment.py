@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.flower import is_loopback
-from nanofed.federated.processes import end_marked, ended_on_sigterm, started_as, undisturbed
+from nanofed.federated.processes import end_marked, ended_by_signals, started_as, undisturbed
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, NODES, read_nodes
 from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
@@ -116,7 +116,7 @@ def run_server(
     federation.config.runtime = "deployment"
     federation.anchor()
     folder = federation.folder / FOLDER
-    with ended_on_sigterm(), _lock(federation.folder):
+    with ended_by_signals(), _lock(federation.folder):
         end_marked(f"FLWR_HOME={folder / 'home'}")  # what a server that was killed left behind
         run = _open(federation)
         folder.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from nanofed import runtime
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import client_app, server_app
-from nanofed.federated.runtimes.settings import check, to_args
+from nanofed.federated.runtimes.settings import check, lr_note, to_args
 from nanofed.federated.runtimes.superlink import LOG_FORMAT
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
@@ -33,6 +33,8 @@ def trainer(context: Context) -> FabricTrainer:
 def round_loop(grid: Grid, context: Context) -> RoundLoop:
     """Return the server's round loop, once all clients are there."""
     federation = Federation.from_args(_args(context))
+    if note := lr_note(context.run_config):
+        logger.info("%s", note)
     clients = federation.federation.clients
     deadline = time.monotonic() + NODES_SECONDS
     while (nodes := len(list(grid.get_node_ids()))) != clients:

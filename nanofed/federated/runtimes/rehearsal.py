@@ -11,7 +11,7 @@ from pathlib import Path
 from nanofed import runtime
 from nanofed.errors import NanofedError
 from nanofed.federated.flower import free_port
-from nanofed.federated.processes import ended_on_sigterm, undisturbed
+from nanofed.federated.processes import ended_by_signals, undisturbed
 from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.deployment import ServerOptions, run_server
 from nanofed.federated.site.options import SiteOptions, site_options
@@ -34,7 +34,7 @@ def run_deployment(federation: Federation) -> Summary:
     """
     check_unused(federation.options)
     listen = f"127.0.0.1:{free_port()}"
-    with ended_on_sigterm():
+    with ended_by_signals():
         return run_server(federation, ServerOptions(listen), beside=lambda run: _sites(federation, run, listen))
 
 

@@ -17,7 +17,9 @@ Value = bool | int | float | str
 
 RECIPE_MATRIX_LR = 0.02  # `lr` is Muon's rate; the other groups keep their ratio to it
 TASK = "pretraining"
+TASKS = ("", TASK, "nanochat")  # the last is what nanofed's first version called it
 NAMED_DATASETS = ("fineweb-edu", "demo")
+DATASET_ALIASES = {"karpathy/fineweb-edu-100b-shuffle": "fineweb-edu"}
 
 # What pyproject.toml holds, too (a test compares them): d20 over two GPUs, to the recipe's horizon.
 DEFAULTS: dict[str, Value] = {
@@ -93,17 +95,17 @@ def to_args(settings: Mapping[str, Value], *, run_id: int, runs_dir: Path) -> li
 
 
 def _training(given: Mapping[str, Value]) -> list[str]:
-    if given["task_type"] not in ("", TASK):
+    if given["task_type"] not in TASKS:
         raise ConfigError(
             f"the run config's task_type must be {TASK!r}, which is all there is, not {given['task_type']!r}"
         )
-    dataset = str(given["dataset_name"])
+    dataset = DATASET_ALIASES.get(str(given["dataset_name"]), str(given["dataset_name"]))
     if dataset and dataset not in NAMED_DATASETS:
         _absolute("dataset_name", dataset, among=NAMED_DATASETS)
     options: dict[str, Value | None] = {
         "model.depth": _depth(str(given["model_type"])),
         "model.sequence_len": given["max_length"],
-        "model.recipe.lr_scale": float(given["lr"]) / RECIPE_MATRIX_LR,
+        "model.recipe.lr_scale": _lr_scale(given),
         "model.recipe.weight_decay": given["weight_decay"],
         "model.recipe.batch_tokens": _batch_tokens(given),
         "data.path": dataset,
@@ -118,10 +120,25 @@ def _training(given: Mapping[str, Value]) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items() if value or key == "seed_everything"]
 
 
+def _lr_scale(given: Mapping[str, Value]) -> float:
+    return float(given["lr"]) / RECIPE_MATRIX_LR
+
+
+def lr_note(settings: Mapping[str, Value]) -> str | None:
+    """Return what `lr` does to the recipe's rates, in a line; None where it is the recipe's own, or a config gives the rates."""
+    given = check(settings)
+    if not given["lr"] or given["config"] or given["run_dir"]:
+        return None
+    return (
+        f"lr = {given['lr']:g} is taken as the rate of the matrices (Muon), {RECIPE_MATRIX_LR:g} in the recipe: the rates of all "
+        f"groups are scaled by {_lr_scale(given):g}"
+    )
+
+
 def _depth(model_type: str) -> int | None:
     if not model_type:
         return None
-    match = re.fullmatch(r"d([1-9]\d{0,2})", model_type)
+    match = re.fullmatch(r"(?:nanochat_)?d([1-9][0-9]{0,2})", model_type)
     if not match:
         raise ConfigError(f"the run config's model_type is d and the depth, such as d20, not {model_type!r}")
     return int(match[1])

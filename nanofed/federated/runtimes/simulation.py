@@ -12,7 +12,7 @@ import torch
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.processes import ended_on_sigterm
+from nanofed.federated.processes import ended_by_signals
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.connections import Resources, write_connections
 from nanofed.federated.runtimes.settings import Value
@@ -48,7 +48,7 @@ def run_simulation(federation: Federation) -> Summary:
     on_cpu, on_gpu = Resources.of(clients, cpus, 0), Resources.of(clients, cpus, max(1, gpus))
     write_connections(runtime.flower_home(), {"local-simulation": on_cpu, "local-simulation-gpu": on_gpu})
     settings = {"run_dir": str(run.resolve()), "base_dir": str(runtime.base_dir().resolve())}
-    with ended_on_sigterm():
+    with ended_by_signals():
         simulate(run / LOG, on_gpu if gpus else on_cpu, settings)
     return Summary.read(run)
 

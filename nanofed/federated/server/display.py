@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from tqdm import tqdm
+
+from nanofed import streams
 
 
 class RoundBar:
@@ -22,7 +23,7 @@ class RoundBar:
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not streams.on_terminal(),
             leave=False,
         )
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanofed import runtime
-from nanofed.errors import ConfigError, NanofedError
+from nanofed import runtime, streams
+from nanofed.errors import ConfigError, NanofedError, in_one_line
 from nanofed.federated.site.listener import Listener
 from nanofed.federated.site.progress import Progress
 
@@ -32,6 +32,7 @@ OWN = ("--name", "--socket", "--state", "--supervisor")
 
 def main(args: Sequence[str]) -> int:
     """Serve rounds until the process is ended; return an exit code if it cannot."""
+    streams.secure(lasting=True)
     logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
     logging.getLogger("nanofed").setLevel(logging.INFO)
     try:
@@ -53,7 +54,7 @@ def main(args: Sequence[str]) -> int:
             worker.lead(listener, progress)
     except NanofedError as error:
         time.sleep(runtime.seconds_to_hold_back())
-        logger.error("exit %d: %s", error.exit_code, error)
+        logger.error("exit %d: %s", error.exit_code, in_one_line(error))
         return error.exit_code
     return 0
 

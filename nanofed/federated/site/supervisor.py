@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError
 from nanofed.federated.flower import flower_environment, free_port
-from nanofed.federated.processes import end_marked, ended_on_sigterm, stop_marked, undisturbed
+from nanofed.federated.processes import end_marked, ended_by_signals, stop_marked, undisturbed
 from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.site.code import Code
 from nanofed.federated.site.options import SiteOptions
@@ -123,7 +123,7 @@ def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[],
             f"the site {options.name!r} is running already (it holds {options.folder}): two of one name cannot take part"
         ) from None
     site = _Site(options, arguments)
-    with ended_on_sigterm(), lock:
+    with ended_by_signals(), lock:
         site.end_left()
         try:
             while alive():

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, NanofedError
@@ -25,6 +24,7 @@ from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.garbage import Settled
+from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.recipe import accumulation_steps
 from nanofed.training.strategy import FabricShardedStrategy
 
@@ -207,12 +207,10 @@ def _fabric(arguments: Arguments) -> Fabric:
     devices, machines = runtime.launched_ranks() or (options.devices, 1)
     several = devices * machines > 1
     runtime.warn_of_unused_gpu(options.accelerator)
-    try:
+    with lightning_errors("fabric", building=True):  # devices that are not there
         return Fabric(
             accelerator=options.accelerator,
             devices=devices,
             num_nodes=machines,
             strategy=FabricShardedStrategy(timeout=PATIENCE) if several else "auto",
         )
-    except (MisconfigurationException, RuntimeError) as error:  # devices that are not there
-        raise ConfigError(f"fabric: {str(error).strip().splitlines()[0]}") from error
