@@ -147,6 +147,10 @@ def generate(
     """Yield pieces of text that go on from `prompt`; temperature 0 takes the likeliest token each time."""
     from nanofed.generation.text import generate as stream
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is no text: it cannot be written as UTF-8 ({error.reason})") from error
     loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, device=device)
     return stream(
         loaded.model, loaded.tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
 import logging
@@ -33,10 +34,58 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 hold_descriptors()
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes that Linux and its file systems take
+
+
+def user_path(given: str | Path) -> Path:
+    """Return a path as a person wrote it, with `~` resolved.
+
+    Raises:
+        ConfigError: no file can have that path: this user has no home folder, or a name in it is too long or no text.
+    """
+    said = repr(str(given)) if len(str(given)) <= 80 else f"{str(given)[:76]!r}…"
+    try:
+        path = Path(given).expanduser()
+        sizes = [len(os.fsencode(part)) for part in (*path.parts, path)]
+    except RuntimeError:
+        raise ConfigError(f"{said}: this user has no home folder; give the full path in the place of ~") from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"{said} is no text that can name a file") from None
+    if "\0" in str(given):
+        raise ConfigError(f"{said} is no text that can name a file")
+    if max(sizes[:-1], default=0) > LONGEST_NAME or sizes[-1] > LONGEST_PATH:
+        raise ConfigError(
+            f"{said} is too long a path: a name has {LONGEST_NAME} bytes at most, and all of it {LONGEST_PATH:,}"
+        )
+    return path
+
+
 def base_dir() -> Path:
-    """Return the folder of everything that is kept between runs: `NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`."""
-    configured = os.environ.get("NANOCHAT_BASE_DIR")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "nanochat"
+    """Return the folder of everything that is kept between runs: `NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`.
+
+    Raises:
+        ConfigError: neither is there: the user has no home folder.
+    """
+    if configured := os.environ.get("NANOCHAT_BASE_DIR"):
+        return user_path(configured)
+    try:
+        return Path.home() / ".cache" / "nanochat"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder: set NANOCHAT_BASE_DIR to a folder for what is kept") from None
+
+
+def make_folder(path: Path, *, mode: int = 0o777) -> Path:
+    """Make a folder and those above it, where they are not there yet, and return it.
+
+    Raises:
+        NanofedError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=mode)
+        tempfile.TemporaryFile(dir=path).close()  # a folder that is there may be on a disk that only reads
+    except OSError as error:
+        raise NanofedError(f"{path} cannot be written: {error.strerror}") from error
+    return path
 
 
 def use_base_dir(folder: str) -> None:
@@ -69,7 +118,7 @@ def become(first: Path, command: Sequence[str]) -> NoReturn:
 def flower_home() -> Path:
     """Return the folder in which Flower keeps its connections: `FLWR_HOME`, by default `~/.flwr`."""
     configured = os.environ.get("FLWR_HOME")
-    return Path(configured).expanduser() if configured else Path.home() / ".flwr"
+    return user_path(configured or "~/.flwr")
 
 
 def wants_tracebacks() -> bool:
@@ -84,8 +133,9 @@ def cpu_count() -> int:
 
 def dataset_dir(name: str) -> Path:
     """Return the folder of a dataset: `fineweb-edu` and `demo` live under `base_dir()`, anything else is a path."""
-    named = {"fineweb-edu": base_dir() / "base_data", "demo": base_dir() / "demo" / "data"}
-    return named.get(name, Path(name).expanduser())
+    if name == "fineweb-edu":
+        return base_dir() / "base_data"
+    return base_dir() / "demo" / "data" if name == "demo" else user_path(name)
 
 
 def tokenizer_dir(dataset: str = "fineweb-edu") -> Path:
@@ -255,8 +305,19 @@ def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
 
 
 def keep_compiled_code() -> None:
-    """Have torch.compile keep its kernels under `base_dir()`, where a reboot leaves them, unless a place is set already."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "inductor"))
+    """Have torch.compile keep its kernels under `base_dir()`, where a reboot leaves them, unless a place is set already.
+
+    Where that cannot be written they are kept as long as this process lives, which a warning says.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder = str(make_folder(base_dir() / "inductor"))
+    except NanofedError as error:
+        logger.warning("what is compiled is not kept for the next run: %s", error)
+        folder = tempfile.mkdtemp(prefix="nanofed-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
 
 
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' data sheets (without sparsity), by what a GPU's name holds: the first

@@ -15,8 +15,9 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(argv[1:])
 
+    from nanofed import runtime
     from nanofed.federated.server.status import as_text, read_status
 
-    status = read_status(options.run.expanduser())
+    status = read_status(runtime.user_path(options.run))
     print(json.dumps(asdict(status), indent=1) if options.json else as_text(status))
     return 0

@@ -61,11 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _folder(args: argparse.Namespace, option: str) -> Path:
+    given = getattr(args, option, None)
+    return runtime.tokenizer_dir(args.data) if given is None else runtime.user_path(given)
+
+
 def _train(args: argparse.Namespace) -> None:
     from nanofed.data.shards import open_dataset
     from nanofed.tokenizer import Tokenizer, check_writable, measure_compression, train_tokenizer
 
-    folder: Path = getattr(args, "output", runtime.tokenizer_dir(args.data)).expanduser()
+    folder: Path = _folder(args, "output")
     dataset = open_dataset(runtime.dataset_dir(args.data))
     check_writable(folder, force=args.force)
     started = time.monotonic()
@@ -96,7 +101,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     if args.max_chars < 1:
         raise ConfigError(f"max_chars is {args.max_chars:,}; it has to be at least 1")
-    folder: Path = getattr(args, "tokenizer", runtime.tokenizer_dir(args.data)).expanduser()
+    folder: Path = _folder(args, "tokenizer")
     dataset = open_dataset(runtime.dataset_dir(args.data))
     tokenizers = {"this": Tokenizer.load(folder)}
     try:

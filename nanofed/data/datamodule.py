@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,7 +82,7 @@ class TokenDataModule(LightningDataModule):
             return Tokenizer.gpt2()
         if self.path == "demo" and self.tokenizer_name is None:
             prepare_demo()
-        folder = Path(self.tokenizer_name).expanduser() if self.tokenizer_name else runtime.tokenizer_dir(self.path)
+        folder = runtime.user_path(self.tokenizer_name) if self.tokenizer_name else runtime.tokenizer_dir(self.path)
         if self.tokenizer_name and not folder.is_dir():
             raise DataError(
                 f"data.tokenizer: there is no folder {folder}: make one with "

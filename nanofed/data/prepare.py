@@ -21,7 +21,7 @@ DEMO_VOCAB_SIZE = 2048  # the head is most of a tiny model's work
 def prepare_demo(*, tokenizer: bool = True) -> None:
     """Build the demo corpus, and train its tokenizer, where they are not there yet; says so in a line each."""
     folder, tokenizer_folder = runtime.dataset_dir("demo"), runtime.tokenizer_dir("demo")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    runtime.make_folder(folder.parent)
     with FileLock(folder.parent / "prepare.lock"):
         if not (folder / "dataset.json").is_file():
             logger.info("building the demo corpus in %s", folder)

@@ -141,7 +141,7 @@ class Federation(Arguments):
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return str(runtime.user_path(path).resolve())
 
 
 def client_name(index: int) -> str:

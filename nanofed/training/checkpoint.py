@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.files import sha256
 from nanofed.model import GPTConfig
@@ -200,7 +201,7 @@ def local_path(where: str | Path) -> Path:
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(where)):
         raise ConfigError(f"{where} is a URL: checkpoints are read from local folders only")
-    return Path(where).expanduser()
+    return runtime.user_path(where)
 
 
 def find_checkpoint(where: str | Path) -> Path:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
+
+LONGEST_NAME = 200  # of 255 bytes: files beside a run are called after it
 
 
 @dataclass
@@ -55,7 +58,11 @@ class RunOptions:
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if not self.name or Path(self.name).name != self.name or self.name == "..":
-            raise ConfigError(f"--name {self.name!r} is not a plain folder name")
+            raise ConfigError(f"--name {self.name[:80]!r} is not a plain folder name")
+        if not self.name.isprintable() or len(self.name.encode()) > LONGEST_NAME:
+            raise ConfigError(
+                f"--name {self.name[:80]!r} cannot name a folder everywhere: up to {LONGEST_NAME} bytes of printable characters"
+            )
         if "://" in self.runs_dir:
             raise ConfigError(f"--runs_dir {self.runs_dir} is a URL: runs are kept in local folders only")
         if self.overwrite and self.ckpt_path:
@@ -64,4 +71,4 @@ class RunOptions:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.runs_dir).expanduser() / self.name
+        return runtime.user_path(self.runs_dir) / self.name

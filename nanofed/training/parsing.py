@@ -7,11 +7,11 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
 
 ELSEWHERE = {"trainer": "fit", "federation": "federate", "fabric": "federate"}  # sections of one command only
@@ -49,7 +49,7 @@ def config_files(args: Sequence[str]) -> list[str]:
 
 def read_yaml(path: str) -> Mapping[str, Any]:
     """Read a config file as a mapping of keys to values."""
-    file = Path(path).expanduser()
+    file = runtime.user_path(path)
     if not file.is_file():
         raise ConfigError(f"there is no config file {path}")
     try:

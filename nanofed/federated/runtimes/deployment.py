@@ -76,7 +76,7 @@ class ServerOptions:
         """
         host, _ = self.address
         if self.keys is not None:
-            keys = load(Path(self.keys).expanduser().resolve())
+            keys = load(runtime.user_path(self.keys).resolve())
             if warning := keys.warning():
                 logger.warning("%s", warning)
             return keys

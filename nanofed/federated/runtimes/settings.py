@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
 
 Value = bool | int | float | str
@@ -159,7 +160,7 @@ def _batch_tokens(given: Mapping[str, Value]) -> Value:
 
 
 def _absolute(name: str, value: Value, among: tuple[str, ...] = ()) -> Path:
-    path = Path(str(value)).expanduser()
+    path = runtime.user_path(str(value))
     if not path.is_absolute():
         names = "".join(f"{other}, " for other in among)
         raise ConfigError(

@@ -72,7 +72,7 @@ def site_options(
         raise ConfigError(f"--devices must be at least 1, not {devices}")
     authority = key = None
     if keys is not None:
-        folder = Path(keys).expanduser().resolve()
+        folder = runtime.user_path(keys).resolve()
         authority, key = folder / "ca.pem", folder / "site.key"
         for path in (authority, key):
             if not path.is_file():
@@ -83,8 +83,8 @@ def site_options(
         raise ConfigError(
             f"--superlink {superlink} is reached over the network: that needs --keys, the folder that the server handed out"
         )
-    folder = Path(state).expanduser() if state is not None else runtime.base_dir() / "sites" / name
+    folder = runtime.user_path(state) if state is not None else runtime.base_dir() / "sites" / name
     if trust is not None:
-        trust = Path(trust).expanduser().resolve()
+        trust = runtime.user_path(trust).resolve()
         read_trusted(trust)
     return SiteOptions(superlink, name, authority, key, folder, devices, trust=trust)

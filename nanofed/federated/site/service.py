@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from nanofed import runtime, streams
@@ -85,8 +84,8 @@ def split_arguments(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         raise ConfigError(f"--supervisor is the id of a process, not {own['--supervisor']}") from None
     return argparse.Namespace(
         name=own["--name"],
-        socket=Path(own["--socket"]).expanduser().absolute(),
-        state=Path(own["--state"]).expanduser().absolute(),
+        socket=runtime.user_path(own["--socket"]).absolute(),
+        state=runtime.user_path(own["--state"]).absolute(),
         supervisor=supervisor,
     ), rest
 

@@ -114,7 +114,7 @@ def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[],
         ConfigError: the trainer refuses its configuration; the site runs on this machine already.
         DataError: the trainer finds no data.
     """
-    options.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    runtime.make_folder(options.folder, mode=0o700)
     lock = FileLock(options.folder / ".lock")
     try:
         lock.acquire(timeout=0)
