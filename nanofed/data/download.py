@@ -158,10 +158,14 @@ def _have(path: Path, recorded: Recorded | None) -> bool:
 def _record_all(folder: Path, known: dict[str, Recorded]) -> dict[str, Recorded]:
     """Return the entries of all shards of this dataset that are in the folder, whoever put them there."""
     ours = {shard_name(index) for index in range(LAST_SHARD + 1)}
-    entries = {}
+    entries, unchecked = {}, []
     for name in shard_names(folder):
         if name in ours and _have(folder / name, known.get(name)):
             entries[name] = known.get(name) or record(folder / name)
+            unchecked += [] if name in known else [name]
+    if unchecked:
+        named = ", ".join(unchecked[:3])
+        logger.warning("%s: %d files of before are taken for shards by their names: %s", folder, len(unchecked), named)
     return entries
 
 

@@ -75,16 +75,20 @@ def pack(
             num_shards = max(8, sum(path.stat().st_size for path in files) // SHARD_BYTES)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-    blank = 0
+    blank, textless = 0, list[str]()
 
     def documents() -> Iterator[str]:
         nonlocal blank
         for path in files:
+            found = 0
             for text in _documents(path, key):
                 if text.strip():
+                    found += 1
                     yield text
                 else:
                     blank += 1
+            if not found:
+                textless.append(str(path))
 
     provenance = {
         "source": SOURCE + ", ".join(path.name or str(path) for path in paths),
@@ -99,7 +103,9 @@ def pack(
         replace=force,
     )
     if blank:
-        logger.warning("left out %s blank documents", f"{blank:,}")
+        logger.warning("left out blank documents: %s", f"{blank:,}")
+    if textless:
+        logger.warning("files without text: %s, such as %s", f"{len(textless):,}", ", ".join(textless[:3]))
     return dataset
 
 

@@ -314,12 +314,13 @@ def _batches(shard: Shard, row_group: int) -> Iterator[list[str]]:
             if texts.null_count:
                 row = rows + texts.is_null().to_pylist().index(True)
                 raise DataError(f"{path} has a null instead of a text in row {row} there")
-            # A dictionary, or views of the same bytes, may expand to far more than was declared.
-            step = max(1, _EXPANDED_BYTES // max(1, texts.nbytes))
+            plain = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
+            # A dictionary, or views of the same bytes, may expand to far more than was declared: a few rows at a time.
+            step = max(1, len(texts)) if plain else max(1, _EXPANDED_BYTES // max(1, texts.nbytes))
             for start in range(0, len(texts), step):
                 part = texts.slice(start, step)
                 try:
-                    strings = part.cast(pa.large_string())
+                    strings = part if plain else part.cast(pa.large_string())
                     size += strings.nbytes
                     if size > most:
                         raise DataError(f"{path} holds more than {most:,} bytes of text there")

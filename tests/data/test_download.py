@@ -317,6 +317,7 @@ def test_what_is_in_the_folder(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptu
     assert not hub.gets(FIRST)
     assert len(hub.gets("shard_00001.parquet")) == 1
     assert "shard_00001.parquet is truncated" in caplog.text
+    assert f"2 files of before are taken for shards by their names: {FIRST}, shard_00002.parquet" in caplog.text
     write_shards(["a", "b"], tmp_path / "own", provenance={"source": "packed: letters"})
     with pytest.raises(DataError, match=r"shards from elsewhere \(packed: letters\)"):
         get(hub, tmp_path / "own")

@@ -141,7 +141,8 @@ def test_what_is_left_out_is_said(source: Path, tmp_path: Path, caplog: pytest.L
     copies = "1 compressed, with the same file uncompressed beside it"
     kinds = f"left out 1 .png, 1 .tar.gz, {copies}, 2 hidden, 1 linked folder, 1 without an ending; what can be packed:"
     assert f"{source}: {kinds}" in caplog.text
-    assert "left out 1 blank documents" in caplog.text
+    assert "left out blank documents: 1" in caplog.text
+    assert f"files without text: 1, such as {source / 'deep' / 'blank.txt'}" in caplog.text
 
 
 def test_a_dataset_inside_the_input_is_not_mixed_in(
@@ -160,10 +161,11 @@ def test_a_dataset_inside_the_input_is_not_mixed_in(
     assert sorted(texts(pack([source], tmp_path / "third"))) == sorted(EXPECTED)
 
 
-def test_parts_without_rows_are_no_documents(tmp_path: Path) -> None:
+def test_parts_without_rows_are_no_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "part-0.parquet")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "part-1.parquet")
     assert sorted(texts(pack([tmp_path], tmp_path / "out"))) == ["a", "b"]
+    assert f"files without text: 1, such as {tmp_path / 'part-1.parquet'}" in caplog.text
 
 
 def test_key_names_the_column_of_parquet_and_what_is_inside_of_another(tmp_path: Path) -> None:
