@@ -111,7 +111,7 @@ class GPTModule(LightningModule):
             logger.warning(
                 "attention runs FlashAttention 2, which is slower than cuDNN's on this GPU: torch prefers cuDNN's from version "
                 "9.15 on (this one is %s) unless that is switched off or the run is deterministic",
-                torch.backends.cudnn.version(),
+                torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             )
 
     def count_bytes_with(self, token_bytes: Tensor) -> None:

@@ -65,7 +65,9 @@ def random_batches(vocab_size: int, *, sequence_len: int, device_batch_size: int
     made = []
     for _ in range(8):
         tokens = torch.randint(vocab_size, (device_batch_size, sequence_len + 1), generator=generator)
-        parts = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        made.append(Batch(*(part.pin_memory() if pinned else part for part in parts), DataState(0, {})))
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if pinned:
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        made.append(Batch(inputs, targets, DataState(0, {})))
     while True:
         yield from made

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nanofed import cli
+from nanofed import cli, runtime
 from nanofed.cli import info
 
 PARTS = ["nanofed", "machine", "devices", "caches", "data", "tokenizers", "packages", "network"]
@@ -149,8 +149,8 @@ def test_unknown_option_is_a_usage_error() -> None:
 def test_a_gpu_that_is_not_used_is_named_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(info.runtime, "why_gpu_is_unused", lambda: "the driver is old")
-    monkeypatch.setattr(info.runtime, "nvidia_driver", lambda: "535.104.05")
+    monkeypatch.setattr(runtime, "why_gpu_is_unused", lambda: "the driver is old")
+    monkeypatch.setattr(runtime, "nvidia_driver", lambda: "535.104.05")
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert "an NVIDIA GPU that is not used: the driver is old\n" in text

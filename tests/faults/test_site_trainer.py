@@ -292,3 +292,43 @@ def ranks_of(trainer: Trainer) -> list[int]:
     children_of = Path(f"/proc/{trainer.process.pid}/task")
     found = {int(pid) for task in children_of.iterdir() for pid in (task / "children").read_text().split()}
     return [pid for pid in found if b"nanofed.federated.site.service" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_the_server_has_its_answer_before_the_disk_has_the_state(
+    args: list[str], rounds: Rounds, tmp_path: Path
+) -> None:
+    trainer, on_disk = in_process(args, tmp_path), list[bool]()
+
+    def answer(payload: list[Any], report: Report) -> None:
+        on_disk.append(state_file(tmp_path, rounds, 1).exists())
+
+    trainer.fit(rounds.weights, rounds.instructions(), answer=answer)
+    assert on_disk == [False] and state_file(tmp_path, rounds, 1).exists()
+
+
+def test_an_answer_that_cannot_be_given_costs_no_state(args: list[str], rounds: Rounds, tmp_path: Path) -> None:
+    def answer(payload: list[Any], report: Report) -> None:
+        raise OSError("nobody is there")
+
+    with pytest.raises(OSError, match="nobody is there"):
+        in_process(args, tmp_path).fit(rounds.weights, rounds.instructions(), answer=answer)
+    assert state_file(tmp_path, rounds, 1).exists()
+
+
+@pytest.mark.parametrize("up_codec", ["fp32", "bf16"])
+def test_weights_that_pass_through_staging_memory_are_the_same(
+    args: list[str], rounds: Rounds, tmp_path: Path, up_codec: str
+) -> None:
+    def two_rounds(trainer: FabricTrainer, rounds: Rounds) -> list[list[Any]]:
+        answers = []
+        for _ in range(2):
+            arrays, report = trainer.fit(rounds.weights, rounds.instructions(up_codec=up_codec))
+            answers.append(arrays)
+            rounds.number, rounds.data = report.round, report.data
+        return answers
+
+    staged = in_process(args, tmp_path / "staged")
+    staged._pinned = {name: torch.full(tensor.shape, torch.nan) for name, tensor in staged._parameters.items()}
+    expected = two_rounds(in_process(args, tmp_path / "direct"), rounds.copy())
+    for arrays, others in zip(two_rounds(staged, rounds), expected, strict=True):
+        assert same(arrays, others)  # the first answer, too, after the second round

@@ -105,7 +105,7 @@ def test_decoding_leaves_cudnn_alone_and_training_does_not(monkeypatch: pytest.M
     sdpa = F.scaled_dot_product_attention
 
     def spy(*args: Any, **options: Any) -> Tensor:
-        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
         return sdpa(*args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)

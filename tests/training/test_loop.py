@@ -191,8 +191,8 @@ def test_the_deadline_waits_for_the_backward_pass_and_lets_the_update_run(monkey
 
     update, backward = setup.optimizer.step, setup.fabric.backward
     monkeypatch.setattr(loop, "_BackwardEnd", Event)
-    monkeypatch.setattr(setup.optimizer, "step", lambda: (order.append("update"), update()))
-    monkeypatch.setattr(setup.fabric, "backward", lambda loss: (order.append("backward"), backward(loss)))
+    monkeypatch.setattr(setup.optimizer, "step", lambda: [order.append("update"), update()])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(setup.fabric, "backward", lambda loss: [order.append("backward"), backward(loss)])  # type: ignore[func-returns-value]
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a number is read: that waits for the device"))
     setup.train(batches(20), seconds=1e9, num_steps=2)
     step = ["backward", "backward", "mark", "update"]

@@ -94,11 +94,15 @@ class Progress:
         """Say that something happened that is no micro-batch."""
         self._last = time.monotonic()
 
-    def trained(self, steps: int, tokens_per_second: float, unwritten: int) -> None:
+    def trained(self, steps: int, tokens_per_second: float) -> None:
         """Say what a round came to."""
         rounds = self._figures["rounds"] + 1
-        self._figures |= {"steps": steps, "warm": True, "rounds": rounds, "unwritten": unwritten}
+        self._figures |= {"steps": steps, "warm": True, "rounds": rounds}
         self._figures["tokens_per_second"] = tokens_per_second
+
+    def saved(self, unwritten: int) -> None:
+        """Say how many optimizer states the disk has not taken so far."""
+        self._figures["unwritten"] = unwritten
 
     def idle(self) -> None:
         """Say that the trainer waits for the next round."""

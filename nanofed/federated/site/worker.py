@@ -20,7 +20,7 @@ from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import Arrays, FabricTrainer
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.garbage import Settled
@@ -156,30 +156,37 @@ class Worker:
         turn = _Turn(request, progress, instructions.deadline_seconds if instructions else None)
         self._trainer.ranks.from_first((request.kind, message))
         metrics: dict[str, Any] = {}
-        count = 0
-        payload: Arrays = []
+        evaluation: Evaluation | None = None
         if asked is not None:
             progress.evaluating(asked.run, asked.round)
             evaluation = self._trainer.evaluate(request.arrays, asked, turn)
             turn.arrived += evaluation.seconds  # the training's budget runs from here on
-            metrics, count = evaluation.to_config(), evaluation.bytes
-        with MemoryRoom() as room:
-            if instructions is not None:
-                micro_batch = self._data.device_batch_size * self._data.sequence_len * self.ranks
-                progress.begin(instructions.run, instructions.round, max(1, instructions.batch_tokens // micro_batch))
-                payload, report = self._trainer.fit(request.arrays, instructions, turn, room)
-                metrics, count = metrics | report.to_config(), report.tokens
+            metrics = evaluation.to_config()
+
+        def answer(payload: Arrays, report: Report | None = None) -> None:
+            sent, count = dict(metrics), evaluation.bytes if evaluation else 0
+            if report is not None:
+                sent, count = sent | report.to_config(), report.tokens
                 self._say(report, progress)
             unwritten, before = self._trainer.states.unwritten, self._unwritten
             self._unwritten = unwritten
-            if unwritten > before:
-                metrics[UNWRITTEN] = True
+            if unwritten > before:  # since the last answer
+                sent[UNWRITTEN] = True
             progress.idle()
-            request.answer(room.packed(payload), count, metrics)
+            request.answer(room.packed(payload), count, sent)
+
+        with MemoryRoom() as room:
+            if instructions is None:
+                answer([])
+                return
+            micro_batch = self._data.device_batch_size * self._data.sequence_len * self.ranks
+            progress.begin(instructions.run, instructions.round, max(1, instructions.batch_tokens // micro_batch))
+            self._trainer.fit(request.arrays, instructions, turn, room, answer)
+            progress.saved(self._trainer.states.unwritten)
 
     def _say(self, report: Report, progress: Progress) -> None:
         speed = report.tokens / report.seconds if report.seconds > 0 else 0.0
-        progress.trained(report.steps, speed, self._trainer.states.unwritten)
+        progress.trained(report.steps, speed)
         logger.info(
             "round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s",
             report.round,

@@ -126,7 +126,7 @@ class Codec(ABC):
         return _Decoded(self, self.tensors(arrays, like), like)
 
     def write_to(self, out: Mapping[str, Tensor], arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> None:
-        """Write what `decode` returns into fp32 tensors, in memory block by block, on another device one weight at a time.
+        """Write what `decode` returns into fp32 tensors in this machine's memory, block by block.
 
         Args:
             out: contiguous tensors with the names and shapes of `like`; they may be parameters.
@@ -137,16 +137,13 @@ class Codec(ABC):
             WireError: the arrays do not fit; see `check`. Nothing is written then.
         """
         parts = dict(zip(like, self.tensors(arrays, like), strict=True))
-        targets = {name: out[name].detach().view(-1) for name in like}
-        here = [name for name, target in targets.items() if target.device.type == "cpu"]
+        names = list(like)
+        targets = [out[name].detach().view(-1) for name in names]
 
         def write(index: int, part: slice) -> None:
-            self.read(parts[here[index]], part, targets[here[index]][part])
+            self.read(parts[names[index]], part, targets[index][part])
 
-        over_blocks([targets[name].numel() for name in here], lambda: write)
-        decoded = self.decode_each(arrays, like)
-        for name in targets.keys() - set(here):
-            targets[name].copy_(flat(decoded[name]))
+        over_blocks([target.numel() for target in targets], lambda: write)
 
     def check(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> None:
         """Check that arrays can be read as weights with the shapes of `like`.

@@ -1,0 +1,136 @@
+"""Count a training step on the fake card: python -m tests.gpu.step --depth 20 --rows 32; prints one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+sys.path.append(os.environ["NANOFED_SITE"])
+import fakegpu  # type: ignore[import-not-found]  # first: it answers for cuDNN
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nanofed.data.streams import Batch, DataState
+from nanofed.model import GPT
+from nanofed.optim import DistMuonAdamW
+from nanofed.training.losses import LossWindow
+from nanofed.training.module import GPTModule
+from nanofed.training.recipe import Recipe
+from nanofed.training.strategy import FabricShardedStrategy
+
+
+class _Sharded:
+    strategy = FabricShardedStrategy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, default in {
+        "depth": 20,
+        "rows": 32,
+        "accumulation": 1,
+        "sequence_len": 2048,
+        "vocab_size": 65_536,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compile", type=lambda text: text == "True", default=True)
+    parser.add_argument("--peak", action="store_true", help="list what is held at the peak")
+    args = parser.parse_args()
+
+    # Nothing is computed: drawing weights would only take time, and touch memory.
+    GPT.init_weights = lambda self, seed: None  # type: ignore[method-assign]
+    for layer in (nn.Linear, nn.Embedding):
+        layer.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    torch.cuda.set_device(0)
+    if args.ranks > 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("nccl", store=store, rank=0, world_size=args.ranks)
+    tokens = args.rows * args.sequence_len * args.ranks
+    module = GPTModule(
+        args.depth,
+        args.sequence_len,
+        args.vocab_size,
+        Recipe(batch_tokens=tokens * args.accumulation, num_steps=1000),
+        args.dtype,
+        args.compile,
+    )
+    if args.ranks > 1:
+        module._fabric = _Sharded()  # type: ignore[assignment]
+    with torch.device("cuda"):
+        module.configure_model()
+    optimizer = module.configure_optimizers()
+    rows = torch.zeros(args.rows, args.sequence_len, dtype=torch.int64).pin_memory()
+    window = LossWindow()
+
+    def step() -> dict[str, int]:
+        for micro in range(args.accumulation):
+            last = micro == args.accumulation - 1
+            sharded = isinstance(optimizer, DistMuonAdamW)
+            with optimizer.no_sync() if sharded and not last else contextlib.nullcontext():  # type: ignore[attr-defined]
+                loss = module.training_step(Batch(rows, rows, DataState(0, {})).to("cuda"))
+                (loss / args.accumulation).backward()
+                del loss
+        before: dict[str, int] = fakegpu.counts()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.grad_norm is not None
+        window.add(module.clock.step, module.pop_losses(), optimizer.grad_norm, module.data_state)
+        return before
+
+    started = time.time()
+    step()
+    first = time.time() - started
+    step()
+    if args.peak:
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
+    torch.cuda.set_sync_debug_mode("error")
+    start = fakegpu.counts()
+    middle = step()
+    end = fakegpu.counts()
+    torch.cuda.set_sync_debug_mode("default")
+    result: dict[str, Any] = {
+        "micro_batches": {name: middle[name] - start[name] for name in start},
+        "update": {name: end[name] - middle[name] for name in end},
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "first_step_s": round(first, 1),
+    }
+    if args.peak:
+        _list_peak()
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _list_peak() -> None:
+    """Say on stderr what of the recorded step was allocated at its peak, the largest first, and by which line of nanofed."""
+    trace: list[Any] = torch.cuda.memory._snapshot()["device_traces"][0]
+    held: dict[int, Any] = {}
+    at_peak: list[Any] = []
+    now = peak = 0
+    for event in trace:
+        if event["action"] == "alloc":
+            held[event["addr"]] = event
+            now += event["size"]
+        elif event["action"] == "free_completed":
+            held.pop(event["addr"], None)
+            now -= event["size"]
+        if now > peak:
+            peak, at_peak = now, list(held.values())
+    groups: Counter[tuple[int, str]] = Counter()
+    for event in at_peak:
+        lines = [f"{f['filename']}:{f['line']}" for f in event["frames"] if "/nanofed/" in f["filename"]]
+        groups[event["size"], lines[0].rsplit("/", 1)[-1] if lines else "compiled"] += 1
+    for (size, line), count in sorted(groups.items(), key=lambda group: -group[0][0] * group[1])[:25]:
+        sys.stderr.write(f"{count:4d} x {size:14,d} = {count * size / 1e6:10,.1f} MB  {line}\n")
+
+
+if __name__ == "__main__":
+    main()
