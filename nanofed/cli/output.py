@@ -45,7 +45,8 @@ def show_progress(*, lightning: bool = True) -> None:
 def describe(summary: Summary) -> str:
     """Return what a run came to, in one line."""
     start, end = summary.bpb_start, summary.bpb_end
+    early = f"; it ended before its horizon: {summary.ended_early}" if summary.ended_early else ""
     return (
         f"{summary.name}: {summary.tokens / 1e6:.2f} M tokens in {summary.seconds:.1f} s, "
-        f"bits per byte {float('nan') if start is None else start:.4f} -> {float('nan') if end is None else end:.4f}"
+        f"bits per byte {float('nan') if start is None else start:.4f} -> {float('nan') if end is None else end:.4f}{early}"
     )

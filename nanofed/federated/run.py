@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
@@ -19,14 +20,17 @@ from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.carriage import Carriage
 from nanofed.federated.server.outer import OuterNesterov
-from nanofed.federated.server.owner import check_free
 from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.server.state import State
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest
 from nanofed.training.fitting import Place
 from nanofed.training.lightning_errors import lightning_errors
+from nanofed.training.options import START
+from nanofed.training.parsing import resolved
 from nanofed.training.preflight import check_start
-from nanofed.training.run import SUMMARY, Summary, check_unused, open_run, resume_checkpoint
+from nanofed.training.run import SUMMARY, Summary
+from nanofed.training.run_folder import RunFolder, check_usable, resume_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +68,36 @@ class Federation(Arguments):
         return self.options.folder
 
     def open(self) -> Path:
+        """Check everything, then make the run's folder and save the resolved config in it; whoever calls holds the run."""
+        self.check()
+        return self.write()
+
+    def write(self) -> Path:
         """Make the run's folder and save the resolved config in it, when all else has been checked."""
+        RunFolder(self.folder).open(self.options, "federated", resolved(self.parser, self.config))
+        return self.folder
+
+    @property
+    def start_options(self) -> list[str]:
+        """The arguments that say how this command starts, which the run's saved config does not hold."""
+        given = ((name, self.config[name]) for name in START if name != "overwrite")
+        return [f"--{name}={value}" for name, value in given if value]
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is written: options, data, memory, and the state to be resumed.
+
+        Raises:
+            ConfigError: a value, a folder or a checkpoint that does not fit.
+            DataError: no shards or no tokenizer.
+            CheckpointError: the checkpoint is damaged.
+        """
         options, config = self.options, self.federation
         if config.evaluation == "sites" and options.sample_every:
             raise ConfigError(
                 f"--sample_every {options.sample_every}: text samples are taken where the server measures the weights; set it to "
                 "0, or federation.evaluation to server"
             )
-        check_unused(options)
-        check_free(options.folder)
+        check_usable(options)
         module, data = self.build()
         batch_tokens = module.recipe.batch_tokens
         if config.global_batch_tokens is not None:
@@ -82,10 +107,11 @@ class Federation(Arguments):
                     f"federation.global_batch_tokens={config.global_batch_tokens:,} is no multiple of {config.clients} clients"
                 )
         OuterNesterov(config.outer_lr, config.outer_momentum)
-        resolved = self.parser.dump(self.config, skip_link_targets=False)
         place = Place(self.fabric().device, clients=config.clients)  # they take turns on one model, on one device
-        check_start(module, data, options, kind="federated", batch_tokens=batch_tokens, config=resolved, place=place)
-        return open_run(options, resolved)
+        text = resolved(self.parser, self.config)
+        check_start(module, data, options, kind="federated", batch_tokens=batch_tokens, config=text, place=place)
+        if (resume := resume_checkpoint(options.folder, options.ckpt_path)) is not None:
+            State.without_weights(data, config, options.folder).load_without_weights(resume, module)
 
     def trainer(self) -> FabricTrainer:
         """Return the trainer of this process, for every client that runs in it."""
@@ -150,13 +176,18 @@ def client_name(index: int) -> str:
 
 
 def run_in_process(federation: Federation) -> Summary:
-    """Run clients and server in this process, clients one after another, and return what the run came to."""
-    with ended_by_signals():
-        run = federation.open()
+    """Run clients and server in this process, clients one after another, and return what the run came to.
+
+    Raises:
+        ConfigError: another process uses the run.
+    """
+    with ended_by_signals(), RunFolder(federation.folder):
+        federation.check()
         trainer = federation.trainer()
         names = [client_name(index) for index in range(federation.federation.clients)]
         grid = InProcessGrid(client_app(lambda context: trainer), names)
-        loop = federation.loop(grid, run)
+        loop = federation.loop(grid, federation.folder)
+        federation.write()
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        server_app(lambda grid, context: loop)(grid, context)
+        server_app(lambda grid, context: nullcontext(loop))(grid, context)
         return loop.board.summary

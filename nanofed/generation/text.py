@@ -9,6 +9,8 @@ from typing import Protocol
 from nanofed.generation.sampling import generate_ids
 from nanofed.model import GPT
 
+SAMPLE_TOKENS = 48  # of a text sample that a run writes beside its validations
+
 
 class TextTokenizer(Protocol):
     """What generation needs of a tokenizer."""

@@ -8,6 +8,7 @@ from nanofed.errors import ConfigError
 
 WIDTH_PER_LAYER = 64
 HEAD_WIDTH = 128
+ROTARY_REACH = 10  # the tables hold this many training rows: generation may run past sequence_len
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class GPTConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.n_embd // self.n_head
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the rotary tables hold: the longest sequence the model can read."""
+        return ROTARY_REACH * self.sequence_len
 
     @property
     def num_embedding_parameters(self) -> int:

@@ -18,8 +18,6 @@ from nanofed.model.kv_cache import KVCache
 from nanofed.model.layers import Linear, apply_rotary, norm, rotary_tables
 from nanofed.model.loss import capped_logits, head_loss
 
-ROTARY_REACH = 10  # the tables hold this many training rows: generation may run past sequence_len
-
 
 class CausalSelfAttention(nn.Module):
     """Attention with rotary positions, then RMS-normed queries and keys."""
@@ -122,7 +120,7 @@ class GPT(nn.Module):
     @property
     def max_positions(self) -> int:
         """Positions that the rotary tables hold: the longest sequence the model can read."""
-        return ROTARY_REACH * self.config.sequence_len
+        return self.config.max_positions
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

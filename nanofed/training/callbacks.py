@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
 
 from nanofed import runtime, streams
-from nanofed.generation.text import generate
+from nanofed.generation.text import SAMPLE_TOKENS, generate
 from nanofed.training.losses import LossWindow, SmoothedLoss
 from nanofed.training.module import GPTModule
 from nanofed.training.run import Point, Summary
@@ -26,6 +27,15 @@ def _writer(trainer: Trainer) -> Any:
     """Return TensorBoard's SummaryWriter on the first rank, None elsewhere or without a logger."""
     experiment = getattr(trainer.logger, "experiment", None) if trainer.is_global_zero else None
     return experiment if hasattr(experiment, "add_scalar") else None
+
+
+class RunLogger(TensorBoardLogger):
+    """Lightning's TensorBoard logger, which makes no file before the run's folder is opened and something is logged."""
+
+    def save(self) -> None:
+        """Write what was logged; Lightning calls this before a checkpoint is loaded, too."""
+        if self._experiment is not None:
+            super().save()
 
 
 class Dashboard(Callback):
@@ -176,6 +186,7 @@ class Dashboard(Callback):
         if writer is not None:
             writer.add_scalar("val/bpb", value, clock.step)
             writer.add_scalar("val/bpb_by_tokens", value, clock.tokens)
+            writer.flush()
         if trainer.is_global_zero:
             self.summary.write(self._run)
         self._mark = time.monotonic() if trainer.state.fn == TrainerFn.FITTING else None
@@ -246,7 +257,7 @@ class Progress(Callback):
 class TextSamples(Callback):
     """Writes what the model says to a few prompts into TensorBoard, every n optimizer steps."""
 
-    def __init__(self, every: int, prompts: Sequence[str], max_tokens: int = 48) -> None:
+    def __init__(self, every: int, prompts: Sequence[str], max_tokens: int = SAMPLE_TOKENS) -> None:
         self._every = every
         self._prompts = tuple(prompts)
         self._max_tokens = max_tokens

@@ -10,21 +10,22 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
-from nanofed.training.callbacks import Dashboard, Progress, TextSamples
+from nanofed.training.callbacks import Dashboard, Progress, RunLogger, TextSamples
 from nanofed.training.checkpoint_io import DirectoryCheckpointIO
 from nanofed.training.first_step import FirstStep
 from nanofed.training.garbage import Garbage
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.module import GPTModule
+from nanofed.training.opening import Opening
 from nanofed.training.options import RunOptions
-from nanofed.training.parsing import parse
+from nanofed.training.parsing import parse, resolved
 from nanofed.training.recipe import Recipe
-from nanofed.training.run import Summary, check_unused, open_run
+from nanofed.training.run import Summary
+from nanofed.training.run_folder import check_usable
 from nanofed.training.saving import SaveCheckpoint
 from nanofed.training.signals import Signals
 from nanofed.training.startup import Startup
@@ -75,6 +76,7 @@ class FitCLI(LightningCLI):
         self.garbage = Garbage()
         self.run_options: RunOptions
         self.run_folder: Path | None = None
+        self.opening: Opening | None = None
         self.dashboard: Dashboard | None = None
         self.saver: SaveCheckpoint | None = None
         super().__init__(
@@ -119,7 +121,7 @@ class FitCLI(LightningCLI):
             if self.config.trainer[key] != self._default(key):
                 raise ConfigError(f"trainer.{key} is not used: set {instead}")
         if runtime.is_first_rank() and not self.validate_only:
-            check_unused(self.run_options)
+            check_usable(self.run_options)
         with self.lightning_errors():
             self.config_init = self.parser.instantiate(self.config)  # Lightning calls it by a name that is deprecated
         self.datamodule = self.config_init["data"]
@@ -146,10 +148,12 @@ class FitCLI(LightningCLI):
         else:
             folder = self.run_folder = options.folder
             self.dashboard = Dashboard(folder, Summary(options.name, "fit"), options.log_every)
+            self.opening = Opening(options, self.resolved_config, self.dashboard.summary)
             self.saver = SaveCheckpoint(
                 folder, options.save_every, options.keep_checkpoints, options.keep_every, self.dashboard, self.garbage
             )
             callbacks += [
+                self.opening,
                 self.dashboard,
                 Progress(self.dashboard),
                 FirstStep(self.startup),
@@ -158,7 +162,7 @@ class FitCLI(LightningCLI):
                 Stopping(self.signals, self.saver),
             ]
             if trainer.get("logger") in (None, True):
-                kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+                kwargs["logger"] = RunLogger(folder, name="", version="", default_hp_metric=False)
         io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer)
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), io]
@@ -183,12 +187,7 @@ class FitCLI(LightningCLI):
     @cached_property
     def resolved_config(self) -> str:
         """Every key of the run with its value, YAML."""
-        return str(self.parser.dump(self.config, skip_link_targets=False))
-
-    def open_run(self) -> None:
-        """Make the run's folder, on the first rank, when all else has been checked."""
-        if runtime.is_first_rank():
-            open_run(self.run_options, self.resolved_config)
+        return resolved(self.parser, self.config)
 
 
 def run_options(config: Any) -> RunOptions:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+
+from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
 from nanofed.training.fitting import Place
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule
 from nanofed.training.preflight import check_data_options, check_start
-from nanofed.training.run import SUMMARY, Summary, resume_checkpoint
+from nanofed.training.run import AT_HORIZON, SUMMARY, Summary
+from nanofed.training.run_folder import RunFolder, resume_checkpoint
 from nanofed.training.stopping import take_signals
 
 if TYPE_CHECKING:
@@ -27,15 +33,21 @@ def run_fit(cli: FitCLI) -> Summary:
     Raises:
         Stopped: a signal that asks to stop reached `cli.signals`, and the run is saved.
         NonFiniteError: the loss is NaN; says at which step, in which rows, and where the last good checkpoint is.
+        NanofedError: another process uses the run.
     """
     with cli.watchdog.over(cli.trainer), cli.lightning_errors():
-        return _fit(cli)
+        if not runtime.is_first_rank():
+            return _fit(cli)
+        with RunFolder(cli.run_options.folder):
+            return _fit(cli)
 
 
 def _fit(cli: FitCLI) -> Summary:
     module: GPTModule = cli.model
     data, trainer, options = cli.datamodule, cli.trainer, cli.run_options
-    assert cli.run_folder is not None and cli.dashboard is not None and cli.saver is not None
+    assert (
+        cli.run_folder is not None and cli.dashboard is not None and cli.saver is not None and cli.opening is not None
+    )
     accumulation = check_start(
         module,
         data,
@@ -48,34 +60,62 @@ def _fit(cli: FitCLI) -> Summary:
     cli.startup.done("data")
     resume = resume_checkpoint(cli.run_folder, options.ckpt_path)
     if resume is None and options.init_from:
-        start_from(module, options.init_from)  # read before the run's folder is opened, which may be the same one
-    cli.open_run()
+        start_from(module, options.init_from)
     trainer.accumulate_grad_batches = accumulation
     trainer.val_check_interval = options.eval_every * accumulation  # Lightning counts micro-batches
     trainer.fit_loop.epoch_loop.max_steps = module.num_steps
     take_signals(trainer)
+    summary = cli.dashboard.summary
     try:
         if resume is None:
+            cli.opening.open(module)
             trainer.validate(module, datamodule=data, verbose=False)
         else:
             if trainer.is_global_zero:
                 logger.info("resuming from %s", resume)
             cli.saver.newest = resume
             if (cli.run_folder / SUMMARY).is_file():
-                cli.dashboard.summary = Summary.read(cli.run_folder)
+                summary.curve = Summary.read(cli.run_folder).curve
         with cli.garbage:
             trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
-        summary = cli.dashboard.summary
+        cli.opening.open(module)  # a resumed run that has no step to do
+        summary.ended = _why_ended(trainer, module)
         if not summary.curve or summary.curve[-1].step != module.clock.step:
             trainer.validate(module, datamodule=data, verbose=False)
     except NonFiniteError as error:
+        summary.ended = f"the loss is not finite: {error}"
         raise NonFiniteError(f"{error}; {cli.saver.where()}") from error
     except (SystemExit, KeyboardInterrupt):  # Lightning exits where it saw a KeyboardInterrupt
+        summary.ended = f"it was stopped after step {module.clock.step:,}"
         if cli.saver.newest is not None and trainer.is_global_zero:
             logger.info("stopped after step %s; %s", f"{module.clock.step:,}", cli.saver.where())
         cli.signals.await_children()
         raise
+    except Exception as error:
+        summary.ended = f"{type(error).__name__} after step {module.clock.step:,}"
+        raise
+    finally:
+        if cli.opening.done:
+            with suppress(OSError):  # on a disk that is full, the error that is under way says so
+                summary.write(cli.run_folder)
     return summary
+
+
+def _why_ended(trainer: Trainer, module: GPTModule) -> str:
+    """Return why `Trainer.fit` has returned."""
+    if module.clock.step >= module.num_steps:
+        return AT_HORIZON
+    at = f"after {module.clock.step:,} of {module.num_steps:,} steps"
+    for callback in trainer.callbacks:
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            return f"the time limit trainer.max_time is over {at}"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping stopped it {at}: {callback.stopping_reason_message}"
+    if trainer.should_stop:
+        names = ", ".join(type(c).__name__ for c in trainer.callbacks if not type(c).__module__.startswith("nanofed."))
+        return f"it was stopped {at} by one of its callbacks ({names or 'unknown'} set trainer.should_stop)"
+    return f"there was no more training data {at}: trainer.limit_train_batches or another limit of the Trainer"
 
 
 def run_validate(cli: FitCLI) -> float:

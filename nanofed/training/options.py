@@ -8,6 +8,7 @@ from pathlib import Path
 from nanofed import runtime
 from nanofed.errors import ConfigError
 
+START = ("overwrite", "force", "ckpt_path", "init_from")  # say how one command starts: no part of what a run saves
 LONGEST_NAME = 200  # of 255 bytes: files beside a run are called after it
 
 
@@ -18,9 +19,9 @@ class RunOptions:
     Attributes:
         name: the run's folder is `runs_dir`/`name`.
         runs_dir: folder of all runs; TensorBoard reads it.
-        overwrite: replace a run of that name.
+        overwrite: replace a run of that name; heeded on the command line only, never in a file.
         force: start where the memory does not seem to be enough, or where the config of a resumed run differs.
-        ckpt_path: `last` goes on with the run of that name; or a checkpoint.
+        ckpt_path: `last` goes on with the run of that name, or starts it anew where it has no checkpoint yet; or a checkpoint.
         init_from: start from the weights of another run or checkpoint, of either path.
         eval_every: steps (rounds) between two validations.
         save_every: steps (rounds) between two checkpoints; 0 saves at the end only.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -13,6 +14,10 @@ import yaml
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
+from nanofed.training.options import START
+from nanofed.training.run import CONFIG, MARKER, SUMMARY
+
+logger = logging.getLogger(__name__)
 
 ELSEWHERE = {"trainer": "fit", "federation": "federate", "fabric": "federate"}  # sections of one command only
 
@@ -24,14 +29,58 @@ def parse(parser: Any, args: Sequence[str]) -> Any:
         ConfigError: a config file that is not there or not YAML, a key that does not exist, a value of the wrong type.
     """
     files = {path: read_yaml(path) for path in config_files(args)}
+    typed, rest = _start_options(args)
     try:
-        return parser.parse_args(list(args))
+        config = parser.parse_args([*rest, *typed])
+        _forget_start_options(config, parser, files, typed)
+        return config
     except argparse.ArgumentError as error:
         key, message = explain(str(error), set(known_keys(parser)))
         typed = any(arg == f"--{key}" or arg.startswith(f"--{key}=") for arg in args)
         holding = [path for path, content in files.items() if key and _holds(content, key.split("."))]
         source = None if typed or not holding else holding[-1]
         raise ConfigError(f"{source}: {message}" if source else message) from error
+
+
+def resolved(parser: Any, config: Any) -> str:
+    """Return every key of a run with its value as YAML, without the options that say how this one command starts."""
+    kept = config.clone()
+    for name in START:
+        kept.pop(name, None)
+    return str(parser.dump(kept, skip_link_targets=False))
+
+
+def _start_options(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide arguments into those that say how to start (`--overwrite true`), and the rest."""
+    names = tuple(f"--{name}" for name in START)
+    typed: list[str] = []
+    rest: list[str] = []
+    takes_next = False
+    for arg in args:
+        is_typed = takes_next or arg.split("=")[0] in names
+        takes_next = not takes_next and arg in names
+        (typed if is_typed else rest).append(arg)
+    return typed, rest
+
+
+def _forget_start_options(
+    config: Any, parser: Any, files: Mapping[str, Mapping[str, Any]], typed: Sequence[str]
+) -> None:
+    """Take out of a config what says how to start and was not typed: all of it from a run's own file, else `overwrite`."""
+    for name in START:
+        holding = [path for path, content in files.items() if content.get(name) not in (None, False)]
+        ignored = [path for path in holding if name == "overwrite" or _is_of_a_run(Path(path).expanduser())]
+        if not ignored or any(arg.split("=")[0] == f"--{name}" for arg in typed):
+            continue
+        heeded = [content[name] for path, content in files.items() if name in content and path not in ignored]
+        config[name] = heeded[-1] if heeded else parser.get_default(name)
+        logger.warning("%s: %s is ignored: it is heeded on the command line only", ", ".join(ignored), name)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Tell whether a config file is one that a run has saved."""
+    path = path.resolve()
+    return path.name == CONFIG and any((path.parent / name).exists() for name in (MARKER, SUMMARY))
 
 
 def config_files(args: Sequence[str]) -> list[str]:

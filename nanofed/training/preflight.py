@@ -6,13 +6,15 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.packing import PACKERS
 from nanofed.errors import ConfigError
+from nanofed.generation.text import SAMPLE_TOKENS
 from nanofed.training.checkpoint import check_model, checkpoints, find_checkpoint, read_manifest
 from nanofed.training.fitting import Place, check_memory
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.recipe import accumulation_steps
 from nanofed.training.resuming import check_resumed_config
-from nanofed.training.run import CONFIG, SUMMARY, Summary, is_used, resume_checkpoint
+from nanofed.training.run import CONFIG, SUMMARY, Summary
+from nanofed.training.run_folder import check_usable, is_used, resume_checkpoint
 
 
 def check_start(
@@ -52,6 +54,8 @@ def check_start(
         world_size=place.ranks,
     )
     if runtime.is_first_rank():
+        check_usable(options)
+        check_samples(options, data, module)
         check_checkpoints(module, data, options, kind, config)
         check_memory(module, data, place, batch_tokens=batch_tokens, force=options.force)
         next(iter(data.validation_loader(world_size=place.ranks)))
@@ -66,6 +70,17 @@ def check_data_options(data: TokenDataModule) -> None:
             raise ConfigError(f"data.{name} must be at least 1, not {getattr(data, name)}")
     if data.packing not in PACKERS:
         raise ConfigError(f"data.packing={data.packing!r} is unknown: choose {' or '.join(PACKERS)}")
+
+
+def check_samples(options: RunOptions, data: TokenDataModule, module: GPTModule) -> None:
+    """Refuse a prompt of text samples that the model could not read together with what is to follow it."""
+    longest = module.config.max_positions - SAMPLE_TOKENS
+    for prompt in options.sample_prompts if options.sample_every else ():
+        if (length := 1 + len(data.tokenizer.encode(prompt))) > longest:
+            raise ConfigError(
+                f"--sample_prompts: {prompt[:40]!r}… has {length:,} tokens with the one that begins a document, and this model "
+                f"can read {longest:,} before a sample of {SAMPLE_TOKENS}: shorten it"
+            )
 
 
 def check_checkpoints(module: GPTModule, data: TokenDataModule, options: RunOptions, kind: str, config: str) -> None:

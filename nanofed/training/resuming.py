@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from nanofed.errors import ConfigError
+from nanofed.training.options import START
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ FREE = (
     "federation.max_failed_rounds",
 )
 # Says how to start, not what to train.
-UNCOMPARED = ("config", "name", "runs_dir", "overwrite", "force", "ckpt_path", "init_from")
+UNCOMPARED = ("config", "name", "runs_dir", *START)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,18 @@
-"""A run's folder: config, checkpoints, TensorBoard events and a summary, the same for both paths."""
+"""What a run came to: the curve of its validations and its totals, the same for both paths."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nanofed.errors import ConfigError, NanofedError
+from nanofed.errors import ConfigError
 from nanofed.files import write_atomically
-from nanofed.training.checkpoint import checkpoints, find_checkpoint, newest_whole
-from nanofed.training.options import RunOptions
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+MARKER = "nanofed-run.json"  # makes a folder a run of nanofed's (run_folder.py)
+AT_HORIZON = "the horizon is reached"
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Summary:
         tokens: trained, over all ranks and clients.
         seconds: of training, on this machine's clock.
         curve: every validation, the first before training.
+        ended: why the run has ended; None while it goes on, and where a power cut or a SIGKILL ended it.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Summary:
     tokens: int = 0
     seconds: float = 0.0
     curve: list[Point] = field(default_factory=list)
+    ended: str | None = None
 
     @property
     def bpb_start(self) -> float | None:
@@ -53,6 +54,11 @@ class Summary:
     def bpb_end(self) -> float | None:
         """Bits per byte at the end."""
         return self.curve[-1].bpb if self.curve else None
+
+    @property
+    def ended_early(self) -> str | None:
+        """Why the run ended before its horizon, None where it did not or is not known to have."""
+        return None if self.ended == AT_HORIZON else self.ended
 
     def add(self, point: Point) -> None:
         """Record a validation; one at a step that is there already replaces it (a resumed run repeats its last)."""
@@ -69,55 +75,7 @@ class Summary:
         try:
             content = json.loads((run / SUMMARY).read_text())
             curve = [Point(**point) for point in content["curve"]]
-            return cls(content["name"], content["kind"], content["tokens"], content["seconds"], curve)
+            name, kind, tokens = content["name"], content["kind"], content["tokens"]
+            return cls(name, kind, tokens, content["seconds"], curve, content.get("ended"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{run} has no readable {SUMMARY}: is it a run folder? ({error})") from error
-
-
-def is_used(run: Path) -> bool:
-    """Tell whether a folder holds a run."""
-    return (run / CONFIG).exists() or bool(checkpoints(run))
-
-
-def check_unused(options: RunOptions) -> None:
-    """Refuse a folder that holds a run when neither resuming nor overwriting is asked."""
-    if is_used(options.folder) and not (options.overwrite or options.ckpt_path):
-        raise ConfigError(
-            f"{options.folder} already holds a run: go on with --ckpt_path last, choose another --name, or pass "
-            "--overwrite true"
-        )
-
-
-def open_run(options: RunOptions, config: str) -> Path:
-    """Return the run's folder, made if it is new, with the resolved config saved in it.
-
-    Raises:
-        ConfigError: the folder holds a run and neither resuming nor overwriting is asked.
-        NanofedError: the folder cannot be written.
-    """
-    run = options.folder
-    check_unused(options)
-    try:
-        if options.overwrite and is_used(run):
-            shutil.rmtree(run)
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(run / CONFIG, config)
-    except OSError as error:
-        raise NanofedError(
-            f"the run folder {run} cannot be written: {error.strerror}; choose another --runs_dir"
-        ) from error
-    return run
-
-
-def resume_checkpoint(run: Path, ckpt_path: str | None) -> Path | None:
-    """Return the checkpoint that `--ckpt_path` names: `last` is the run's newest that verifies, nothing if it has none yet.
-
-    Raises:
-        ConfigError: there is none of that name, or it is a URL.
-        CheckpointError: the run has checkpoints, and all of them are damaged.
-    """
-    if ckpt_path is None:
-        return None
-    if ckpt_path == "last":
-        return newest_whole(run)
-    return find_checkpoint(ckpt_path)

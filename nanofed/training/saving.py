@@ -18,6 +18,7 @@ from nanofed.training.checkpoint import CheckpointError, prune_checkpoints
 from nanofed.training.garbage import Garbage
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule
+from nanofed.training.run_folder import Reached, reach
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ class SaveCheckpoint(Callback):
         try:
             trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
+                reach(self._run, Reached.CHECKPOINT)
                 prune_checkpoints(self._run, self._keep, self._keep_every)
         except (OSError, CheckpointError) as error:
             failure = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""The parts of the round loop by themselves: norms, pace, events, plain words, one server a folder, measuring, presence."""
+"""The parts of the round loop by themselves: norms, pace, events, plain words, measuring, presence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from nanofed.federated.server import events as events_module
 from nanofed.federated.server.events import OTHERS, SERVER, Events
 from nanofed.federated.server.measuring import Measuring
 from nanofed.federated.server.norms import LARGEST, WARM_UP, NormGuard
-from nanofed.federated.server.owner import Owner, check_free
 from nanofed.federated.server.pace import SPEED_ROUNDS, Pace
 from nanofed.federated.server.presence import Presence
 from nanofed.federated.server.roster import Roster
@@ -27,7 +26,6 @@ from nanofed.federated.server.validation import Refused
 from nanofed.federated.wire.plain import plain
 from nanofed.training.options import RunOptions
 from nanofed.training.run import Summary
-from tests.faults.children import start
 from tests.federated.replies import report
 
 
@@ -187,34 +185,6 @@ class TestEvents:
         events = Events(tmp_path / "gone")
         events.add("stale", "a", "why", 1)
         assert events.total() == 1 and "events.jsonl cannot be written" in caplog.text
-
-
-def _own(run: Path, ready: Path) -> None:
-    with Owner(run) as owner:
-        owner.say(phase="training")
-        ready.touch()
-        time.sleep(600)
-
-
-def test_a_second_server_on_a_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    run, ready = tmp_path / "run", tmp_path / "ready"
-    run.mkdir()
-    check_free(run)
-    process = start(_own, run, ready)
-    deadline = time.monotonic() + 120
-    while not ready.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    said = f"run is in use: a server runs on it, process {process.pid} on "
-    with pytest.raises(NanofedError, match=said), Owner(run):
-        pass
-    with pytest.raises(NanofedError, match=said):
-        check_free(run)
-    process.kill()
-    process.join()
-    with Owner(run):
-        assert json.loads((run / "server.json").read_text())["phase"] == "starting"
-    check_free(run)
 
 
 class Clients:

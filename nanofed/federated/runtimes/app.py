@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from flwr.app import Context
 from flwr.client import Client
@@ -23,16 +24,16 @@ def client_app(trainer: Callable[[Context], LocalTrainer]) -> ClientApp:
     return ClientApp(client_fn=client_fn)
 
 
-def server_app(loop: Callable[[Grid, Context], RoundLoop]) -> ServerApp:
-    """Return a ServerApp that runs `loop(grid, context)` to its end."""
+def server_app(rounds: Callable[[Grid, Context], AbstractContextManager[RoundLoop]]) -> ServerApp:
+    """Return a ServerApp that runs the round loop of `rounds(grid, context)` to its end, inside of that context."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        rounds = loop(grid, context)
-        try:
-            rounds.train()
-        finally:
-            rounds.board.close()
+        with rounds(grid, context) as loop:
+            try:
+                loop.train()
+            finally:
+                loop.board.close()
 
     return app

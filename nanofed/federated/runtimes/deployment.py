@@ -7,17 +7,16 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
@@ -31,7 +30,8 @@ from nanofed.federated.server.signing import signature_in
 from nanofed.federated.wire.signature import SIGNATURE
 from nanofed.files import write_atomically
 from nanofed.training.checkpoint import checkpoints
-from nanofed.training.run import Summary, is_used
+from nanofed.training.run import Summary
+from nanofed.training.run_folder import RunFolder, has_saved, is_used
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +116,13 @@ def run_server(
     federation.config.runtime = "deployment"
     federation.anchor()
     folder = federation.folder / FOLDER
-    with ended_by_signals(), _lock(federation.folder):
-        end_marked(f"FLWR_HOME={folder / 'home'}")  # what a server that was killed left behind
+    leftovers = f"FLWR_HOME={folder / 'home'}"
+    with ended_by_signals(), RunFolder(federation.folder, lambda: end_marked(leftovers)) as hold:
         run = _open(federation)
+        hold.lend_rounds()
         folder.mkdir(exist_ok=True)
         with beside(run) as check:
-            service = _Service(run, folder, options, keys, check)
+            service = _Service(run, folder, options, keys, check, federation.start_options)
             try:
                 service.serve()
             finally:
@@ -129,30 +130,12 @@ def run_server(
     return Summary.read(run)
 
 
-def _lock(run: Path) -> FileLock:
-    """Return the lock on a run, taken; the kernel gives it back when this process dies.
-
-    The round loop's own lock (`server.owner`) comes and goes with each loop and lies in the folder that --overwrite removes: this
-    one is held from before the folder is looked at until the end, also between two loops. It does not do for the round loop,
-    which runs without such a service in process and in simulation, and may outlive one that was killed.
-    """
-    run.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.parent / f".{run.name}.server.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"another `nanofed server` works on {run}: choose another --name, or stop that one") from None
-    return lock
-
-
 def _open(federation: Federation) -> Path:
+    """Open the run: a new one, or one that goes on, from its last checkpoint or, where it has none yet, from its beginning."""
     options = federation.options
-    if is_used(options.folder) and not options.overwrite:
-        if checkpoints(options.folder):
-            federation.config.ckpt_path = "last"
-            logger.info("%s is there already: going on from its last checkpoint", options.folder)
-        elif not options.ckpt_path:  # it ended before its first checkpoint: there is nothing to lose
-            federation.config.overwrite = True
+    if is_used(options.folder) and not options.overwrite and (has_saved(options.folder) or not options.ckpt_path):
+        federation.config.ckpt_path = "last"
+        logger.info("%s is there already: going on from its last checkpoint", options.folder)
     return federation.open()
 
 
@@ -160,9 +143,16 @@ class _Service:
     """A SuperLink, the proxy in front of it, and one run after another until one completes."""
 
     def __init__(
-        self, run: Path, folder: Path, options: ServerOptions, keys: Keys | None, check: Callable[[], None]
+        self,
+        run: Path,
+        folder: Path,
+        options: ServerOptions,
+        keys: Keys | None,
+        check: Callable[[], None],
+        start_options: Sequence[str],
     ) -> None:
         self._run = run
+        self._start_options = start_options
         self._folder = folder
         self._options = options
         self._keys = keys
@@ -186,7 +176,11 @@ class _Service:
         if self._keys is not None and (signature := signature_in(self._keys.folder)):
             (self._app / SIGNATURE).write_text(signature.to_json())
             logger.info("the code that sites are sent is signed as number %d", signature.number)
-        settings = {"run_dir": str(self._run.resolve()), "base_dir": str(runtime.base_dir().resolve())}
+        settings = {
+            "run_dir": str(self._run),
+            "base_dir": str(runtime.base_dir().resolve()),
+            "overrides": shlex.join(self._start_options),
+        }
         crashes, before, ran = 0, self._round(), False
         while True:
             try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -19,7 +21,8 @@ from nanofed.federated.runtimes.settings import check, to_args
 from nanofed.federated.server.depot import Depot
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.app import client
-from nanofed.training.checkpoint import checkpoints
+from nanofed.training.run_folder import KILLED_SECONDS, has_saved
+from nanofed.training.run_lock import ROUNDS, RunLock
 
 __all__ = ["client", "server"]
 
@@ -27,19 +30,21 @@ logger = logging.getLogger(__name__)
 server = ServerApp()
 
 
-def round_loop(grid: Grid, context: Context) -> RoundLoop:
-    """Return the server's round loop, from the run's last checkpoint where it has one."""
+@contextmanager
+def round_loop(grid: Grid, context: Context) -> Iterator[RoundLoop]:
+    """Hold the run's rounds, and yield the server's round loop, from the run's last checkpoint where it has saved one."""
     settings = check(context.run_config)
     runtime.use_base_dir(str(settings["base_dir"]))
     federation = Federation.from_args(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
-    if checkpoints(federation.folder):
-        federation.config.ckpt_path = "last"
     run = federation.folder
+    if has_saved(run):
+        federation.config.ckpt_path = "last"
     has_keys = (run / FOLDER / NODES).exists()
     known = (lambda: owners(run)) if has_keys else None
-    loop = federation.loop(grid, run, simulated=False, owners=known, carriage=Depot(run / FOLDER / DEPOT))
-    runtime.return_freed_memory()  # its model, which only evaluates, has just asked for the contrary
-    return loop
+    with RunLock(run, ROUNDS, patience=KILLED_SECONDS):
+        loop = federation.loop(grid, run, simulated=False, owners=known, carriage=Depot(run / FOLDER / DEPOT))
+        runtime.return_freed_memory()  # its model, which only evaluates, has just asked for the contrary
+        yield loop
 
 
 @server.main()

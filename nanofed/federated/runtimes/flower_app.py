@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from flwr.app import Context
@@ -18,6 +20,8 @@ from nanofed.federated.runtimes.settings import check, lr_note, to_args
 from nanofed.federated.runtimes.superlink import LOG_FORMAT
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import FabricTrainer
+from nanofed.training.run_folder import RunFolder
+from nanofed.training.run_lock import ROUNDS, RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +34,9 @@ def trainer(context: Context) -> FabricTrainer:
     return _trainer(_args(context))
 
 
-def round_loop(grid: Grid, context: Context) -> RoundLoop:
-    """Return the server's round loop, once all clients are there."""
+@contextmanager
+def round_loop(grid: Grid, context: Context) -> Iterator[RoundLoop]:
+    """Hold the run, and yield the server's round loop once all clients are there."""
     federation = Federation.from_args(_args(context))
     if note := lr_note(context.run_config):
         logger.info("%s", note)
@@ -44,8 +49,16 @@ def round_loop(grid: Grid, context: Context) -> RoundLoop:
                 f'(num-supernodes): run it with --federation-config "num-supernodes={clients}"'
             )
         time.sleep(0.1)
-    is_open = bool(check(context.run_config)["run_dir"])  # `nanofed federate` has made the folder
-    return federation.loop(grid, federation.folder if is_open else federation.open())
+    run = federation.folder
+    if check(context.run_config)["run_dir"]:  # `nanofed federate` holds the run and has opened it
+        with RunLock(run, ROUNDS):
+            yield federation.loop(grid, run)
+        return
+    with RunFolder(run):
+        federation.check()
+        loop = federation.loop(grid, run)
+        federation.write()
+        yield loop
 
 
 client = client_app(trainer)

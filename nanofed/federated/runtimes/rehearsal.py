@@ -16,7 +16,8 @@ from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.deployment import ServerOptions, run_server
 from nanofed.federated.site.options import SiteOptions, site_options
 from nanofed.federated.site.supervisor import run_site
-from nanofed.training.run import CONFIG, Summary, check_unused
+from nanofed.training.run import CONFIG, Summary
+from nanofed.training.run_folder import check_usable
 
 CLIENTS = "clients"  # of the run's folder: what the sites keep, and their logs
 
@@ -32,7 +33,7 @@ def run_deployment(federation: Federation) -> Summary:
         DataError: no shards or no tokenizer.
         NanofedError: a site ended by itself, or the run crashed again and again.
     """
-    check_unused(federation.options)
+    check_usable(federation.options)
     listen = f"127.0.0.1:{free_port()}"
     with ended_by_signals():
         return run_server(federation, ServerOptions(listen), beside=lambda run: _sites(federation, run, listen))

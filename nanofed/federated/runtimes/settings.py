@@ -83,16 +83,17 @@ def to_args(settings: Mapping[str, Value], *, run_id: int, runs_dir: Path) -> li
         ConfigError: an unknown name, a wrong type or value, or settings that contradict each other.
     """
     given = check(settings)
+    try:
+        overrides = shlex.split(str(given["overrides"]))
+    except ValueError as error:
+        raise ConfigError(f"the run config's overrides cannot be split into arguments: {error}") from error
     if given["run_dir"]:
-        return ["--config", str(_absolute("run_dir", given["run_dir"]) / "config.yaml")]
+        return ["--config", str(_absolute("run_dir", given["run_dir"]) / "config.yaml"), *overrides]
     args = [f"--runs_dir={runs_dir}", f"--name=simulation-{run_id}", "--eval_every=1", "--save_every=1"]
     args += ["--config", str(_absolute("config", given["config"]))] if given["config"] else _training(given)
     args += [f"--name={given['name']}"] if given["name"] else []
     args += [f"--runs_dir={_absolute('runs_dir', given['runs_dir'])}"] if given["runs_dir"] else []
-    try:
-        return args + shlex.split(str(given["overrides"]))
-    except ValueError as error:
-        raise ConfigError(f"the run config's overrides cannot be split into arguments: {error}") from error
+    return args + overrides
 
 
 def _training(given: Mapping[str, Value]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from nanofed.federated.runtimes.connections import Resources, write_connections
 from nanofed.federated.runtimes.settings import Value
 from nanofed.federated.runtimes.superlink import SuperLink, raise_failure, write_app
 from nanofed.training.run import Summary
+from nanofed.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +44,22 @@ def run_simulation(federation: Federation) -> Summary:
             "in-process runtime needs nothing)"
         )
     federation.anchor()
-    run = federation.open()
+    with RunFolder(federation.folder) as folder:
+        run = federation.open()
+        folder.lend_rounds()
+        return _simulate(federation, run)
+
+
+def _simulate(federation: Federation, run: Path) -> Summary:
     clients, cpus = federation.federation.clients, runtime.cpu_count()
     gpus = 0 if federation.config.fabric.accelerator == "cpu" else torch.cuda.device_count()
     on_cpu, on_gpu = Resources.of(clients, cpus, 0), Resources.of(clients, cpus, max(1, gpus))
     write_connections(runtime.flower_home(), {"local-simulation": on_cpu, "local-simulation-gpu": on_gpu})
-    settings = {"run_dir": str(run.resolve()), "base_dir": str(runtime.base_dir().resolve())}
+    settings = {
+        "run_dir": str(run),
+        "base_dir": str(runtime.base_dir().resolve()),
+        "overrides": shlex.join(federation.start_options),
+    }
     with ended_by_signals():
         simulate(run / LOG, on_gpu if gpus else on_cpu, settings)
     return Summary.read(run)

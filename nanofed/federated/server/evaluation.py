@@ -11,7 +11,7 @@ from torch import Tensor
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
 from nanofed.federated.wire.codec import Weights
-from nanofed.generation.text import generate
+from nanofed.generation.text import SAMPLE_TOKENS, generate
 from nanofed.training.module import GPTModule
 
 
@@ -61,7 +61,7 @@ class Evaluator:
                 raise Stopped
             yield batch.inputs, batch.targets
 
-    def sample(self, prompt: str, max_tokens: int = 48) -> str:
+    def sample(self, prompt: str, max_tokens: int = SAMPLE_TOKENS) -> str:
         """Return what the model with the loaded weights says after a prompt, the likeliest token each time."""
         return prompt + "".join(
             generate(self._gpt, self._data.tokenizer, prompt, max_tokens=max_tokens, temperature=0.0)

@@ -71,8 +71,11 @@ class Measuring:
         self.round = -1  # the last one measured, or being measured
 
     def begin(self, state: State) -> None:
-        """Measure the first weights of a run."""
-        if state.clock.round == 0:
+        """Measure the first weights of a run, and those of a resumed round that the server did not live to see measured."""
+        number = state.clock.round
+        if any(point.step == number for point in self._board.summary.curve):
+            self.round = number
+        elif number % self._options.eval_every == 0:
             self.start(state)
 
     def end(self, state: State) -> None:

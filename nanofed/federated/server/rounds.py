@@ -22,10 +22,10 @@ from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.exchange import Answer, Exchange
 from nanofed.federated.server.figures import Merged, RoundFigures
 from nanofed.federated.server.instructing import Instructor
+from nanofed.federated.server.live import Live
 from nanofed.federated.server.local_ledger import LocalLedger
 from nanofed.federated.server.measuring import Measuring
 from nanofed.federated.server.merge import Merger, make_merger
-from nanofed.federated.server.owner import Owner
 from nanofed.federated.server.pooling import Pooling
 from nanofed.federated.server.presence import Presence
 from nanofed.federated.server.robust import Sorted
@@ -36,9 +36,12 @@ from nanofed.federated.server.validation import Refused, Sent, Update
 from nanofed.federated.wire.codec import CODECS, Array, hash_arrays
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
 from nanofed.training.checkpoint import SaveError
+from nanofed.training.event_files import cut_events
 from nanofed.training.garbage import Settled
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
+from nanofed.training.run import AT_HORIZON
+from nanofed.training.run_folder import Reached, reach
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ class RoundLoop:
         self._run = run
         self.board = board
         evaluator = Evaluator(module, data, device, shared=simulated)
-        self._owner = Owner(run)
+        self._live = Live(run)
         local = config.sharding == "local"
         if not local:
             RowPlan.whole(data.dataset).check_streams(data.streams)
@@ -133,16 +136,26 @@ class RoundLoop:
     # --- the run
 
     def train(self) -> None:
-        """Run rounds until the horizon or the last round.
+        """Run rounds until the horizon or the last round, in a run's folder that is open and held by this process.
 
         Raises:
-            NanofedError: another server is on this run; or on one machine, nobody can take part or no round succeeds.
+            NanofedError: on one machine, nobody can take part or no round succeeds.
             SaveError: the last checkpoint cannot be written.
         """
-        with self._owner, Settled():
-            self.board.bar.open(self.state.clock.tokens, self._horizon)
+        clock = self.state.clock
+        cut_events(self._run, clock.step if clock.round else -1)
+        if clock.round:
+            self.board.save()
+        with self._live, Settled():
+            self.board.bar.open(clock.tokens, self._horizon)
             try:
                 self._rounds()
+                rounds = f"federation.rounds={self._config.rounds} are done"
+                at = f"at {clock.tokens:,} of {self._horizon:,} tokens"
+                self.board.summary.ended = AT_HORIZON if clock.tokens >= self._horizon else f"{rounds} {at}"
+            except BaseException as error:
+                self.board.summary.ended = f"{type(error).__name__} after round {clock.round}: {error}"
+                raise
             finally:
                 self._measuring.stop()
                 self.board.bar.close()
@@ -202,6 +215,7 @@ class RoundLoop:
             said = f"{len(figures.merged)} of {len(present)} updates could be merged, {config.quorum} are needed"
             logger.warning("round %d: %s; the model stays as it is", number, said)
             return False
+        reach(self._run, Reached.STEP)
         rows = state.ledger.merged_rows()
         self.board.merged(figures, step=state.clock.step, tokens=state.clock.tokens, rows=rows, events=state.events)
         if number % self._options.eval_every == 0 or self._finished():
@@ -335,6 +349,7 @@ class RoundLoop:
             logger.warning("round %d is not saved, the run goes on: %s", self.state.clock.round, error)
             return
         self._unsaved = False
+        reach(self._run, Reached.CHECKPOINT)
         prune(self._run, self._options)
 
     def _while_waiting(self, number: int, waiting: str) -> None:
@@ -344,5 +359,5 @@ class RoundLoop:
     def _say(self, phase: str, number: int, **figures: object) -> None:
         """Tell the terminal and `nanofed status` what is going on."""
         tokens, refused = self.state.clock.tokens, self._roster.refused
-        self._owner.say(phase=phase, round=number, tokens=tokens, horizon=self._horizon, refused=refused, **figures)
+        self._live.say(phase=phase, round=number, tokens=tokens, horizon=self._horizon, refused=refused, **figures)
         self.board.bar.show(f"round {number}, {len(self._roster.clients)} clients, {phase}", tokens)

@@ -74,10 +74,18 @@ class State:
 
     @classmethod
     def new(cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
-        """Return the state before the first round, with the module's initial weights."""
+        """Return the state before the first round, with the initial weights of a module that is configured."""
+        state = cls.without_weights(data, config, run)
+        named = module.gpt.state_dict().items()
+        state.weights = {name: tensor.detach().cpu().numpy().copy() for name, tensor in named}
+        return state
+
+    @classmethod
+    def without_weights(cls, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
+        """Return the state before the first round, without weights."""
         local = config.sharding == "local"
         return cls(
-            weights={name: tensor.detach().cpu().numpy().copy() for name, tensor in module.gpt.state_dict().items()},
+            weights={},
             ledger=LocalLedger(data.streams) if local else Ledger(data.dataset.train, data.streams),
             outer=OuterNesterov(config.outer_lr, config.outer_momentum),
             norms=NormGuard(config.max_norm_ratio, config.on_large_norm),
@@ -119,17 +127,32 @@ class State:
         Raises:
             ConfigError: it is of the vanilla path, of another model, or of a nanofed that saved less.
         """
+        saved = self.load_without_weights(path, module)
+        self.load_weights(path)
+        # The summary beside it may be ahead, of rounds that were lost, or lost itself.
+        known = [point for point in summary.curve if point.step <= self.clock.round]
+        summary.tokens, summary.seconds, summary.curve = self.clock.tokens, saved["seconds"], []
+        for point in sorted([*known, *(Point(**point) for point in saved["curve"])], key=lambda point: point.step):
+            summary.add(point)
+        logger.info("resuming after round %d from %s", self.clock.round, path)
+
+    def load_without_weights(self, path: Path, module: GPTModule) -> dict[str, Any]:
+        """Take up everything of a saved round but its weights, which is all that can be refused; return what was saved.
+
+        Raises:
+            ConfigError: it is of the vanilla path, of another model, or lacks something that a round is made of.
+        """
         manifest = read_manifest(path)
         check_model(manifest, module.config, path)
         if manifest.kind != "federated":
             raise ConfigError(f"{path} is a {manifest.kind} checkpoint: start from its weights with --init_from")
         saved: dict[str, Any] = read_state(path)
-        if missing := {"norms", "pace", "events", "seconds", "curve"} - set(saved):
+        needed = {"run", "clock", "outer", "ledger", "norms", "pace", "events", "seconds", "curve"}
+        if missing := needed - set(saved):
             raise ConfigError(
                 f"{path} was saved by an older nanofed and lacks {', '.join(sorted(missing))}: start from its weights with "
                 "--init_from"
             )
-        self.load_weights(path)
         self.outer.load_state_dict(saved["outer"])
         self.ledger.load_state_dict(saved["ledger"])
         self.norms.load_state_dict(saved["norms"])
@@ -138,10 +161,7 @@ class State:
         self.clock = Clock(**saved["clock"])
         self.run_id = saved["run"]
         self.evaluations = saved.get("evaluations", {})
-        # The summary beside it may be ahead, of rounds that were lost, or lost itself.
-        summary.tokens, summary.seconds = self.clock.tokens, saved["seconds"]
-        summary.curve = [Point(**point) for point in saved["curve"]]
-        logger.info("resuming after round %d from %s", self.clock.round, path)
+        return saved
 
     def weights_norm(self) -> float:
         """Return the L2 norm of the global weights."""

@@ -13,7 +13,7 @@ import torch
 
 from nanofed.errors import ConfigError
 from nanofed.federated.server.events import KINDS, SERVER, Events
-from nanofed.federated.server.owner import live
+from nanofed.federated.server.live import live
 from nanofed.training.checkpoint import STATE, CheckpointError, Manifest, checkpoints, read_manifest
 from nanofed.training.run import CONFIG
 

@@ -1,0 +1,64 @@
+"""When a fit writes into its run's folder for the first time, and when the run before it is no longer needed."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from lightning import Callback, LightningModule, Trainer
+
+from nanofed import runtime
+from nanofed.training.event_files import cut_events
+from nanofed.training.module import GPTModule
+from nanofed.training.options import RunOptions
+from nanofed.training.run import Summary
+from nanofed.training.run_folder import Reached, RunFolder, reach
+
+
+class Opening(Callback):
+    """Opens the run's folder, on the first rank, when nothing is left to be checked.
+
+    A resumed run is opened when the Trainer has loaded its state and made its loader, a new one by the caller before its
+    first validation. At the first full step the run says so in its marker, and a run that it replaces is deleted.
+
+    Args:
+        options: of the run.
+        config: the resolved config, YAML.
+        summary: the dashboard's, which a resumed run writes anew without the points after its checkpoint.
+
+    Attributes:
+        done: whether this process has opened the folder.
+    """
+
+    def __init__(self, options: RunOptions, config: str, summary: Summary) -> None:
+        self.done = False
+        self._options = options
+        self._config = config
+        self._summary = summary
+        self._step: int | None = None
+
+    def open(self, module: GPTModule) -> None:
+        """Open the folder, once, and cut its curves at the step that the module is at."""
+        if self.done or not runtime.is_first_rank():
+            return
+        run = self._options.folder
+        RunFolder(run).open(self._options, "fit", self._config)
+        cut_events(run, module.clock.step or -1)
+        if module.clock.step:
+            self._summary.tokens = module.clock.tokens
+            self._summary.write(run)
+        self.done = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the folder of a resumed run."""
+        module = cast(GPTModule, pl_module)
+        self._step = module.clock.step
+        self.open(module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the first full step."""
+        if self._step is not None and cast(GPTModule, pl_module).clock.step > self._step:
+            self._step = None
+            if trainer.is_global_zero:
+                reach(self._options.folder, Reached.STEP)
