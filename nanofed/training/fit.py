@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from nanofed import runtime
@@ -106,14 +106,15 @@ def _why_ended(trainer: Trainer, module: GPTModule) -> str:
     if module.clock.step >= module.num_steps:
         return AT_HORIZON
     at = f"after {module.clock.step:,} of {module.num_steps:,} steps"
-    for callback in trainer.callbacks:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
         left = callback.time_remaining() if isinstance(callback, Timer) else None
         if left is not None and left <= 0:
             return f"the time limit trainer.max_time is over {at}"
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             return f"EarlyStopping stopped it {at}: {callback.stopping_reason_message}"
     if trainer.should_stop:
-        names = ", ".join(type(c).__name__ for c in trainer.callbacks if not type(c).__module__.startswith("nanofed."))
+        names = ", ".join(type(c).__name__ for c in callbacks if not type(c).__module__.startswith("nanofed."))
         return f"it was stopped {at} by one of its callbacks ({names or 'unknown'} set trainer.should_stop)"
     return f"there was no more training data {at}: trainer.limit_train_batches or another limit of the Trainer"
 

@@ -36,9 +36,9 @@ def parse(parser: Any, args: Sequence[str]) -> Any:
         return config
     except argparse.ArgumentError as error:
         key, message = explain(str(error), set(known_keys(parser)))
-        typed = any(arg == f"--{key}" or arg.startswith(f"--{key}=") for arg in args)
+        is_typed = any(arg == f"--{key}" or arg.startswith(f"--{key}=") for arg in args)
         holding = [path for path, content in files.items() if key and _holds(content, key.split("."))]
-        source = None if typed or not holding else holding[-1]
+        source = None if is_typed or not holding else holding[-1]
         raise ConfigError(f"{source}: {message}" if source else message) from error
 
 

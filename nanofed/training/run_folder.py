@@ -23,7 +23,8 @@ from pathlib import Path
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.files import sync_folder, write_atomically
-from nanofed.training.checkpoint import SaveError, candidates, checkpoints, find_checkpoint, newest_whole
+from nanofed.training.checkpoint import SaveError, checkpoints, find_checkpoint, newest_whole
+from nanofed.training.checkpoint_folder import candidates
 from nanofed.training.event_files import CUT
 from nanofed.training.options import RunOptions
 from nanofed.training.run import CONFIG, MARKER, SUMMARY

@@ -195,7 +195,7 @@ def test_a_second_server_on_the_run_is_refused(federation: Deployment) -> None:
     second = federation.serve()
     federation.processes["server"] = first
     assert second.process.wait(timeout=60) == 2
-    assert "another `nanofed server` works on" in second.log.read_text()
+    assert "is in use by process" in second.log.read_text()
 
 
 def test_a_second_site_of_one_name_is_refused(federation: Deployment) -> None:
