@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from nanofed.errors import NanofedError
+from nanofed.errors import ConfigError, NanofedError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class RunLock:
         patience: seconds to wait for a holder that is about to end.
 
     Raises:
-        NanofedError: on entering, if another process holds the run, which is named, or if the file cannot be written.
+        ConfigError: on entering, if another process holds the run; it is named.
+        NanofedError: on entering, if the file cannot be written.
     """
 
     def __init__(self, run: Path, part: str = COMMAND, *, patience: float = 0.0) -> None:
@@ -92,7 +93,7 @@ class RunLock:
                 holder = _holder(descriptor)
                 os.close(descriptor)
                 if time.monotonic() >= end:
-                    raise NanofedError(
+                    raise ConfigError(
                         f"{self._run} is in use by {holder}: end it first, or choose another --name"
                     ) from error
                 time.sleep(POLL)
