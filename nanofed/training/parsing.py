@@ -8,6 +8,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -69,7 +70,7 @@ def _forget_start_options(
     """Take out of a config what says how to start and was not typed: all of it from a run's own file, else `overwrite`."""
     for name in START:
         holding = [path for path, content in files.items() if content.get(name) not in (None, False)]
-        ignored = [path for path in holding if name == "overwrite" or _is_of_a_run(Path(path).expanduser())]
+        ignored = [path for path in holding if name == "overwrite" or _is_of_a_run(runtime.user_path(path))]
         if not ignored or any(arg.split("=")[0] == f"--{name}" for arg in typed):
             continue
         heeded = [content[name] for path, content in files.items() if name in content and path not in ignored]
