@@ -27,6 +27,14 @@ def test_prompt_then_text_then_newline(fit_run: Path, capsys: pytest.CaptureFixt
     assert said(capsys, *options) == f"{PROMPT}{expected}\n"
 
 
+def test_a_prompt_that_is_no_text_is_refused(fit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--checkpoint", str(fit_run), "--prompt", "a\udcff"]) == 2  # bytes that are no UTF-8
+    assert capsys.readouterr() == (
+        "",
+        "nanofed generate: the prompt is no text: it cannot be written as UTF-8 (surrogates not allowed)\n",
+    )
+
+
 def test_options_reach_the_sampling(fit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--checkpoint", str(fit_run), "--prompt", PROMPT, "--max_tokens", "24", "--device", "cpu"]
     drawn = said(capsys, *base, "--seed", "1", "--temperature", "1.5", "--top_k", "0")

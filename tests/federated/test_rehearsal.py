@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from nanofed.errors import ConfigError
+from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes import rehearsal
+from nanofed.federated.site.options import site_options
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
 from nanofed.training.run import Summary
 from tests.federated.tiny import BATCH, arguments
@@ -31,6 +34,18 @@ def options(corpus: Path, runs: Path, **more: Any) -> list[str]:
 
 def start(args: list[str], log: Path) -> Started:
     return Started(["-P", "-m", "nanofed", "federate", *args], log)
+
+
+def test_whatever_ends_a_site_is_said_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "state")
+
+    monkeypatch.setattr(rehearsal, "run_site", full)
+    site = rehearsal._Site(site_options("127.0.0.1:1", "lab-a", state=tmp_path), [], threading.Event())
+    site.start()
+    site.join()
+    with pytest.raises(NanofedError, match="site lab-a: state: No space left on device"):
+        site.check()
 
 
 @needs_proc

@@ -20,6 +20,7 @@ from lightning import Fabric
 
 from nanofed.errors import ConfigError
 from nanofed.federated.arguments import Arguments
+from nanofed.federated.site import service
 from nanofed.federated.site.app import ChannelClient
 from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.site.service import split_arguments
@@ -253,6 +254,17 @@ def test_a_wrong_config_ends_the_trainer_with_its_exit_code(args: list[str], tmp
         assert broken.process.wait(300) == 3, broken.output
         assert "there is no folder /nowhere" in broken.output
         assert not broken.socket.exists()
+
+
+def test_whatever_ends_the_trainer_is_one_line_of_its_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(args: object) -> None:
+        raise RuntimeError("the device is lost\nmore")
+
+    monkeypatch.setattr(service, "split_arguments", broken)
+    assert service.main([]) == 1
+    assert caplog.messages == ["exit 1: the device is lost"]
 
 
 def test_a_trainer_ends_with_its_supervisor(args: list[str], tmp_path: Path) -> None:

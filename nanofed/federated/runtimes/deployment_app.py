@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import http_grid
 
 from nanofed import runtime
-from nanofed.errors import NanofedError
+from nanofed.errors import NanofedError, in_one_line
 from nanofed.federated.flower import ask_again_soon
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import server_app
@@ -54,6 +54,6 @@ def serve(grid: Grid, context: Context) -> None:
     ask_again_soon(http_grid)
     try:
         server_app(round_loop)(grid, context)
-    except NanofedError as error:
-        logger.error("exit %d: %s", error.exit_code, " ".join(str(error).split()))
+    except Exception as error:
+        logger.error("exit %d: %s", getattr(error, "exit_code", NanofedError.exit_code), in_one_line(error))
         raise

@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from nanofed import runtime
-from nanofed.errors import ConfigError, NanofedError
+from nanofed.errors import ConfigError, NanofedError, in_one_line
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.settings import check, lr_note, to_args
@@ -71,8 +71,8 @@ def serve(grid: Grid, context: Context) -> None:
     show_log()
     try:
         server_app(round_loop)(grid, context)
-    except NanofedError as error:
-        logger.error("exit %d: %s", error.exit_code, " ".join(str(error).split()))
+    except Exception as error:
+        logger.error("exit %d: %s", getattr(error, "exit_code", NanofedError.exit_code), in_one_line(error))
         raise
 
 

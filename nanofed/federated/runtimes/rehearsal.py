@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanofed import runtime
-from nanofed.errors import NanofedError
+from nanofed.errors import NanofedError, in_one_line
 from nanofed.federated.flower import free_port
 from nanofed.federated.processes import ended_by_signals, undisturbed
 from nanofed.federated.run import Federation, client_name
@@ -81,18 +81,19 @@ class _Site(threading.Thread):
         self._options = options
         self._arguments = arguments
         self._end = end
-        self._error: NanofedError | None = None
+        self._error: Exception | None = None
 
     def run(self) -> None:
         """Keep the site going until it is told to end."""
         try:
             run_site(self._options, self._arguments, lambda: not self._end.is_set())
-        except NanofedError as error:
+        except Exception as error:
             self._error = error
 
     def check(self) -> None:
         """Raise what ended the site."""
         if self._error is not None:
-            raise type(self._error)(f"site {self._options.name}: {self._error}")
+            kind = type(self._error) if isinstance(self._error, NanofedError) else NanofedError
+            raise kind(f"site {self._options.name}: {in_one_line(self._error)}") from self._error
         if not self.is_alive() and not self._end.is_set():
             raise NanofedError(f"site {self._options.name} has ended; see {self._options.folder}")

@@ -51,10 +51,11 @@ def main(args: Sequence[str]) -> int:
             progress.ready(worker.hello, worker.ranks)
             logger.info("the trainer of %s is ready: %d devices, socket %s", own.name, worker.ranks, own.socket)
             worker.lead(listener, progress)
-    except NanofedError as error:
+    except Exception as error:
         time.sleep(runtime.seconds_to_hold_back())
-        logger.error("exit %d: %s", error.exit_code, in_one_line(error))
-        return error.exit_code
+        code = getattr(error, "exit_code", NanofedError.exit_code)
+        logger.error("exit %d: %s", code, in_one_line(error), exc_info=not isinstance(error, NanofedError))
+        return int(code)
     return 0
 
 
