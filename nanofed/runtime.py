@@ -46,7 +46,7 @@ def user_path(given: str | Path) -> Path:
     said = repr(str(given)) if len(str(given)) <= 80 else f"{str(given)[:76]!r}…"
     try:
         path = Path(given).expanduser()
-        sizes = [len(os.fsencode(part)) for part in (*path.parts, path)]
+        sizes = [len(os.fsencode(part)) for part in (*path.parts, str(path))]
     except RuntimeError:
         raise ConfigError(f"{said}: this user has no home folder; give the full path in the place of ~") from None
     except UnicodeEncodeError:

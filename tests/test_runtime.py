@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nanofed import runtime
-from nanofed.errors import ConfigError
+from nanofed.data.prepare import prepare_demo
+from nanofed.errors import ConfigError, NanofedError
 
 needs_compiler = pytest.mark.skipif(not runtime.has_compiler(), reason="needs a C++ compiler")
 
@@ -133,3 +134,21 @@ def test_compiling_that_is_asked_for_and_cannot_work_is_refused(monkeypatch: pyt
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     with pytest.raises(ConfigError, match=r"model\.compile True: torch\.compile cannot work here, since CXX names"):
         runtime.should_compile(True, "cpu")
+
+
+def test_a_cache_that_nobody_may_write_is_used_where_all_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def read_only(path: Path) -> Path:
+        raise NanofedError(f"{path} cannot be written: Read-only file system")
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(runtime, "make_folder", read_only)
+    with pytest.raises(NanofedError, match="Read-only"):
+        prepare_demo()
+    for part in ("demo/data/dataset.json", "demo/tokenizer/tokenizer.json"):
+        (tmp_path / part).parent.mkdir(parents=True)
+        (tmp_path / part).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    prepare_demo()
+    assert sorted(tmp_path.rglob("*")) == before

@@ -7,7 +7,6 @@ import functools
 import logging
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanofed import runtime, streams
@@ -39,14 +38,16 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="training shards of about 100 MB (the one for validation comes too); -1: all 1,822",
     )
-    download.add_argument("--output", type=Path, help="folder (default: base_data under NANOCHAT_BASE_DIR)")
+    download.add_argument(
+        "--output", type=runtime.user_path, help="folder (default: base_data under NANOCHAT_BASE_DIR)"
+    )
     download.add_argument("--base_url", help="address that holds the shards (default: the dataset at HF_ENDPOINT)")
     download.add_argument("--workers", type=int, default=4, help="files at a time (default: %(default)s)")
     download.add_argument("--background", action="store_true", help="go on detached and write a log")
     download.set_defaults(run=_download)
 
     demo = add("demo", help="an offline corpus", description="Build a corpus from this Python's standard library.")
-    demo.add_argument("--output", type=Path, help="folder (default: demo/data under NANOCHAT_BASE_DIR)")
+    demo.add_argument("--output", type=runtime.user_path, help="folder (default: demo/data under NANOCHAT_BASE_DIR)")
     demo.add_argument("-n", "--num_shards", type=int, help="training shards (default: those of the corpus there, or 8)")
     demo.add_argument("--max_bytes", type=int, help="most bytes of text (default: of the corpus there, or 20000000)")
     demo.add_argument("--force", action="store_true", help="replace a demo corpus of other options")
@@ -57,8 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         help="shards from your own text",
         description="Pack txt, md, jsonl (also .gz, .zst, .bz2) and parquet files into shards.",
     )
-    pack.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, and folders to search for them")
-    pack.add_argument("--output", type=Path, required=True, help="folder for the shards")
+    pack.add_argument(
+        "paths", nargs="+", type=runtime.user_path, metavar="PATH", help="files, and folders to search for them"
+    )
+    pack.add_argument("--output", type=runtime.user_path, required=True, help="folder for the shards")
     pack.add_argument(
         "-n", "--num_shards", type=int, help="training shards (default: one for every 200 MB, at least 8)"
     )

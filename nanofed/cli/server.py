@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from nanofed import runtime
 
 USAGE = """nanofed server --config FILE [--listen HOST:PORT] [--keys KEYS] [options of nanofed federate]
        nanofed server init KEYS --host HOST [--host …] --site NAME [--site …]
@@ -43,7 +44,7 @@ def _init(argv: list[str]) -> int:
         description="Write a certificate authority, the server's certificate, and a key pair for each site.",
         allow_abbrev=False,
     )
-    parser.add_argument("keys", metavar="KEYS", type=Path, help="folder; what is there already stays")
+    parser.add_argument("keys", metavar="KEYS", type=runtime.user_path, help="folder; what is there already stays")
     parser.add_argument("--host", action="append", default=[], help="name or address by which sites call the server")
     parser.add_argument("--site", action="append", default=[], help="name of a site")
     parser.add_argument("--port", type=int, default=9092, help="of the server, for the commands printed")
@@ -72,7 +73,7 @@ def _sign(argv: list[str]) -> int:
         "place of the one that is installed there. Sign again after each change; an older one is not taken again.",
         allow_abbrev=False,
     )
-    parser.add_argument("keys", metavar="KEYS", type=Path, help="folder of nanofed server init")
+    parser.add_argument("keys", metavar="KEYS", type=runtime.user_path, help="folder of nanofed server init")
     options = parser.parse_args(argv)
     from nanofed.federated.server.signing import KEY, PUBLIC_KEY, sign
 

@@ -45,12 +45,14 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="regular expression whose matches are merged one by one (default: nanochat's)",
     )
-    train.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)")
+    train.add_argument(
+        "--output", type=runtime.user_path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)"
+    )
     train.add_argument(
         "--force", action="store_true", help="replace a tokenizer that is in the folder; the old file is kept beside it"
     )
     evaluate.add_argument(
-        "--tokenizer", type=Path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)"
+        "--tokenizer", type=runtime.user_path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)"
     )
     evaluate.add_argument(
         "--max_chars",

@@ -10,6 +10,7 @@ from filelock import FileLock
 from nanofed import runtime
 from nanofed.data.demo import build_demo_corpus
 from nanofed.data.shards import Dataset, read_texts
+from nanofed.errors import NanofedError
 from nanofed.tokenizer import train_tokenizer
 from nanofed.tokenizer.storage import has_tokenizer
 
@@ -21,7 +22,12 @@ DEMO_VOCAB_SIZE = 2048  # the head is most of a tiny model's work
 def prepare_demo(*, tokenizer: bool = True) -> None:
     """Build the demo corpus, and train its tokenizer, where they are not there yet; says so in a line each."""
     folder, tokenizer_folder = runtime.dataset_dir("demo"), runtime.tokenizer_dir("demo")
-    runtime.make_folder(folder.parent)
+    try:
+        runtime.make_folder(folder.parent)
+    except NanofedError:
+        if (folder / "dataset.json").is_file() and (not tokenizer or has_tokenizer(tokenizer_folder)):
+            return  # a cache that others share and nobody may write: all that is wanted is there
+        raise
     with FileLock(folder.parent / "prepare.lock"):
         if not (folder / "dataset.json").is_file():
             logger.info("building the demo corpus in %s", folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,47 @@ def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "nanofed", "nope"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("nanofed: there is no command 'nope'")
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        (">/dev/full", 1, "nanofed --help: the output cannot be written: No space left on device\n"),
+        (">&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+    ],
+)
+def test_output_that_goes_nowhere(redirected: str, code: int, said: str) -> None:
+    line = ["bash", "-c", f'"$0" -m nanofed --help {redirected}', sys.executable]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["data", "list", "--data", "LONG"],
+        ["data", "pack", "LONG", "--output", "x"],
+        ["data", "pack", "x", "--output", "LONG"],
+        ["data", "demo", "--output", "LONG"],
+        ["tokenizer", "train", "--output", "LONG"],
+        ["tokenizer", "train", "--data", "LONG"],
+        ["tokenizer", "eval", "--tokenizer", "LONG"],
+        ["status", "LONG"],
+        ["generate", "--checkpoint", "LONG", "--prompt", "x"],
+        ["server", "init", "LONG", "--host", "h", "--site", "s"],
+        ["site", "--superlink", "127.0.0.1:1", "--name", "s", "--state", "LONG"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_refuses_a_path_that_no_file_can_have(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([part.replace("LONG", "n" * 300) for part in argv]) == 2
+    said = capsys.readouterr().err
+    assert "is too long a path" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("args", [["--help"], ["data", "list", "--help"]])
