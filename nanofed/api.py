@@ -161,25 +161,36 @@ def evaluate(
     checkpoint: str | Path,
     data: str = "demo",
     *,
-    eval_tokens: int = 1_048_576,
-    device_batch_size: int = 8,
+    eval_tokens: int | None = None,
+    device_batch_size: int | None = None,
     device: str | torch.device = "cpu",
 ) -> float:
-    """Return bits per byte of a checkpoint on the validation shard of a dataset (`demo`, `fineweb-edu` or a folder)."""
+    """Return bits per byte of a checkpoint on the validation shard of a dataset (`demo`, `fineweb-edu` or a folder).
+
+    Args:
+        checkpoint: a run folder or one checkpoint, of either path.
+        data: where the validation shard is.
+        eval_tokens: targets to score, as many as `TokenDataModule` scores by default.
+        device_batch_size: changes nothing: which rows share a forward pass is fixed, and so the figure is.
+        device: where the model runs.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+        CheckpointError: the checkpoint is damaged.
+        DataError: there is no validation shard, it is damaged, or holds no text.
+    """
     import torch
 
     from nanofed.data.datamodule import TokenDataModule
     from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
     from nanofed.training.checkpoint import TOKENIZER
+    from nanofed.training.preflight import check_data_options
 
     loaded = load(checkpoint, device=device)
-    module = TokenDataModule(
-        data,
-        str(loaded.path / TOKENIZER),
-        device_batch_size=device_batch_size,
-        sequence_len=loaded.model.config.sequence_len,
-        eval_tokens=eval_tokens,
-    )
+    module = TokenDataModule(data, str(loaded.path / TOKENIZER), sequence_len=loaded.model.config.sequence_len)
+    if eval_tokens is not None:
+        module.eval_tokens = eval_tokens
+    check_data_options(module)
     metric = BitsPerByte(torch.tensor(loaded.tokenizer.token_bytes)).to(device)
     batches = ((batch.inputs, batch.targets) for batch in module.validation_loader())
     return evaluate_bits_per_byte(loaded.model, batches, metric, device)

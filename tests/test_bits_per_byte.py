@@ -39,10 +39,30 @@ def test_losses_of_uncounted_positions_cannot_spoil_it() -> None:
     assert math.isnan(metric.compute().item())
 
 
-def test_before_any_byte_it_is_nan() -> None:
+def test_no_byte_is_no_figure() -> None:
     metric = BitsPerByte(TOKEN_BYTES)
     metric.update(torch.tensor([1.0]), torch.tensor([0]))
-    assert math.isnan(metric.compute().item())
+    with pytest.raises(DataError, match="no text to score"):
+        metric.compute()
+
+
+def test_no_order_of_adding_changes_a_bit() -> None:
+    """As plain fp64 sums they differ, and dividing by a rounded number of bytes would be off by 1e-8."""
+    generator = torch.Generator().manual_seed(0)
+    nats = torch.rand(50_000, generator=generator) * torch.tensor([1e-3, 1.0, 30.0]).repeat_interleave(20_000)[:50_000]
+    targets = torch.randint(1, 4, (50_000,), generator=generator)
+    found, plain = set(), set()
+    for parts in (1, 3, 8, 1000):
+        for order in (torch.arange(50_000), torch.randperm(50_000, generator=generator)):
+            metric, total = BitsPerByte(TOKEN_BYTES), 0.0
+            for part in order.tensor_split(parts):
+                metric.update(nats[part], targets[part])
+                total += float(nats[part].double().sum())
+            found.add(metric.compute().item())
+            plain.add(total)
+    assert len(found) == 1 and len(plain) > 1
+    lengths = TOKEN_BYTES[targets].sum().item()
+    assert found.pop() == pytest.approx(math.fsum(nats.tolist()) / (math.log(2) * lengths), rel=1e-9)
 
 
 def test_sums_are_exact_where_fp32_would_lose_them() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from nanofed.data.prepare import prepare_demo
 from nanofed.data.rows import RowPlan
 from nanofed.data.shards import Dataset, open_dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader, Wait
+from nanofed.data.validation import ValidationLoader, ValidationText
 from nanofed.errors import DataError
 from nanofed.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,7 +32,7 @@ class TokenDataModule(LightningDataModule):
         streams: fixed streams of the run; the number of ranks must divide it.
         packing: `contiguous` or `best_fit`.
         num_shards: use the first n training shards only.
-        eval_tokens: tokens of the validation shard that a validation reads.
+        eval_tokens: targets that a validation scores: the first ones of the validation shard, all of it where it is shorter.
         validation_shard: file name of the validation shard; by default what `dataset.json` names, else the last by name.
         prefetch: micro-batches that a thread makes ahead of the step; 0 makes them in the step.
 
@@ -65,6 +65,7 @@ class TokenDataModule(LightningDataModule):
         self.validation_shard = validation_shard
         self.prefetch = prefetch
         self.wait = Wait()
+        self._text: ValidationText | None = None
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -116,17 +117,31 @@ class TokenDataModule(LightningDataModule):
         return loader
 
     def validation_loader(
-        self, *, rank: int = 0, world_size: int = 1, batches: int | None = None, batch_rows: int | None = None
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        share: int = 0,
+        shares: int = 1,
+        eval_tokens: int | None = None,
     ) -> ValidationLoader:
-        """Return the validation micro-batches of one rank: the first `eval_tokens` of the validation shard.
+        """Return the validation micro-batches of one rank; `device_batch_size` and `streams` have no part in them.
 
         Args:
             rank: this rank, of `world_size`.
             world_size: number of ranks.
-            batches: to read at most, in the place of what `eval_tokens` makes.
-            batch_rows: rows of each, in the place of `device_batch_size`.
+            share: the site's share of the text, of `shares`.
+            shares: sites that divide the text.
+            eval_tokens: targets to score, in the place of this module's own `eval_tokens`.
         """
-        return ValidationLoader(self, rank, world_size, batches, batch_rows)
+        wanted = eval_tokens or self.eval_tokens
+        if self._text is None or self._text.eval_tokens != wanted:
+            self._text = ValidationText(
+                self.dataset.validation, self.tokenizer, sequence_len=self.sequence_len, eval_tokens=wanted
+            )
+        return ValidationLoader(
+            self._text, rank=rank, world_size=world_size, share=share, shares=shares, prefetch=self.prefetch
+        )
 
     def train_dataloader(self) -> TokenLoader:
         """Return this rank's loader; a resumed run goes on where the module's `data_state` stands."""
@@ -143,49 +158,3 @@ class TokenDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a micro-batch's tensors to the device; its data state stays."""
         return batch.to(device)
-
-
-class ValidationLoader(Iterable[Batch]):
-    """The same validation rows every time it is iterated, at most `eval_tokens` over all ranks.
-
-    Attributes:
-        batches: at most, of this rank.
-        batch_rows: rows of each.
-    """
-
-    def __init__(
-        self,
-        data: TokenDataModule,
-        rank: int,
-        world_size: int,
-        batches: int | None = None,
-        batch_rows: int | None = None,
-    ) -> None:
-        self._data = data
-        self._rank = rank
-        self._world_size = world_size
-        self.batch_rows = batch_rows or data.device_batch_size
-        per_batch = self.batch_rows * data.sequence_len * world_size
-        self.batches = batches or max(1, data.eval_tokens // per_batch)
-
-    def __iter__(self) -> Generator[Batch, None, None]:
-        data = self._data
-        loader = TokenLoader(
-            RowPlan.validation(data.dataset),
-            data.tokenizer,
-            sequence_len=data.sequence_len,
-            device_batch_size=self.batch_rows,
-            streams=data.streams,
-            rank=self._rank,
-            world_size=self._world_size,
-            prefetch=data.prefetch,
-        )
-        served = 0
-        for batch in loader.take(self.batches):
-            served += 1
-            yield batch
-        if served == 0:
-            raise DataError(
-                f"validation shard {data.dataset.validation.name} is too short for one batch of "
-                f"{self.batch_rows} rows of {data.sequence_len} tokens: lower data.device_batch_size or data.streams"
-            )

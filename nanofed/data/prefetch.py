@@ -6,11 +6,25 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Generic, TypeVar
+
+from nanofed.errors import ConfigError
 
 T = TypeVar("T")
 
 _JOIN_SECONDS = 10.0  # a thread that a dead disk holds up must not hold up the end of the process
+
+
+def made_ahead(source: Iterator[T], depth: int) -> AbstractContextManager[Iterator[T]]:
+    """Return a context that gives the items of `source`, made by a thread up to `depth` ahead, or with 0 when they are asked for.
+
+    Raises:
+        ConfigError: `depth` is negative.
+    """
+    if depth < 0:
+        raise ConfigError(f"data.prefetch={depth} is negative: 0 makes batches in the step, 4 that many ahead")
+    return closing(Prefetcher(source, depth)) if depth else nullcontext(source)
 
 
 class Prefetcher(Iterator[T]):

@@ -62,12 +62,6 @@ class RowPlan:
         """Read every training shard from first to last, epoch after epoch."""
         return cls([RowRange(s.name, 0, s.num_rows) for s in dataset.train], dataset.train, repeat=True)
 
-    @classmethod
-    def validation(cls, dataset: Dataset) -> RowPlan:
-        """Read the validation shard once."""
-        shard = dataset.validation
-        return cls([RowRange(shard.name, 0, shard.num_rows)], [shard], repeat=False)
-
     def check_streams(self, streams: int) -> None:
         """Refuse a repeating plan that gives some stream nothing: it would search for ever."""
         served = {

@@ -11,14 +11,13 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from nanofed.data.packing import PACKERS, Exhausted, Packer, StreamState, Tokens
-from nanofed.data.prefetch import Prefetcher
+from nanofed.data.prefetch import made_ahead
 from nanofed.data.rows import Row, RowPlan
 from nanofed.data.shards import Shard, read_texts
 from nanofed.errors import ConfigError
@@ -78,6 +77,9 @@ class DataState:
         return cls(parts[0].rows, {stream: state for part in parts for stream, state in part.streams.items()})
 
 
+NO_DATA = DataState(0, {})
+
+
 def _count(plain: object) -> int:
     if type(plain) is not int or plain < 0:
         raise ValueError(f"{str(plain)[:80]} is no count")
@@ -93,7 +95,13 @@ def _row(plain: Any) -> Row:
 
 @dataclass
 class Batch:
-    """A micro-batch: `inputs` and `targets` (device_batch_size, sequence_len), and where the data stands after it."""
+    """A micro-batch: `inputs` and `targets` (rows, sequence_len), int64.
+
+    Attributes:
+        inputs: token ids.
+        targets: the ids that follow them; -1 where a position does not count.
+        state: where the training data stands after it; `NO_DATA` in a validation, which moves nothing on.
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -212,8 +220,6 @@ class TokenLoader:
             )
         if packing not in PACKERS:
             raise ConfigError(f"data.packing={packing!r} is unknown: choose {' or '.join(PACKERS)}")
-        if prefetch < 0:
-            raise ConfigError(f"data.prefetch={prefetch} is negative: 0 makes batches in the step, 4 that many ahead")
         plan.check_streams(streams)
         self.sequence_len = sequence_len
         self.device_batch_size = device_batch_size
@@ -262,8 +268,8 @@ class TokenLoader:
 
     def take(self, limit: int | None = None) -> Iterator[Batch]:
         """Yield the batches after `state`, at most `limit` of them: no more than those are made ahead."""
-        made = itertools.islice(self._make(self.state, _cuda_device()), limit)
-        with closing(Prefetcher(made, self._prefetch)) if self._prefetch else nullcontext(made) as batches:
+        made = itertools.islice(self._make(self.state, cuda_device()), limit)
+        with made_ahead(made, self._prefetch) as batches:
             while True:
                 started = time.perf_counter()
                 batch = next(batches, None)
@@ -273,10 +279,8 @@ class TokenLoader:
                 self.state = batch.state
                 yield batch
 
-    def _make(self, state: DataState, cuda_device: int | None) -> Iterator[Batch]:
+    def _make(self, state: DataState, device: int | None) -> Iterator[Batch]:
         """Make the batches after `state`: no more shared with the loader than the packers, for it may be another thread."""
-        if cuda_device is not None:
-            torch.cuda.set_device(cuda_device)  # a thread begins on the first, and pinning would open it for this rank
         reader = DocumentReader(self._plan.shards, self._tokenizer, state.streams, self._streams)
         packers: dict[int, Packer] = {
             stream: PACKERS[self._packing](
@@ -288,8 +292,7 @@ class TokenLoader:
         shape = (self.device_batch_size, self.sequence_len)
         rows = state.rows
         while True:
-            inputs = torch.empty(shape, dtype=torch.int64, pin_memory=cuda_device is not None)
-            targets = torch.empty(shape, dtype=torch.int64, pin_memory=cuda_device is not None)
+            inputs, targets = empty_batch(shape, device)
             # numpy copies: torch would start its threads for this thread anew.
             into = zip(inputs.numpy(), targets.numpy(), strict=True)
             # The rows of this rank, also after a resume at another number of ranks, which need not divide the rows so far.
@@ -304,6 +307,14 @@ class TokenLoader:
             yield Batch(inputs, targets, DataState(rows, {stream: packer.state for stream, packer in packers.items()}))
 
 
-def _cuda_device() -> int | None:
+def empty_batch(shape: tuple[int, int], device: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and targets of a micro-batch to be filled, in pinned memory where a CUDA `device` is in use."""
+    if device is not None:
+        torch.cuda.set_device(device)  # a thread begins on the first, and pinning would open it for this rank
+    pinned = device is not None
+    return tuple(torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))  # type: ignore[return-value]
+
+
+def cuda_device() -> int | None:
     """Return the device of this rank where CUDA is in use, None elsewhere; asking must not open one."""
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]

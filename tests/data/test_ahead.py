@@ -141,7 +141,7 @@ def test_damage_is_reported_at_the_batch_that_would_need_it(tmp_path: Path, dept
 
 def test_a_negative_prefetch_is_refused(dataset: Dataset) -> None:
     with pytest.raises(ConfigError, match=r"data\.prefetch=-1"):
-        loader(dataset, prefetch=-1)
+        next(iter(loader(dataset, prefetch=-1)))
 
 
 def test_the_wait_for_data_is_counted(dataset: Dataset) -> None:
@@ -168,7 +168,7 @@ def test_the_data_module_counts_what_training_waits_not_validation(dataset: Data
     data = Data(dataset, eval_tokens=128)
     assert data.prefetch > 0 and data.wait.seconds == 0
     validation = list(data.validation_loader())
-    assert len(validation) == 2 and data.wait.seconds == 0
+    assert len(validation) == 8 and data.wait.seconds == 0
     same(data.validation_loader(), validation)
     same(Data(dataset, eval_tokens=128, prefetch=0).validation_loader(), validation)
     next(iter(data.loader()))
@@ -220,7 +220,7 @@ def test_the_trainer_gets_them_and_leaves_no_thread(dataset: Dataset, tmp_path: 
             trainer.fit(module, datamodule=data)
     else:
         trainer.fit(module, datamodule=data)
-        assert module.validated == 3 * 2
+        assert module.validated == 3 * 8
     # `trainer`, `data` and `module` still live; the fixture below finds no thread.
     assert workers() == []
     same(module.batches, itertools.islice(loader(dataset), 5 if fails else 12))

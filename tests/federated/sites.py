@@ -76,10 +76,10 @@ class Rounds:
         return Instructions(**{**values, **changes})
 
     def evaluate(self, **changes: Any) -> Evaluate:
-        """Ask for the next round's weights to be measured: 5 batches of 3 rows, the second of two shares."""
+        """Ask for the next round's weights to be measured on the second half of 15 rows."""
         told = self.instructions()
         names = ("run", "round", "client", "nonce", "base_hash", "down_codec")
-        values: dict[str, Any] = {"batches": 5, "batch_rows": 3, "share": 1, "shares": 2, "seconds": 60.0}
+        values: dict[str, Any] = {"eval_tokens": 480, "share": 1, "shares": 2, "seconds": 60.0}
         return Evaluate(**{**{name: getattr(told, name) for name in names}, **values, **changes})
 
     def merge(self, answer: tuple[Arrays, Report]) -> None:

@@ -30,7 +30,7 @@ NOTES: list[Note] = [
     instructions(),
     instructions(data=None, seconds=7.25),
     report(),
-    Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 9, 4, 1, 2, 150.0),
+    Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 36, 1, 2, 150.0),
     Evaluation("a" * 32, 3, "client-0", "c" * 32, "b" * 64, 812.5, 400, 1.25, ""),
 ]
 IDS = ["hello", "instructions", "fresh-instructions", "report", "evaluate", "evaluation"]
@@ -188,9 +188,9 @@ def test_the_code_hash_is_of_the_sources() -> None:
     assert len(code_hash()) == 64 and code_hash() == code_hash()
 
 
-@pytest.mark.parametrize("changes", [{"share": 2}, {"share": -1}, {"batches": 0}, {"batch_rows": 0}, {"seconds": 0.0}])
+@pytest.mark.parametrize("changes", [{"share": 2}, {"share": -1}, {"eval_tokens": 0}, {"seconds": 0.0}])
 def test_a_request_to_evaluate_is_of_text_that_there_is(changes: dict[str, Any]) -> None:
-    asked = Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 9, 4, 1, 2, 150.0)
+    asked = Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 36, 1, 2, 150.0)
     with pytest.raises(WireError, match="a Evaluate has a field of the wrong kind: share "):
         Evaluate.asked_in(replace(asked, **changes).to_config())
     assert Evaluate.asked_in({KEY: "{}"}) is None

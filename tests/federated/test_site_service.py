@@ -216,7 +216,7 @@ def test_weights_are_measured_before_they_are_trained(
 def test_the_budget_runs_from_the_end_of_an_evaluation(trainer: Trainer, rounds: Rounds) -> None:
     trainer.train(rounds)
     told = rounds.instructions(max_steps=100_000, seconds=1.0, deadline_seconds=60.0)
-    slow = rounds.evaluate(batches=10_000, share=0, shares=1)
+    slow = rounds.evaluate(eval_tokens=1_000_000, share=0, shares=1)
     begin = time.monotonic()
     _, _, metrics = ChannelClient(NAME, trainer.socket).fit(rounds.weights, told.to_config() | slow.to_config())
     took = time.monotonic() - begin

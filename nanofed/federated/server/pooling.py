@@ -13,7 +13,9 @@ import secrets
 from collections.abc import Callable, Mapping
 
 from nanofed.data.datamodule import TokenDataModule
+from nanofed.data.validation import tokens_of_share
 from nanofed.errors import NanofedError
+from nanofed.evaluation.bits_per_byte import bits_per_byte
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.events import SERVER
@@ -116,9 +118,8 @@ class Pooling:
     def _request(
         self, index: int, clients: int, run: str, number: int, client: str, nonce: str, base_hash: str
     ) -> Evaluate:
-        text = self._data.validation_loader()
-        # Text that only a site has is all its own to measure. The pinned shard is divided: the sums of all shares are exactly
-        # the server's own figure, at 1/n of the work each, where n sites reading all of it would say the same thing n times.
+        # Text that only a site has is all its own to measure. The pinned shard is divided: the sums of all shares are the
+        # server's own figure, to the last bit on the same hardware and in the same dtype, at 1/n of the work each.
         # A site that does not answer leaves its share out of the figure, which is then of a little less text, and says so.
         share = (0, 1) if self._config.sharding == "local" else (index, clients)
         return Evaluate(
@@ -128,8 +129,7 @@ class Pooling:
             nonce=nonce,
             base_hash=base_hash,
             down_codec=self._config.down_codec,
-            batches=text.batches,
-            batch_rows=text.batch_rows,
+            eval_tokens=self._data.eval_tokens,
             share=share[0],
             shares=share[1],
             seconds=self._config.grace_seconds * SHARE_OF_GRACE,
@@ -177,8 +177,7 @@ class Pooling:
     def _check_sums(self, found: Evaluation, asked: Evaluate) -> None:
         """Refuse sums that no text of this length and no model of ours can have."""
         lengths = self._data.tokenizer.token_bytes
-        rows = -(-asked.batches * asked.batch_rows // asked.shares)
-        most = rows * self._data.sequence_len * max(lengths)
+        most = tokens_of_share(self._data.sequence_len, asked.eval_tokens, asked.shares) * max(lengths)
         if self._config.sharding != "local":
             most = min(most, self._data.dataset.validation.text_bytes)
         if not (1 if asked.shares == 1 else 0) <= found.bytes <= most:
@@ -200,9 +199,9 @@ class Pooling:
         found = self._sums
         count = sum(part.bytes for part in found.values())
         if count:
-            bpb = math.fsum(part.nats for part in found.values()) / (math.log(2) * count)
+            bpb = bits_per_byte(math.fsum(part.nats for part in found.values()), count)
             seconds = max(part.seconds for part in found.values())
-            sites = {name: part.nats / (math.log(2) * part.bytes) for name, part in sorted(found.items()) if part.bytes}
+            sites = {name: bits_per_byte(part.nats, part.bytes) for name, part in sorted(found.items()) if part.bytes}
             state.evaluations |= {name: {"round": self.round, "bpb": own} for name, own in sites.items()}
             for wanted in self._waiting:
                 point = Point(wanted.round, wanted.tokens, round(wanted.train_seconds, 3), bpb)

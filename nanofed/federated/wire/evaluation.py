@@ -20,9 +20,9 @@ MAX_FAILURE = 500  # characters
 class Evaluate(Note):
     """What a client is to measure.
 
-    The text is the first rows of its validation shard, as the server's own evaluation would read them: row r is this client's
-    where r mod `shares` is `share`. So shares of one shard are disjoint and together all of it, whatever the batches and ranks
-    of the sites.
+    The text is that of the server's own evaluation, of the client's validation shard: its first `eval_tokens` targets in document
+    order. Forward pass f of it (`nanofed.data.validation`) is this client's where f mod `shares` is `share`. So shares of one
+    shard are disjoint and together all of it, and a pass gives the same sums wherever it is computed on the same hardware.
 
     Attributes:
         run: id of the run.
@@ -31,9 +31,8 @@ class Evaluate(Note):
         nonce: of this message alone; the answer returns it.
         base_hash: of the arrays that go with it, which are to be measured.
         down_codec: of these arrays.
-        batches: to be read at most, over all shares.
-        batch_rows: rows of each.
-        share: of this client.
+        eval_tokens: targets of the text, all shares together.
+        share: of this client, from 0.
         shares: that there are.
         seconds: after which to give it up, on the client's own clock.
     """
@@ -46,8 +45,7 @@ class Evaluate(Note):
     nonce: str
     base_hash: str
     down_codec: str
-    batches: int
-    batch_rows: int
+    eval_tokens: int
     share: int
     shares: int
     seconds: float
@@ -64,10 +62,9 @@ class Evaluate(Note):
     @classmethod
     def _build(cls, plain: dict[str, Any]) -> Self:
         asked = cls(**plain)
-        if not (0 <= asked.share < asked.shares and asked.batches >= 1 and asked.batch_rows >= 1 and asked.seconds > 0):
+        if not (0 <= asked.share < asked.shares and asked.eval_tokens >= 1 and asked.seconds > 0):
             raise ValueError(
-                f"share {asked.share} of {asked.shares} of {asked.batches} batches of {asked.batch_rows} rows within "
-                f"{asked.seconds} s"
+                f"share {asked.share} of {asked.shares} of {asked.eval_tokens} tokens within {asked.seconds} s"
             )
         return asked
 
@@ -83,7 +80,7 @@ class Evaluation(Note):
         nonce: see `run`.
         base_hash: see `run`.
         nats: sum of the losses of all targets that have bytes.
-        bytes: sum of their UTF-8 lengths; 0 where the text has less rows than there are shares.
+        bytes: sum of their UTF-8 lengths; 0 where the text has fewer forward passes than there are shares.
         seconds: that it took, on the client's own clock.
         failure: why there are no sums, "" where there are.
     """
