@@ -54,7 +54,6 @@ TAKEN = {
     "accumulate_grad_batches": "model.recipe.batch_tokens",
     "val_check_interval": "--eval_every",
     "check_val_every_n_epoch": "--eval_every",
-    "limit_val_batches": "data.eval_tokens",
 }
 
 METRIC = "val/bpb"  # what a callback of Lightning's can watch
@@ -174,7 +173,6 @@ class FitCLI(LightningCLI):
                     **{name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
                 )
             built = self._instantiate_trainer({**trainer, **kwargs, "callbacks": callbacks}, [])
-        built.limit_val_batches = 1.0  # whatever overfit_batches says: a figure is of the whole validation text
         self.watchdog.patience(built.strategy)
         return built
 
