@@ -104,7 +104,7 @@ class Training:
         self._batches, self._step = self.setting.batches(), 0
 
     def bits_per_byte(self, batches: int) -> float:
-        """Return bits per byte on the first micro-batches of the validation shard."""
+        """Return bits per byte on the first forward passes of the validation text."""
         data = self.setting.data_module()
         validation = ((b.inputs, b.targets) for b in islice(data.validation_loader(), batches))
         metric = BitsPerByte(torch.tensor(data.tokenizer.token_bytes))
