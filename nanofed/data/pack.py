@@ -24,6 +24,7 @@ PLAIN = frozenset({".txt", ".text", ".md", ".markdown"})
 LINES = frozenset({".jsonl", ".ndjson"})
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # the ending of a compressed file -> Arrow's name of the codec
 SUPPORTED = f"{' '.join((*sorted(PLAIN), *sorted(LINES)))} (also as {' '.join(CODECS)}) .parquet"
+KINDS_NAMED = 12  # at most, of the files that are left out
 MAX_DOCUMENT_BYTES = 1 << 30
 SOURCE = "packed: "  # how the source of a pack begins in `dataset.json`
 SHARD_BYTES = 200_000_000  # of input, when nobody says how many shards: FineWeb-Edu's have about as much text
@@ -200,7 +201,9 @@ def _search(folder: Path, output: Path) -> Iterator[Path]:
             else:
                 yield path
     if left_out:
-        named = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        most = sorted(left_out.most_common(KINDS_NAMED))
+        more = {"others": left_out.total() - sum(count for _, count in most)} if len(left_out) > len(most) else {}
+        named = ", ".join(f"{count} {kind}" for kind, count in (*most, *more.items()))
         logger.warning("%s: left out %s; what can be packed: %s", folder, named, SUPPORTED)
 
 

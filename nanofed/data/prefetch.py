@@ -13,7 +13,9 @@ from nanofed.errors import ConfigError
 
 T = TypeVar("T")
 
-_JOIN_SECONDS = 10.0  # a thread that a dead disk holds up must not hold up the end of the process
+# A thread that a dead disk holds up must not hold up the end of the process; one that an overloaded machine slows down must
+# be waited for, because a process whose thread comes back from native code after the interpreter's end ends with SIGABRT.
+_JOIN_SECONDS = 30.0
 
 
 def made_ahead(source: Iterator[T], depth: int) -> AbstractContextManager[Iterator[T]]:

@@ -145,6 +145,15 @@ def test_what_is_left_out_is_said(source: Path, tmp_path: Path, caplog: pytest.L
     assert f"files without text: 1, such as {source / 'deep' / 'blank.txt'}" in caplog.text
 
 
+def test_many_kinds_that_are_left_out_are_counted(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(40):
+        (source / f"log.{number}").write_text("")
+    pack([source], tmp_path / "out")
+    assert "30 others; what can be packed" in caplog.text
+
+
 def test_a_dataset_inside_the_input_is_not_mixed_in(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
