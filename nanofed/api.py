@@ -35,7 +35,7 @@ def arguments(config: str | Path | None, overrides: Mapping[str, Any]) -> list[s
     args = ["--config", str(config)] if config is not None else []
     for key, value in overrides.items():
         plain = _plain(key, value)
-        args.append(f"--{key}={plain if isinstance(plain, str) else json.dumps(plain)}")
+        args.append(f"--{key}={plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)}")
     return args
 
 

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -227,14 +228,87 @@ def compiler_fault(compiler: str, language: str, *options: str) -> str | None:
     return f"the compiler {compiler} cannot build a trivial program: {reason.strip()[:200]}"
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started, and as which rank.
+
+    Attributes:
+        by: `torchrun`, `srun`, `jsrun`, `mpirun`, `lightning` (which starts ranks itself, or whoever sets the variables of
+            its free clusters), `env` (one process a node, torch's `env://` variables: Kubeflow), or nothing: alone.
+        rank: of all ranks; that of the node where only Lightning knows how many ranks a node has.
+        local_rank: on this node.
+    """
+
+    by: str = ""
+    rank: int = 0
+    local_rank: int = 0
+
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")  # that Lightning and torch read whoever has set them
+
+
+def launch() -> Launch:
+    """Return how this process was started: the one answer, of which Lightning is told too (`strategy.cluster_environment`).
+
+    An allocation of SLURM in which srun has not started this process (a shell in salloc, the script of sbatch) is no launch.
+
+    Raises:
+        ConfigError: a rank variable is set, and no launcher has started this process; or it is no number.
+    """
+    env = os.environ
+    interactive = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "TORCHELASTIC_RUN_ID" in env:
+        return Launch("torchrun", _rank("RANK"), _rank("LOCAL_RANK"))
+    if {"SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID"} <= env.keys() and not interactive:
+        return Launch("srun", _rank("SLURM_PROCID"), _rank("SLURM_LOCALID"))
+    if {"LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE"} <= env.keys():
+        return Launch("jsrun", _rank("JSM_NAMESPACE_RANK"), _rank("JSM_NAMESPACE_LOCAL_RANK"))
+    for size, rank, local in MPI:
+        if env.get(size, "1") != "1":
+            if importlib.util.find_spec("mpi4py") is None:
+                raise ConfigError(
+                    f"mpirun has started {env[size]} processes ({size}), and mpi4py is not installed: install it"
+                )
+            return Launch("mpirun", _rank(rank), _rank(local))
+    if "MASTER_PORT" in env and ("LOCAL_RANK" in env or "NODE_RANK" in env):
+        node, local_rank = _rank("NODE_RANK" if "NODE_RANK" in env else "GROUP_RANK"), _rank("LOCAL_RANK")
+        return Launch("lightning", node or local_rank, local_rank)
+    if {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} <= env.keys():
+        return Launch("env", _rank("RANK"))
+    if stray := [f"{name}={env[name]}" for name in RANKS if name in env]:
+        names = " ".join(item.partition("=")[0] for item in stray)
+        raise ConfigError(
+            f"{' and '.join(stray)} is set in the environment, and no launcher (torchrun, srun, mpirun, jsrun) has started this "
+            f"process: `unset {names}`, or start the ranks with torchrun"
+        )
+    return Launch()
+
+
+MPI = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+)
+
+
+def _rank(name: str) -> int:
+    value = os.environ.get(name, "0")
+    if not value.isdecimal():
+        raise ConfigError(f"the environment has {name}={value}, which is no rank: unset it, or let the launcher set it")
+    return int(value)
+
+
 def is_first_rank() -> bool:
-    """Tell whether this process is the first one of a run: what a launcher (torchrun, Lightning) announces, else yes."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
+    """Tell whether this process is the first one of a run.
+
+    Raises:
+        ConfigError: a rank variable is set, and no launcher has started this process.
+    """
+    return launch().rank == 0
 
 
 def launched_ranks() -> tuple[int, int] | None:
     """Return the ranks of this machine and the number of machines where torchrun has launched this process, else None."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if launch().by != "torchrun":
         return None
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     return here, int(os.environ["WORLD_SIZE"]) // here
@@ -247,9 +321,13 @@ def seconds_to_hold_back() -> float:
     only other nodes have it, their first rank says it; where only this rank has it, nobody ends it before it speaks.
     """
     distributed: Any = sys.modules.get("torch.distributed")
-    if is_first_rank() or (distributed is not None and distributed.is_available() and distributed.is_initialized()):
+    try:
+        launched = launch()
+    except ConfigError:  # nobody has launched this process: there are no others
         return 0.0
-    return 10.0 + int(os.environ.get("LOCAL_RANK", "0"))
+    if launched.rank == 0 or (distributed is not None and distributed.is_available() and distributed.is_initialized()):
+        return 0.0
+    return 10.0 + launched.local_rank
 
 
 def launcher_is_gone() -> bool:
@@ -257,8 +335,9 @@ def launcher_is_gone() -> bool:
 
     A first rank that a person started is nobody's child in this sense: it may outlive its terminal.
     """
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
-    return launched and os.getppid() != _PARENT
+    launched = launch()
+    child = launched.by == "torchrun" or (launched.by == "lightning" and launched.local_rank > 0)
+    return child and os.getppid() != _PARENT
 
 
 def huggingface_endpoint() -> str:

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanofed.federated.arguments import build_parser
+from nanofed.federated.arguments import Arguments
 from nanofed.federated.config import FederationConfig
 from nanofed.training.config import FitCLI
 from nanofed.training.module import GPTModule
-from nanofed.training.parsing import parse
 from nanofed.training.recipe import Recipe, accumulation_steps
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -51,7 +50,7 @@ FEDERATIONS = {
 
 def parsed(name: str) -> Any:
     path = str(CONFIGS / f"{name}.yaml")
-    return parse(build_parser(), ["--config", path]) if name in FEDERATIONS else Parsed(["--config", path]).config
+    return Arguments.from_args(["--config", path]).config if name in FEDERATIONS else Parsed(["--config", path]).config
 
 
 def on_meta(config: Any) -> GPTModule:

@@ -7,10 +7,12 @@ import functools
 import logging
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from nanofed import runtime, streams
+from nanofed.cli.numbers import add_number
 from nanofed.errors import DataError
+from nanofed.ranges import Count, CountOrZero, Range, Seed
 
 if TYPE_CHECKING:
     from nanofed.data.shards import Dataset, Shard
@@ -31,10 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     add = functools.partial(commands.add_parser, allow_abbrev=False)
 
     download = add("download", help="shards of FineWeb-Edu", description="Download FineWeb-Edu shards.")
-    download.add_argument(
+    add_number(
+        download,
         "-n",
         "--num_shards",
-        type=int,
+        kind=Annotated[int, Range(-1, 1 << 20)],
         required=True,
         help="training shards of about 100 MB (the one for validation comes too); -1: all 1,822",
     )
@@ -42,14 +45,16 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=runtime.user_path, help="folder (default: base_data under NANOCHAT_BASE_DIR)"
     )
     download.add_argument("--base_url", help="address that holds the shards (default: the dataset at HF_ENDPOINT)")
-    download.add_argument("--workers", type=int, default=4, help="files at a time (default: %(default)s)")
+    workers = Annotated[int, Range(1, 64)]
+    add_number(download, "--workers", kind=workers, default=4, help="files at a time (default: %(default)s)")
     download.add_argument("--background", action="store_true", help="go on detached and write a log")
     download.set_defaults(run=_download)
 
     demo = add("demo", help="an offline corpus", description="Build a corpus from this Python's standard library.")
     demo.add_argument("--output", type=runtime.user_path, help="folder (default: demo/data under NANOCHAT_BASE_DIR)")
-    demo.add_argument("-n", "--num_shards", type=int, help="training shards (default: those of the corpus there, or 8)")
-    demo.add_argument("--max_bytes", type=int, help="most bytes of text (default: of the corpus there, or 20000000)")
+    number = functools.partial(add_number, demo, kind=Count)
+    number("-n", "--num_shards", help="training shards (default: those of the corpus there, or 8)")
+    number("--max_bytes", help="most bytes of text (default: of the corpus there, or 20000000)")
     demo.add_argument("--force", action="store_true", help="replace a demo corpus of other options")
     demo.set_defaults(run=_demo)
 
@@ -62,10 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "paths", nargs="+", type=runtime.user_path, metavar="PATH", help="files, and folders to search for them"
     )
     pack.add_argument("--output", type=runtime.user_path, required=True, help="folder for the shards")
-    pack.add_argument(
-        "-n", "--num_shards", type=int, help="training shards (default: one for every 200 MB, at least 8)"
-    )
-    pack.add_argument("--rows_per_group", type=int, default=256, help="documents of a row group (default: %(default)s)")
+    number = functools.partial(add_number, pack)
+    number("-n", "--num_shards", kind=Count, help="training shards (default: one for every 200 MB, at least 8)")
+    number("--rows_per_group", kind=Count, default=256, help="documents of a row group (default: %(default)s)")
     pack.add_argument(
         "--key",
         "--text_column",
@@ -73,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         help="key of the text in jsonl objects, and its column in parquet files; a.b: the entry b of a "
         "(default: %(default)s)",
     )
-    pack.add_argument(
+    number(
         "--shuffle_buffer",
-        type=int,
+        kind=CountOrZero,
         default=10_000,
         help="documents to draw from at random; 0: keep the order (default: %(default)s)",
     )
-    pack.add_argument("--seed", type=int, default=0, help="of that draw (default: %(default)s)")
+    number("--seed", kind=Seed, default=0, help="of that draw (default: %(default)s)")
     pack.add_argument("--force", action="store_true", help="replace the shards in the output folder")
     pack.set_defaults(run=_pack)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 
+from nanofed.cli.numbers import add_number
 from nanofed.errors import ConfigError
+from nanofed.ranges import CountOrZero, Factor, Seed
 
 
 def main(argv: list[str]) -> int:
@@ -40,14 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", required=True, metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest) or one checkpoint"
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads standard input")
-    parser.add_argument("--max_tokens", type=int, default=256, help="tokens at most (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--top_k", type=int, default=50, help="draw among the k likeliest; 0: all (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of the draws (default: %(default)s)")
+    add = functools.partial(add_number, parser)
+    add("--max_tokens", kind=CountOrZero, default=256, help="tokens at most (default: %(default)s)")
+    add("--temperature", kind=Factor, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top_k", kind=CountOrZero, default=50, help="draw among the k likeliest; 0: all (default: %(default)s)")
+    add("--seed", kind=Seed, default=42, help="of the draws (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: %(default)s)")
     return parser
 

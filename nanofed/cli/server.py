@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import Annotated
 
 from nanofed import runtime
+from nanofed.cli.numbers import add_number
+from nanofed.ranges import Range
 
 USAGE = """nanofed server --config FILE [--listen HOST:PORT] [--keys KEYS] [options of nanofed federate]
        nanofed server init KEYS --host HOST [--host …] --site NAME [--site …]
@@ -47,8 +50,9 @@ def _init(argv: list[str]) -> int:
     parser.add_argument("keys", metavar="KEYS", type=runtime.user_path, help="folder; what is there already stays")
     parser.add_argument("--host", action="append", default=[], help="name or address by which sites call the server")
     parser.add_argument("--site", action="append", default=[], help="name of a site")
-    parser.add_argument("--port", type=int, default=9092, help="of the server, for the commands printed")
-    parser.add_argument("--days", type=int, default=365, help="validity of the server's certificate")
+    port, days = Annotated[int, Range(1, 65535)], Annotated[int, Range(1, 36_500)]
+    add_number(parser, "--port", kind=port, default=9092, help="of the server, for the commands printed")
+    add_number(parser, "--days", kind=days, default=365, help="validity of the server's certificate")
     parser.add_argument(
         "--force", action="store_true", help="issue the server's certificate and these sites' keys anew"
     )

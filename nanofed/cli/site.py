@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Annotated
+
+from nanofed.cli.numbers import add_number
+from nanofed.ranges import Range
 
 USAGE = "nanofed site --config FILE --superlink HOST:PORT --name NAME [--keys FOLDER] [--devices N] [options of nanofed federate]"
 
@@ -19,7 +23,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--superlink", required=True, metavar="HOST:PORT", help="where the server is")
     parser.add_argument("--name", required=True, help="of this site, the same as long as it takes part")
     parser.add_argument("--keys", help="the folder handed out by nanofed server init: ca.pem and site.key")
-    parser.add_argument("--devices", type=int, default=1, help="devices of this machine that train together")
+    devices = Annotated[int, Range(1, 1024)]
+    add_number(parser, "--devices", kind=devices, default=1, help="devices of this machine that train together")
     parser.add_argument("--state", help="folder for what the site keeps (default: sites/NAME in the cache folder)")
     parser.add_argument(
         "--trust",

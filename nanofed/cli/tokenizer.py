@@ -6,9 +6,11 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from nanofed import runtime
+from nanofed.cli.numbers import add_number
+from nanofed.ranges import Count, Range
 from nanofed.tokenizer.vocabulary import DOC_CAP, MAX_CHARS, SPECIAL_TOKENS, SPLIT_PATTERN, VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -34,9 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     for action in (train, evaluate):
         action.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         action.add_argument("--data", default="fineweb-edu", help="demo, fineweb-edu or a folder of parquet shards")
-    train.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="tokens, the special ones included")
-    train.add_argument("--max_chars", type=int, default=MAX_CHARS, help="characters to train on, at most")
-    train.add_argument("--doc_cap", type=int, default=DOC_CAP, help="characters used of one document, at most")
+    vocab_size = Annotated[int, Range(1, 1 << 24)]
+    add_number(train, "--vocab_size", kind=vocab_size, default=VOCAB_SIZE, help="tokens, the special ones included")
+    add_number(train, "--max_chars", kind=Count, default=MAX_CHARS, help="characters to train on, at most")
+    add_number(train, "--doc_cap", kind=Count, default=DOC_CAP, help="characters used of one document, at most")
     train.add_argument(
         "--special_tokens", nargs="+", default=SPECIAL_TOKENS, metavar="TOKEN", help="the first starts every document"
     )
@@ -54,9 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--tokenizer", type=runtime.user_path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)"
     )
-    evaluate.add_argument(
+    add_number(
+        evaluate,
         "--max_chars",
-        type=int,
+        kind=Count,
         default=SAMPLE_CHARS,
         help="characters to encode of validation and of training, at most",
     )

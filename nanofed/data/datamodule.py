@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from lightning import LightningDataModule
@@ -15,6 +15,7 @@ from nanofed.data.shards import Dataset, open_dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader, Wait
 from nanofed.data.validation import ValidationLoader, ValidationText
 from nanofed.errors import DataError
+from nanofed.ranges import Count, Range, Rows, Tokens, check_numbers
 from nanofed.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -44,15 +45,16 @@ class TokenDataModule(LightningDataModule):
         self,
         path: str = "fineweb-edu",
         tokenizer: str | None = None,
-        device_batch_size: int = 32,
-        sequence_len: int = 2048,
-        streams: int = runtime.DEFAULT_STREAMS,
+        device_batch_size: Rows = 32,
+        sequence_len: Rows = 2048,
+        streams: Annotated[int, Range(1, 1 << 16)] = runtime.DEFAULT_STREAMS,
         packing: str = "contiguous",
-        num_shards: int | None = None,
-        eval_tokens: int = 10_485_760,
+        num_shards: Count | None = None,
+        eval_tokens: Tokens = 10_485_760,
         validation_shard: str | None = None,
-        prefetch: int = 4,
+        prefetch: Annotated[int, Range(0, 1 << 16)] = 4,
     ) -> None:
+        check_numbers(dict(locals()), "data.", kind=TokenDataModule)
         super().__init__()
         self.path = path
         self.tokenizer_name = tokenizer

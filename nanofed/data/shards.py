@@ -7,9 +7,7 @@ holds text, and `read_texts` returns it.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanofed.data.identity import DataIdentity
 from nanofed.data.manifest import MANIFEST, Manifest, Recorded, read_manifest, safe_name
 from nanofed.errors import ConfigError, DataError
 from nanofed.files import sha256 as file_sha256
@@ -60,10 +59,14 @@ class Dataset:
     train: tuple[Shard, ...]
     validation: Shard
 
+    @functools.cached_property
+    def identity(self) -> DataIdentity:
+        """Which text this is, as the shards were when this was first asked for."""
+        return DataIdentity.of(self)
+
     def fingerprint(self) -> str:
-        """Return the sha256 over name, rows and bytes of every shard and which one is for validation."""
-        rows = [[s.name, s.num_rows, s.num_bytes] for s in (*self.train, self.validation)]
-        return hashlib.sha256(json.dumps([sorted(rows), self.validation.name]).encode()).hexdigest()
+        """Return the SHA-256 over the content of all shards and which one is for validation."""
+        return self.identity.fingerprint()
 
 
 def shard_names(folder: Path) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.errors import ConfigError
 from nanofed.federated.config import FederationConfig
-from nanofed.training.config import link_model_and_data, run_options
+from nanofed.ranges import Range, check_numbers
+from nanofed.training.config import KINDS, link_model_and_data, run_options
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.parsing import parse
@@ -27,12 +27,11 @@ class FabricOptions:
     """
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = 1
+    devices: Annotated[int, Range(1, 1024)] = 1
 
     def __post_init__(self) -> None:
         """Refuse what is no number of devices."""
-        if self.devices < 1:
-            raise ConfigError(f"fabric.devices must be at least 1, not {self.devices}")
+        check_numbers(self, "fabric.")
 
 
 def build_parser() -> ArgumentParser:
@@ -71,7 +70,7 @@ class Arguments:
             ConfigError: a wrong key or value.
         """
         parser = build_parser()
-        return cls(parser, parse(parser, args))
+        return cls(parser, parse(parser, args, {**KINDS, "federation": FederationConfig, "fabric": FabricOptions}))
 
     @property
     def options(self) -> RunOptions:

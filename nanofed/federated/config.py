@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from nanofed.errors import ConfigError
+from nanofed.ranges import Count, Range, Seconds, check_numbers
 
 
 @dataclass
@@ -46,70 +47,42 @@ class FederationConfig:
             error; by default 5 on one machine, and never across sites, where the server tries again less and less often.
     """
 
-    clients: int = 2
-    rounds: int | None = None
-    round_seconds: float = 300.0
-    round_steps: int | None = None
-    quorum: int = 1
-    quorum_seconds: float = 600.0
-    grace_seconds: float = 300.0
-    availability: float = 1.0
-    client_speeds: list[float] | None = None
+    clients: Annotated[int, Range(1, 1 << 20)] = 2
+    rounds: Count | None = None
+    round_seconds: Seconds = 300.0
+    round_steps: Count | None = None
+    quorum: Annotated[int, Range(1, 1 << 20)] = 1
+    quorum_seconds: Seconds = 600.0
+    grace_seconds: Seconds = 300.0
+    availability: Annotated[float, Range(0, 1, above=True)] = 1.0
+    client_speeds: list[Annotated[float, Range(0, 1e9, above=True)]] | None = None
     evaluation: Literal["server", "sites"] = "server"
     sharding: Literal["shards", "full", "local"] = "shards"
     weighting: Literal["uniform", "tokens"] = "uniform"
     merge: Literal["mean", "median", "trimmed_mean"] = "mean"
-    trim: float = 0.2
-    max_norm_ratio: float | None = 5.0
+    trim: Annotated[float, Range(0, 0.5, below=True)] = 0.2
+    max_norm_ratio: Annotated[float, Range(1, 1e9, above=True)] | None = 5.0
     on_large_norm: Literal["clip", "reject"] = "clip"
-    outer_lr: float = 0.7
-    outer_momentum: float = 0.6
-    global_batch_tokens: int | None = None
+    outer_lr: Annotated[float, Range(0, 1e9, above=True)] = 0.7
+    outer_momentum: Annotated[float, Range(0, 1, below=True)] = 0.6
+    global_batch_tokens: Count | None = None
     down_codec: Literal["fp32", "bf16"] = "fp32"
     up_codec: Literal["fp32", "bf16"] = "fp32"
-    max_failed_rounds: int | None = None
+    max_failed_rounds: Count | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no federation can run with."""
-        if self.clients < 1:
-            raise ConfigError(f"federation.clients must be at least 1, not {self.clients}")
-        if self.rounds is not None and self.rounds < 1:
-            raise ConfigError(f"federation.rounds must be at least 1, not {self.rounds}")
-        if not self.round_seconds > 0:
-            raise ConfigError(f"federation.round_seconds must be positive, not {self.round_seconds}")
-        if self.round_steps is not None and self.round_steps < 1:
-            raise ConfigError(f"federation.round_steps must be at least 1, not {self.round_steps}")
-        if not 0 < self.availability <= 1:
-            raise ConfigError(f"federation.availability is a chance in (0, 1], not {self.availability}")
-        if self.client_speeds is not None:
-            if len(self.client_speeds) != self.clients:
-                raise ConfigError(
-                    f"federation.client_speeds names {len(self.client_speeds)} speeds for {self.clients} clients"
-                )
-            if not all(speed > 0 for speed in self.client_speeds):
-                raise ConfigError(f"federation.client_speeds must be positive, not {self.client_speeds}")
-        self._check_rounds()
+        check_numbers(self, "federation.")
+        if self.client_speeds is not None and len(self.client_speeds) != self.clients:
+            raise ConfigError(
+                f"federation.client_speeds names {len(self.client_speeds)} speeds for {self.clients} clients"
+            )
+        if self.evaluation not in ("server", "sites"):
+            raise ConfigError(f"federation.evaluation must be server or sites, not {self.evaluation!r}")
         if self.merge != "mean" and self.weighting != "uniform":
             raise ConfigError(
                 f"federation.merge={self.merge} weighs all clients the same: set federation.weighting to uniform"
             )
-        if not 0 <= self.trim < 0.5:
-            raise ConfigError(f"federation.trim is the share cut off on each side, in [0, 0.5), not {self.trim}")
-        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
-            raise ConfigError(
-                f"federation.max_norm_ratio must be above 1, or null for any norm, not {self.max_norm_ratio}"
-            )
-
-    def _check_rounds(self) -> None:
-        if self.evaluation not in ("server", "sites"):
-            raise ConfigError(f"federation.evaluation must be server or sites, not {self.evaluation!r}")
-        if self.quorum < 1:
-            raise ConfigError(f"federation.quorum must be at least 1, not {self.quorum}")
-        for name in ("quorum_seconds", "grace_seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"federation.{name} must be positive, not {getattr(self, name)}")
-        if self.max_failed_rounds is not None and self.max_failed_rounds < 1:
-            raise ConfigError(f"federation.max_failed_rounds must be at least 1, not {self.max_failed_rounds}")
 
     def speed(self, client: int) -> float:
         """Return the speed of the n-th client, from 0."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 from lightning import Fabric
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
@@ -23,8 +24,9 @@ from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.state import State
 from nanofed.federated.site.trainer import FabricTrainer
-from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest
+from nanofed.training.checkpoint import find_checkpoint, read_manifest
 from nanofed.training.fitting import Place
+from nanofed.training.identity import check_identity
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.options import START
 from nanofed.training.parsing import resolved
@@ -60,7 +62,7 @@ class Federation(Arguments):
             )
         runtime.warn_of_unused_gpu(options.accelerator)
         with lightning_errors("fabric", building=True):  # devices that are not there
-            return Fabric(accelerator=options.accelerator, devices=1)
+            return Fabric(accelerator=options.accelerator, devices=1, plugins=[LightningEnvironment()])
 
     @property
     def folder(self) -> Path:
@@ -109,9 +111,18 @@ class Federation(Arguments):
         OuterNesterov(config.outer_lr, config.outer_momentum)
         place = Place(self.fabric().device, clients=config.clients)  # they take turns on one model, on one device
         text = resolved(self.parser, self.config)
-        check_start(module, data, options, kind="federated", batch_tokens=batch_tokens, config=text, place=place)
+        check_start(
+            module,
+            data,
+            options,
+            kind="federated",
+            batch_tokens=batch_tokens,
+            config=text,
+            place=place,
+            training=config.sharding != "local",
+        )
         if (resume := resume_checkpoint(options.folder, options.ckpt_path)) is not None:
-            State.without_weights(data, config, options.folder).load_without_weights(resume, module)
+            State.without_weights(data, config, options.folder).load_without_weights(resume)
 
     def trainer(self) -> FabricTrainer:
         """Return the trainer of this process, for every client that runs in it."""
@@ -161,7 +172,7 @@ class Federation(Arguments):
             loop.resume(resume)
         elif options.init_from:
             path = find_checkpoint(options.init_from)
-            check_model(read_manifest(path), module.config, path)
+            check_identity(path, read_manifest(path), module, data, "init_from", force=options.force)
             loop.load_weights(path)
         return loop
 

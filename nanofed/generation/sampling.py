@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanofed.errors import ConfigError
 from nanofed.model import GPT, KVCache
+from nanofed.ranges import Count, CountOrZero, Factor, Seed, check_number
 
 
 def generate_ids(
@@ -45,12 +46,13 @@ def generate_ids(
         raise ConfigError(
             f"generate: token {outside[0]} is outside the model's vocabulary of {model.config.vocab_size}"
         )
-    if max_tokens < 0:
-        raise ConfigError(f"generate: max_tokens must not be negative, not {max_tokens}")
-    if not temperature >= 0:
-        raise ConfigError(f"generate: temperature must be 0 or more, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"generate: top_k must be 1 or more, not {top_k}")
+    for name, value, kind in (
+        ("max_tokens", max_tokens, CountOrZero),
+        ("temperature", temperature, Factor),
+        ("top_k", top_k, Count),
+        ("seed", seed, Seed),
+    ):
+        check_number(f"generate: {name}", value, kind)
     length = len(prompt_ids) + max_tokens
     if length > model.max_positions:
         raise ConfigError(

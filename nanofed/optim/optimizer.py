@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -56,7 +57,7 @@ class MuonAdamW(torch.optim.Optimizer):
         ns_dtype: torch.dtype | None = None,
         compiled: bool = True,
     ) -> None:
-        if clip is not None and clip <= 0:
+        if clip is not None and not 0 < clip < math.inf:
             raise ConfigError(f"optimizer: clip must be positive or null, not {clip!r}")
         self.schedule = schedule
         self.clock = clock
@@ -71,7 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
         kind = param_group.get("kind")
         if kind not in _GROUP_DEFAULTS:
             raise ConfigError(f"optimizer: group kind must be one of {', '.join(_GROUP_DEFAULTS)}, not {kind!r}")
-        if not param_group.get("lr", -1.0) >= 0.0:
+        if not 0.0 <= param_group.get("lr", -1.0) < math.inf:
             raise ConfigError(f"optimizer: a {kind} group needs an lr of 0 or more, not {param_group.get('lr')!r}")
         super().add_param_group({**_GROUP_DEFAULTS[kind], "initial_lr": param_group["lr"], **param_group})
         if kind == "muon" and any(p.ndim != 2 for p in self.param_groups[-1]["params"]):

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanofed import runtime
+from nanofed.data.identity import DataIdentity
 from nanofed.errors import ConfigError
 from nanofed.files import sha256
 from nanofed.model import GPTConfig
@@ -93,6 +94,7 @@ class Manifest:
         metrics: the last measured figures, such as `val/bpb`.
         files: size and SHA-256 of every file.
         format_version: of this layout.
+        data: the text that the run trains on and validates with; None in a checkpoint of an older nanofed.
     """
 
     kind: str
@@ -103,6 +105,7 @@ class Manifest:
     metrics: Mapping[str, float]
     files: Mapping[str, Mapping[str, Any]]
     format_version: int = FORMAT_VERSION
+    data: DataIdentity | None = None
 
 
 def write_checkpoint(
@@ -116,6 +119,7 @@ def write_checkpoint(
     step: int,
     tokens: int,
     metrics: Mapping[str, float] | None = None,
+    data: DataIdentity | None = None,
 ) -> None:
     """Write a checkpoint directory, all of it or nothing; one that is there under that name stays until this one is whole.
 
@@ -135,8 +139,9 @@ def write_checkpoint(
             torch.save(dict(state), cast(IO[bytes], file))
         with staging.file(TOKENIZER_FILE) as file:
             file.write(vocabulary)
+        figures, files = dict(metrics or {}), dict(staging.files)
         manifest = asdict(
-            Manifest(kind, config, step, tokens, tokenizer.fingerprint, dict(metrics or {}), dict(staging.files))
+            Manifest(kind, config, step, tokens, tokenizer.fingerprint, figures, files, FORMAT_VERSION, data)
         )
         with staging.file(MANIFEST) as file:
             file.write((json.dumps({**manifest, CHECKSUM: _checksum(manifest)}, indent=1) + "\n").encode())
@@ -160,8 +165,9 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
         raise CheckpointError(f"{path} has format_version {version}: this nanofed reads {FORMAT_VERSION}")
     checksum = raw.pop(CHECKSUM, None)
     try:
-        manifest = Manifest(**{**raw, "model": GPTConfig(**raw["model"])})
-    except (TypeError, KeyError, ConfigError) as error:
+        data = None if raw.get("data") is None else DataIdentity.from_plain(raw["data"])
+        manifest = Manifest(**{**raw, "model": GPTConfig(**raw["model"]), "data": data})
+    except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{path / MANIFEST} has missing or unknown fields: {error}") from error
     if checksum != _checksum(raw):
         raise CheckpointError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.fabric.plugins.io import CheckpointIO
 
+from nanofed.data.datamodule import TokenDataModule
 from nanofed.model import GPTConfig
 from nanofed.tokenizer import Tokenizer
 from nanofed.training.checkpoint import (
@@ -23,11 +24,18 @@ PREFIX = "gpt."  # of the GPT's names in the LightningModule
 
 
 class DirectoryCheckpointIO(CheckpointIO):
-    """Saves and loads Lightning's checkpoint dictionary in nanofed's format."""
+    """Saves and loads Lightning's checkpoint dictionary in nanofed's format.
 
-    def __init__(self, config: GPTConfig, tokenizer: Tokenizer) -> None:
+    Args:
+        config: sizes of the GPT.
+        tokenizer: it is saved with every checkpoint.
+        data: its text is recorded; None records none, and a run that goes on then cannot compare it.
+    """
+
+    def __init__(self, config: GPTConfig, tokenizer: Tokenizer, data: TokenDataModule | None = None) -> None:
         self._config = config
         self._tokenizer = tokenizer
+        self._data = data
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write one checkpoint directory.
@@ -49,6 +57,7 @@ class DirectoryCheckpointIO(CheckpointIO):
             step=int(state["global_step"]),
             tokens=int(optimizer["clock"]["tokens"]),
             metrics=state.pop("metrics", None),
+            data=self._data.dataset.identity if self._data else None,
         )
 
     def load_checkpoint(

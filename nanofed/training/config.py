@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
+from nanofed.ranges import Seed, check_number
 from nanofed.training.callbacks import Dashboard, Progress, RunLogger, TextSamples
 from nanofed.training.checkpoint_io import DirectoryCheckpointIO
 from nanofed.training.first_step import FirstStep
@@ -30,7 +32,7 @@ from nanofed.training.saving import SaveCheckpoint
 from nanofed.training.signals import Signals
 from nanofed.training.startup import Startup
 from nanofed.training.stopping import Stopping
-from nanofed.training.strategy import automatic
+from nanofed.training.strategy import automatic, cluster_environment
 from nanofed.training.watchdog import Limits, Watchdog
 
 # Trainer options that a run sets itself: what is asked for is said by another key.
@@ -57,6 +59,10 @@ TAKEN = {
 }
 
 METRIC = "val/bpb"  # what a callback of Lightning's can watch
+
+
+# The sections of both paths' configs, and whose options they hold.
+KINDS: dict[str, Any] = {"": RunOptions, "model": GPTModule, "model.recipe": Recipe, "data": TokenDataModule}
 
 
 class FitCLI(LightningCLI):
@@ -111,7 +117,7 @@ class FitCLI(LightningCLI):
         assert isinstance(args, list)
         if not args:
             raise ConfigError(f"name a config: {parser.prog} --config configs/tiny.yaml")
-        self.config = parse(parser, args)
+        self.config = parse(parser, args, {**KINDS, "watchdog": Limits})
         self.startup.done("config")
 
     def instantiate_classes(self) -> None:
@@ -163,15 +169,17 @@ class FitCLI(LightningCLI):
             ]
             if trainer.get("logger") in (None, True):
                 kwargs["logger"] = RunLogger(folder, name="", version="", default_hp_metric=False)
-        io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer)
+        io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer, self.datamodule)
         plugins = trainer.get("plugins") or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), io]
+        plugins = plugins if isinstance(plugins, list) else [plugins]
         runtime.warn_of_unused_gpu(str(trainer["accelerator"]))
         with self.lightning_errors(building=True):
+            own = [plugin for plugin in plugins if isinstance(plugin, ClusterEnvironment)]
+            environment = own or [cluster_environment()]
+            kwargs["plugins"] = [*(plugin for plugin in plugins if plugin not in own), io, *environment]
             if trainer["strategy"] == "auto":
-                kwargs["strategy"] = automatic(
-                    **{name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
-                )
+                place = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
+                kwargs["strategy"] = automatic(**place, plugins=environment)
             built = self._instantiate_trainer({**trainer, **kwargs, "callbacks": callbacks}, [])
         self.watchdog.patience(built.strategy)
         return built
@@ -211,4 +219,5 @@ def link_model_and_data(parser: Any) -> None:
 def _seed(value: bool | int) -> int:
     if isinstance(value, bool):
         raise ConfigError("seed_everything must be a number: runs are reproducible")
+    check_number("seed_everything", value, Seed)
     return value

@@ -14,6 +14,7 @@ from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
 from nanofed.training.fitting import Place
+from nanofed.training.identity import check_identity
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule
 from nanofed.training.preflight import check_data_options, check_start
@@ -125,7 +126,9 @@ def run_validate(cli: FitCLI) -> float:
     if options.ckpt_path is None:
         raise ConfigError("name what to validate: --ckpt_path RUN_OR_CHECKPOINT, or last for the config's own run")
     check_data_options(cli.datamodule)
-    start_from(cli.model, options.folder if options.ckpt_path == "last" else options.ckpt_path)
+    path = find_checkpoint(options.folder if options.ckpt_path == "last" else options.ckpt_path)
+    check_identity(path, read_manifest(path), cli.model, cli.datamodule, "validate")
+    start_from(cli.model, path)
     take_signals(cli.trainer)
     with cli.watchdog.over(cli.trainer), cli.lightning_errors():
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)

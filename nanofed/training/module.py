@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.model import GPT, GPTConfig
 from nanofed.model.attention import attention_kernel
 from nanofed.optim import Clock, DistMuonAdamW, MuonAdamW, parameter_groups
+from nanofed.ranges import Range, Rows, Seed, check_numbers
 from nanofed.training.recipe import OCTOBER, Recipe
 from nanofed.training.strategy import FabricShardedStrategy, ShardedStrategy
 
@@ -47,15 +48,17 @@ class GPTModule(LightningModule):
 
     def __init__(
         self,
-        depth: int = 20,
-        sequence_len: int = 2048,
+        depth: Annotated[int, Range(1, 1024)] = 20,
+        sequence_len: Rows = 2048,
         vocab_size: int | None = None,
         recipe: Recipe = OCTOBER,
         compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         compile: bool | Literal["auto"] = "auto",
-        seed: int = 42,
+        seed: Seed = 42,
     ) -> None:
         super().__init__()
+        given = {"depth": depth, "sequence_len": sequence_len, "seed": seed}
+        check_numbers(given, "model.", kind=GPTModule)
         if vocab_size is None:
             raise ConfigError("model.vocab_size is not known: it comes from the tokenizer of the data")
         self.config = GPTConfig.from_depth(depth, vocab_size=vocab_size, sequence_len=sequence_len)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
+from nanofed.ranges import Count, CountOrZero, check_numbers
 
 START = ("overwrite", "force", "ckpt_path", "init_from")  # say how one command starts: no part of what a run saves
 LONGEST_NAME = 200  # of 255 bytes: files beside a run are called after it
@@ -38,26 +39,17 @@ class RunOptions:
     force: bool = False
     ckpt_path: str | None = None
     init_from: str | None = None
-    eval_every: int = 250
-    save_every: int = 1000
-    keep_checkpoints: int = 2
-    keep_every: int = 0
-    log_every: int = 10
-    sample_every: int = 0
+    eval_every: Count = 250
+    save_every: CountOrZero = 1000
+    keep_checkpoints: CountOrZero = 2
+    keep_every: CountOrZero = 0
+    log_every: Count = 10
+    sample_every: CountOrZero = 0
     sample_prompts: list[str] = field(default_factory=lambda: ["The capital of France is", "To open a file,"])
 
     def __post_init__(self) -> None:
         """Refuse intervals that are none."""
-        for name, least in {
-            "eval_every": 1,
-            "log_every": 1,
-            "save_every": 0,
-            "keep_checkpoints": 0,
-            "keep_every": 0,
-            "sample_every": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        check_numbers(self, "--")
         if not self.name or Path(self.name).name != self.name or self.name == "..":
             raise ConfigError(f"--name {self.name[:80]!r} is not a plain folder name")
         if not self.name.isprintable() or len(self.name.encode()) > LONGEST_NAME:

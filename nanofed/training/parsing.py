@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import jsonargparse
 import yaml
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
+from nanofed.ranges import check_number, ranged
 from nanofed.training.options import START
 from nanofed.training.run import CONFIG, MARKER, SUMMARY
 
@@ -23,32 +26,110 @@ logger = logging.getLogger(__name__)
 ELSEWHERE = {"trainer": "fit", "federation": "federate", "fabric": "federate"}  # sections of one command only
 
 
-def parse(parser: Any, args: Sequence[str]) -> Any:
+def parse(parser: Any, args: Sequence[str], kinds: Mapping[str, Any]) -> Any:
     """Parse `args` with a jsonargparse parser.
+
+    Args:
+        parser: the parser.
+        args: the command line.
+        kinds: section -> the class whose options it holds, "" for those without a section: their numbers keep to the ranges
+            that `ranges.ranged` finds.
 
     Raises:
         ConfigError: a config file that is not there or not YAML, a key that does not exist, a value of the wrong type.
     """
     files = {path: read_yaml(path) for path in config_files(args)}
     typed, rest = _start_options(args)
+    key: str | None = None
     try:
         config = parser.parse_args([*rest, *typed])
         _forget_start_options(config, parser, files, typed)
+        ranges = {
+            f"{section}.{name}".lstrip("."): hint for section in kinds for name, hint in ranged(kinds[section]).items()
+        }
+        for key in [action.dest for action in parser._actions if action.dest in config]:
+            check_number(key if "." in key else f"--{key}", config[key], ranges.get(key))
         return config
     except argparse.ArgumentError as error:
         key, message = explain(str(error), set(known_keys(parser)))
-        is_typed = any(arg == f"--{key}" or arg.startswith(f"--{key}=") for arg in args)
-        holding = [path for path, content in files.items() if key and _holds(content, key.split("."))]
-        source = None if is_typed or not holding else holding[-1]
-        raise ConfigError(f"{source}: {message}" if source else message) from error
+        failure: Exception = error
+    except ConfigError as error:
+        message, failure = str(error), error
+    is_typed = any(arg == f"--{key}" or arg.startswith(f"--{key}=") for arg in args)
+    holding = [path for path, content in files.items() if key and _holds(content, key.split("."))]
+    source = None if is_typed or not holding else holding[-1]
+    raise ConfigError(f"{source}: {message}" if source else message) from failure
 
 
 def resolved(parser: Any, config: Any) -> str:
-    """Return every key of a run with its value as YAML, without the options that say how this one command starts."""
-    kept = config.clone()
+    """Return every key of a run with its value as YAML, once it has been read back and found the same.
+
+    The options that say how this one command starts are left out.
+
+    Raises:
+        ConfigError: a value would be read back as another one, or cannot be written in UTF-8; names it.
+    """
+    config = config.clone()
     for name in START:
-        kept.pop(name, None)
-    return str(parser.dump(kept, skip_link_targets=False))
+        config.pop(name, None)
+    before = json.loads(parser.dump(config, skip_link_targets=False, format="json"))
+    for key, value in _leaves(before):
+        if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise ConfigError(f"{key} holds a character that is no text: {value!r:.60}")
+    text = str(parser.dump(config, skip_link_targets=False))
+    try:
+        read = parser.parse_string(text)
+        for name in START:
+            read.pop(name, None)
+        again = json.loads(parser.dump(read, skip_link_targets=False, format="json"))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"the config would not read back: {explain(str(error), set())[1]}") from error
+    there, here = dict(_leaves(before)), dict(_leaves(again))
+    for key in sorted(there.keys() | here.keys()):
+        a, b = there.get(key), here.get(key)
+        if a != b:
+            raise ConfigError(
+                f"{key} {_short(repr(a))} would be read back from the saved config as {_short(repr(b))}: change it"
+            )
+    return text
+
+
+def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of everything in a config that is no mapping or list itself."""
+    items = (
+        content.items() if isinstance(content, Mapping) else enumerate(content) if isinstance(content, list) else None
+    )
+    if not items:
+        yield prefix.removesuffix("."), content
+    for key, value in items or ():
+        yield from _leaves(value, f"{prefix}{key}.")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes YAML in which no reader takes a string for anything else.
+
+    Readers differ: `8612e71` is text to PyYAML and a float to jsonargparse and YAML 1.2, `on` is text to YAML 1.2 and true to
+    YAML 1.1. So a string stands without quotes only where it can be nothing else.
+    """
+
+
+PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*(?: [A-Za-z0-9_./-]+)*", re.ASCII)
+WORDS = frozenset(["y", "yes", "n", "no", "true", "false", "on", "off", "null", "none", "nan", "inf", "infinity"])
+
+
+def _write_string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = PLAIN.fullmatch(text) and text.lower() not in WORDS
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _write_string)
+
+
+def _dump_yaml(content: Any) -> str:
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")))
+
+
+jsonargparse.set_dumper("yaml", _dump_yaml)  # for --print_config, too
 
 
 def _start_options(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,8 +7,10 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.packing import PACKERS
 from nanofed.errors import ConfigError
 from nanofed.generation.text import SAMPLE_TOKENS
-from nanofed.training.checkpoint import check_model, checkpoints, find_checkpoint, read_manifest
+from nanofed.ranges import check_numbers
+from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest
 from nanofed.training.fitting import Place, check_memory
+from nanofed.training.identity import check_identity
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.recipe import accumulation_steps
@@ -26,6 +28,7 @@ def check_start(
     batch_tokens: int,
     config: str,
     place: Place,
+    training: bool = True,
 ) -> int:
     """Refuse what would end a run at its first step, and return the micro-batches of an optimizer step.
 
@@ -40,6 +43,7 @@ def check_start(
         batch_tokens: tokens of an optimizer step.
         config: the resolved config, YAML: a resumed run is compared with its own.
         place: ranks and device that share a step.
+        training: whether the training shards here are what the run trains on.
 
     Raises:
         ConfigError: a value, a batch or a checkpoint that does not fit, more memory than there is.
@@ -56,7 +60,8 @@ def check_start(
     if runtime.is_first_rank():
         check_usable(options)
         check_samples(options, data, module)
-        check_checkpoints(module, data, options, kind, config)
+        data.dataset.identity  # noqa: B018  (what the checkpoints record is what was there now)
+        check_checkpoints(module, data, options, kind, config, training=training)
         check_memory(module, data, place, batch_tokens=batch_tokens, force=options.force)
         next(iter(data.validation_loader(world_size=place.ranks)))
         next(data.loader(world_size=place.ranks).take(1))  # one, and none made ahead
@@ -64,10 +69,8 @@ def check_start(
 
 
 def check_data_options(data: TokenDataModule) -> None:
-    """Refuse numbers that are not positive, and a packing that is not known."""
-    for name in ("device_batch_size", "streams", "eval_tokens"):
-        if getattr(data, name) < 1:
-            raise ConfigError(f"data.{name} must be at least 1, not {getattr(data, name)}")
+    """Refuse numbers that are out of range, and a packing that is not known."""
+    check_numbers(data, "data.", kind=TokenDataModule)
     if data.packing not in PACKERS:
         raise ConfigError(f"data.packing={data.packing!r} is unknown: choose {' or '.join(PACKERS)}")
 
@@ -83,7 +86,9 @@ def check_samples(options: RunOptions, data: TokenDataModule, module: GPTModule)
             )
 
 
-def check_checkpoints(module: GPTModule, data: TokenDataModule, options: RunOptions, kind: str, config: str) -> None:
+def check_checkpoints(
+    module: GPTModule, data: TokenDataModule, options: RunOptions, kind: str, config: str, *, training: bool = True
+) -> None:
     """Refuse a checkpoint to resume or start from that is not there, damaged, or of another model or training."""
     run = options.folder
     resume = resume_checkpoint(run, options.ckpt_path)
@@ -93,17 +98,14 @@ def check_checkpoints(module: GPTModule, data: TokenDataModule, options: RunOpti
             raise ConfigError(f"{resume} is a {manifest.kind} checkpoint: start from its weights with --init_from")
         if is_used(run) and resume.resolve() not in [path.resolve() for path in checkpoints(run)]:
             raise ConfigError(f"{run} already holds a run, and {resume} is not of it: choose another --name")
-        check_resumed_config(resume.parent.parent / CONFIG, config, force=options.force)
-        check_model(manifest, module.config, resume)
-        if manifest.tokenizer != data.tokenizer.fingerprint:
-            raise ConfigError(
-                f"{resume} was trained with another tokenizer than data.tokenizer: its ids mean other texts"
-            )
+        by_content = manifest.data is not None
+        check_resumed_config(resume.parent.parent / CONFIG, config, force=options.force, by_content=by_content)
+        check_identity(resume, manifest, module, data, "resume", force=options.force, training=training)
         if (run / SUMMARY).is_file():
             Summary.read(run)
     elif options.init_from:
         path = find_checkpoint(options.init_from)
-        check_model(read_manifest(path), module.config, path)
+        check_identity(path, read_manifest(path), module, data, "init_from", force=options.force)
         if options.overwrite and path.resolve().is_relative_to(run.resolve()):
             raise ConfigError(
                 f"--overwrite true would remove {path}, which --init_from is to start from: choose another --name"

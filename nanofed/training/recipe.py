@@ -6,10 +6,12 @@ Pure functions. The defaults are nanochat's of October 2025 (karpathy/nanochat a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from nanofed.errors import ConfigError
 from nanofed.model import GPTConfig
 from nanofed.optim import Schedule
+from nanofed.ranges import Count, Factor, Range, Share, Tokens, check_numbers
 
 TOKENS_PER_PARAMETER = 20.0  # Chinchilla (Hoffmann et al. 2022, arXiv:2203.15556), as nanochat uses it
 
@@ -35,23 +37,24 @@ class Recipe:
         clip: largest global gradient norm; 0 switches clipping off.
     """
 
-    batch_tokens: int = 524_288
-    num_steps: int | None = None
-    horizon_tokens: int | None = None
-    tokens_per_parameter: float | None = None
-    horizon_flops: float | None = None
-    embedding_lr: float = 0.2
-    head_lr: float = 0.004
-    matrix_lr: float = 0.02
-    lr_scale: float = 1.0
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.0
-    warmdown_ratio: float = 0.2
-    final_lr_frac: float = 0.0
-    clip: float = 1.0
+    batch_tokens: Count = 524_288
+    num_steps: Count | None = None
+    horizon_tokens: Tokens | None = None
+    tokens_per_parameter: Annotated[float, Range(0, 1e9, above=True)] | None = None
+    horizon_flops: Annotated[float, Range(0, 1e30, above=True)] | None = None
+    embedding_lr: Factor = 0.2
+    head_lr: Factor = 0.004
+    matrix_lr: Factor = 0.02
+    lr_scale: Factor = 1.0
+    weight_decay: Factor = 0.0
+    warmup_ratio: Share = 0.0
+    warmdown_ratio: Share = 0.2
+    final_lr_frac: Share = 0.0
+    clip: Factor = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
+        check_numbers(self, "model.recipe.")
         given = [
             name
             for name in ("num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")
@@ -59,10 +62,6 @@ class Recipe:
         ]
         if len(given) > 1:
             raise ConfigError(f"model.recipe gives the horizon {len(given)} times ({', '.join(given)}): keep one")
-        if given and getattr(self, given[0]) <= 0:
-            raise ConfigError(f"model.recipe.{given[0]} must be positive, not {getattr(self, given[0])}")
-        if self.batch_tokens <= 0:
-            raise ConfigError(f"model.recipe.batch_tokens must be positive, not {self.batch_tokens}")
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError("model.recipe: warmup_ratio and warmdown_ratio together are more than the whole horizon")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.training.options import START
 
@@ -47,6 +48,7 @@ FREE = (
     "federation.grace_seconds",
     "federation.max_failed_rounds",
 )
+TEXT = ("data.path", "data.num_shards", "data.validation_shard")  # where the text lies, and which part of it is read
 # Says how to start, not what to train.
 UNCOMPARED = ("config", "name", "runs_dir", *START)
 
@@ -64,13 +66,14 @@ class Difference:
         return f"{self.key} {_plain(self.there)} -> {_plain(self.here)}"
 
 
-def check_resumed_config(there: Path, here: str, *, force: bool) -> None:
+def check_resumed_config(there: Path, here: str, *, force: bool, by_content: bool = False) -> None:
     """Compare a run's saved config with the one it is to go on with; list what differs in the log.
 
     Args:
         there: `config.yaml` of the run that the checkpoint belongs to.
         here: the resolved config, YAML.
         force: go on where a field differs that makes it another run.
+        by_content: the text is compared by what it holds (`identity.check_identity`), so its place may differ.
 
     Raises:
         ConfigError: such a field differs and `force` is not given; names all of them.
@@ -85,6 +88,8 @@ def check_resumed_config(there: Path, here: str, *, force: bool) -> None:
     if not isinstance(saved, Mapping):
         raise ConfigError(f"{there} is no config of a run: it holds no mapping of keys to values")
     differing = differences(saved, yaml.safe_load(here))
+    if by_content:
+        differing = [d for d in differing if d.key not in TEXT]
     refused = [d for d in differing if _is_arithmetic(d.key)]
     if refused:
         listed = "; ".join(map(str, refused))
@@ -112,8 +117,14 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Diffe
     """Return the fields that differ, by key; what only one config knows (of another version, say) has no counterpart."""
     a, b = dict(_flat(there)), dict(_flat(here))
     return [
-        Difference(k, a[k], b[k]) for k in sorted(a.keys() & b.keys()) if a[k] != b[k] and not _below(k, UNCOMPARED)
+        Difference(k, a[k], b[k])
+        for k in sorted(a.keys() & b.keys())
+        if a[k] != b[k] and not _below(k, UNCOMPARED) and not (k == "data.path" and _same_place(a[k], b[k]))
     ]
+
+
+def _same_place(there: object, here: object) -> bool:
+    return runtime.dataset_dir(str(there)).resolve() == runtime.dataset_dir(str(here)).resolve()
 
 
 def _is_arithmetic(key: str) -> bool:

@@ -8,6 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.kubeflow import KubeflowEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy as FabricDDPStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -15,6 +22,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.optim import DistMuonAdamW
 
@@ -86,11 +94,25 @@ def send_weights(module: Module) -> None:
         dist.broadcast(tensor.detach(), src=0)
 
 
+ENVIRONMENTS: dict[str, type[ClusterEnvironment]] = {
+    "torchrun": TorchElasticEnvironment,
+    "srun": SLURMEnvironment,
+    "jsrun": LSFEnvironment,
+    "mpirun": MPIEnvironment,
+    "env": KubeflowEnvironment,
+}
+
+
+def cluster_environment() -> ClusterEnvironment:
+    """Return Lightning's name for what `runtime.launch` has found, so that both agree on who is which rank."""
+    return ENVIRONMENTS.get(runtime.launch().by, LightningEnvironment)()
+
+
 def automatic(**trainer: Any) -> str | ShardedStrategy:
     """Return what `strategy: auto` means: sharded where Lightning would take DDP, else Lightning's choice.
 
     Args:
-        trainer: the Trainer's options `accelerator`, `devices` and `num_nodes`.
+        trainer: the Trainer's options `accelerator`, `devices`, `num_nodes` and `plugins`.
     """
     choice = _AcceleratorConnector(**trainer).strategy
     if type(choice) is not DDPStrategy:

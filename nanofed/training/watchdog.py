@@ -19,7 +19,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from nanofed import runtime
-from nanofed.errors import ConfigError, NanofedError
+from nanofed.errors import NanofedError
+from nanofed.ranges import SecondsOrZero, check_numbers
 from nanofed.training.peers import POLL, Failure, Peers
 
 logger = logging.getLogger(__name__)
@@ -46,16 +47,14 @@ class Limits:
         save: of one checkpoint.
     """
 
-    step: float = 120.0
-    startup: float = 3600.0
-    evaluation: float = 1800.0
-    save: float = 1800.0
+    step: SecondsOrZero = 120.0
+    startup: SecondsOrZero = 3600.0
+    evaluation: SecondsOrZero = 1800.0
+    save: SecondsOrZero = 1800.0
 
     def __post_init__(self) -> None:
         """Refuse what is no time."""
-        for name, value in vars(self).items():
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"watchdog.{name} must be a number of seconds, 0 for no limit, not {value}")
+        check_numbers(self, "watchdog.")
 
 
 class Watchdog(Callback):

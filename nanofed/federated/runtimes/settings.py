@@ -6,6 +6,7 @@ Flower carries numbers and strings, checks no types, and has no null: 0 and "" s
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ def check(settings: Mapping[str, Value]) -> dict[str, Value]:
         fits = (int, float) if kind is float else kind
         if not isinstance(value, fits) or isinstance(value, bool):
             raise ConfigError(f"the run config's {name} must be of type {kind.__name__}, not {value!r}")
-        if not isinstance(value, str) and not value >= 0:
+        if not isinstance(value, str) and not 0 <= value < math.inf:
             raise ConfigError(f"the run config's {name} must be 0 (the default) or more, not {value}")
     return {**DEFAULTS, **settings}
 

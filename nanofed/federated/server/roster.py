@@ -150,8 +150,10 @@ class Roster:
         differing = [
             _differing(f.name, getattr(hello, f.name), getattr(self._expected, f.name))
             for f in fields(Hello)
-            if f.name not in self._own and getattr(hello, f.name) != getattr(self._expected, f.name)
+            if f.name not in (*self._own, "dataset") and getattr(hello, f.name) != getattr(self._expected, f.name)
         ]
+        if "dataset" not in self._own and hello.dataset != self._expected.dataset:
+            differing += self._expected.text.differences(hello.text) or ["the validation shard holds other text"]
         differing += [
             f"{package} {hello.versions.get(package)} there, {self._expected.versions[package]} here"
             for package in SAME_VERSIONS

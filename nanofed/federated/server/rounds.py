@@ -125,9 +125,9 @@ class RoundLoop:
         """Take up a saved round.
 
         Raises:
-            ConfigError: it is of the vanilla path, or of another model.
+            ConfigError: it is of the vanilla path, or of another model, tokenizer or text.
         """
-        self.state.load(path, self._module, self.board.summary)
+        self.state.load(path, self._module, self._data, self.board.summary, force=self._options.force)
 
     def load_weights(self, path: Path) -> None:
         """Start from the weights of a checkpoint of either path."""

@@ -22,7 +22,6 @@ from nanofed.federated.server.pace import Pace
 from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import Array
 from nanofed.training.checkpoint import (
-    check_model,
     checkpoints,
     prune_checkpoints,
     read_manifest,
@@ -30,6 +29,7 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
+from nanofed.training.identity import check_identity
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.run import Point, Summary
@@ -119,15 +119,20 @@ class State:
             step=self.clock.step,
             tokens=self.clock.tokens,
             metrics={} if summary.bpb_end is None else {"val/bpb": summary.bpb_end},
+            data=data.dataset.identity,
         )
 
-    def load(self, path: Path, module: GPTModule, summary: Summary) -> None:
+    def load(
+        self, path: Path, module: GPTModule, data: TokenDataModule, summary: Summary, *, force: bool = False
+    ) -> None:
         """Take up a saved round: weights, outer momentum, ledger, clocks, norms, events and the curve so far.
 
         Raises:
-            ConfigError: it is of the vanilla path, of another model, or of a nanofed that saved less.
+            ConfigError: it is of the vanilla path, of another model, tokenizer or text, or of a nanofed that saved less.
         """
-        saved = self.load_without_weights(path, module)
+        manifest, own_text = read_manifest(path), isinstance(self.ledger, LocalLedger)
+        check_identity(path, manifest, module, data, "resume", force=force, training=not own_text)
+        saved = self.load_without_weights(path)
         self.load_weights(path)
         # The summary beside it may be ahead, of rounds that were lost, or lost itself.
         known = [point for point in summary.curve if point.step <= self.clock.round]
@@ -136,14 +141,13 @@ class State:
             summary.add(point)
         logger.info("resuming after round %d from %s", self.clock.round, path)
 
-    def load_without_weights(self, path: Path, module: GPTModule) -> dict[str, Any]:
+    def load_without_weights(self, path: Path) -> dict[str, Any]:
         """Take up everything of a saved round but its weights, which is all that can be refused; return what was saved.
 
         Raises:
-            ConfigError: it is of the vanilla path, of another model, or lacks something that a round is made of.
+            ConfigError: it is of the vanilla path, or lacks something that a round is made of.
         """
         manifest = read_manifest(path)
-        check_model(manifest, module.config, path)
         if manifest.kind != "federated":
             raise ConfigError(f"{path} is a {manifest.kind} checkpoint: start from its weights with --init_from")
         saved: dict[str, Any] = read_state(path)

@@ -26,7 +26,7 @@ from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.garbage import Settled
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.recipe import accumulation_steps
-from nanofed.training.strategy import FabricShardedStrategy
+from nanofed.training.strategy import FabricShardedStrategy, cluster_environment
 
 logger = logging.getLogger(__name__)
 
@@ -220,4 +220,5 @@ def _fabric(arguments: Arguments) -> Fabric:
             devices=devices,
             num_nodes=machines,
             strategy=FabricShardedStrategy(timeout=PATIENCE) if several else "auto",
+            plugins=[cluster_environment()],
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import nanofed
+from nanofed.data.identity import DataIdentity
 from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.federated.wire.codec import WireError
@@ -198,10 +199,15 @@ class Hello(Note):
             devices=devices,
             tokens_per_second=tokens_per_second,
             shards=tuple(
-                SiteShard(s.name, s.num_rows, s.text_bytes, _fingerprint([s.name, s.num_rows, s.num_bytes, s.sha256]))
+                SiteShard(s.name, s.num_rows, s.text_bytes, dataset.identity.train[s.name].partition(":")[0])
                 for s in dataset.train
             ),
         )
+
+    @property
+    def text(self) -> DataIdentity:
+        """The training text; the hello says nothing of the validation shard but by `dataset`."""
+        return DataIdentity({shard.name: shard.fingerprint for shard in self.shards}, "")
 
     def _plain(self) -> dict[str, Any]:
         return {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
@@ -223,10 +229,6 @@ class Hello(Note):
         if len({shard.name for shard in shards}) != len(shards):
             raise ValueError("a shard is named twice")
         return cls(**{**plain, "shards": shards})
-
-
-def _fingerprint(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""Numbers on the command lines that argparse reads: the range stands in the type, and what is out of it is one line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+from nanofed.errors import ConfigError
+from nanofed.ranges import check_number
+
+
+def add_number(parser: argparse.ArgumentParser, *flags: str, kind: Any, **options: Any) -> None:
+    """Add an option that takes a number of a range.
+
+    Args:
+        parser: to add it to.
+        flags: the last one is its name in errors.
+        kind: `Annotated[int, Range(…)]` or a float's.
+        options: of `add_argument`.
+
+    Raises:
+        ConfigError: when it is parsed: it is no number, or out of range; names the option.
+    """
+    whole = get_args(kind)[0] is int
+
+    def read(text: str) -> int | float:
+        try:
+            number: int | float = int(text) if whole else float(text)
+        except ValueError:
+            raise ConfigError(f"{flags[-1]} must be a {'whole ' * whole}number, not {text!r:.60}") from None
+        check_number(flags[-1], number, kind)
+        return number
+
+    parser.add_argument(*flags, type=read, **options)
