@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from nanofed import cli
 from nanofed.errors import DataError
+from nanofed.federated.site.trainer import FabricTrainer
+from nanofed.training.run_folder import RunFolder
+from tests.cli.conftest import Corpus
 
 
 @pytest.fixture
@@ -83,3 +88,16 @@ def test_a_module_that_cannot_be_imported_ends_in_one_line(
     assert cli.main(["probe"]) == 1
     said = capsys.readouterr().err
     assert "probe_command" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_federation_that_is_told_to_end_puts_its_run_away(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    monkeypatch.setattr(FabricTrainer, "fit", lambda *_, **__: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["federate", "--config", str(corpus.federate), f"--runs_dir={tmp_path}", "--name=stopped"])
+    assert (end.value.code, signal.getsignal(number)) == (code, before)
+    with RunFolder(tmp_path / "stopped"):  # its lock is free
+        assert (tmp_path / "stopped" / "config.yaml").is_file()
