@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 
@@ -63,3 +65,19 @@ def sha256(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def keep_short(path: Path, most: int) -> None:
+    """Put the content of a log aside as `NAME.1` once it has more than `most` bytes, and let it begin anew.
+
+    The file stays the same one, so that a process that appends to it goes on; a line that is written meanwhile may be lost. What
+    was put aside before is replaced.
+
+    Args:
+        path: the log; may be missing.
+        most: bytes.
+    """
+    with contextlib.suppress(OSError):  # a full disk: the log is short enough in that case, or is looked at again
+        if path.stat().st_size > most:
+            shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+            os.truncate(path, 0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -95,8 +97,14 @@ def use_base_dir(folder: str) -> None:
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """Return this process's environment with changes, for a process to be started; None takes a variable out."""
-    return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+    """Return this process's environment with changes, for a process to be started; None takes a variable out.
+
+    An empty part of PYTHONPATH, as `$PYTHONPATH:/lib` leaves it, is taken out: to Python it is the working directory.
+    """
+    changed = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+    if "PYTHONPATH" in changed:
+        changed["PYTHONPATH"] = os.pathsep.join(filter(None, changed["PYTHONPATH"].split(os.pathsep)))
+    return changed
 
 
 def python_path(first: Path) -> str:
@@ -105,15 +113,35 @@ def python_path(first: Path) -> str:
     return os.pathsep.join([str(first), *(part for part in path if part and Path(part).parent != first.parent)])
 
 
+def python(*arguments: str) -> list[str]:
+    """Return the command of a Python process of this environment: `python("-m", "nanofed", "info")`.
+
+    Every Python process that nanofed starts is started with this. With `-P` Python imports nothing from the working directory,
+    where a file such as `h11.py` of anybody would be run with this user's keys.
+    """
+    return [sys.executable, "-P", *arguments]
+
+
 def become(first: Path, command: Sequence[str]) -> NoReturn:
     """Make this process one of `python -m` with `command`, and with `first` in front of all that Python imports from."""
     sys.stdout.flush()
     sys.stderr.flush()
     changed = environment(PYTHONPATH=python_path(first))
     try:
-        os.execve(sys.executable, [sys.executable, "-P", "-m", *command], changed)
+        os.execve(sys.executable, python("-m", *command), changed)
     except OSError as error:
         raise NanofedError(f"{sys.executable} cannot be started again: {error.strerror}") from error
+
+
+def short_lived_dir() -> Path:
+    """Return the folder for sockets: this user's own `XDG_RUNTIME_DIR` where there is one, else that for temporary files."""
+    configured = os.environ.get("XDG_RUNTIME_DIR", "")
+    if configured.startswith("/") and len(configured) < 40:  # a socket's path has room for about 100 characters
+        with contextlib.suppress(OSError):
+            found = os.lstat(configured)
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+                return Path(configured)
+    return Path(tempfile.gettempdir())
 
 
 def flower_home() -> Path:

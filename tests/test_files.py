@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nanofed.files import sha256, write_atomically
+from nanofed.files import keep_short, sha256, write_atomically
 
 
 def test_a_file_that_cannot_be_written_keeps_its_old_content_and_leaves_nothing(
@@ -40,3 +40,17 @@ def test_a_private_file_is_for_its_user_only(tmp_path: Path) -> None:
 def test_a_hash_is_of_the_content(tmp_path: Path) -> None:
     write_atomically(tmp_path / "empty", "")
     assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_log_is_kept_short_under_the_process_that_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "server.log"
+    keep_short(path, 10)  # there is none
+    with path.open("ab", buffering=0) as log:
+        for line in (b"the first line\n", b"the second line\n", b"the third line\n"):
+            log.write(line)
+            keep_short(path, 10)
+        assert path.read_bytes() == b""
+        log.write(b"short\n")
+        keep_short(path, 10)
+    assert path.read_bytes() == b"short\n"
+    assert path.with_name("server.log.1").read_bytes() == b"the third line\n"

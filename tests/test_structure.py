@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import nanofed
+from nanofed import runtime
 from nanofed.cli import COMMANDS
+from nanofed.federated.flower import flower_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nanofed"
@@ -90,6 +92,33 @@ def test_only_the_command_line_prints() -> None:
 def test_only_runtime_reads_the_environment() -> None:
     reading = {name_of(path) for path in FILES if {"os.environ", "os.getenv"} & set(calls_and_attributes(path))}
     assert reading == {"runtime.py"}
+
+
+def test_every_python_process_is_started_with_safe_paths() -> None:
+    """Python puts the working directory first on its path, unless it is told not to: `runtime.python` is the one place."""
+    using, naming, starting = set(), set(), set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable":
+                using.add(name_of(path))
+            elif isinstance(node, ast.List | ast.Tuple) and node.elts and isinstance(node.elts[0], ast.Constant):
+                if str(node.elts[0].value).rpartition("/")[2].startswith(("python", "torchrun", "flwr")):
+                    naming.add(name_of(path))
+            elif isinstance(node, ast.Call) and ast.unparse(node).startswith(("runtime.python(", "python(")):
+                starting.add(name_of(path))
+    # flower.py puts the folder of Flower's commands on PATH, and PYTHONSAFEPATH beside; supervisor.py names one of them.
+    assert using == {"runtime.py", "federated/flower.py", "federated/site/supervisor.py"}
+    assert naming == set()
+    assert {"cli/data.py", "federated/runtimes/superlink.py", "federated/server/proxy/service.py"} <= starting
+    assert flower_environment(ROOT)["PYTHONSAFEPATH"] == "1"
+
+
+def test_a_module_in_the_working_directory_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "h11.py").write_text("raise SystemExit('run beside the keys')")
+    command = runtime.python("-m", "nanofed.federated.server.proxy", "--help")
+    environment = runtime.environment(PYTHONPATH=f":{ROOT}")  # as of `export PYTHONPATH=$PYTHONPATH:…`
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -114,7 +114,7 @@ def _download(args: argparse.Namespace) -> int:
 
 def _in_background(args: argparse.Namespace) -> int:
     folder = (args.output or runtime.dataset_dir("fineweb-edu")).absolute()
-    command = [sys.executable, "-m", "nanofed", "data", "download", f"--num_shards={args.num_shards}"]
+    command = runtime.python("-m", "nanofed", "data", "download", f"--num_shards={args.num_shards}")
     command += [f"--output={folder}", f"--workers={args.workers}"]
     command += [f"--base_url={args.base_url}"] if args.base_url else []
     log = folder / "download.log"
@@ -122,7 +122,12 @@ def _in_background(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                env=runtime.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
     except OSError as error:
         raise DataError(f"cannot write {log}: {error.strerror or error}") from error

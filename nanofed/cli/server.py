@@ -54,13 +54,15 @@ def _init(argv: list[str]) -> int:
     add_number(parser, "--port", kind=port, default=9092, help="of the server, for the commands printed")
     add_number(parser, "--days", kind=days, default=365, help="validity of the server's certificate")
     parser.add_argument(
-        "--force", action="store_true", help="issue the server's certificate and these sites' keys anew"
+        "--force",
+        action="store_true",
+        help="issue these sites' keys anew, and with --host or without --site the server's certificate; a running server goes on",
     )
     options = parser.parse_args(argv)
     from nanofed.federated.server.keys import init
 
     keys = init(options.keys, options.host, options.site, days=options.days, force=options.force)
-    host = options.host[0] if options.host else "localhost"
+    host = keys.hosts()[0]
     listen = f"{'127.0.0.1' if host in ('localhost', '127.0.0.1') else '0.0.0.0'}:{options.port}"
     print(f"wrote {len(keys.created)} files to {keys.folder}; private keys are readable by you alone")
     print(f"\nhere:\n  nanofed server --config CONFIG --listen {listen} --keys {keys.folder}")

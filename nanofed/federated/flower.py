@@ -20,6 +20,7 @@ def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
         **{
             "PATH": f"{binaries}:{given.get('PATH', '')}",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",  # for Flower's own commands, which its processes start by name
             "FLWR_HOME": str(home),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -46,11 +47,6 @@ def ask_again_soon(module: Any) -> None:
     module.pull_objects = functools.partial(
         module.pull_objects, initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None
     )
-
-
-def binary(name: str) -> str:
-    """Return the path of a command of this Python environment."""
-    return str(Path(sys.executable).parent / name)
 
 
 def free_port() -> int:

@@ -1,21 +1,31 @@
-"""Ending what a run has started, however the run ends."""
+"""The processes that a run starts: started again when they end, and ended with it, however it ends."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from nanofed.federated.wire.plain import plain
+from nanofed.files import keep_short
 from nanofed.training.signals import ending_signals
 
+logger = logging.getLogger(__name__)
+
 PROC = Path("/proc")
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+STEADY_SECONDS = 60.0  # a process that lived so long starts again after the first pause
+STOP_SECONDS = 5.0
+LOG_BYTES = 32 << 20  # of a log; what was in it before is kept once, as NAME.1
+TAIL_BYTES = 64 << 10  # of a log, in which the reason of an end is looked for
 
 
 @contextmanager
@@ -132,3 +142,91 @@ def members(sessions: Container[int]) -> list[int]:
 
 def _processes() -> Iterator[int]:
     return (int(folder.name) for folder in PROC.glob("[0-9]*"))
+
+
+class Child:
+    """A process that is started again when it ends, later each time that it did not live long; its reason is repeated.
+
+    Args:
+        name: for people.
+        command: of the process.
+        environment: all of it; `marker` is in it.
+        log: file to which all that it prints is appended; see `keep_short`.
+        marker: `NAME=value`, which only this process and what it starts have in their environment.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, marker: str
+    ) -> None:
+        self.name = name
+        self._command = command
+        self._environment = environment
+        self._log = log
+        self._marker = marker
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pause = FIRST_PAUSE
+        self._due = 0.0
+        self.started = 0.0
+
+    def keep(self) -> int | None:
+        """Start it where it is not there and its pause is over; return the exit code of one that has just ended."""
+        if self._process is not None:
+            code = self._process.poll()
+            if code is None:
+                keep_short(self._log, LOG_BYTES)
+                return None
+            lived = time.monotonic() - self.started
+            self._pause = FIRST_PAUSE if lived > STEADY_SECONDS else min(LONGEST_PAUSE, 2 * self._pause)
+            self.stop()  # what it has started may still be there
+            self._due = time.monotonic() + self._pause
+            logger.warning(
+                "the %s ended with exit code %d after %.0f s; it is started again in %.0f s; the end of %s: %s",
+                self.name, code, lived, self._pause, self._log, last_error(self._log),
+            )  # fmt: skip
+            return code
+        if time.monotonic() >= self._due:
+            self._start()
+        return None
+
+    def _start(self) -> None:
+        self.started = time.monotonic()
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def replace(self, reason: str) -> None:
+        """Kill it; the next `keep` starts it at once."""
+        logger.warning("the %s %s: it is started anew", self.name, reason)
+        self.stop(0.0)
+        self._due = 0.0
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """End it and what it has started."""
+        if self._process is not None:
+            stop_marked(self._process, self._marker, seconds)
+            self._process = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it is there."""
+        return self._process is not None and self._process.poll() is None
+
+
+def last_error(log: Path) -> str:
+    """Return the last error in the end of a log, cut and escaped: what a process of ours said of its end, or its last line."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError as error:
+        return f"its log cannot be read: {error.strerror}"
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = [line.partition(": exit ")[2].partition(": ")[2] for line in lines if " ERROR: exit " in line]
+    return plain((said or lines or ["it said nothing"])[-1])

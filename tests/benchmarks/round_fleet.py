@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nanofed.federated.flower import binary, flower_environment, free_port
+from nanofed.federated.flower import flower_environment, free_port
 from nanofed.federated.runtimes.settings import Value
 from nanofed.federated.runtimes.superlink import SuperLink
 from nanofed.federated.server.keys import init
@@ -189,7 +189,12 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         database = ["--database", str(folder / "superlink.db")]
         stack.enter_context(link.running(["--insecure", *database, "--disable-runtime-dependency-installation"]))
         for index in range(fleet.sites):
-            command = [binary("flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{link.port}"]
+            command = [
+                str(Path(sys.executable).with_name("flower-supernode")),
+                "--insecure",
+                "--superlink",
+                f"127.0.0.1:{link.port}",
+            ]
             command += ["--host", "127.0.0.1", "--port", str(free_port())]
             home = folder / f"site-{index}"
             home.mkdir()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nanofed.federated.flower import binary, flower_environment
-from nanofed.federated.runtimes.superlink import LINK, write_app
+from nanofed.federated.flower import flower_environment
+from nanofed.federated.runtimes.superlink import FLWR, LINK, write_app
 from nanofed.federated.server.pace import LEARN
 from nanofed.federated.site.bundle import code_hash
 from nanofed.federated.wire.signature import installed
@@ -141,7 +141,7 @@ def test_a_bundle_that_nobody_trusts_is_refused_with_both_hashes(federation: Dep
     write_app(app, "attack:server", "attack:client")
     (app / "attack.py").write_text(ATTACK.format(out=str(out), site="lab-"))
     environment = flower_environment(federation.run / "server" / "home")
-    command = [binary("flwr"), "run", str(app), LINK, "--format", "json"]
+    command = [*FLWR, "run", str(app), LINK, "--format", "json"]
     said = subprocess.run(command, cwd=app, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert '"success": true' in said.stdout, said.stdout + said.stderr
     federation.until(out.exists, "answers to the foreign run", in_time(90))

@@ -116,7 +116,7 @@ def test_connections_of_an_address_are_capped(start: Start, keys: Keys) -> None:
     proxy = start(address_connections=4)
     with contextlib.ExitStack() as stack:
         for _ in range(4):
-            stack.enter_context(proxy.connection())
+            asked(stack.enter_context(proxy.connection()), keys)
         with proxy.counts("address_connections", 3):
             for _ in range(3):
                 with pytest.raises(OSError, match=CLOSED), proxy.connection():
@@ -130,9 +130,8 @@ def test_half_of_the_connections_are_kept_for_addresses_of_sites(start: Start, k
     proxy = start(connections=8)
     assert served(proxy, keys)  # from 127.0.0.1
     with contextlib.ExitStack() as stack:
-        for n in range(4):
-            plain = stack.enter_context(from_address(proxy, f"127.0.1.{n + 1}"))
-            stack.enter_context(proxy.trust.wrap_socket(plain, server_hostname="localhost"))
+        for _ in range(4):
+            asked(stack.enter_context(proxy.connection()), keys)
         with (
             proxy.counts("connections"),
             from_address(proxy, "127.0.2.1") as plain,
@@ -141,6 +140,72 @@ def test_half_of_the_connections_are_kept_for_addresses_of_sites(start: Start, k
             proxy.trust.wrap_socket(plain, server_hostname="localhost")
         assert served(proxy, keys)
         assert proxy.figures()["refused_by_address"] == {"127.0.2.1": {"connections": 1}}
+
+
+def asked(channel: ssl.SSLSocket, keys: Keys) -> None:
+    """Make a connection one on which a site has asked for something."""
+    channel.sendall(Site(keys, "lab-a").request("pull-messages"))
+    assert read_reply(channel).status == 200
+
+
+def test_silent_strangers_do_not_lock_out_a_site_that_has_not_called_yet(start: Start, keys: Keys) -> None:
+    proxy = start(connections=8, address_connections=4)
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for n in range(4):
+            plain = stack.enter_context(from_address(proxy, f"127.0.1.{n % 2 + 1}"))
+            silent.append(stack.enter_context(proxy.trust.wrap_socket(plain, server_hostname="localhost")))
+        with proxy.counts("silent"):
+            assert served(proxy, keys)  # from another address
+        with contextlib.suppress(ConnectionResetError):
+            assert silent[0].recv(1) == b""  # the oldest one went
+        for channel in silent[1:]:
+            channel.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                channel.recv(1)
+
+
+def test_a_site_s_address_is_known_after_a_restart_until_its_key_is_taken_away(tmp_path: Path) -> None:
+    file, limits = tmp_path / "known.json", Limits(connections=8)
+
+    def is_let_in(guard: Guard) -> bool:
+        """Whether it gets one of the connections that are kept for addresses of sites."""
+        for n in range(4):
+            guard.enter(f"10.0.1.{n}")
+        return guard.enter("10.0.0.1") is not None
+
+    first = Guard(limits, file)
+    visitor = first.enter("10.0.0.1")
+    assert visitor is not None
+    first.know(visitor, "lab-a")
+    first.keep_known()
+    assert is_let_in(Guard(limits, file))
+    for n in range(100):  # another site, which calls from everywhere, makes no difference
+        elsewhere = Guard._visitor(first, f"10.1.0.{n}")
+        first.know(elsewhere, "lab-b")
+    first.keep_known()
+    assert is_let_in(Guard(limits, file)) and file.stat().st_size < 2000
+    first.forget_site("lab-a")
+    first.keep_known()
+    assert not is_let_in(Guard(limits, file))
+    for content in ("", "{", "[]", '{"lab-a": 1}', '{"lab-a": {"10.0.0.1": "x"}}'):
+        file.write_text(content)
+        assert not is_let_in(Guard(limits, file))
+
+
+def test_a_site_s_bodies_under_way_are_bounded(start: Start, tmp_path: Path) -> None:
+    keys = init(tmp_path / "own", [], ["lab-a", "lab-b"])
+    proxy = start(keys, site_bytes=1000)
+    with proxy.connection() as busy:
+        busy.sendall(Site(keys, "lab-a").request("push-messages", bytes(900))[:-100])
+        wait_until(lambda: proxy.figures()["connections"], 5, "the first is there")
+        with proxy.counts("site_bytes"):
+            reply = proxy.send(Site(keys, "lab-a").request("push-messages", bytes(200)))
+        assert reply.status == 503
+        assert proxy.send(Site(keys, "lab-b").request("push-messages", bytes(900))).status == 200
+        busy.sendall(bytes(100))
+        assert read_reply(busy).status == 200
+    assert served(proxy, keys)
 
 
 def test_requests_over_the_rate_wait_and_then_are_refused(start: Start, keys: Keys, recorder: Recorder) -> None:
@@ -265,9 +330,13 @@ def test_keys_are_read_again(start: Start, tmp_path: Path) -> None:
     away, first = own.public_key("lab-a").read_bytes(), certificate(proxy)
     own.public_key("lab-a").unlink()
     wait_until(lambda: proxy.send(Site(own, "lab-a").request("pull-messages")).status == 401, 5, "lab-a is shut out")
-    own.public_key("lab-a").write_text("rubbish")  # said, and what was read before stays
-    wait_until(lambda: "not taken over" in proxy.log.read_text(), 5, "rubbish is said")
+    own.public_key("lab-a").write_text("rubbish")  # said, and passed over
+    wait_until(lambda: "lab-a.pub cannot be read" in proxy.log.read_text(), 5, "rubbish is said")
     assert proxy.send(Site(own, "lab-b").request("pull-messages")).status == 200
+    other = own.public_key("lab-b").read_bytes()
+    own.public_key("lab-b").unlink()  # rubbish beside it keeps no other in
+    wait_until(lambda: proxy.send(Site(own, "lab-b").request("pull-messages")).status == 401, 5, "lab-b is shut out")
+    own.public_key("lab-b").write_bytes(other)
     own.public_key("lab-a").write_bytes(away)
     wait_until(lambda: served(proxy, own), 5, "lab-a is back")
     init(own.folder, [], [], force=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,19 @@ from tests.federated.tiny import make_corpus
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def flower_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of Flower's SuperLink in which nothing is: it takes a second to make."""
+    from flwr.superlink import config_loader
+    from flwr.superlink.federation import NoOpFederationManager
+
+    database = tmp_path_factory.mktemp("flower") / "superlink.db"
+    config_loader.get_objectstore_linkstate_factories(str(database), NoOpFederationManager())[1].state()
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return database
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,10 @@ import errno
 import http.client
 import itertools
 import os
+import shutil
 import socket
 import socketserver
+import stat
 import threading
 import time
 from base64 import b64encode
@@ -425,6 +427,36 @@ def test_the_folder_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
         depot = Depot(tmp_path / "depot")
         lay(depot, weights())
     assert len(list((tmp_path / "disk" / DOWN).iterdir())) == 1
+
+
+def test_a_depot_that_somebody_removes_is_made_anew_for_the_next_round(depot: Depot, port: int, tmp_path: Path) -> None:
+    load, first = lay(depot, weights())
+    shutil.rmtree(tmp_path / "depot")
+    with pytest.raises(WireError, match="no room for its answer, or it was changed here"):
+        load.take("lab-a", NO_REPLY, BF16, weights())
+    load.drop("lab-a")
+    load.close()
+    load, second = lay(depot, weights())
+    assert second.ticket != first.ticket and (tmp_path / "depot" / DOWN / second.ticket).exists()
+    for folder in (tmp_path / "depot", tmp_path / "depot" / DOWN, tmp_path / "depot" / UP):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    os.truncate(tmp_path / "depot" / UP / second.answer, 10)
+    with pytest.raises(WireError, match="no room for its answer, or it was changed here"):
+        load.take("lab-a", NO_REPLY, BF16, weights())
+    load.close()
+
+
+def test_a_depot_on_a_disk_that_is_not_mounted_is_named_and_used_again_when_it_is(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "depot").symlink_to(tmp_path / "disk")
+    depot = Depot(tmp_path / "depot")
+    lay(depot, weights())
+    (tmp_path / "disk").rename(tmp_path / "away")
+    for again in (lambda: depot.room(10), lambda: Depot(tmp_path / "depot")):
+        with pytest.raises(NanofedError, match=r"a link to .*disk, which is not there: is its disk mounted\?"):
+            again()
+    (tmp_path / "away").rename(tmp_path / "disk")
+    lay(depot, weights())
 
 
 def test_weights_pass_the_proxy_of_sites_that_it_knows_only(depot: Depot, port: int, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import socket
 import ssl
@@ -175,13 +176,50 @@ def test_site_keys_are_read_by_the_key_that_a_supernode_sends(tmp_path: Path) ->
     assert isinstance(private, ec.EllipticCurvePrivateKey)
     assert isinstance(private.curve, ec.SECP384R1)
     pem = private.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    assert read_sites(keys.sites)[pem] == "lab-a"
+    assert read_sites(keys.sites)[0][pem] == "lab-a"
+
+
+def test_keys_that_cannot_be_used_are_named_and_keep_nobody_in_or_out(tmp_path: Path) -> None:
+    keys = init(tmp_path, HOSTS, ["lab-a", "lab-b", "lab-z"])
+    keys.public_key("lab-b").unlink()
     keys.public_key("lab-c").write_bytes(keys.public_key("lab-a").read_bytes())
-    with pytest.raises(ConfigError, match="lab-a and lab-c have the same key"):
-        read_sites(keys.sites)
-    keys.public_key("lab-c").write_text("ssh-rubbish")
-    with pytest.raises(ConfigError, match=r"lab-c.pub cannot be read"):
-        read_sites(keys.sites)
+    keys.public_key("lab-d").write_text("ssh-rubbish")
+    keys.public_key("lab-e").mkdir()
+    os.mkfifo(keys.public_key("lab-f"))
+    keys.public_key("lab-g").write_bytes(b"ssh-ed25519 " + b"A" * 1_000_000)
+    keys.public_key("a\x1bb").write_bytes(keys.public_key("lab-z").read_bytes())
+    found, unusable = read_sites(keys.sites)
+    assert sorted(found.values()) == ["lab-a", "lab-z"]
+    assert [re.search(r"([^/]*)\.pub", line)[1] for line in unusable] == [  # type: ignore[index]
+        r"a\x1bb", "lab-c", "lab-d", "lab-e", "lab-f", "lab-g"
+    ]  # fmt: skip
+    assert "holds the key of lab-a" in unusable[1]
+    assert load(tmp_path).names()  # a server starts with the others
+    for path in keys.sites.glob("lab-[acz].pub"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"no site's key that can be used: .*lab-d.pub cannot be read"):
+        load(tmp_path)
+    assert read_sites(tmp_path / "missing") == ({}, [])
+
+
+def test_a_site_s_key_is_renewed_alone_and_a_certificate_for_its_hosts(tmp_path: Path) -> None:
+    init(tmp_path, HOSTS, ["lab-a", "lab-b"])
+    before = contents(tmp_path)
+    (tmp_path / "ca.key").rename(tmp_path / "kept elsewhere")
+    keys = init(tmp_path, [], ["lab-b"], force=True)
+    assert set(keys.created) == {"handout/lab-b/ca.pem", "handout/lab-b/site.key", "sites/lab-b.pub"}
+    assert keys.certificate.read_bytes() == before["server.pem"]
+    assert keys.public_key("lab-a").read_bytes() == before["sites/lab-a.pub"]
+    (tmp_path / "kept elsewhere").rename(tmp_path / "ca.key")
+    assert init(tmp_path, [], [], force=True).hosts() == [*HOSTS, "localhost", "127.0.0.1"]
+    assert keys.certificate.read_bytes() != before["server.pem"]
+
+
+def test_a_certificate_of_another_authority_is_refused(tmp_path: Path) -> None:
+    keys, other = init(tmp_path / "a", HOSTS, ["lab-a"]), init(tmp_path / "b", HOSTS, ["lab-a"])
+    keys.ca.write_bytes(other.ca.read_bytes())
+    with pytest.raises(ConfigError, match=r"server.pem is not of the authority .*ca.pem: issue it anew"):
+        load(keys.folder)
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

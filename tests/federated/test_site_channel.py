@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from nanofed.errors import ConfigError
-from nanofed.federated.site.channel import ChannelError, call, pack, read
+from nanofed.federated.site.channel import ChannelError, call, is_this_user, pack, read
 from nanofed.federated.site.listener import Listener, Request
 from tests.ranks import REPOSITORY
 
@@ -307,6 +307,47 @@ def test_one_trainer_a_socket_and_its_folder_is_its_own(path: Path, listener: Li
     path.parent.chmod(0o700)
     with pytest.raises(ConfigError, match="choose another, of at most 100 letters"):
         Listener(path.with_name("x" * 200), {})
+
+
+def test_a_socket_in_a_folder_that_may_be_another_user_s_is_not_used(
+    path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = path.parent.with_name(f"{path.parent.name}-link")
+    link.symlink_to(path.parent)
+    try:
+        with pytest.raises(ConfigError, match="is a link or no folder: remove it"):
+            Listener(link / "other", {})
+        with pytest.raises(ChannelError, match=r"cannot be trusted: .*is a link"):
+            call(link / path.name, "ping", {})
+    finally:
+        link.unlink()
+    path.parent.chmod(0o711)
+    with pytest.raises(ChannelError, match=r"cannot be trusted: .*chmod 700"):
+        call(path, "ping", {})
+    path.parent.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ChannelError, match=r"cannot be trusted: .*is another user's"):
+        call(path, "ping", {})
+    with pytest.raises(ConfigError, match="is another user's"):
+        Listener(path.with_name("other"), {})
+
+
+def test_another_user_is_neither_answered_nor_asked(
+    path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanofed.federated.site.listener.is_this_user", lambda connection: False)
+    with pytest.raises(ChannelError, match="ended before it took ping up"):
+        call(path, "ping", {}, wait=0.2)
+    monkeypatch.undo()
+    monkeypatch.setattr("nanofed.federated.site.channel.is_this_user", lambda connection: False)
+    with pytest.raises(ChannelError, match="another user listens"):
+        call(path, "ping", {})
+    monkeypatch.undo()
+    here, there = socket.socketpair()
+    with here, there:
+        assert is_this_user(here)
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        assert not is_this_user(here)
 
 
 def test_many_calls_leave_nothing_open(path: Path, listener: Listener) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nanofed.cli import main
+from nanofed.federated.server.live import LIVE, live
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from tests.federated.tiny import BATCH, Fit, federation, train
@@ -46,6 +47,14 @@ def test_the_status_of_a_run(
     said = capsys.readouterr().out
     assert "round 3, 0.00 M tokens merged of 0.51 M (0%)" in said and r"it burns \x1b[31m" in said
     assert "server: does not run" in said and all(line.isprintable() for line in said.splitlines())
+
+
+@pytest.mark.parametrize(
+    "said", ["", "{", "[1]", '{"since": "x"}', '{"when": []}', '{"horizon": "x"}', '{"clients": 3}']
+)
+def test_what_a_server_says_of_itself_may_be_damaged(said: str, tmp_path: Path) -> None:
+    (tmp_path / LIVE).write_text(said)
+    assert live(tmp_path) is None
 
 
 @pytest.mark.parametrize(("make", "says"), [(False, "is no run's folder"), (True, "holds no federated run")])

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.flower import is_loopback
-from nanofed.federated.processes import end_marked, ended_by_signals, started_as, undisturbed
+from nanofed.federated.processes import LOG_BYTES, Child, end_marked, ended_by_signals, started_as, undisturbed
 from nanofed.federated.run import Federation
-from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, NODES, read_nodes
+from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, NODES
 from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
-from nanofed.federated.server.keys import Keys, load
+from nanofed.federated.server.keys import Keys, load, read_sites
+from nanofed.federated.server.proxy.service import Options
 from nanofed.federated.server.signing import signature_in
-from nanofed.federated.wire.signature import SIGNATURE
-from nanofed.files import write_atomically
+from nanofed.federated.wire.signature import SIGNATURE, Signature
+from nanofed.files import keep_short
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run import Summary
 from nanofed.training.run_folder import RunFolder, has_saved, is_used
 
 logger = logging.getLogger(__name__)
 
-SERVER_APP = "nanofed.federated.runtimes.deployment_app:server"
+SERVER_APP, SERVER_APP_WITH_KEYS = (
+    f"nanofed.federated.runtimes.deployment_app:{n}" for n in ("server", "server_with_keys")
+)
 CLIENT_APP = "nanofed.federated.site.app:client"
 WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
 LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its end
+MARK = "NANOFED_PROXY"
 CRASHES = 8  # in a row without a committed round, after which the run is given up
 
 
@@ -161,7 +161,10 @@ class _Service:
         self._link = SuperLink(folder, self._log, authority=keys.ca if keys else None)
         self._app = folder / "app"
         self._database = folder / "superlink.db"
-        self._proxy: subprocess.Popen[bytes] | None = None
+        self._proxy: Child | None = None
+        self._database_file = 0  # of the SuperLink that runs, and
+        self._authority = b""
+        self._said: tuple[dict[bytes, str], list[str]] = ({}, [])  # of the sites' keys
         self._launcher = self._watched_launcher()
 
     def _watched_launcher(self) -> _Watched:
@@ -170,11 +173,8 @@ class _Service:
 
     def serve(self) -> None:
         """Run to the end."""
-        shutil.rmtree(self._app, ignore_errors=True)
-        self._app.mkdir()
-        write_app(self._app, SERVER_APP, CLIENT_APP)
-        if self._keys is not None and (signature := signature_in(self._keys.folder)):
-            (self._app / SIGNATURE).write_text(signature.to_json())
+        signature = signature_in(self._keys.folder) if self._keys is not None else None
+        if signature is not None:
             logger.info("the code that sites are sent is signed as number %d", signature.number)
         settings = {
             "run_dir": str(self._run),
@@ -185,6 +185,7 @@ class _Service:
         while True:
             try:
                 self._start()
+                self._write_app(signature)
                 run_id, ran = self._link.submit(self._app, settings), True
                 failure = self._watch(run_id)
             except (OSError, NanofedError, subprocess.SubprocessError) as error:
@@ -195,8 +196,9 @@ class _Service:
                 return
             if (match := EXIT.fullmatch(failure)) and int(match[1]) in (ConfigError.exit_code, DataError.exit_code):
                 raise_failure(failure, failure)
-            if (free := shutil.disk_usage(self._folder).free) < LEAST_FREE:  # it may have room again
-                failure = f"{failure}; the disk of {self._folder} is full: {free:,} bytes are left"
+            with suppress(OSError):  # somebody has removed the folder
+                if (free := shutil.disk_usage(self._folder).free) < LEAST_FREE:  # it may have room again
+                    failure = f"{failure}; the disk of {self._folder} is full: {free:,} bytes are left"
             now = self._round()
             crashes = 1 if now > before else crashes + 1
             before = now
@@ -209,6 +211,14 @@ class _Service:
             end_marked(self._link.marker, "flwr-serverapp")
             time.sleep(pause)
 
+    def _write_app(self, signature: Signature | None) -> None:
+        """Write the bundle that Flower runs, of the sources that run here; for each run, since somebody may have changed it."""
+        shutil.rmtree(self._app, ignore_errors=True)
+        self._app.mkdir(parents=True)
+        write_app(self._app, SERVER_APP if self._keys is None else SERVER_APP_WITH_KEYS, CLIENT_APP)
+        if signature is not None:
+            (self._app / SIGNATURE).write_text(signature.to_json())
+
     def _round(self) -> int:
         """Return the number of the last committed round."""
         found = checkpoints(self._run)
@@ -216,69 +226,88 @@ class _Service:
 
     def _start(self) -> None:
         """Start what is not there of SuperLink and proxy."""
+        self._folder.mkdir(exist_ok=True)
         if not self._link.alive:
             self._link.stop()
             self._stop_proxy()  # it would go on calling the old port
             self._launcher = self._watched_launcher()
-            options = ["--depot", str(self._folder / DEPOT), "--database", str(self._database)]
+            options = ["--depot", self._folder / DEPOT, "--database", self._database]
             options += ["--disable-runtime-dependency-installation"]
             if self._keys is None:
-                (self._folder / NODES).unlink(missing_ok=True)
-                self._link.start([*options, "--insecure"], port=self._options.address[1])
+                self._link.start([*map(str, options), "--insecure"], port=self._options.address[1])
             else:
-                secure = ["--ssl-ca-certfile", self._keys.ca, "--ssl-certfile", self._keys.certificate]
-                secure += ["--ssl-keyfile", self._keys.key]
-                self._link.start([*options, *map(str, secure), "--enable-supernode-auth"])
-                self._register(self._keys)
-        if self._keys is not None and not self._proxy_alive():
-            self._start_proxy(self._keys)
+                keys = self._checked(self._keys)
+                options += ["--ssl-ca-certfile", keys.ca, "--ssl-certfile", keys.certificate, "--ssl-keyfile", keys.key]
+                options += ["--enable-supernode-auth", "--sites", keys.sites, "--nodes", self._folder / NODES]
+                self._link.start([*map(str, options)])
+            self._database_file, self._authority = _identity(self._database), _content(self._keys)
+        if self._keys is not None and self._proxy is None:
+            self._proxy = self._new_proxy(self._keys)
+            self._proxy.keep()
+        self._say_sites()
         logger.info("serving sites on %s; Flower's own log is %s", self._options.listen, self._log)
 
-    def _register(self, keys: Keys) -> None:
-        """Register the keys of new sites, and write down which node is whose: a node's key is its identity."""
-        known = read_nodes(self._folder) if self._database.exists() else {}
-        for name in keys.names():
-            digest = hashlib.sha256(keys.public_key(name).read_bytes()).hexdigest()
-            if name in known and known[name]["key"] == digest:
-                continue
-            key = str(keys.public_key(name))
-            said = self._link.command("supernode", "register", key, LINK, "--format", "json", check=False)
-            if match := re.search(r'"node-id":\s*"?(\d+)', said):
-                known[name] = {"node": match[1], "key": digest}
-                logger.info("site %s may take part", name)
-            else:
-                logger.warning("site %s cannot be registered: %.300s", name, " ".join(said.split()))
-        write_atomically(self._folder / NODES, json.dumps(known))
+    @staticmethod
+    def _checked(keys: Keys) -> Keys:
+        """Return the keys as they are now; what is wrong with them ends no run that has begun, since it may be mended."""
+        try:
+            return load(keys.folder)
+        except ConfigError as error:
+            raise NanofedError(str(error)) from error
 
-    def _start_proxy(self, keys: Keys) -> None:
-        command = [sys.executable, "-m", "nanofed.federated.server.proxy", "--listen", self._options.listen]
-        command += ["--upstream", f"127.0.0.1:{self._link.port}", "--upstream_ca", str(keys.ca)]
-        command += ["--certificate", str(keys.certificate), "--key", str(keys.key), "--sites", str(keys.sites)]
-        command += ["--status", str(self._folder / "proxy.json"), "--parent", str(os.getpid())]
-        with (self._folder / "proxy.log").open("ab") as log:
-            self._proxy = subprocess.Popen(
-                command,
-                env=runtime.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def _lost(self) -> str | None:
+        """Return why the SuperLink cannot go on though its process lives, None where it can."""
+        if _identity(self._database) != self._database_file:
+            return f"{self._database}, which the SuperLink was using, was removed or replaced"
+        if self._keys is not None and _content(self._keys) not in (b"", self._authority):
+            try:
+                load(self._keys.folder)
+            except ConfigError:  # not all of it is there yet
+                return None
+            return f"the authority {self._keys.ca} was replaced"
+        return None
+
+    def _new_proxy(self, keys: Keys) -> Child:
+        options = Options(
+            self._options.listen,
+            f"127.0.0.1:{self._link.port}",
+            keys.certificate,
+            keys.key,
+            keys.sites,
+            keys.ca,
+            self._folder / "proxy.json",
+            self._folder / "proxy.addresses.json",
+            os.getpid(),
+        )
+        mark = str(self._folder)
+        environment = runtime.environment(**{MARK: mark})
+        return Child("proxy", options.command(), environment, self._folder / "proxy.log", f"{MARK}={mark}")
 
     def _stop_proxy(self) -> None:
         if self._proxy is not None:
-            self._proxy.kill()  # it keeps nothing
-            self._proxy.wait()
+            self._proxy.stop(0.0)  # it keeps nothing
+            self._proxy = None
 
-    def _proxy_alive(self) -> bool:
-        return self._proxy is not None and self._proxy.poll() is None
+    def _say_sites(self) -> None:
+        """Say which sites may take part from now on, which may not any more, and which keys cannot be used."""
+        if self._keys is None:
+            return
+        now = read_sites(self._keys.sites)
+        (before, unusable), self._said = self._said, now
+        for reason in now[1]:
+            if reason not in unusable:
+                logger.warning("passed over: %s", reason)
+        for public in before.keys() - now[0].keys():
+            renewed = before[public] in now[0].values()
+            logger.warning("the %skey of site %s is refused from now on", "old " if renewed else "", before[public])
+        for public in now[0].keys() - before.keys():
+            logger.info("site %s may take part", now[0][public])
 
     def _watch(self, run_id: int) -> str | None:
         """Wait until a run ends and return why it failed, None if it completed; restarts the proxy meanwhile."""
         said: list[str] = []
         follower = threading.Thread(target=lambda: said.append(self._link.follow(run_id)), daemon=True)
         follower.start()
-        sites = self._keys.names() if self._keys else []
         # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
         loop = _Watched(self._link.marker, "flwr-serverapp")
         while follower.is_alive():
@@ -286,12 +315,13 @@ class _Service:
             self._check()
             if not self._link.alive:
                 return "the SuperLink died"
-            if self._keys is not None and not self._proxy_alive():
-                logger.warning("the proxy died; it is started again")
-                self._start_proxy(self._keys)
-            if self._keys is not None and self._keys.names() != sites:
-                self._register(self._keys)
-                sites = self._keys.names()
+            if lost := self._lost():
+                self._link.stop()
+                return lost
+            if self._proxy is not None:
+                self._proxy.keep()
+            self._say_sites()
+            keep_short(self._log, LOG_BYTES)
             if self._launcher.is_gone():
                 self._link.stop()
                 return "the SuperLink's launcher died"
@@ -311,6 +341,22 @@ class _Service:
             self._stop_proxy()
             self._link.stop()
             end_marked(self._link.marker)
+
+
+def _identity(path: Path) -> int:
+    """Return which file a path names, 0 where there is none."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
+
+
+def _content(keys: Keys | None) -> bytes:
+    """Return the authority's certificate, nothing where it cannot be read or there are no keys."""
+    try:
+        return keys.ca.read_bytes() if keys else b""
+    except OSError:
+        return b""
 
 
 class _Watched:

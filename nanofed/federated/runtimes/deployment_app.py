@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from nanofed.federated.flower import ask_again_soon
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import server_app
 from nanofed.federated.runtimes.flower_app import show_log
-from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, NODES, owners
+from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, owners
 from nanofed.federated.runtimes.settings import check, to_args
 from nanofed.federated.server.depot import Depot
 from nanofed.federated.server.rounds import RoundLoop
@@ -24,23 +25,28 @@ from nanofed.federated.site.app import client
 from nanofed.training.run_folder import KILLED_SECONDS, has_saved
 from nanofed.training.run_lock import ROUNDS, RunLock
 
-__all__ = ["client", "server"]
+__all__ = ["client", "server", "server_with_keys"]
 
 logger = logging.getLogger(__name__)
-server = ServerApp()
+server, server_with_keys = ServerApp(), ServerApp()
 
 
 @contextmanager
-def round_loop(grid: Grid, context: Context) -> Iterator[RoundLoop]:
-    """Hold the run's rounds, and yield the server's round loop, from the run's last checkpoint where it has saved one."""
+def round_loop(grid: Grid, context: Context, *, keys: bool = False) -> Iterator[RoundLoop]:
+    """Hold the run's rounds, and yield the server's round loop, from the run's last checkpoint where it has saved one.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        context: Flower's of the run.
+        keys: sites have keys, and a client's name must be that of its node's key.
+    """
     settings = check(context.run_config)
     runtime.use_base_dir(str(settings["base_dir"]))
     federation = Federation.from_args(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
     run = federation.folder
     if has_saved(run):
         federation.config.ckpt_path = "last"
-    has_keys = (run / FOLDER / NODES).exists()
-    known = (lambda: owners(run)) if has_keys else None
+    known = (lambda: owners(run)) if keys else None
     with RunLock(run, ROUNDS, patience=KILLED_SECONDS):
         loop = federation.loop(grid, run, simulated=False, owners=known, carriage=Depot(run / FOLDER / DEPOT))
         runtime.return_freed_memory()  # its model, which only evaluates, has just asked for the contrary
@@ -49,11 +55,22 @@ def round_loop(grid: Grid, context: Context) -> Iterator[RoundLoop]:
 
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
+    """Run the rounds with clients that say who they are."""
+    _serve(grid, context, keys=False)
+
+
+@server_with_keys.main()
+def serve_with_keys(grid: Grid, context: Context) -> None:
+    """Run the rounds with clients whose keys say who they are."""
+    _serve(grid, context, keys=True)
+
+
+def _serve(grid: Grid, context: Context, *, keys: bool) -> None:
     """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
     show_log()
     ask_again_soon(http_grid)
     try:
-        server_app(round_loop)(grid, context)
+        server_app(functools.partial(round_loop, keys=keys))(grid, context)
     except Exception as error:
         logger.error("exit %d: %s", getattr(error, "exit_code", NanofedError.exit_code), in_one_line(error))
         raise

@@ -1,24 +1,16 @@
-"""Which node is whose: the supervisor of a SuperLink writes it down when it registers keys, the round loop reads it."""
+"""Where a server keeps what is beside its checkpoints, and which node is whose."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from nanofed.federated.server.registration import read_nodes
 
 FOLDER = "server"  # of the run's folder: Flower's home and database, the log, the depot, and this
 NODES = "nodes.json"
 DEPOT = "depot"
 
 
-def read_nodes(folder: Path) -> dict[str, dict[str, str]]:
-    """Return what is known of each site: `node`, its id, and `key`, a hash of the key that it was registered with."""
-    try:
-        nodes: dict[str, dict[str, str]] = json.loads((folder / NODES).read_text())
-    except (OSError, ValueError):
-        return {}
-    return nodes
-
-
 def owners(run: Path) -> dict[int, str]:
-    """Return node -> the site whose key it has."""
-    return {int(entry["node"]): name for name, entry in read_nodes(run / FOLDER).items()}
+    """Return node -> the site whose key it has, as the SuperLink's process has written it down."""
+    return {node: name for name, node in read_nodes(run / FOLDER / NODES).items()}

@@ -23,6 +23,7 @@ from nanofed.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+SHORT = "/tmp"  # where the folder for temporary files has a long name
 APP = "nanofed.federated.runtimes.flower_app"
 LOG = "flower.log"
 
@@ -76,7 +77,9 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
     Raises:
         NanofedError: the run failed: the server's own error where it gave one, else Flower's reason.
     """
-    with tempfile.TemporaryDirectory(prefix="nf-", ignore_cleanup_errors=True) as name:
+    # A socket's path has room for about 100 characters, of which Ray's own part takes 60: it would go to a folder of all users.
+    place = None if len(tempfile.gettempdir()) < 28 else SHORT
+    with tempfile.TemporaryDirectory(prefix="nf-", dir=place, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         app = folder / "app"
         app.mkdir()
@@ -85,7 +88,7 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_COLOR_PREFIX": "0",
             "RAY_ADDRESS": None,  # never another cluster
-            "RAY_TMPDIR": name if len(name) < 40 else None,  # a socket's path has room for about 100 characters
+            "RAY_TMPDIR": name,
             "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in this process; else Ray sets the client's cores
         }
         link = SuperLink(folder, log, environment=ray)

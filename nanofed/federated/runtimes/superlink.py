@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import ssl
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,14 +16,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import nanofed
+from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
-from nanofed.federated.flower import binary, flower_environment, free_port
-from nanofed.federated.processes import stop_marked, undisturbed
+from nanofed.federated.flower import flower_environment, free_port
+from nanofed.federated.processes import last_error, stop_marked, undisturbed
 from nanofed.federated.runtimes.settings import DEFAULTS, Value
+from nanofed.federated.wire.signature import installed
 
 logger = logging.getLogger(__name__)
 
 LINK = "nanofed"  # our own connection, in a Flower home of the run's own
+FLWR = runtime.python("-m", "flwr.cli.app")
 START_SECONDS = 120.0
 COMMAND_SECONDS = 120.0
 END_SECONDS = 30.0  # between the last line of a run's log and its final status
@@ -43,8 +44,9 @@ def write_app(folder: Path, server: str, client: str) -> None:
         server: `module:object` of the ServerApp.
         client: of the ClientApp.
     """
-    sources = Path(nanofed.__file__).parent
-    shutil.copytree(sources, folder / sources.name, ignore=shutil.ignore_patterns("__pycache__", "configs"))
+    for name, content in installed().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in DEFAULTS.items())
     (folder / "pyproject.toml").write_text(
         f'[project]\nname = "nanofed-lightning"\nversion = "{nanofed.__version__}"\n'
@@ -84,8 +86,6 @@ class SuperLink:
     ) -> None:
         self._nowhere = folder / "nowhere"
         self.home = folder / "home"
-        for made in (self._nowhere, self.home):
-            made.mkdir(parents=True, exist_ok=True)
         self._log = log
         self._authority = authority
         self._environment = flower_environment(self.home, **(environment or {}))
@@ -108,6 +108,8 @@ class SuperLink:
 
     def start(self, options: Sequence[str], port: int | None = None) -> None:
         """Start it with options beside its address, and wait until it answers."""
+        for made in (self._nowhere, self.home):
+            made.mkdir(parents=True, exist_ok=True)  # also where somebody has removed them meanwhile
         self.port = port or free_port()
         secure = f'root-certificates = "{self._authority}"' if self._authority else "insecure = true"
         (self.home / "config.toml").write_text(
@@ -116,7 +118,7 @@ class SuperLink:
         address = ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(self.port)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "nanofed.federated.runtimes.superlink_process", *address, *options],
+                runtime.python("-m", "nanofed.federated.runtimes.superlink_process", *address, *options),
                 cwd=self._nowhere,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -127,7 +129,9 @@ class SuperLink:
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise NanofedError(f"Flower's SuperLink did not start on port {self.port}; see {self._log}")
+                raise NanofedError(
+                    f"Flower's SuperLink did not start on port {self.port}: {last_error(self._log)}; see {self._log}"
+                )
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -160,7 +164,7 @@ class SuperLink:
         """Pass on our lines of the run's log until it ends, and return the last error among them."""
         failure = ""
         with subprocess.Popen(
-            [binary("flwr"), "log", str(run_id), LINK, "--stream"],
+            [*FLWR, "log", str(run_id), LINK, "--stream"],
             env=self._environment,
             cwd=self._nowhere,
             text=True,
@@ -203,7 +207,7 @@ class SuperLink:
     def command(self, *args: str, check: bool = True) -> str:
         """Run `flwr` and return what it prints."""
         done = subprocess.run(
-            [binary("flwr"), *args],
+            [*FLWR, *args],
             cwd=self._nowhere,
             env=self._environment,
             text=True,

@@ -8,12 +8,21 @@ its runs are over, and ours goes on from its own checkpoint. So here they are ke
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import logging
+import sqlite3
 import sys
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nanofed.errors import NanofedError
 from nanofed.federated.server.depot_calls import answer_depot_calls
+from nanofed.federated.server.fleet_rules import FleetRules, Refused, TooMany, bind
+from nanofed.federated.server.registration import keep_registered, read_nodes
+
+logger = logging.getLogger(__name__)
 
 BUSY_SECONDS = 60  # that a call waits for another one's transaction; Flower's is 5
 
@@ -77,22 +86,79 @@ def hold_back_unfinished(linkstate: Any, corestate: Any) -> None:
     state.get_message_res = get_message_res
 
 
+def set_aside_damaged(database: Path) -> bool:
+    """Rename a database that cannot be read, so that the SuperLink begins with a new one; returns whether it did.
+
+    Nothing in it is needed: runs are over after a restart, and nodes are registered anew from the sites' keys. A journal that
+    was left behind by a database that is gone is removed, since it would be read into the new one.
+
+    Args:
+        database: of SQLite; may be missing.
+    """
+    journals = [database.with_name(database.name + end) for end in ("-wal", "-shm", "-journal")]
+    damage = ""
+    if database.exists():
+        try:
+            with contextlib.closing(sqlite3.connect(database)) as connection:
+                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                damage = "" if found == "ok" else found
+        except sqlite3.OperationalError:  # locked, or no disk: Flower says so
+            return False
+        except sqlite3.DatabaseError as error:
+            damage = str(error)
+        if not damage:
+            return False
+        aside = database.with_name(f"{database.name}.damaged")
+        logger.warning("%s is damaged (%s): it is put aside as %s, and begun anew", database, damage, aside.name)
+        database.replace(aside)
+    for journal in journals:
+        journal.unlink(missing_ok=True)
+    return bool(damage)
+
+
+def refuse(refused: Refused) -> NoReturn:
+    """Answer a site's call as Flower's SuperNode understands it: 503, it tries again; 403, the run is over for it."""
+    from fastapi import HTTPException
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE if isinstance(refused, TooMany) else HTTPStatus.FORBIDDEN
+    raise HTTPException(status, str(refused))
+
+
+def _named(nodes: Path | None, node: int) -> str:
+    """Return the name of a node's site, where it has a key."""
+    names = {number: site for site, number in read_nodes(nodes).items()} if nodes is not None else {}
+    return f"site {names[node]}" if node in names else f"node {node}"
+
+
 def main() -> None:
-    """Run `flower-superlink` with the same arguments, and one of our own: --depot FOLDER."""
+    """Run `flower-superlink` with the same arguments, and some of our own.
+
+    These are --depot FOLDER, and with keys --sites, the folder of the sites' public keys, and --nodes, the file to which the
+    node of each site is written.
+    """
+    from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
     from flwr.server.superlink.linkstate import sql_linkstate
     from flwr.supercore import sql_mixin
     from flwr.supercore.corestate import sql_corestate
     from flwr.superlink import config_loader
     from flwr.superlink import main as application
     from flwr.superlink.cli import flower_superlink
+    from flwr.superlink.servicer.fleet import fleet_handlers
 
     keep_objects_in_memory(config_loader, sql_mixin)
     hold_back_unfinished(sql_linkstate, sql_corestate)
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--depot", type=Path)
+    for option in ("--depot", "--database", "--sites", "--nodes"):
+        parser.add_argument(option, type=Path)
     own, rest = parser.parse_known_args()
+    if own.database is not None:
+        set_aside_damaged(own.database)
+        rest += ["--database", str(own.database)]
     if own.depot is not None:
         answer_depot_calls(application, own.depot)
+    bind(fleet_handlers, FleetRules(SUPERLINK_NODE_ID), refuse, functools.partial(_named, own.nodes))
+    if own.sites is not None:
+        keep_registered(application, sql_linkstate, (NOOP_FLWR_AID, NOOP_ACCOUNT_NAME), own.sites, own.nodes)
     sys.argv = ["flower-superlink", *rest]
     flower_superlink()
 

@@ -41,11 +41,10 @@ class Depot:
         self._folder = folder
         self._ticket = ""
         try:
-            folder.mkdir(parents=True, mode=0o700, exist_ok=True)  # or a link to one on another disk
             for name in (DOWN, UP):
                 if (folder / name).exists():
                     shutil.rmtree(folder / name)
-                (folder / name).mkdir(mode=0o700)
+                self._make(name)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -68,7 +67,8 @@ class Depot:
                 tickets[client], _ = self._file(UP, answer_bytes)  # before anybody trains for what has no room
         except NanofedError:
             for ticket in tickets.values():
-                (self._folder / UP / ticket).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    (self._folder / UP / ticket).unlink()
             raise
         freights = {
             client: Freight(self._ticket, layout, tickets.get(client, ""), answer_bytes, seconds) for client in clients
@@ -78,7 +78,8 @@ class Depot:
     def remove(self) -> None:
         """Remove the weights: nobody fetches them any more."""
         if self._ticket:
-            (self._folder / DOWN / self._ticket).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self._folder / DOWN / self._ticket).unlink()
             self._ticket = ""
 
     def _file(self, where: str, size: int) -> tuple[str, mmap.mmap]:
@@ -90,6 +91,7 @@ class Depot:
         ticket = secrets.token_hex(16)
         path = self._folder / where / ticket
         try:
+            self._make(where)  # somebody may have removed it meanwhile
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(file, 0, size)  # a mapped page for which there is no room would end this process
@@ -97,11 +99,21 @@ class Depot:
             finally:
                 os.close(file)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise self._failed(error) from error
 
+    def _make(self, name: str) -> None:
+        """Make one of the two folders if it is not there; the folder around them may be a link to one on another disk."""
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self._folder, self._folder / name):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
     def _failed(self, error: OSError) -> NanofedError:
-        return NanofedError(f"the round's weights cannot be kept in {self._folder}: {error.strerror or error}")
+        reason = error.strerror or error
+        if self._folder.is_symlink() and not self._folder.exists():
+            reason = f"it is a link to {self._folder.readlink()}, which is not there: is its disk mounted?"
+        return NanofedError(f"the round's weights cannot be kept in {self._folder}: {reason}")
 
 
 class _Laid:
@@ -129,13 +141,14 @@ class _Laid:
         freight = self._freights[client]
         path = self._folder / freight.answer
         try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise WireError(f"there is no room for its answer: {error.strerror}") from error
-        self._held[client] = file
-        path.unlink()  # first: whoever comes now finds nothing, and the lock waits for what is being written only
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return codec.over(mmap.mmap(file, freight.answer_bytes, access=mmap.ACCESS_READ), like)
+            file = self._held[client] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            path.unlink()  # first: whoever comes now finds nothing, and the lock waits for what is being written only
+            fcntl.flock(file, fcntl.LOCK_EX)
+            mapped = mmap.mmap(file, freight.answer_bytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: it is shorter
+            reason = getattr(error, "strerror", None) or error
+            raise WireError(f"there is no room for its answer, or it was changed here: {reason}") from error
+        return codec.over(mapped, like)
 
     def drop(self, client: str) -> None:
         if client in self._held:

@@ -97,13 +97,25 @@ def _number(headers: MutableMapping[str, str], name: str) -> int:
     return int(text)
 
 
-def _read(path: Path, offset: int, length: int) -> bytes:
+def _open(path: Path, flags: int) -> int:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, flags | os.O_CLOEXEC)
     except FileNotFoundError:
         raise _over() from None
+    except OSError as error:
+        raise _disk(error) from error
+
+
+def _disk(error: OSError) -> _Refused:
+    return _Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"the server's disk: {error.strerror}")
+
+
+def _read(path: Path, offset: int, length: int) -> bytes:
+    file = _open(path, os.O_RDONLY)
     try:
         content = os.pread(file, min(length, PIECE_BYTES), offset)
+    except OSError as error:
+        raise _disk(error) from error
     finally:
         os.close(file)
     if len(content) != length:
@@ -113,10 +125,7 @@ def _read(path: Path, offset: int, length: int) -> bytes:
 
 def _write(path: Path, offset: int, body: bytes) -> None:
     """Write a piece, unless the round loop has taken the file up already, or takes it up now."""
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # to read, too: where the folder is on NFS, the lock needs it
-    except FileNotFoundError:
-        raise _over() from None
+    file = _open(path, os.O_RDWR)  # to read, too: where the folder is on NFS, the lock needs it
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         found = os.fstat(file)
@@ -132,7 +141,7 @@ def _write(path: Path, offset: int, body: bytes) -> None:
     except BlockingIOError:
         raise _over() from None
     except OSError as error:
-        raise _Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"the server's disk: {error.strerror}") from error
+        raise _disk(error) from error
     finally:
         os.close(file)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.federated.wire.plain import plain
 from nanofed.files import write_atomically
 
 HOST_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -24,6 +26,7 @@ LOOPBACK = ("localhost", "127.0.0.1")  # the SuperLink has the same certificate,
 DAYS = 365  # of the server certificate
 CA_DAYS = 3650
 WARN_DAYS = 30.0
+KEY_BYTES = 64 << 10  # of a public key's file
 _CLOCKS = datetime.timedelta(hours=1)  # a site's clock may be behind by so much
 
 
@@ -107,11 +110,13 @@ def init(folder: Path, hosts: Sequence[str], sites: Sequence[str], *, days: int 
 
     Args:
         folder: where; made if need be.
-        hosts: names and addresses by which sites call the server; localhost and 127.0.0.1 are added.
+        hosts: names and addresses by which sites call the server; localhost and 127.0.0.1 are added. Without any, a certificate
+            that is issued anew is for those of the old one.
         sites: names of the sites.
         days: validity of the server certificate.
-        force: issue the server certificate and the keys of `sites` anew. The authority stays, so that the other sites notice
-            nothing; for a new authority take a new folder.
+        force: issue the keys of `sites` anew, and the server certificate where `hosts` or no sites are named. The authority
+            stays, so that the other sites notice nothing; for a new authority take a new folder. A running server takes the new
+            keys over and refuses the old ones.
 
     Raises:
         ConfigError: a name that is no host's or site's; a server certificate that is there and not for `hosts`; an authority
@@ -125,8 +130,10 @@ def init(folder: Path, hosts: Sequence[str], sites: Sequence[str], *, days: int 
         raise ConfigError(f"the site {twice[0]} is named twice")
     if not 1 <= days <= CA_DAYS:
         raise ConfigError(f"a certificate is valid for 1 to {CA_DAYS} days, not {days}")
-    names = [_alternative(host) for host in dict.fromkeys((*hosts, *LOOPBACK))]
     keys = Keys(folder)
+    renewed = force and (bool(hosts) or not sites)
+    named = hosts or (keys.hosts() if renewed and keys.certificate.is_file() else ())
+    names = [_alternative(host) for host in dict.fromkeys((*named, *LOOPBACK))]
     created: list[Path] = []
     try:
         for part in (folder, keys.sites, keys.handout("x").parent):
@@ -134,7 +141,7 @@ def init(folder: Path, hosts: Sequence[str], sites: Sequence[str], *, days: int 
             part.chmod(0o700)
         if not keys.ca.exists():
             created += _make_authority(keys)
-        if force or not keys.certificate.exists():
+        if renewed or not keys.certificate.exists():
             created += _make_server(keys, names, days)
         elif missing := [host for host in hosts if str(_alternative(host).value) not in keys.hosts()]:
             raise ConfigError(f"{keys.certificate} is not for {missing[0]}: add --force to issue it anew")
@@ -158,36 +165,53 @@ def load(folder: Path) -> Keys:
             raise ConfigError(f"{path} is missing: `nanofed server init` writes it")
     if keys.key.stat().st_mode & 0o077:
         raise ConfigError(f"{keys.key} can be read by others: chmod 600 {keys.key}")
-    if not keys.names():
-        raise ConfigError(f"{keys.sites} holds no site's key: add one with `nanofed server init`")
-    read_sites(keys.sites)
+    sites, unusable = read_sites(keys.sites)
+    if not sites:
+        said = "; ".join(unusable) or "add one with `nanofed server init`"
+        raise ConfigError(f"{keys.sites} holds no site's key that can be used: {said}")
+    try:
+        read_certificate(keys.certificate).verify_directly_issued_by(read_certificate(keys.ca))
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise ConfigError(
+            f"{keys.certificate} is not of the authority {keys.ca}: issue it anew with `nanofed server init {folder} --force`"
+        ) from error
     if keys.days_left() <= 0:
         raise ConfigError(str(keys.warning(0)))
     return keys
 
 
-def read_sites(folder: Path) -> dict[bytes, str]:
-    """Return the name of each site by its public key, in the form in which a SuperNode sends it (PEM).
+def read_sites(folder: Path) -> tuple[dict[bytes, str], list[str]]:
+    """Return the name of each site by its public key, in the form in which a SuperNode sends it (PEM), and what is passed over.
+
+    Files count one by one: that one of them cannot be used neither keeps a site in whose key was taken away nor any other out.
 
     Args:
-        folder: of `NAME.pub` files.
+        folder: of `NAME.pub` files; a folder that is missing holds none.
 
-    Raises:
-        ConfigError: a file is no key of an elliptic curve, or two sites have one key.
+    Returns:
+        The sites' keys; and for each file that is no key of an elliptic curve, or holds another site's, a line that says so.
     """
     found: dict[bytes, str] = {}
+    unusable: list[str] = []
     for path in sorted(folder.glob("*.pub")):
         try:
-            key = serialization.load_ssh_public_key(path.read_bytes())
+            status = path.stat()
+            content = path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= KEY_BYTES else b""
+            key = serialization.load_ssh_public_key(content)
+        except FileNotFoundError:  # taken away just now
+            continue
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            raise ConfigError(f"{path} cannot be read as a public key of OpenSSH's form: {error}") from error
+            unusable.append(f"{plain(path)} cannot be read as a public key of OpenSSH's form: {plain(error)}")
+            continue
         if not isinstance(key, ec.EllipticCurvePublicKey) or not SAFE_NAME.fullmatch(path.stem):
-            raise ConfigError(f"{path} must be a site's name and hold a key of an elliptic curve")
+            unusable.append(f"{plain(path)} must be a site's name and hold a key of an elliptic curve")
+            continue
         pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
         if pem in found:
-            raise ConfigError(f"the sites {found[pem]} and {path.stem} have the same key")
+            unusable.append(f"{path} holds the key of {found[pem]}: each site needs its own")
+            continue
         found[pem] = path.stem
-    return found
+    return found, unusable
 
 
 def read_certificate(path: Path) -> x509.Certificate:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
+from types import TracebackType, UnionType
 from typing import Any, Self
 
 from nanofed.files import write_atomically
@@ -16,6 +16,10 @@ from nanofed.files import write_atomically
 logger = logging.getLogger(__name__)
 
 LIVE = "server.json"
+SAID: dict[str, type | UnionType] = {
+    "pid": int, "host": str, "since": float, "when": float, "phase": str, "round": int, "horizon": int | None,
+    "clients": list, "merged": list, "refused": dict, "waiting_for": str,
+}  # fmt: skip
 
 
 class Live:
@@ -55,4 +59,5 @@ def live(run: Path) -> dict[str, Any] | None:
         said = json.loads((run / LIVE).read_text())
     except (OSError, ValueError):
         return None
-    return said if isinstance(said, dict) else None
+    whole = isinstance(said, dict) and all(isinstance(said[name], SAID[name]) for name in SAID.keys() & said)
+    return said if whole else None

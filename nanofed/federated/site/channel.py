@@ -36,6 +36,7 @@ MAX_HEADER = 32 << 20  # bytes of JSON; instructions and reports are at most hal
 MAX_ARRAYS = 1 << 16
 POLL = 0.1  # seconds between two tries to reach a trainer that is not there
 _LENGTH = struct.Struct(">I")
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
 
 
 class Packed(NamedTuple):
@@ -104,12 +105,39 @@ def call(
             os.close(file)
 
 
+def why_not_private(folder: Path) -> str | None:
+    """Return why what is in a folder may be another user's, None where it is this user's alone.
+
+    Raises:
+        OSError: the folder is not there.
+    """
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{folder} is a link or no folder: remove it"
+    if found.st_uid != os.getuid():
+        return f"{folder} is another user's"
+    if found.st_mode & 0o077:
+        return f"{folder} must be its owner's alone: chmod 700 {folder}"
+    return None
+
+
+def is_this_user(connection: socket.socket) -> bool:
+    """Tell whether the process at the other end is this user's; where the system does not say, the folder has to do."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
+
+
 @contextlib.contextmanager
 def _connect(path: Path, end: float, wait: float) -> Iterator[socket.socket]:
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(max(POLL, end - time.monotonic()))
         try:
+            if why := why_not_private(path.parent):
+                connection.close()
+                raise ChannelError(f"the trainer's socket cannot be trusted: {why}")
             connection.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError, TimeoutError, BlockingIOError):
             connection.close()
@@ -121,6 +149,8 @@ def _connect(path: Path, end: float, wait: float) -> Iterator[socket.socket]:
             raise ChannelError(f"the trainer's socket {path} cannot be used: {error}") from error
         else:
             with connection:
+                if not is_this_user(connection):
+                    raise ChannelError(f"the trainer's socket cannot be trusted: another user listens at {path}")
                 yield connection
             return
 

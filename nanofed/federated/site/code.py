@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -161,7 +160,7 @@ class Code:
         environment = runtime.environment(PYTHONPATH=runtime.python_path(folder))
         try:
             tried = subprocess.run(
-                [sys.executable, "-P", "-c", TRIAL],
+                runtime.python("-c", TRIAL),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

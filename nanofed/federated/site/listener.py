@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanofed.errors import ConfigError
-from nanofed.federated.site.channel import Arrays, ChannelError, Packed, read, send
+from nanofed.federated.site.channel import Arrays, ChannelError, Packed, is_this_user, read, send, why_not_private
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,8 @@ class Listener:
         folder = path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            found = folder.stat()
-            if found.st_uid != os.getuid() or found.st_mode & 0o077:
-                raise ConfigError(f"the socket's folder {folder} must be its owner's alone: chmod 700 {folder}")
+            if why := why_not_private(folder):
+                raise ConfigError(f"the socket cannot be made: {why}")
             file = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(f"the socket's folder {folder} cannot be used: {error.strerror}") from error
@@ -190,6 +189,11 @@ class Listener:
                 connection, _ = self._socket.accept()
             except OSError:
                 return  # closed
+            if not is_this_user(connection):
+                logger.warning("another user's process is not answered")
+                connection.close()
+                self._open.release()
+                continue
             threading.Thread(target=self._serve, args=(connection,), name="nanofed-client", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:

@@ -6,9 +6,7 @@ import hashlib
 import logging
 import os
 import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,83 +17,19 @@ from filelock import FileLock, Timeout
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError
 from nanofed.federated.flower import flower_environment, free_port
-from nanofed.federated.processes import end_marked, ended_by_signals, stop_marked, undisturbed
+from nanofed.federated.processes import Child, end_marked, ended_by_signals, last_error, undisturbed
 from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.site.code import Code
 from nanofed.federated.site.options import SiteOptions
+from nanofed.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0
 PING_SECONDS = 30.0  # a trainer answers at any time, from its first second on; silent for so long, it hangs
 START_SECONDS = 1800.0  # longest silence of a trainer that starts, or compiles for its first step
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-STEADY_SECONDS = 60.0  # who lived so long starts again with the first pause
-STOP_SECONDS = 5.0
 MARK = "NANOFED_SITE"
-
-
-class _Child:
-    """A process that is started again when it ends, later each time that it did not live long."""
-
-    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path, marker: str) -> None:
-        self.name = name
-        self._command = command
-        self._environment = environment
-        self._log = log
-        self._marker = marker
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pause = FIRST_PAUSE
-        self._due = 0.0
-        self.started = 0.0
-
-    def keep(self) -> int | None:
-        """Start it where it is not there and its pause is over; return the exit code of one that has just ended."""
-        if self._process is not None:
-            code = self._process.poll()
-            if code is None:
-                return None
-            lived = time.monotonic() - self.started
-            self._pause = FIRST_PAUSE if lived > STEADY_SECONDS else min(LONGEST_PAUSE, 2 * self._pause)
-            self.stop()  # what it has started may still be there
-            self._due = time.monotonic() + self._pause
-            logger.warning(
-                "the %s ended with exit code %d after %.0f s; starting it again in %.0f s (%s)",
-                self.name, code, lived, self._pause, self._log,
-            )  # fmt: skip
-            return code
-        if time.monotonic() >= self._due:
-            self._start()
-        return None
-
-    def _start(self) -> None:
-        self.started = time.monotonic()
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def replace(self, reason: str) -> None:
-        """Kill it; the next `keep` starts it at once."""
-        logger.warning("the %s %s: it is started anew", self.name, reason)
-        self.stop(0.0)
-        self._due = 0.0
-
-    def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """End it and what it has started."""
-        if self._process is not None:
-            stop_marked(self._process, self._marker, seconds)
-            self._process = None
-
-    @property
-    def running(self) -> bool:
-        """Whether it is there."""
-        return self._process is not None and self._process.poll() is None
+CLIENT = "flwr-clientapp"
 
 
 def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[], bool] = lambda: True) -> Path | None:
@@ -153,20 +87,30 @@ class _Site:
         trainer = self._trainer_command(arguments)
         self._marks = [f"{MARK}={mark}" for mark in marks.values()]
         cores = {} if options.threads is None else {"OMP_NUM_THREADS": str(options.threads)}
-        self.trainer = _Child(
+        self.trainer = Child(
             f"trainer of {options.name}",
             trainer,
             runtime.environment(**{MARK: marks["trainer"]}, PYTHONSAFEPATH="1", **cores),  # torchrun's ranks have no -P
             self._folder / "trainer.log",
             self._marks[0],
         )
+        self._write_launchers()
         environment = flower_environment(
             home,
-            PATH=f"{self._write_launcher()}:{Path(sys.executable).parent}:{runtime.environment().get('PATH', '')}",
+            PATH=os.pathsep.join(
+                [
+                    str(self._folder / "bin"),
+                    *(
+                        path
+                        for path in runtime.environment().get("PATH", "").split(os.pathsep)
+                        if not _has_client(path)
+                    ),
+                ]
+            ),
             FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1",
             **{MARK: marks["supernode"]},
         )
-        self.supernode = _Child(
+        self.supernode = Child(
             f"SuperNode of {options.name}",
             self._supernode_command(),
             environment,
@@ -176,7 +120,7 @@ class _Site:
 
     def _trainer_command(self, arguments: Sequence[str]) -> list[str]:
         options = self._options
-        python = [sys.executable, "-P", "-m"]
+        python = runtime.python("-m")
         if options.devices > 1:
             python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
         own = ["--name", options.name, "--socket", str(self._socket), "--state", str(self._states)]
@@ -194,28 +138,23 @@ class _Site:
         if options.key is not None:
             config += f' key="{options.key}"'
         where = ["--superlink", options.superlink, "--host", "127.0.0.1", "--port", str(free_port())]
-        return [
-            sys.executable,
-            "-P",
-            "-m",
-            "nanofed.federated.site.supernode",
-            *where,
-            *secure,
-            "--node-config",
-            config,
-        ]
+        return runtime.python("-m", "nanofed.federated.site.supernode", *where, *secure, "--node-config", config)
 
-    def _write_launcher(self) -> Path:
-        """Write the command that the SuperNode starts for each message; it finds it by name, first on its PATH."""
+    def _write_launchers(self) -> None:
+        """Write the commands that the SuperNode starts, where they are not there: one looks for messages, one takes each of them.
+
+        It finds them by name, and finds no other of that name: Flower's own would run what a message brings.
+        """
         folder = self._folder / "bin"
-        folder.mkdir(exist_ok=True)
-        launcher = folder / "flwr-clientapp"
-        command = [sys.executable, "-P", "-m", "nanofed.federated.site.bundle"]
+        client = runtime.python("-m", "nanofed.federated.site.bundle")
         if self._code is not None:
-            command += [f"--code={self._code.folder}", f"--trust={self._code.trusted}"]
-        launcher.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-        launcher.chmod(0o700)
-        return folder
+            client += [f"--code={self._code.folder}", f"--trust={self._code.trusted}"]
+        superexec = [str(Path(sys.executable).with_name("flower-superexec"))]
+        for name, command in ((CLIENT, client), ("flower-superexec", superexec)):
+            launcher, text = folder / name, f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n'
+            if not launcher.is_file() or launcher.read_text() != text:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(launcher, text, mode=0o700)
 
     def end_left(self) -> None:
         """End what a site that was killed has left behind."""
@@ -239,6 +178,7 @@ class _Site:
             if code in (ConfigError.exit_code, DataError.exit_code):
                 kind = ConfigError if code == ConfigError.exit_code else DataError
                 raise kind(f"the trainer cannot start: {last_error(self._folder / 'trainer.log')}")
+        self._write_launchers()  # somebody may have removed them
         self.supernode.keep()
         if self.trainer.running:
             self._check_trainer()
@@ -280,14 +220,12 @@ class _Site:
         self.trainer.stop()
 
 
+def _has_client(folder: str) -> bool:
+    """Tell whether a folder of commands has Flower's own client in it."""
+    return not folder or (Path(folder) / CLIENT).exists()
+
+
 def socket_path(folder: Path) -> Path:
     """Return where a site's trainer listens: a socket's path has room for about 100 characters, a site's folder may be longer."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"nanofed-{os.getuid()}-{name}" / "trainer.sock"
-
-
-def last_error(log: Path) -> str:
-    """Return the last error in a trainer's log: what it said when it ended, or its last line."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line.partition(": exit ")[2].partition(": ")[2] for line in lines if " ERROR: exit " in line]
-    return (said or lines or ["it said nothing"])[-1]
+    return runtime.short_lived_dir() / f"nanofed-{os.getuid()}-{name}" / "trainer.sock"

@@ -36,6 +36,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--sites", required=True, type=Path, help="folder of the sites' public keys, NAME.pub")
     parser.add_argument("--upstream_ca", type=Path, help="the authority of the SuperLink's certificate")
     parser.add_argument("--status", type=Path, help="file for the counters")
+    parser.add_argument("--known", type=Path, help="file in which the addresses of sites are kept")
     parser.add_argument("--parent", type=int, help="end when this is no longer the parent process")
     parser.add_argument("--tick", type=float, default=1.0, help="seconds between two looks at files and parent")
     for limit in fields(Limits):

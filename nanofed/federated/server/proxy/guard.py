@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from nanofed.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 ADDRESSES = 4096  # whose rates are remembered at a time
 NAMED = 256  # addresses whose refusals are listed: those refused last
 FORGET_SECONDS = 600.0
+KNOWN_SECONDS = 30 * 86400.0  # for which an address from which a site has called is known, through restarts
+SITE_ADDRESSES = 16  # of a site that are known: those from which it has called last
+NOTE_SECONDS = 3600.0  # between two notes of when a known address has called
 LOG_SECONDS = 60.0  # between two lines about the same address and reason
 
 
@@ -25,8 +33,10 @@ class Limits:
         body: bytes of a piece of weights, or of an object of Flower's.
         small_body: bytes of any other body.
         head: bytes of a head.
-        connections: at a time; half of them are for addresses of known sites only.
+        connections: at a time; half of them are for addresses of known sites only. Where they are used up, or those of an
+            address, the oldest one on which nothing was asked for yet ends for a new one.
         address_connections: of one address.
+        site_bytes: of a site's bodies that are under way at a time; a piece of weights has 16 MB.
         handshakes: a second and address.
         handshake_burst: at once.
         requests: a second and address; a few milliseconds too early wait, more are refused.
@@ -38,11 +48,12 @@ class Limits:
         answer_seconds: until the SuperLink answers.
     """
 
-    body: int = 64 << 20
+    body: int = 32 << 20
     small_body: int = 4 << 20
     head: int = 16 << 10
     connections: int = 256
     address_connections: int = 64
+    site_bytes: int = 256 << 20
     handshakes: float = 20.0
     handshake_burst: int = 100
     requests: float = 500.0
@@ -91,7 +102,6 @@ class Visitor:
     requests: Bucket
     connections: int = 0
     seen: float = field(default_factory=time.monotonic)
-    known_until: float = 0.0
 
 
 class Guard:
@@ -99,10 +109,16 @@ class Guard:
 
     Args:
         limits: the caps.
+        known: file in which the addresses of sites are kept, so that strangers cannot lock a site out after a restart; none if
+            left out.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, known: Path | None = None) -> None:
         self._limits = limits
+        self._file = known
+        self._known = _read_known(known)
+        self._noted: dict[str, dict[str, float]] = {}
+        self._silent: dict[Hashable, tuple[Visitor, Callable[[], object]]] = {}  # in the order in which they came
         self._visitors: dict[str, Visitor] = {}
         self._logged: dict[tuple[str, str], tuple[float, int]] = {}
         self._swept = time.monotonic()
@@ -116,13 +132,14 @@ class Guard:
     def enter(self, address: str) -> Visitor | None:
         """Let a connection in; None where it is refused."""
         visitor = self._visitor(address)
-        limits, known = self._limits, visitor.known_until > time.monotonic()
-        if self.connections >= (limits.connections if known else limits.connections // 2):
-            self.refuse("connections", visitor)
-        elif visitor.connections >= limits.address_connections:
-            self.refuse("address_connections", visitor)
-        elif visitor.handshakes.take() is None:
+        limits, known = self._limits, self._is_known(visitor.name)
+        full = self.connections >= (limits.connections if known else limits.connections // 2)
+        if visitor.handshakes.take() is None:
             self.refuse("handshake_rate", visitor)
+        elif visitor.connections >= limits.address_connections and not self._end_silent(visitor):
+            self.refuse("address_connections", visitor)
+        elif full and not self._end_silent():
+            self.refuse("connections", visitor)
         else:
             self.connections += 1
             visitor.connections += 1
@@ -135,9 +152,50 @@ class Guard:
         visitor.connections -= 1
         visitor.seen = time.monotonic()
 
-    def know(self, visitor: Visitor) -> None:
-        """Note that a registered site calls from an address."""
-        visitor.known_until = time.monotonic() + FORGET_SECONDS
+    def watch(self, connection: Hashable, visitor: Visitor, end: Callable[[], object]) -> None:
+        """Note a connection on which nothing was asked for yet: `end` may be called for it, when another needs its place."""
+        self._silent[connection] = visitor, end
+
+    def forget(self, connection: Hashable) -> None:
+        """Note that a connection is silent no more."""
+        self._silent.pop(connection, None)
+
+    def _end_silent(self, visitor: Visitor | None = None) -> bool:
+        """End the oldest silent connection, of an address or of all; returns whether there was one."""
+        oldest = next((key for key, (of, _) in self._silent.items() if visitor in (None, of)), None)
+        if oldest is None:
+            return False
+        of, end = self._silent.pop(oldest)
+        self.refuse("silent", of, "another connection needed its place")
+        end()
+        return True
+
+    def know(self, visitor: Visitor, site: str) -> None:
+        """Note that a site calls from an address."""
+        addresses = self._known.setdefault(site, {})
+        addresses.pop(visitor.name, None)
+        addresses[visitor.name] = time.time()
+        if len(addresses) > SITE_ADDRESSES:
+            del addresses[next(iter(addresses))]
+
+    def forget_site(self, site: str) -> None:
+        """Note that a site is none any more: its addresses are a stranger's."""
+        self._known.pop(site, None)
+
+    def _is_known(self, address: str) -> bool:
+        when = max((addresses.get(address, 0.0) for addresses in self._known.values()), default=0.0)
+        return time.time() - when < KNOWN_SECONDS
+
+    def keep_known(self) -> None:
+        """Write the addresses of sites to their file where there is something new to say.
+
+        Raises:
+            OSError: it cannot be written; it is tried again.
+        """
+        rounded = {s: {a: when // NOTE_SECONDS for a, when in sorted(of.items())} for s, of in self._known.items()}
+        if self._file is not None and rounded != self._noted:
+            write_atomically(self._file, json.dumps(self._known), mode=0o600)
+            self._noted = rounded
 
     def refuse(self, reason: str, visitor: Visitor, detail: str = "") -> None:
         """Count a refusal, and say it in the log where it is not just the same again."""
@@ -203,6 +261,16 @@ class Guard:
         quiet = min(FORGET_SECONDS, full) if at_once else FORGET_SECONDS  # by then its buckets are full again anyway
         self._visitors = {n: v for n, v in self._visitors.items() if v.connections or now - v.seen < quiet}
         self._logged = {key: note for key, note in self._logged.items() if now - note[0] < FORGET_SECONDS}
+
+
+def _read_known(file: Path | None) -> dict[str, dict[str, float]]:
+    """Return each site's addresses and when it called from them last; nothing where the file is missing or damaged."""
+    try:
+        known = json.loads(file.read_bytes()) if file is not None else {}
+        now = time.time()
+        return {str(site): {str(a): min(float(when), now) for a, when in of.items()} for site, of in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _host(address: str) -> str:

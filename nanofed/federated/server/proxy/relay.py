@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Collection
 from http import HTTPStatus
 
 from nanofed.federated.server.proxy.guard import Guard, Limits, Visitor
@@ -91,6 +92,8 @@ class Relay:
     def __init__(self, guard: Guard, sites: Sites, upstream: Upstream, limits: Limits) -> None:
         self._guard, self._sites, self._upstream, self._limits = guard, sites, upstream, limits
         self._waiting: set[Stream] = set()
+        self._callers: dict[Stream, str] = {}
+        self._under_way: Counter[str] = Counter()  # bytes of bodies, by site
         self._ending = False
 
     async def serve(self, client: Stream, visitor: Visitor) -> None:
@@ -108,7 +111,16 @@ class Relay:
         except Closed as closed:
             self._guard.refuse(closed.reason, visitor)
         finally:
+            self._callers.pop(client, None)
             client.close()
+
+    def cut(self, sites: Collection[str]) -> None:
+        """End the connections of sites whose key is no longer good, whatever is under way on them."""
+        for site in sites:
+            self._guard.forget_site(site)
+        for client, site in self._callers.items():
+            if site in sites:
+                client.abort()
 
     def end(self) -> None:
         """Let the requests under way be the last, and end the connections that wait for one."""
@@ -136,7 +148,12 @@ class Relay:
         await asyncio.sleep(wait)
         request = parse(await self._head(client), limits.body, limits.small_body)
         site = self._sites.identify(request.headers)
-        self._guard.know(visitor)
+        self._callers[client] = site
+        self._guard.know(visitor, site)
+        self._guard.forget(asyncio.current_task())
+        if self._under_way[site] + request.length > limits.site_bytes:
+            raise Refused("site_bytes", HTTPStatus.SERVICE_UNAVAILABLE, f"{site} sends too much at a time")
+        self._under_way[site] += request.length
         try:
             async with self._upstream.connection() as upstream:
                 down = await self._pass(client, upstream, request)
@@ -145,6 +162,8 @@ class Relay:
                 raise error if isinstance(error, Closed) else Closed("broken_off") from error
             detail = f"the SuperLink behind this proxy does not answer as it should ({type(error).__name__})"
             raise Refused("upstream", HTTPStatus.BAD_GATEWAY, detail) from error
+        finally:
+            self._under_way[site] -= request.length
         self._guard.count(site, request.path.decode().rpartition("/")[2], request.length, down)
         return not (request.last or self._ending)
 

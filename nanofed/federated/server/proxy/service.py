@@ -10,11 +10,11 @@ import os
 import signal
 import socket
 import ssl
-import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from nanofed import runtime
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.server.keys import expiry_warning, read_certificate
 from nanofed.federated.server.proxy.guard import Guard, Limits, Visitor
@@ -43,6 +43,7 @@ class Options:
         upstream_ca: certificate of the authority that the SuperLink's certificate is of; None where it has no TLS, as in tests
             (Flower refuses node authentication then).
         status: file to which the counters are written at each tick, as JSON; none if left out.
+        known: file in which the addresses of sites are kept; none if left out.
         parent: process id without which the proxy ends; none if left out.
         tick: seconds between two looks at files and parent.
         limits: what the proxy takes.
@@ -55,6 +56,7 @@ class Options:
     sites: Path
     upstream_ca: Path | None = None
     status: Path | None = None
+    known: Path | None = None
     parent: int | None = None
     tick: float = 1.0
     limits: Limits = field(default_factory=Limits)
@@ -62,14 +64,25 @@ class Options:
     def command(self) -> list[str]:
         """Return the command that starts this proxy as a process."""
         options = []
-        for name in ("listen", "upstream", "certificate", "key", "sites", "upstream_ca", "status", "parent", "tick"):
+        for name in (
+            "listen",
+            "upstream",
+            "certificate",
+            "key",
+            "sites",
+            "upstream_ca",
+            "status",
+            "known",
+            "parent",
+            "tick",
+        ):
             if (value := getattr(self, name)) is not None:
                 options += [f"--{name}", str(value)]
         for limit in fields(Limits):
             value = getattr(self.limits, limit.name)
             if value != limit.default:
                 options += [f"--{limit.name}", str(value)]
-        return [sys.executable, "-m", "nanofed.federated.server.proxy", *options]
+        return runtime.python("-m", "nanofed.federated.server.proxy", *options)
 
 
 class Proxy:
@@ -85,7 +98,7 @@ class Proxy:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.guard = Guard(options.limits)
+        self.guard = Guard(options.limits, options.known)
         self._sites = Sites(options.sites)
         self._context = _server_context(options)
         host, port = parse_address(options.upstream)
@@ -93,6 +106,7 @@ class Proxy:
         self._relay = Relay(self.guard, self._sites, self._upstream, options.limits)
         self._seen = self._state_of_files()
         self._warned = 0.0
+        self._unwritten = ""  # why the counters cannot be written, where it was said
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = _listen(*parse_address(options.listen))
         self.port = int(self._listener.getsockname()[1])
@@ -135,6 +149,8 @@ class Proxy:
                 continue
             task = asyncio.create_task(self._serve(connection, visitor))
             self._tasks.add(task)
+            self.guard.watch(task, visitor, task.cancel)
+            task.add_done_callback(self.guard.forget)
             task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, connection: socket.socket, visitor: Visitor) -> None:
@@ -164,6 +180,8 @@ class Proxy:
     def _tick(self) -> None:
         self._upstream.sweep()
         self._read_again()
+        with contextlib.suppress(OSError):  # a full disk: as for the counters, which say so
+            self.guard.keep_known()
         self._write_status()
         if time.monotonic() - self._warned > DAY or not self._warned:
             self._warned = time.monotonic()
@@ -174,20 +192,20 @@ class Proxy:
         return self.options.parent is not None and os.getppid() != self.options.parent
 
     def _read_again(self) -> None:
-        """Take over certificates and keys that were changed; what cannot be read is said, and the old ones stay."""
+        """Take over certificates and keys that were changed; what cannot be read is said, and an old certificate stays."""
         state = self._state_of_files()
         if state == self._seen:
             return
         self._seen = state
+        self._relay.cut(self._sites.read())
+        logger.info("the sites' keys are read again; sites: %s", ", ".join(self._sites.names()) or "none")
         try:
-            self._sites.read()
             context, upstream = _server_context(self.options), _client_context(self.options)
         except (NanofedError, OSError) as error:
-            logger.error("the changed certificate or keys are not taken over: %s", error)
+            logger.error("the changed certificate is not taken over: %s", error)
             return
         self._context, self._upstream.context = context, upstream
         self._warned = 0.0
-        logger.info("certificate and keys are read again; sites: %s", ", ".join(self._sites.names()))
 
     def _state_of_files(self) -> tuple[tuple[str, int, int], ...]:
         options = self.options
@@ -209,8 +227,11 @@ class Proxy:
             figures["certificate_ends"] = ends.isoformat()
         try:
             write_atomically(self.options.status, json.dumps(figures))
+            self._unwritten = ""
         except OSError as error:  # a full disk must not end the proxy
-            logger.warning("the proxy's counters cannot be written to %s: %s", self.options.status, error.strerror)
+            if self._unwritten != str(error):
+                self._unwritten = str(error)
+                logger.warning("the proxy's counters cannot be written to %s: %s", self.options.status, error.strerror)
 
 
 def parse_address(address: str) -> tuple[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 import datetime
+import logging
 import time
 from base64 import b64decode
 from collections import deque
@@ -18,6 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from nanofed.federated.server.keys import read_sites
 from nanofed.federated.server.proxy.http import Refused
 
+logger = logging.getLogger(__name__)
+
 PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
 OLDEST, NEWEST = (
     305.0,
@@ -30,9 +33,6 @@ class Sites:
 
     Args:
         folder: of `NAME.pub` files.
-
-    Raises:
-        ConfigError: a file is no public key.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,18 +43,19 @@ class Sites:
         self._keys: dict[bytes, tuple[str, ec.EllipticCurvePublicKey]] = {}
         self.read()
 
-    def read(self) -> None:
-        """Read the folder again: a key that has gone is refused from now on.
-
-        Raises:
-            ConfigError: a file is no public key; what was read before stays.
-        """
+    def read(self) -> set[str]:
+        """Read the folder again, and return the sites whose key has gone: it is refused from now on."""
         keys = {}
-        for pem, name in read_sites(self._folder).items():
+        found, unusable = read_sites(self._folder)
+        for pem, name in found.items():
             key = serialization.load_pem_public_key(pem)
             assert isinstance(key, ec.EllipticCurvePublicKey)
             keys[pem] = (name, key)
+        gone = {name for pem, (name, _) in self._keys.items() if pem not in keys}
         self._keys = keys
+        for reason in unusable:
+            logger.error("passed over: %s", reason)
+        return gone
 
     def names(self) -> list[str]:
         """Return the sites."""
