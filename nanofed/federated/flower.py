@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import json
 import socket
 import sys
 from pathlib import Path
@@ -11,6 +12,14 @@ from typing import Any
 
 from nanofed import runtime
 from nanofed.errors import NanofedError
+
+
+def toml(value: bool | int | float | str) -> str:
+    """Write a value as TOML, in which Flower takes settings; a double quote is escaped as a number, since it splits at those."""
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        text = '"' + text[1:-1].replace('\\"', "\\u0022").replace("\x7f", "\\u007f") + '"'
+    return text
 
 
 def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:

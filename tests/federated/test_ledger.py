@@ -350,6 +350,13 @@ def test_local_ledgers_lease_each_site_its_own_text() -> None:
     assert again.state_dict() == ledger.state_dict() and again.data("a") == ledger.data("a")
     with pytest.raises(DataError, match="is not what it was in this run: x differ"):
         again.admit("a", (SiteShard("x", 20, 100, "other"),))
+    again.forget_fingerprints()
+    with pytest.raises(DataError, match="is not what it was in this run: x differ"):
+        again.admit("a", (SiteShard("x", 21, 100, "new"),))
+    again.forget_fingerprints()
+    again.admit("a", (SiteShard("x", 20, 100, "new"),))
+    with pytest.raises(DataError, match="is not what it was in this run: x differ"):
+        again.admit("a", (SiteShard("x", 20, 100, "other"),))
     with pytest.raises(DataError, match="no shard of 2 rows"):
         again.admit("c", (SiteShard("z", 1, 100, "f"),))
     with pytest.raises(DataError, match="sharding=local"):

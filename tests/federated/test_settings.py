@@ -4,8 +4,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from flwr.common.config import parse_config_args
 
 from nanofed.errors import ConfigError
+from nanofed.federated.flower import toml
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.settings import DEFAULTS, Value, lr_note, to_args
 
@@ -131,3 +133,27 @@ def test_a_config_says_everything_about_the_training(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(settings: dict[str, Value], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parsed(**settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a b",
+        'a"b',
+        "a'b",
+        "a\\",
+        'a\\"',
+        "\\u0022",
+        "a=b",
+        'x="y" z=1',
+        "ü🙂",
+        "a\nb\t\x7f\x07",
+        "8612e71",
+        "x.toml",
+    ],
+)
+def test_what_is_passed_on_to_flower_reads_back(text: str) -> None:
+    assert tomllib.loads(f"key = {toml(text)}") == {"key": text}
+    line = f"name={toml('a')} key={toml(text)}"
+    assert parse_config_args([line]) == {"name": "a", "key": text}

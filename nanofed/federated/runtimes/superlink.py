@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import nanofed
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
-from nanofed.federated.flower import flower_environment, free_port
+from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.federated.processes import last_error, stop_marked, undisturbed
 from nanofed.federated.runtimes.settings import DEFAULTS, Value
 from nanofed.federated.wire.signature import installed
@@ -154,7 +154,8 @@ class SuperLink:
     def submit(self, app: Path, settings: Mapping[str, Value], *options: str) -> int:
         """Submit a run with settings over those of its app, and return its id."""
         path = self.home / "settings.toml"
-        path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+        content = "".join(f"{key} = {toml(value)}\n" for key, value in settings.items())
+        path.write_text(content, encoding="utf-8")
         answer = _json(self.command("run", str(app), LINK, *options, "--run-config", str(path), "--format", "json"))
         if not answer.get("success"):
             raise NanofedError(f"Flower did not take the run: {answer.get('error-message', answer)}")

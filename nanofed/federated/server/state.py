@@ -133,6 +133,8 @@ class State:
         manifest, own_text = read_manifest(path), isinstance(self.ledger, LocalLedger)
         check_identity(path, manifest, module, data, "resume", force=force, training=not own_text)
         saved = self.load_without_weights(path)
+        if isinstance(self.ledger, LocalLedger) and manifest.data is None:
+            self.ledger.forget_fingerprints()
         self.load_weights(path)
         # The summary beside it may be ahead, of rounds that were lost, or lost itself.
         known = [point for point in summary.curve if point.step <= self.clock.round]

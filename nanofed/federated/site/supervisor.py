@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError
-from nanofed.federated.flower import flower_environment, free_port
+from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.federated.processes import Child, end_marked, ended_by_signals, last_error, undisturbed
 from nanofed.federated.site.channel import ChannelError, call
 from nanofed.federated.site.code import Code
@@ -132,11 +132,9 @@ class _Site:
         secure = ["--insecure"] if options.authority is None else ["--root-certificates", str(options.authority)]
         if options.key is not None:
             secure += ["--auth-supernode-private-key", str(options.key)]
-        config = f'name="{options.name}" trainer="{self._socket}" server="{options.superlink}"'
-        if options.authority is not None:
-            config += f' authority="{options.authority}"'
-        if options.key is not None:
-            config += f' key="{options.key}"'
+        given = {"name": options.name, "trainer": self._socket, "server": options.superlink}
+        given |= {"authority": options.authority, "key": options.key}
+        config = " ".join(f"{name}={toml(str(value))}" for name, value in given.items() if value is not None)
         where = ["--superlink", options.superlink, "--host", "127.0.0.1", "--port", str(free_port())]
         return runtime.python("-m", "nanofed.federated.site.supernode", *where, *secure, "--node-config", config)
 
