@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import traceback
 from pathlib import Path
 
@@ -45,8 +46,9 @@ def in_one_line(error: BaseException) -> str:
         return f"{names}: {reason}" if names else reason
     if isinstance(error, ImportError):
         return f"{text}: the installation is not complete"
-    if isinstance(error, RuntimeError) and not isinstance(error, RecursionError | NotImplementedError):
-        return f"{text or kind}"
+    from_outside = isinstance(error, RuntimeError | subprocess.SubprocessError)
+    if from_outside and not isinstance(error, RecursionError | NotImplementedError):
+        return text or kind
     frames = traceback.extract_tb(error.__traceback__)
     where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
     return f"this is a bug of nanofed: {kind}{where}: {text}" if text else f"this is a bug of nanofed: {kind}{where}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -48,6 +49,7 @@ DEBUG = " (NANOFED_DEBUG=1 shows the traceback)\n"
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "Broken pipe" + DEBUG),
         (RuntimeError("one\ntwo"), 1, "one" + DEBUG),
         (RuntimeError(), 1, "RuntimeError" + DEBUG),
+        (subprocess.TimeoutExpired("flwr", 9), 1, "Command 'flwr' timed out after 9 seconds" + DEBUG),
         (MemoryError(), 1, "out of memory (MemoryError): take a smaller data.device_batch_size or model.depth" + DEBUG),
         (
             RuntimeError("CUDA out of memory. Tried 1 GiB"),
