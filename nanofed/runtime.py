@@ -411,6 +411,21 @@ def should_compile(wanted: bool | str, device: torch.device | str) -> bool:
     return why_not is None
 
 
+def be_deterministic() -> None:
+    """Have PyTorch take kernels whose sums have one order, so that a GPU computes the same bits each time.
+
+    By default the gradients of the embedding and of attention are summed by atomic additions, in whatever order they come.
+    A CPU computes the same bits anyway. To be called before CUDA is in use.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # for bugs of one's own: it costs a pass over all new memory
+    )
+
+
 def keep_compiled_code() -> None:
     """Have torch.compile keep its kernels under `base_dir()`, where a reboot leaves them, unless a place is set already.
 

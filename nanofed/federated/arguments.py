@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
+from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.federated.config import FederationConfig
 from nanofed.ranges import Range, check_numbers
@@ -89,5 +90,7 @@ class Arguments:
 
     def build(self) -> tuple[GPTModule, TokenDataModule]:
         """Return a module and its data, not shared with anybody."""
+        if self.config.deterministic:
+            runtime.be_deterministic()
         built = self.parser.instantiate(self.config)
         return built.model, built.data

@@ -173,6 +173,8 @@ class FitCLI(LightningCLI):
         plugins = trainer.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         runtime.warn_of_unused_gpu(str(trainer["accelerator"]))
+        if options.deterministic:
+            runtime.be_deterministic()
         with self.lightning_errors(building=True):
             own = [plugin for plugin in plugins if isinstance(plugin, ClusterEnvironment)]
             environment = own or [cluster_environment()]

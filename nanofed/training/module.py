@@ -110,10 +110,11 @@ class GPTModule(LightningModule):
     def _say_kernel(self, device: torch.device) -> None:
         kernel = attention_kernel(self.config, self.gpt.compute_dtype, device)
         logger.info("attention by %s", kernel)
-        if kernel == "FlashAttention 2" and torch.cuda.get_device_capability(device)[0] == 9:
+        wanted = torch.are_deterministic_algorithms_enabled()  # cuDNN's kernel is not deterministic
+        if kernel == "FlashAttention 2" and not wanted and torch.cuda.get_device_capability(device)[0] == 9:
             logger.warning(
                 "attention runs FlashAttention 2, which is slower than cuDNN's on this GPU: torch prefers cuDNN's from version "
-                "9.15 on (this one is %s) unless that is switched off or the run is deterministic",
+                "9.15 on (this one is %s) unless that is switched off",
                 torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             )
 

@@ -29,6 +29,7 @@ class RunOptions:
         keep_checkpoints: newest checkpoints to keep; 0 keeps all.
         keep_every: checkpoints at multiples of so many steps (rounds) are kept besides; 0 for none.
         log_every: steps between two entries of the training loss.
+        deterministic: compute the same bits each time on a GPU too, for which it takes slower kernels.
         sample_every: steps (rounds) between two text samples, taken at validations; 0 takes none.
         sample_prompts: what the samples go on from.
     """
@@ -44,6 +45,7 @@ class RunOptions:
     keep_checkpoints: CountOrZero = 2
     keep_every: CountOrZero = 0
     log_every: Count = 10
+    deterministic: bool = False
     sample_every: CountOrZero = 0
     sample_prompts: list[str] = field(default_factory=lambda: ["The capital of France is", "To open a file,"])
 

@@ -149,7 +149,9 @@ class Ours:
 
 def _switch(setting: Setting) -> None:
     """Take out of this process's model what the setting wants to see the effect of."""
-    if setting.attention != "auto":
+    if setting.attention == "flash":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    elif setting.attention != "auto":
         longest = 0 if setting.attention == "sdpa" else sys.maxsize
         attention.BLOCKED_LONGEST.update(dict.fromkeys(DTYPES.values(), longest))
     if setting.head == "plain":

@@ -41,7 +41,12 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of nanofed's matmuls")
     add("--reference_dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: fp32, bf16 on a GPU")
     add("--ns_dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of Newton-Schulz on both sides")
-    add("--attention", choices=["auto", "sdpa", "blocked"], default="auto", help="of nanofed, on a CPU")
+    add(
+        "--attention",
+        choices=["auto", "sdpa", "blocked", "flash"],
+        default="auto",
+        help="of nanofed; flash: without cuDNN's",
+    )
     add("--head", choices=["fused", "plain"], default="fused", help="of nanofed; plain holds all logits")
     add("--compile", type=boolean, default=True)
     add("--data", default=default_data(), help=f"folder of shards, demo, or {SYNTHETIC} (default: %(default)s)")

@@ -21,6 +21,7 @@ class FakeGPU:
     """The folder that `fakegpu/build` made: a CUDA build of torch in `venv`, and libraries that stand in for the driver."""
 
     folder: Path
+    prelude = "import os, sys; sys.path.append(os.environ['NANOFED_SITE']); import fakegpu\n"
 
     def environment(self, **changes: str) -> dict[str, str]:
         """Return the environment of a process on the card; what torch's venv lacks comes from this one's packages."""
@@ -57,10 +58,10 @@ class FakeGPU:
             check=False,
         )
 
-    def measure(self, **options: Any) -> dict[str, Any]:
+    def measure(self, *, environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
         """Return what `tests/gpu/step.py` counts of a training step with these options."""
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        ended = self.start(["-m", "tests.gpu.step", *arguments])
+        ended = self.start(["-m", "tests.gpu.step", *arguments], **(environment or {}))
         assert ended.returncode == 0, ended.stderr[-3000:]
         counted: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
         return counted

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nanofed import runtime
 from nanofed.data.streams import Batch, DataState
 from nanofed.model import GPT
 from nanofed.optim import DistMuonAdamW
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", type=lambda text: text == "True", default=True)
+    parser.add_argument("--deterministic", type=lambda text: text == "True", default=False)
     parser.add_argument("--peak", action="store_true", help="list what is held at the peak")
     args = parser.parse_args()
 
@@ -50,6 +52,8 @@ def main() -> None:
     GPT.init_weights = lambda self, seed: None  # type: ignore[method-assign]
     for layer in (nn.Linear, nn.Embedding):
         layer.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    if args.deterministic:
+        runtime.be_deterministic()
     torch.cuda.set_device(0)
     if args.ranks > 1:
         store = dist.HashStore()  # type: ignore[attr-defined]

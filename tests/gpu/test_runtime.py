@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +14,14 @@ import pytest
 import torch
 
 from nanofed import runtime
+from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError
+from nanofed.federated.arguments import Arguments
+from nanofed.tokenizer import train_tokenizer
+from nanofed.training.config import FitCLI
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe
+from tests.ranks import REPOSITORY
 
 GPU = "0000:01:00.0"
 
@@ -179,3 +187,39 @@ def test_a_card_has_the_peak_of_its_own_kind(name: str, teraflops: int | None, m
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert runtime.peak_flops("cuda") == (None if teraflops is None else teraflops * 1e12)
     assert runtime.peak_flops("cpu") is None
+
+
+@pytest.mark.parametrize("command", ["fit", "federate"])
+def test_deterministic_true_is_for_both_paths(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked() -> None:
+        raise Asked
+
+    monkeypatch.setattr(runtime, "be_deterministic", asked)
+    write_shards(["some words of text"] * 8, tmp_path / "data", num_shards=2)
+    train_tokenizer(["some words of text"], vocab_size=270).save(tmp_path / "tokenizer")
+    args = [f"--data.path={tmp_path / 'data'}", f"--data.tokenizer={tmp_path / 'tokenizer'}", f"--runs_dir={tmp_path}"]
+    args += ["--model.depth=1", "--model.compile=false", "--deterministic=true"]
+    with pytest.raises(Asked):
+        FitCLI([*args, "--trainer.accelerator=cpu"]) if command == "fit" else Arguments.from_args(args).build()
+
+
+def test_deterministic_means_what_torch_calls_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        runtime.be_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gpu_check_says_where_there_is_no_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    ended = subprocess.run([sys.executable, REPOSITORY / "bin/gpu-check"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (3, "")
+    assert ended.stderr.startswith("gpu-check: no GPU to check")
