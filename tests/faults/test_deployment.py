@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -178,6 +179,24 @@ def test_the_superlink_is_killed(federation: Deployment) -> None:
     server.kill("superlink_process")
     federation.reach(before + 2, 240)
     assert "the SuperLink died" in server.output
+    federation.no_row_is_merged_twice()
+
+
+def test_what_the_server_keeps_beside_its_checkpoints_is_lost_and_made_anew(federation: Deployment) -> None:
+    assert federation.keys is not None
+    kept, rubbish = federation.run / "server", federation.keys / "sites" / "lab-x.pub"
+    rubbish.write_text("no key")  # keeps nobody out
+    shutil.rmtree(kept / "depot")
+    (kept / "nodes.json").write_text('{"lab-a"')
+    for name in ("lab-a", "lab-b"):
+        federation.takes_part(name)
+    (kept / "superlink.db").unlink()
+    for name in ("lab-a", "lab-b"):
+        federation.takes_part(name)
+    said = federation.processes["server"].output
+    assert "superlink.db, which the SuperLink was using, was removed or replaced" in said
+    assert "lab-x.pub cannot be read as a public key" in said
+    rubbish.unlink()
     federation.no_row_is_merged_twice()
 
 

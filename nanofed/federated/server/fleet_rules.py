@@ -346,8 +346,7 @@ def bind(
                     say(node, call, refused)
                 refuse(refused)
             response = flowers(request=request, state=state, **others)
-            with lock:
-                after(node, request, state, response, found)
+            after(node, request, state, response, found)
             return response
 
         setattr(handlers, call, handler)
@@ -367,7 +366,8 @@ def bind(
         for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             of = message.metadata
             asked = Asked(of.run_id, of.group_id, of.message_type, frozenset(_ids(tree)))
-            rules.delivered(node, of.message_id, asked)
+            with lock:
+                rules.delivered(node, of.message_id, asked)
 
     def answer(node: int, request: Any, state: Any) -> Answer:
         for message in request.messages_list:
@@ -378,7 +378,9 @@ def bind(
         return found
 
     def accepted(node: int, request: Any, state: Any, response: Any, found: Answer) -> None:
-        for message in rules.accepted(node, found, response.session_id, response.objects_to_push):
+        with lock:
+            dropped = rules.accepted(node, found, response.session_id, response.objects_to_push)
+        for message in dropped:  # the database may have to be waited for: not while others wait for the lock
             state._on_push_session_expired({message})
             state.object_store.delete(message)
 
@@ -388,7 +390,8 @@ def bind(
 
     def pushed(node: int, request: Any, state: Any, response: Any, found: None) -> None:
         if response.stored:
-            rules.pushed(node, request.session_id, request.object_id, len(request.object_content))
+            with lock:
+                rules.pushed(node, request.session_id, request.object_id, len(request.object_content))
 
     guard("activate_node", heartbeat, caller=lambda request: request.public_key)
     guard("deactivate_node", caller=lambda request: request.node_id)
