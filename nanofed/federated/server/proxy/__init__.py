@@ -18,11 +18,14 @@ What is covered, and by what:
   Host and known headers; chunked bodies, upgrades, HTTP other than 1.1, pipelining and any path but those twelve, letter by
   letter, are refused.
 - Exhaustion: bytes of a head and a body, seconds of a handshake, a head, a body and an idle connection, connections in all and an
-  address, handshakes and requests a second and an address. Half of all connections are kept for addresses of known sites.
+  address, handshakes and requests a second and an address, bytes of a site's bodies at a time. Half of all connections are kept
+  for addresses from which a site has called, which are remembered through restarts; where the others are used up, the oldest
+  one on which nothing was asked for makes room.
 
 What is not:
 
-- A site that is trusted and lies. It holds a valid key; what it sends is checked by `server/validation.py`, not here.
+- A site that is trusted and lies. It holds a valid key; which calls it may make is decided by `server/fleet_rules.py` in the
+  SuperLink's process, and what it sends is checked by `server/validation.py`.
 - A stolen site key, until its file is taken away. A stolen authority: everything.
 - A flood that fills the line or comes from very many addresses.
 - Whoever may run processes as this user on the server's machine, or reaches its loopback: Control needs no credentials there.
