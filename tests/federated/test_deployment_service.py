@@ -1,0 +1,89 @@
+"""What the service around a SuperLink notices while it runs: a lost database, another authority, keys that come and go."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nanofed.federated.runtimes import deployment
+from nanofed.federated.runtimes.deployment import ServerOptions, _Service
+from nanofed.federated.server.keys import Keys, init
+from nanofed.federated.wire.signature import installed
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return init(tmp_path / "keys", [], ["lab-a", "lab-b"])
+
+
+@pytest.fixture
+def service(tmp_path: Path, keys: Keys) -> _Service:
+    """The service of a SuperLink that runs, as far as it looks at files."""
+    folder = tmp_path / "run" / "server"
+    folder.mkdir(parents=True)
+    service = _Service(folder.parent, folder, ServerOptions(keys=str(keys.folder)), keys, lambda: None, [])
+    service._database.write_bytes(b"of Flower")
+    service._database_file = deployment._identity(service._database)
+    service._authority = deployment._content(keys)
+    return service
+
+
+def test_a_database_that_was_removed_or_replaced_ends_the_superlink(service: _Service) -> None:
+    assert service._lost() is None
+    kept = service._database.rename(service._database.with_name("kept"))
+    assert "superlink.db, which the SuperLink was using, was removed or replaced" in str(service._lost())
+    service._database.write_bytes(b"another")
+    assert "removed or replaced" in str(service._lost())
+    kept.replace(service._database)
+    assert service._lost() is None
+
+
+def test_a_new_authority_is_taken_up_when_all_of_it_is_there(service: _Service, keys: Keys, tmp_path: Path) -> None:
+    new = init(tmp_path / "new", [], ["lab-a"])
+    old = keys.ca.read_bytes()
+    keys.ca.unlink()
+    assert service._lost() is None
+    keys.ca.write_text("rubbish")
+    assert service._lost() is None
+    keys.ca.write_bytes(new.ca.read_bytes())  # its certificate is still to come
+    assert service._lost() is None
+    for name in ("server.pem", "server.key"):
+        shutil.copy(new.folder / name, keys.folder / name)
+    assert service._lost() == f"the authority {keys.ca} was replaced"
+    keys.ca.write_bytes(old)
+    assert service._lost() is None
+
+
+def test_sites_that_come_and_go_are_said_once(service: _Service, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    def said() -> list[str]:
+        caplog.clear()
+        service._say_sites()
+        service._say_sites()
+        return sorted(record.getMessage() for record in caplog.records)
+
+    assert said() == ["site lab-a may take part", "site lab-b may take part"]
+    keys.public_key("lab-a").unlink()
+    keys.public_key("lab-x").write_text("rubbish")
+    gone, bad = sorted(said(), key=lambda line: "passed over" in line)
+    assert gone == "the key of site lab-a is refused from now on"
+    assert bad.startswith(f"passed over: {keys.public_key('lab-x')} cannot be read")
+    init(keys.folder, [], ["lab-b"], force=True)
+    assert said() == ["site lab-b may take part", "the old key of site lab-b is refused from now on"]
+
+
+def test_the_bundle_is_written_anew_for_each_run(service: _Service) -> None:
+    for _ in range(2):
+        service._write_app(None)
+        found = {p.relative_to(service._app).as_posix(): p.read_bytes() for p in service._app.rglob("*.py")}
+        assert found == installed()
+        assert (
+            'serverapp = "nanofed.federated.runtimes.deployment_app:server_with_keys"'
+            in (service._app / "pyproject.toml").read_text()
+        )
+        (service._app / "nanofed" / "errors.py").write_text("torn")
+        (service._app / "stray.py").write_text("print('run beside the keys')")
