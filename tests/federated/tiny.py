@@ -62,7 +62,7 @@ def arguments(corpus: Path, runs: Path, name: str, **federation: Any) -> list[st
     own = {"clients": 2, "rounds": 2, "round_steps": 1, **federation}
     given |= {
         key
-        if "." in key or key in given or key in ("ckpt_path", "sample_every", "seed_everything")
+        if "." in key or key in given or key in ("ckpt_path", "init_from", "sample_every", "seed_everything")
         else f"federation.{key}": value
         for key, value in own.items()
     }

@@ -57,9 +57,7 @@ def by_federation(corpus: Path, checkpoint: Path, folder: Path, who: str, client
     """Return the figure before the first round of a federation that starts from the checkpoint."""
     options = {"clients": clients, "evaluation": who, "rounds": 1, "eval_every": 1, "round_steps": 1}
     more = {"model.depth": 2, "data.device_batch_size": size, "data.eval_tokens": EVAL_TOKENS}
-    config = federation(corpus, folder, f"{who}-{clients}-{size}", **options, **more)
-    config.options.init_from = str(checkpoint)
-    loop, _ = train(config)
+    loop, _ = train(federation(corpus, folder, f"{who}-{clients}-{size}", **options, **more, init_from=checkpoint))
     assert not loop.state.events.total()
     return loop.board.summary.curve[0].bpb
 
