@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from nanofed.data.rows import Row
 
+BUFFER_SIZE = 128  # documents from which the best-fit packer chooses
+
 Tokens = npt.NDArray[np.int32]
 Read = Callable[[Row], Tokens]  # the tokens of a document, begin-of-sequence token first
 
@@ -121,7 +123,7 @@ class BestFitPacker:
     """
 
     def __init__(
-        self, rows: Iterator[Row], read: Read, state: StreamState, sequence_len: int, *, buffer_size: int = 128
+        self, rows: Iterator[Row], read: Read, state: StreamState, sequence_len: int, *, buffer_size: int = BUFFER_SIZE
     ) -> None:
         self.cropped_tokens = 0
         self.delivered_tokens = 0
@@ -185,6 +187,11 @@ class BestFitPacker:
                 self._refill(room)
         self.delivered_tokens += self._length
         return out
+
+
+def most_pending(sequence_len: int) -> int:
+    """Return how many documents a packer holds at most: a row of the shortest ones, or the best-fit packer's choice of them."""
+    return max(sequence_len + 1, BUFFER_SIZE) + 1
 
 
 def _after(last: Row | None, start: Row | None) -> Row | None:

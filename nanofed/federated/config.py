@@ -33,9 +33,9 @@ class FederationConfig:
         weighting: `uniform` or `tokens`: a client's share in the mean.
         merge: `mean`, or coordinate by coordinate `median` or `trimmed_mean` of the clients' updates, all weighing the same.
         trim: share of the values that `trimmed_mean` cuts off on either side.
-        max_norm_ratio: largest update, as its norm per root of steps over the running median of accepted ones; None for any.
-            `median` and `trimmed_mean` also refuse what is so many times longer than is usual among the updates of its round, of
-            three or more, from the first round on.
+        max_norm_ratio: largest update, in every parameter group, over what is usual: the median of one vote a client, for as
+            many steps at the same learning rate. An update that no steps of the recipe can have moved is refused in any case, and
+            so is one that has moved next to nothing. None switches all of this off.
         on_large_norm: `clip` a larger update to that, or `reject` it.
         outer_lr: outer learning rate; 1 with momentum 0 is FedAvg.
         outer_momentum: outer Nesterov momentum.

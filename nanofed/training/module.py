@@ -17,7 +17,7 @@ from nanofed.errors import ConfigError
 from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.model import GPT, GPTConfig
 from nanofed.model.attention import attention_kernel
-from nanofed.optim import Clock, DistMuonAdamW, MuonAdamW, parameter_groups
+from nanofed.optim import Clock, DistMuonAdamW, Movement, MuonAdamW, movements, parameter_groups
 from nanofed.ranges import Range, Rows, Seed, check_numbers
 from nanofed.training.recipe import OCTOBER, Recipe
 from nanofed.training.strategy import FabricShardedStrategy, ShardedStrategy
@@ -159,14 +159,7 @@ class GPTModule(LightningModule):
     def configure_optimizers(self) -> MuonAdamW:
         """Return the one optimizer, Muon and AdamW in groups, on this module's clock."""
         recipe = self.recipe
-        groups = parameter_groups(
-            self.gpt,
-            embedding_lr=recipe.embedding_lr,
-            head_lr=recipe.head_lr,
-            matrix_lr=recipe.matrix_lr,
-            weight_decay=recipe.weight_decay,
-            lr_scale=recipe.lr_scale,
-        )
+        groups = self._groups(self.gpt)
         # Under a strategy without a reducer the optimizer is what moves gradients between ranks.
         driver: Any = self._trainer or self._fabric
         sharded = driver is not None and isinstance(driver.strategy, (ShardedStrategy, FabricShardedStrategy))
@@ -179,6 +172,23 @@ class GPTModule(LightningModule):
             ns_dtype=self.gpt.compute_dtype,  # matmuls, too
             compiled=self.compiled,
         )
+
+    def _groups(self, gpt: GPT) -> list[dict[str, Any]]:
+        recipe = self.recipe
+        return parameter_groups(
+            gpt,
+            embedding_lr=recipe.embedding_lr,
+            head_lr=recipe.head_lr,
+            matrix_lr=recipe.matrix_lr,
+            weight_decay=recipe.weight_decay,
+            lr_scale=recipe.lr_scale,
+        )
+
+    def movements(self) -> dict[str, Movement]:
+        """Return how far an optimizer step of the recipe moves every weight, by name; no model is built for it."""
+        with torch.device("meta"):
+            gpt = GPT(self.config)
+        return movements(gpt.named_parameters(), self._groups(gpt))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add where the data stands (all ranks' streams) and the random state."""

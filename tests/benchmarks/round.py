@@ -51,6 +51,7 @@ def fleet(args: argparse.Namespace) -> Fleet:
         "data.device_batch_size": args.device_batch_size,
         "data.eval_tokens": rows,
         "federation.clients": args.sites,
+        "federation.max_norm_ratio": "null",  # an echo is of no training
         "federation.down_codec": args.down,
         "federation.up_codec": args.up,
         "federation.round_seconds": args.round_seconds,

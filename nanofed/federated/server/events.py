@@ -26,6 +26,7 @@ Kind = Literal[
     "damaged",  # not the arrays that the report announces
     "not_finite",
     "large_norm",  # rejected for its norm
+    "small_norm",  # it has moved next to nothing
     "clipped",  # merged, with its norm cut
     "tokens",  # steps, tokens or seconds that cannot be
     "position",  # rows outside of its lease

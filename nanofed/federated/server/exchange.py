@@ -85,6 +85,7 @@ class Exchange:
         sent: Sent,
         *,
         streams: int,
+        most_pending: int,
         seconds: float,
         asks: Mapping[str, Evaluate] | None = None,
     ) -> Iterator[Answer[Update]]:
@@ -98,6 +99,7 @@ class Exchange:
             instructions: client -> what it is to do.
             sent: the weights, the same for all.
             streams: of every client's data.
+            most_pending: documents that a stream's packer may hold.
             seconds: until a client is given up; what it answers in as much time again is named as late.
             asks: client -> what it is to measure of these weights beside.
         """
@@ -111,7 +113,7 @@ class Exchange:
             def take(reply: Message) -> Arrays:
                 return load.take(client, reply, sent.up, sent.weights)
 
-            update = check_reply(reply, instructions[client], sent, streams, take)
+            update = check_reply(reply, instructions[client], sent, streams, take, most_pending=most_pending)
             return update, reply.content.config_records["fitres.metrics"]
 
         number = next(iter(instructions.values())).round

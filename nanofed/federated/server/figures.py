@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nanofed.federated.server.folding import PseudoGradient
+from nanofed.federated.server.norms import Length
 from nanofed.federated.server.validation import Update
 from nanofed.federated.wire.blocks import l2_norm
 
@@ -16,9 +17,11 @@ class Merged:
     """A client's part in a round: its reply without the arrays, its share in the mean, and what its norm was scaled by."""
 
     update: Update
+    length: Length
     weight: float
     scale: float
     seconds: float  # from dispatch until its answer was here, less those in which it measured the weights for us
+    held: bool = False  # until the others of its round are known
     cosine: float | None = None  # of its update with the merged one
 
 
@@ -55,11 +58,6 @@ class RoundFigures:
         self.merged_norm = l2_norm(list(gradient.values()))
         for client, cosine in cosines.items():
             self.merged[client].cosine = cosine
-
-    @property
-    def lengths(self) -> dict[str, tuple[float, int]]:
-        """Client -> L2 norm of its update as it came, and the steps that it is of."""
-        return {client: (part.update.norm, part.update.report.steps) for client, part in self.merged.items()}
 
     @property
     def norms(self) -> list[float]:

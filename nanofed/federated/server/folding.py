@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanofed.federated.server.spool import Spool
 from nanofed.federated.server.updates import Base
 
 PseudoGradient = Mapping[str, npt.NDArray[np.floating[Any]]]
@@ -24,12 +26,20 @@ class Merger(ABC):
     It is fp64 where clients sent their weights as they are, and fp32 where a codec has rounded their updates. Replies have been
     validated before: a Merger checks their names, shapes and dtypes only. `close`, or a `with` block, gives back what it holds.
 
+    A reply can be held on disk until the others of its round have said whether it is merged: `hold`, then `release` or `drop`.
+
     Args:
         base: what the clients were sent.
+        spool: the folder for replies that wait on disk; files that an earlier round left there are removed.
+
+    Raises:
+        NanofedError: the folder cannot be used.
     """
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, spool: Path) -> None:
         self._base = base
+        self._spool = Spool(base, spool)
+        self._held: dict[str, float] = {}  # client -> its share
         self._samples: dict[str, Tensor] = {}
         self._mean: Tensor | None = None
 
@@ -54,6 +64,38 @@ class Merger(ABC):
         opened = self._base.open(arrays)
         self._fold(client, opened, weight, scale)
         self._samples[client] = self._base.sample(opened)
+
+    def hold(self, client: str, arrays: Sequence[npt.NDArray[np.generic]], weight: float) -> None:
+        """Keep a client's reply on disk; its arrays are not needed afterwards.
+
+        Raises:
+            NanofedError: the disk is full; the round cannot be merged.
+        """
+        self._spool.write(client, self._base.open(arrays))
+        self._held[client] = weight
+
+    def release(self, client: str, scale: float) -> None:
+        """Fold in the reply of a client that was held.
+
+        Args:
+            client: its name.
+            scale: of its update: below 1 where its norm is clipped.
+
+        Raises:
+            NanofedError: the reply cannot be read any more; the round cannot be merged.
+        """
+        try:
+            arrays = [self._spool.read(client, index, offset) for index, offset in enumerate(self._spool.offsets())]
+        except (OSError, ValueError) as error:
+            raise self._spool.unusable(error) from error
+        self._fold(client, arrays, self._held.pop(client), scale)
+        self._samples[client] = self._base.sample(arrays)
+        self._spool.remove(client)
+
+    def drop(self, client: str) -> None:
+        """Leave out a client that was held."""
+        del self._held[client]
+        self._spool.remove(client)
 
     def result(self) -> PseudoGradient:
         """Return the pseudo-gradient; what was folded in is used up.

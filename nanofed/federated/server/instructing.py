@@ -56,6 +56,10 @@ class Instructor:
                 share = state.ledger.share(client, len(clients))
                 tokens = int(min(tokens, rate * config.round_seconds * LEASE_OVER_RATE if rate else share))
             margin = state.pace.margin.get(client, 1.0)
+            if config.round_steps is None:  # the client's speed is a claim of its own where clients take turns
+                epoch = max(batch_tokens, state.ledger.share(client, 1))
+                margin = min(margin, max(1.0, epoch / max(1, tokens)))
+                tokens = min(tokens, epoch)
             spare = SPARE_ROWS[self._data.packing]
             stride = (index, len(clients)) if config.sharding == "full" else None
             lease = state.ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)

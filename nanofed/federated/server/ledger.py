@@ -8,7 +8,7 @@ Leases are stretches of the least-progressed shard, or with a stride, every n-th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,9 @@ from nanofed.federated.server.reading import locate, rows_between, rows_read
 
 FREE, LEASED, MERGED = 0, 1, 2
 TEXT_BYTES_PER_TOKEN = 5.0  # more than tokenizers give: a lease is rather too long than too short
+# A lease of more parts than these is for text too small, or for a claim too large, to be worth the server's time.
+MAX_EXTENSIONS = 128  # by which one call makes a lease longer
+MAX_RANGES = 1024  # that a client holds where its lease is of stretches
 
 
 class AnyShard(Protocol):
@@ -70,16 +73,24 @@ class Ledger:
 
     def progress(self, shard: str) -> float:
         """Return how often a shard has been merged: 1.25 is once, and a quarter of the second epoch."""
-        return self._merged(shard) / self._shards[shard].num_rows
+        return self._merged(shard, self._opened()[shard]) / self._shards[shard].num_rows
 
     def merged_rows(self) -> int:
         """Return the rows merged so far, over all epochs."""
-        return sum(map(self._merged, self._shards))
+        opened = self._opened()
+        return sum(self._merged(shard, opened[shard]) for shard in self._shards)
 
-    def _merged(self, shard: str) -> int:
+    def _opened(self) -> dict[str, dict[int, npt.NDArray[np.uint8]]]:
+        """Return the state of the rows of every shard by its open epochs."""
+        opened: dict[str, dict[int, npt.NDArray[np.uint8]]] = {name: {} for name in self._shards}
+        for (epoch, name), rows in self._rows.items():
+            opened[name][epoch] = rows
+        return opened
+
+    def _merged(self, shard: str, opened: Mapping[int, npt.NDArray[np.uint8]]) -> int:
         """Return the rows merged of a shard: those of epochs that are closed and forgotten, and of the open ones."""
-        opened = {epoch: rows for (epoch, name), rows in self._rows.items() if name == shard}
-        closed = sum(epoch not in opened for epoch in range(self._epoch[shard]))
+        newest = self._epoch[shard]
+        closed = newest - sum(epoch < newest for epoch in opened)
         return closed * self._shards[shard].num_rows + sum(int((rows == MERGED).sum()) for rows in opened.values())
 
     def lease(
@@ -87,7 +98,9 @@ class Ledger:
     ) -> tuple[RowRange, ...]:
         """Return the rows that a client may read, in order, with text that nobody else reads.
 
-        Streams do not advance evenly, as one's documents are longer than another's: each of them gets enough.
+        Streams do not advance evenly, as one's documents are longer than another's: each of them gets enough. The lease is
+        shorter than what is asked for where it would take more than `MAX_EXTENSIONS` parts or more than `MAX_RANGES` in all,
+        as a text of a few rows would for a long round.
 
         Args:
             client: who is to read.
@@ -104,7 +117,9 @@ class Ledger:
             last = held.ranges.pop()  # leased before the client's speed was known: more than it needs
             unread -= self._unread(last)
             self._part(last)[:] = FREE
-        while unread.min() < wanted:
+        for _ in range(MAX_EXTENSIONS):
+            if unread.min() >= wanted or (stride is None and len(held.ranges) >= MAX_RANGES):
+                break
             turns = int(wanted - unread.min()) + 1
             new = self._extend(held, turns) if stride is None else self._extend_by_stride(held, turns, *stride)
             unread += sum(map(self._unread, new))
@@ -132,7 +147,7 @@ class Ledger:
 
     def _extend_by_stride(self, held: _Client, turns: int, part: int, parts: int) -> list[RowRange]:
         """Lease up to `turns` more rows a stream, of the part-th of each `parts` stretches of the first shard that has some."""
-        turn = {name: self._turn(name)[0] for name in sorted(self._shards)}
+        turn = {name: at for name, (at, _) in sorted(self._turns().items())}
         epoch = min(turn.values())
         for own in (True, False):
             for shard in (name for name, at in turn.items() if at == epoch):
@@ -168,20 +183,23 @@ class Ledger:
         A shard counts with its oldest epoch that has free rows (a client may have given some back long after the next
         epoch began), or with its next one, which is opened when its turn comes.
         """
-        turns = {name: self._turn(name) for name in self._shards}
+        turns = self._turns()
         shard = min(turns, key=lambda name: (turns[name], name))
         epoch = turns[shard][0]
         self._epoch[shard] = max(self._epoch[shard], epoch)
         return epoch, shard
 
-    def _turn(self, name: str) -> tuple[int, float]:
-        """Return the epoch with which a shard counts, and which part of that is merged or on lease."""
-        opened = sorted(epoch for epoch, shard in self._rows if shard == name)
-        for epoch in opened:
-            rows = self._rows[(epoch, name)]
-            if (rows == FREE).any():
-                return epoch, float((rows != FREE).mean())
-        return self._epoch[name] + (self._epoch[name] in opened), 0.0
+    def _turns(self) -> dict[str, tuple[int, float]]:
+        """Return the epoch with which every shard counts, and which part of that is merged or on lease."""
+        turns = dict.fromkeys(self._shards, (0, 0.0))
+        for name, opened in self._opened().items():
+            newest = self._epoch[name]
+            free = [epoch for epoch, rows in opened.items() if (rows == FREE).any()] if opened else []
+            if free:
+                turns[name] = min(free), float((opened[min(free)] != FREE).mean())
+            elif opened or newest:
+                turns[name] = newest + (newest in opened), 0.0
+        return turns
 
     def _open(self, epoch: int, shard: str) -> npt.NDArray[np.uint8]:
         return self._rows.setdefault((epoch, shard), np.zeros(self._shards[shard].num_rows, np.uint8))

@@ -29,8 +29,8 @@ class Mean(Merger):
     the order of arrival, so another order differs by rounding, in fp64 or with a lossy codec in fp32.
     """
 
-    def __init__(self, base: Base) -> None:
-        super().__init__(base)
+    def __init__(self, base: Base, spool: Path) -> None:
+        super().__init__(base, spool)
         kind = np.float64 if base.dtype == torch.float64 else np.float32
         # NumPy's zeros take no memory before use, and then, in one piece, huge pages: of small ones the first fold took 2 s a GB.
         self._sums = list(torch.split(flat(np.zeros(sum(base.sizes), kind)), base.sizes))
@@ -78,8 +78,9 @@ class Mean(Merger):
         return self._sums
 
     def close(self) -> None:
-        """Let the accumulator go."""
+        """Let the accumulator go, and what was held."""
         self._sums = []
+        self._spool.close()
 
 
 def make_merger(
@@ -100,8 +101,8 @@ def make_merger(
         down_payload: what the clients are sent, `down.encode(weights)`.
         down: the codec of that.
         up: the codec of their replies.
-        spool: the folder in which median and trimmed mean keep the replies of the round; what is left there of an earlier one is
-            removed.
+        spool: the folder in which median and trimmed mean keep the replies of the round, and the mean those that it holds; what
+            is left there of an earlier one is removed.
         trim: of the trimmed mean: the share of clients cut on each side, below 0.5.
 
     Raises:
@@ -109,5 +110,5 @@ def make_merger(
     """
     base = Base(weights, down_payload, down, up)
     if method == "mean":
-        return Mean(base)
+        return Mean(base, spool)
     return Median(base, spool) if method == "median" else TrimmedMean(base, spool, trim)

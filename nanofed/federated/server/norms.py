@@ -1,112 +1,216 @@
-"""How large an update may be: its norm against what accepted updates had."""
+"""How long an update may be: against what the recipe's steps can move, what sites have sent before, and the others of its round.
+
+An update's length is measured for each parameter group by itself and in units of the recipe. Muon's steps have one length
+whatever the gradients are, and AdamW's have a largest one; k steps move a weight by between sqrt(k) of them (steps that have
+nothing in common) and k (steps that agree). The geometric mean of these two is the unit: honest updates of the group of
+matrices are 0.5 to 0.8 long in it, of 1 step or of 16, at every rate of the schedule. So a length says something before any
+other update is known, and where there are only two sites, of which neither is the majority.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from nanofed.federated.server.validation import Refused
+import numpy as np
 
-WINDOW = 64  # accepted updates that the median is taken over
-WARM_UP = 8  # of them before the median counts
-WARM_UP_ROUNDS = 4  # and rounds: with a head that begins at zero, a first round of one step moves a tenth of the second
-FIRST_RATIO = 10.0  # of an update's norm to the weights', before that
-LARGEST = 1e30  # of any update: fp32 has to hold the weights after it, whatever else is allowed
+from nanofed.federated.server.validation import Refused
+from nanofed.federated.wire.messages import Instructions
+from nanofed.optim import Movement, Schedule
+
+WINDOW = 8  # of a site's lengths, whose median is its vote
+GROWTH = 1.25  # of what is usual, from one round to the next, at most
+LEAST = {"muon": 0.3, "adamw": 0.2}  # that is taken for usual, however little was sent
+NEAR_ZERO = 0.05  # honest updates are ten times as long in one group at least, from the very first step on
+UNSUSPICIOUS = 2.0  # of what is usual: it is merged at once, before the others of its round are known
+SLACK = 1.1  # over what steps can move: rounding of the update, in bf16 as well
+ROUNDING = 1e-6  # of a weight: what fp32 may add to its update
+MOST_OF_WEIGHTS = 10.0  # an update's norm over that of the weights
+LARGEST = 1e30  # norm of any update: fp32 has to hold the weights after it, whatever else is allowed
+POINTS = 1000  # at which the schedule is looked at: more steps of a round are spread over them
+
+Lengths = dict[str, float]  # parameter group -> length, in the recipe's unit
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The learning rates of a round's steps, as multiples of the initial ones: their sum, and the root of the sum of squares."""
+
+    linear: float
+    quadrature: float
+
+    @classmethod
+    def of(cls, schedule: Schedule, asked: Instructions, steps: int) -> Steps:
+        """Return those of a client's first `steps` steps of a round."""
+        each = asked.batch_tokens * asked.participants
+        at = np.linspace(0, steps - 1, min(steps, POINTS))
+        rates = [
+            schedule.lr_multiplier(min(1.0, (asked.clock_tokens + float(k) * each) / asked.horizon_tokens)) for k in at
+        ]
+        squares = math.fsum(rate**2 for rate in rates) / len(rates)
+        return cls(steps * math.fsum(rates) / len(rates), math.sqrt(steps * squares))
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long an update is: its L2 norm, and its length in every parameter group."""
+
+    norm: float
+    groups: Lengths
 
 
 class NormGuard:
-    """Compares an update's L2 norm per root of its steps with the running median of accepted ones.
+    """Decides what of an update is merged, by its length.
 
-    Steps that were independent would move the weights by the root of their number. Clients of unlike speed differ by more
-    than that where steps agree, so a limit has to be generous: it is there for a hundredfold update, not for a fourfold one.
-
-    Only what was merged enters the median (`accept`, at the commit), and never with more than the limit; what was
-    rejected enters with the limit: were it left out, a run whose updates grow would be held to its youth for ever.
+    What no steps of the recipe can have moved is refused, and so is what has hardly moved at all. Else the limit is `ratio`
+    times what is usual: the lower median of one vote a site, each the median of what was merged of it lately and of its update
+    of this round. Usual is never less than `LEAST` and grows by a quarter a round at most, so no site can bring the limit
+    below what honest updates are, nor drive it up, where it has no majority. What was refused is no vote: the site is welcome
+    again with its next update that fits.
 
     Args:
-        ratio: largest norm over the median; None for no limit.
-        action: `clip` a larger update to the limit, or `reject` it.
+        ratio: largest length over what is usual; None for any length, also none at all.
+        action: `clip` an update that is longer to the limit, or `reject` it.
+        movements: weight -> how far a step of the recipe moves it, in the order of the weights.
     """
 
-    def __init__(self, ratio: float | None, action: Literal["clip", "reject"]) -> None:
+    def __init__(
+        self, ratio: float | None, action: Literal["clip", "reject"], movements: Mapping[str, Movement]
+    ) -> None:
         self._ratio = ratio
         self._action = action
-        self._norms: deque[float] = deque(maxlen=WINDOW)
-        self._rounds = 0
+        self._movements = movements
+        self._least = {movement.group: LEAST[movement.kind] for movement in movements.values()}
+        self._sites: dict[str, deque[Lengths]] = {}
+        self._usual: Lengths = {}
 
-    @property
-    def _is_warm(self) -> bool:
-        return self._rounds >= WARM_UP_ROUNDS and len(self._norms) >= WARM_UP
+    def measure(
+        self, norms: Sequence[float], steps: Steps, weight_norm: Callable[[str], float] = lambda name: 0.0
+    ) -> Length:
+        """Return the length of an update.
 
-    def limit(self, weights_norm: Callable[[], float]) -> float:
-        """Return the largest norm per root of steps; in the warm-up a multiple of the weights' own norm, of all steps."""
+        Args:
+            norms: L2 norm of the update of every weight, in their order.
+            steps: that it took.
+            weight_norm: returns the norm of a weight of the model; asked for where weights decay, and of what seems wrong.
+
+        Raises:
+            Refused: no steps of the recipe can move a weight so far, or they would have moved the weights further.
+        """
+        norm = math.sqrt(math.fsum(value**2 for value in norms))
         if self._ratio is None:
-            return LARGEST
-        if not self._is_warm:
-            return min(LARGEST, FIRST_RATIO * weights_norm())
-        return min(LARGEST, self._ratio * statistics.median(self._norms))
+            return Length(norm, {})
+        squares = dict.fromkeys(self._least, 0.0)
+        units = dict.fromkeys(self._least, 0.0)
+        for (name, movement), moved in zip(self._movements.items(), norms, strict=True):
+            decayed = movement.decay * weight_norm(name) if movement.decay else 0.0
+            most = SLACK * steps.linear * (movement.most + decayed)
+            if moved > most and moved > most + ROUNDING * weight_norm(name):
+                raise Refused(
+                    "large_norm",
+                    f"its update of {name} is {moved:.3g} long, more than the limit of {most:.3g} that no steps of the "
+                    "recipe exceed",
+                )
+            squares[movement.group] += moved**2
+            units[movement.group] += movement.step**2
+        unit = math.sqrt(steps.linear * steps.quadrature)
+        groups = {g: math.sqrt(squares[g] / units[g]) / unit if unit else 0.0 for g in squares}
+        if unit and max(groups.values()) < NEAR_ZERO and not self._is_rounded_away(unit, weight_norm):
+            raise Refused(
+                "small_norm",
+                f"its update is {norm:.3g} long, {max(groups.values()):.2g} of what its steps move at least in one group of "
+                f"weights, where {NEAR_ZERO:g} is the least: it has hardly trained",
+            )
+        return Length(norm, groups)
 
-    def scale(self, norm: float, steps: int, weights_norm: Callable[[], float]) -> float:
+    def _is_rounded_away(self, unit: float, weight_norm: Callable[[str], float]) -> bool:
+        """Tell whether steps are so short, at the very end of a long schedule, that fp32 need not hold them."""
+        steps = math.sqrt(math.fsum(movement.step**2 for movement in self._movements.values()))
+        weights = math.sqrt(math.fsum(weight_norm(name) ** 2 for name in self._movements))
+        return NEAR_ZERO * unit * steps < ROUNDING * weights
+
+    def is_unsuspicious(self, length: Length) -> bool:
+        """Tell whether an update is certain to be within the limit, whatever the others of its round have sent."""
+        if self._ratio is None:
+            return length.norm <= LARGEST
+        plain = min(self._ratio, UNSUSPICIOUS)
+        return all(
+            size <= max(self._ratio * self._least[group], plain * self._usual.get(group, 0.0))
+            for group, size in length.groups.items()
+        )
+
+    def scale(self, length: Length, here: Mapping[str, Length], weights_norm: Callable[[], float]) -> float:
         """Return what an update is to be multiplied with: 1, or less where it is clipped.
 
         Args:
-            norm: L2 norm of the update.
-            steps: that it took.
-            weights_norm: returns that of the global weights; asked for in the warm-up only.
+            length: of the update.
+            here: client -> length of its update of this round, this one's too.
+            weights_norm: returns the norm of the global weights.
 
         Raises:
-            Refused: it is too large, and such updates are rejected.
+            Refused: it is too long, and such updates are rejected, or it is longer than ten times the weights.
         """
-        size, limit = norm / math.sqrt(steps), self.limit(weights_norm)
-        if size <= limit:
-            return 1.0
-        if self._action == "reject" or limit == 0:
-            if self._is_warm:
-                self._norms.append(limit)
+        if self._ratio is None:
+            return min(1.0, LARGEST / length.norm) if length.norm else 1.0
+        if length.norm > MOST_OF_WEIGHTS * weights_norm() > 0:
             raise Refused(
-                "large_norm", f"its update is {size:.3g} long per root of steps, more than the limit of {limit:.3g}"
+                "large_norm",
+                f"its update is {length.norm:.3g} long, more than the limit of {MOST_OF_WEIGHTS:g} times the weights' norm",
             )
-        return limit / size
-
-    def outliers(self, updates: Mapping[str, tuple[float, int]]) -> dict[str, Refused]:
-        """Return who of a round's clients is out of all proportion to the others of the round, and why.
-
-        For a merge that has all updates of a round before it: the median needs no earlier rounds then, and fewer than half of
-        the clients cannot shift it beyond what the others span. Each update says how long another may honestly be: fewer steps
-        make it shorter by the root of their ratio where they do not agree; more steps longer by its square where they grow, as
-        the first ones of a head of zeros do and those of a rising learning rate.
-
-        Args:
-            updates: client -> the L2 norm of its update and its steps. Of fewer than three nobody is the odd one out.
-        """
-        if self._ratio is None or len(updates) < 3:
-            return {}
-        found = {}
-        for client, (norm, steps) in updates.items():
-            usual = statistics.median(
-                other * max((steps / taken) ** 2, math.sqrt(steps / taken)) for other, taken in updates.values()
+        usual = self._usual_with({client: other.groups for client, other in here.items()})
+        over = {group: size / (self._ratio * usual[group]) for group, size in length.groups.items()}
+        worst = max(over, key=lambda group: over[group])
+        if over[worst] <= 1:
+            return 1.0
+        if self._action == "reject":
+            raise Refused(
+                "large_norm",
+                f"its update is {length.norm:.3g} long, in the group {worst} {over[worst]:.3g} times the limit, which is "
+                f"{self._ratio:g} times what is usual among {len(self._sites.keys() | here.keys())} clients",
             )
-            if norm > self._ratio * usual > 0:
-                found[client] = Refused(
-                    "large_norm",
-                    f"its update is {norm:.3g} long where {usual:.3g} is usual for {steps} steps among the {len(updates)} of the "
-                    f"round, more than {self._ratio:g} times that",
-                )
-        return found
+        return 1 / over[worst]
 
-    def accept(self, updates: Iterable[tuple[float, int]]) -> None:
-        """Count the updates of a round that was merged: the norm of each as it was merged, and its steps."""
-        self._norms.extend(norm / math.sqrt(steps) for norm, steps in updates)
-        self._rounds += 1
+    def accept(self, updates: Mapping[str, tuple[Length, float]]) -> None:
+        """Count the updates of a round that was merged: client -> length, and what it was scaled by."""
+        scaled = {
+            client: {group: size * scale for group, size in length.groups.items()}
+            for client, (length, scale) in updates.items()
+            if length.groups
+        }
+        if scaled:
+            self._usual = self._usual_with(scaled)
+        for client, groups in scaled.items():
+            self._sites.setdefault(client, deque(maxlen=WINDOW)).append(groups)
+
+    def _usual_with(self, here: Mapping[str, Lengths]) -> Lengths:
+        """Return what is usual in every group, with the updates of a round among the votes."""
+        votes = {
+            client: [*self._sites.get(client, ()), *([here[client]] if client in here else [])]
+            for client in self._sites.keys() | here.keys()
+        }
+        usual = {}
+        for group, least in self._least.items():
+            found = statistics.median_low(
+                [statistics.median(groups[group] for groups in vote) for vote in votes.values()]
+            )
+            if self._usual:
+                found = min(found, GROWTH * self._usual[group])
+            usual[group] = max(found, least)
+        return usual
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the norms that the median is of, and the rounds so far."""
-        return {"norms": list(self._norms), "rounds": self._rounds}
+        """Return the lengths of every site and what is usual, as plain values."""
+        return {
+            "sites": {client: list(lengths) for client, lengths in self._sites.items()},
+            "usual": self._usual.copy(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up saved norms."""
-        self._norms = deque(state["norms"], maxlen=WINDOW)
-        self._rounds = state["rounds"]
+        """Take up saved lengths; a checkpoint of a nanofed that counted no votes by site begins without."""
+        sites: Mapping[str, Iterable[Lengths]] = state.get("sites", {})
+        self._sites = {client: deque(lengths, maxlen=WINDOW) for client, lengths in sites.items()}
+        self._usual = dict(state.get("usual", {}))

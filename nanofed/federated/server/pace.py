@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanofed.federated.server.validation import Refused
@@ -10,9 +12,11 @@ from nanofed.federated.wire.messages import Report
 
 MAX_MARGIN = 8.0  # of a lease over what a client should need
 SPEED_MARGIN = 1.5  # of what a client claims over what it has done so far
+DEVICE_MARGIN = 8.0  # of the tokens a device that are counted of a client, over what others did in a round
 SPEED_ROUNDS = 3  # accepted before a client's speed is known: the first ones compile
 CLOCK_SLACK = 1.0  # seconds by which a client's clock may be ahead of ours in a round
 LEARN = 0.5  # weight of the newest round in a running mean
+LEAST_SECONDS = 1e-3  # by which a client's own clock moves in a round, where there is no other to ask
 LEAST_SHARE = 0.1  # of a round, which a client trains however long its messages take
 
 
@@ -21,8 +25,11 @@ class Pace:
     """Speeds, overheads and margins by client.
 
     Attributes:
-        rate: tokens a second of training, as of a client's last merged round.
+        rate: tokens a second of a client's last merged round, from its dispatch to the answer on the server's clock; on the
+            client's own clock where clients take turns.
         fastest: the highest rate of its merged rounds; what it claims is held against it.
+        devices: of every client, as its hello says; 1 where it is missing.
+        a_device: tokens that a client's last merged round brought for each of its devices.
         rounds: how often it was merged.
         tokens: that were merged of it.
         overhead: seconds a round that a client is not training: transfers, start of a process, waiting for others' turns.
@@ -32,6 +39,8 @@ class Pace:
 
     rate: dict[str, float] = field(default_factory=dict)
     fastest: dict[str, float] = field(default_factory=dict)
+    devices: dict[str, int] = field(default_factory=dict)
+    a_device: dict[str, float] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     overhead: dict[str, float] = field(default_factory=dict)
@@ -68,11 +77,35 @@ class Pace:
                 f"{possible:.0f}",
             )
 
+    def believed(self, reports: Sequence[Report]) -> list[Report]:
+        """Return the reports of a round with no more tokens, and steps of them, than the server counts.
+
+        A site can say that it has read its lease to the end, and trained on it, at any speed. What is counted of it is at most
+        `DEVICE_MARGIN` times what the others did a device: the median of the other sites, in this round where they took part in
+        it, else in their last one. Nothing is cut where a site has always been alone.
+
+        Args:
+            reports: of the clients that are merged.
+        """
+        here = {report.client: report.tokens / self.devices.get(report.client, 1) for report in reports}
+        known = self.a_device | here
+        out = []
+        for report in reports:
+            others = [tokens for client, tokens in known.items() if client != report.client]
+            possible = report.tokens
+            if others:
+                usual = statistics.median_low(others) * self.devices.get(report.client, 1)
+                possible = min(possible, max(1, int(DEVICE_MARGIN * usual)))
+            steps = max(1, possible * report.steps // report.tokens)
+            out.append(replace(report, tokens=possible, steps=steps))
+        return out
+
     def learn(self, report: Report, elapsed: float | None) -> None:
         """Take up a merged round; `elapsed` as in `check`, None where clients take turns."""
         client = report.client
-        rate = report.tokens / report.seconds if report.seconds > 0 else 0.0
+        rate = report.tokens / max(report.seconds if elapsed is None else elapsed, LEAST_SECONDS)
         self.rate[client] = rate
+        self.a_device[client] = report.tokens / self.devices.get(client, 1)
         self.fastest[client] = max(rate, self.fastest.get(client, 0.0))
         self.rounds[client] = self.rounds.get(client, 0) + 1
         self.tokens[client] = self.tokens.get(client, 0) + report.tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from abc import abstractmethod
@@ -10,18 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanofed.errors import NanofedError
 from nanofed.federated.server.folding import Merger
 from nanofed.federated.server.updates import Base
-from nanofed.federated.wire.blocks import BLOCK, flat, over_blocks
+from nanofed.federated.wire.blocks import BLOCK, over_blocks
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".update"
-ALIGNMENT = 64  # bytes: every array in a file begins at a multiple of it
 ROWS = 8 * BLOCK  # elements of all clients in a thread's buffers: more clients make smaller blocks, not more memory
 
 
@@ -57,78 +54,46 @@ class Sorted(Merger):
     """
 
     def __init__(self, base: Base, spool: Path) -> None:
-        super().__init__(base)
-        self._spool = spool
-        self._replies: dict[str, tuple[Path, float]] = {}  # client -> the file of its update and what it is scaled by
+        super().__init__(base, spool)
+        self._spool.make()
+        self._scales: dict[str, float] = {}
         self._dropped = 0
-        self._broken: OSError | None = None
-        try:
-            spool.mkdir(parents=True, exist_ok=True)
-            for left in spool.glob(f"*{SUFFIX}"):
-                left.unlink()
-        except OSError as error:
-            raise self._unusable(error) from error
+
+    def hold(self, client: str, arrays: Sequence[npt.NDArray[np.generic]], weight: float) -> None:
+        """Take a client's reply, which waits on disk as all of them do."""
+        self.fold(client, arrays, weight)
+
+    def release(self, client: str, scale: float) -> None:
+        """Scale the update of a client."""
+        self._scales[client] = scale
 
     def drop(self, client: str) -> None:
         """Leave out a client that was folded in, before `result`."""
-        file, _ = self._replies.pop(client)
-        del self._samples[client]
+        self._spool.remove(client)
+        del self._samples[client], self._scales[client]
         self._dropped += 1
-        self._remove(file)
 
     def _fold(self, client: str, opened: Sequence[Sequence[Tensor]], weight: float, scale: float) -> None:
-        if self._broken:  # not a merge of those who came after it
-            raise self._unusable(self._broken)
-        file = self._spool / f"{len(self._replies) + self._dropped:05d}{SUFFIX}"
-        self._replies[client] = file, scale
-        try:
-            with file.open("wb") as out:
-                for array in itertools.chain.from_iterable(opened):
-                    out.write(array.numpy().view(np.uint8).data)
-                    out.write(bytes(-array.nbytes % ALIGNMENT))
-        except OSError as error:
-            self._broken = error
-            self.close()
-            raise self._unusable(error) from error
-
-    def _unusable(self, error: Exception) -> NanofedError:
-        return NanofedError(
-            f"the round cannot be merged: its replies cannot be kept in {self._spool} "
-            f"({getattr(error, 'strerror', None) or error}); make room there for a payload of every client, or set "
-            "federation.merge=mean, which needs none"
-        )
+        self._spool.write(client, opened)
+        self._scales[client] = scale
 
     def close(self) -> None:
         """Remove the replies."""
-        for file, _ in self._replies.values():
-            self._remove(file)
-        self._replies.clear()
-
-    def _remove(self, file: Path) -> None:
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("%s stays behind: %s", file, error.strerror)
+        self._spool.close()
+        self._scales.clear()
 
     def _merge(self) -> list[Tensor]:
-        if self._broken:
-            raise self._unusable(self._broken)
+        self._spool.check()
         try:
-            return self._over_files()
+            scales = list(self._scales.values())
+            return [
+                self._merge_weight(index, [self._spool.read(client, index, offset) for client in self._scales], scales)
+                for index, offset in enumerate(self._spool.offsets())
+            ]
         except (OSError, ValueError) as error:  # a file that is shorter than it was
-            raise self._unusable(error) from error
+            raise self._spool.unusable(error) from error
         finally:
             self.close()
-
-    def _over_files(self) -> list[Tensor]:
-        out, offset = [], 0
-        scales = [scale for _, scale in self._replies.values()]
-        for index, shape in enumerate(self._base.shapes.values()):
-            layout = self._base.up.layout(shape)
-            replies = [_map(file, layout, offset) for file, _ in self._replies.values()]
-            out.append(self._merge_weight(index, replies, scales))
-            offset += sum(_padded(*field) for field in layout)
-        return out
 
     def _merge_weight(self, index: int, replies: Sequence[Sequence[Tensor]], scales: Sequence[float]) -> Tensor:
         """Return the pseudo-gradient of one weight."""
@@ -204,7 +169,7 @@ class TrimmedMean(Sorted):
         self._trim = trim
 
     def _merge(self) -> list[Tensor]:
-        clients = len(self._replies)
+        clients = len(self._scales)
         if not self._cut(clients):
             logger.warning(
                 "a trimmed mean with trim %g of %d clients cuts nothing off: a plain mean", self._trim, clients
@@ -222,19 +187,3 @@ class TrimmedMean(Sorted):
         for row in kept[1:]:
             out.add_(row)
         out.div_(len(kept))
-
-
-def _padded(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> int:
-    size = dtype.itemsize * math.prod(shape)
-    return size + -size % ALIGNMENT
-
-
-def _map(file: Path, layout: Sequence[tuple[np.dtype[np.generic], tuple[int, ...]]], offset: int) -> list[Tensor]:
-    """Return the arrays of one weight in a reply's file, mapped, one-dimensional."""
-    arrays = []
-    for dtype, shape in layout:
-        size = math.prod(shape)
-        mapped = np.memmap(file, dtype, "r", offset, (size,)) if size else np.empty(0, dtype)
-        arrays.append(flat(mapped))
-        offset += _padded(dtype, shape)
-    return arrays

@@ -12,6 +12,7 @@ import torch
 from flwr.serverapp import Grid
 
 from nanofed.data.datamodule import TokenDataModule
+from nanofed.data.packing import most_pending
 from nanofed.data.rows import RowPlan
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.config import FederationConfig
@@ -26,9 +27,9 @@ from nanofed.federated.server.live import Live
 from nanofed.federated.server.local_ledger import LocalLedger
 from nanofed.federated.server.measuring import Measuring
 from nanofed.federated.server.merge import Merger, make_merger
+from nanofed.federated.server.norms import Steps
 from nanofed.federated.server.pooling import Pooling
 from nanofed.federated.server.presence import Presence
-from nanofed.federated.server.robust import Sorted
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.state import State, prune, saved_round
 from nanofed.federated.server.tokens import check_tokens
@@ -204,7 +205,7 @@ class RoundLoop:
             spool = self._run / "spool"
             with make_merger(config.merge, state.weights, sent.payload, down, up, spool, trim=config.trim) as merger:
                 self._collect(present, asked, sent, merger, figures)
-                self._leave_out_the_odd_ones(merger, figures)
+                self._compare(merger, figures)
                 merged = len(figures.merged) >= config.quorum and self._commit(merger, asked, figures)
         except NanofedError as error:  # the disk on which weights or replies are kept is full
             state.events.add("disk", SERVER, error, number)
@@ -234,6 +235,7 @@ class RoundLoop:
     def _admit(self, hello: Hello) -> None:
         if isinstance(self.state.ledger, LocalLedger):
             self.state.ledger.admit(hello.name, hello.shards)
+        self.state.pace.devices[hello.name] = hello.devices
 
     # --- one round
 
@@ -248,7 +250,16 @@ class RoundLoop:
         """Send the round to its clients, and fold what they answer as it arrives, one at a time."""
         started, ttl = time.monotonic(), self._instructor.ttl(len(present))
         asks = self._measuring.ask(asked)
-        for answer in self._exchange.round(present, asked, sent, streams=self._data.streams, seconds=ttl, asks=asks):
+        answers = self._exchange.round(
+            present,
+            asked,
+            sent,
+            streams=self._data.streams,
+            most_pending=most_pending(self._data.sequence_len),
+            seconds=ttl,
+            asks=asks,
+        )
+        for answer in answers:
             folding = time.monotonic()
             try:
                 if isinstance(answer.result, Refused):
@@ -264,39 +275,49 @@ class RoundLoop:
             self.state.pace.hurry(self._exchange.late.pop(), self._config.round_seconds)
 
     def _fold(self, answer: Answer[Update], update: Update, asked: Instructions, merger: Merger) -> Merged:
-        """Check an answer against what is known of its client, and fold it in.
+        """Check an answer against what is known of its client, and fold it in, or hold it until the round's others are known.
 
         Raises:
             Refused: it must not be merged.
         """
-        client, state = answer.client, self.state
+        client, state, steps = answer.client, self.state, update.report.steps
         if not self._simulated:
             state.pace.check(update.report, answer.seconds)
         if isinstance(state.ledger, LocalLedger):
             update = replace(update, report=state.ledger.believed(update.report))
         else:
             check_tokens(update.report, asked, self._shards, self._data.streams)
-        scale = state.norms.scale(update.norm, update.report.steps, state.weights_norm)
-        if scale < 1:
-            reason = f"its update was {1 / scale:.1f} times as long as the longest allowed"
-            state.events.add("clipped", client, reason, asked.round)
-            logger.warning("round %d: client %s: %s", asked.round, client, reason)
+        rates = Steps.of(self._module.recipe.schedule, asked, steps)
+        length = state.norms.measure(update.norms, rates, state.weight_norm)
         if update.unwritten:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
-        weight = 1.0 if self._config.weighting == "uniform" else float(update.report.tokens)
-        merger.fold(client, update.arrays, weight, scale)
+        by_tokens = self._config.weighting == "tokens"
+        weight = float(state.pace.believed([update.report])[0].tokens) if by_tokens else 1.0
+        if held := not state.norms.is_unsuspicious(length):
+            merger.hold(client, update.arrays, weight)
+        else:
+            merger.fold(client, update.arrays, weight)
         self._roster.refused.pop(client, None)
         measuring = self._measuring.hear(client, answer.metrics, answer.seconds, state)
         kept = replace(update, arrays=[])  # what was folded in may go
-        return Merged(kept, weight, scale, answer.seconds - measuring)
+        return Merged(kept, length, weight, 1.0, answer.seconds - measuring, held)
 
-    def _leave_out_the_odd_ones(self, merger: Merger, figures: RoundFigures) -> None:
-        """Refuse what is out of all proportion to the other updates of the round, where the merge can still drop one."""
-        if isinstance(merger, Sorted):
-            for client, refusal in self.state.norms.outliers(figures.lengths).items():
+    def _compare(self, merger: Merger, figures: RoundFigures) -> None:
+        """Clip or refuse what was held for its length, now that all updates of the round are known."""
+        lengths = {client: part.length for client, part in figures.merged.items()}
+        for client, part in [item for item in figures.merged.items() if item[1].held]:
+            try:
+                part.scale = self.state.norms.scale(part.length, lengths, self.state.weights_norm)
+            except Refused as refusal:
                 merger.drop(client)
                 del figures.merged[client]
                 self._refuse(client, figures, refusal)
+                continue
+            merger.release(client, part.scale)
+            if part.scale < 1:
+                reason = f"its update was {1 / part.scale:.1f} times as long as the longest allowed"
+                self.state.events.add("clipped", client, reason, figures.round)
+                logger.warning("round %d: client %s: %s", figures.round, client, reason)
 
     def _refuse(self, client: str, figures: RoundFigures, refusal: Refused) -> None:
         logger.warning("round %d: client %s is not merged: %s", figures.round, client, refusal)
@@ -313,7 +334,9 @@ class RoundLoop:
         state, started = self.state, time.monotonic()
         self._say("merging", figures.round)
         parts = figures.merged.values()
-        reports = [part.update.report for part in parts]
+        reports = state.pace.believed([part.update.report for part in parts])
+        for part, report in zip(parts, reports, strict=True):
+            part.update = replace(part.update, report=report)
         gradient = merger.result()
         figures.take(gradient, merger.cosines())
         try:
@@ -326,7 +349,7 @@ class RoundLoop:
             report = part.update.report
             state.ledger.commit(report.client, report.data)
             state.pace.learn(report, None if self._simulated else part.seconds)
-        state.norms.accept((part.update.norm * part.scale, part.update.report.steps) for part in parts)
+        state.norms.accept({client: (part.length, part.scale) for client, part in figures.merged.items()})
         state.clock.round = figures.round
         state.clock.tokens += sum(report.tokens for report in reports)
         state.clock.step += round(sum(report.steps for report in reports) / len(reports))

@@ -75,20 +75,20 @@ class State:
     @classmethod
     def new(cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
         """Return the state before the first round, with the initial weights of a module that is configured."""
-        state = cls.without_weights(data, config, run)
+        state = cls.without_weights(module, data, config, run)
         named = module.gpt.state_dict().items()
         state.weights = {name: tensor.detach().cpu().numpy().copy() for name, tensor in named}
         return state
 
     @classmethod
-    def without_weights(cls, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
-        """Return the state before the first round, without weights."""
+    def without_weights(cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
+        """Return the state before the first round, without weights; the module need not be configured."""
         local = config.sharding == "local"
         return cls(
             weights={},
             ledger=LocalLedger(data.streams) if local else Ledger(data.dataset.train, data.streams),
             outer=OuterNesterov(config.outer_lr, config.outer_momentum),
-            norms=NormGuard(config.max_norm_ratio, config.on_large_norm),
+            norms=NormGuard(config.max_norm_ratio, config.on_large_norm, module.movements()),
             events=Events(run),
         )
 
@@ -168,6 +168,10 @@ class State:
         self.run_id = saved["run"]
         self.evaluations = saved.get("evaluations", {})
         return saved
+
+    def weight_norm(self, name: str) -> float:
+        """Return the L2 norm of one of the global weights."""
+        return l2_norm([self.weights[name]])
 
     def weights_norm(self) -> float:
         """Return the L2 norm of the global weights."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanofed.federated.wire.blocks import BLOCK, norm_of_blocks
+from nanofed.federated.wire.blocks import BLOCK, norm_of, norms_of_blocks
 from nanofed.federated.wire.codec import Codec, Weights
 
 Read = Callable[[Sequence[Tensor], int, slice, Tensor], None]  # arrays of a weight, its index, elements, out
@@ -88,14 +88,14 @@ class Base:
         return torch.cat([tensor[part].double() for tensor, part in zip(tensors, self._sampled, strict=True)])
 
 
-def update_norm(
+def update_norms(
     arrays: Sequence[npt.NDArray[np.generic]],
     weights: Weights,
     down_payload: Sequence[npt.NDArray[np.generic]],
     down: Codec,
     up: Codec,
-) -> float:
-    """Return the L2 norm of a client's update, local - base, in fp64; not finite where anything in it is not.
+) -> list[float]:
+    """Return the L2 norm of a client's update, local - base, of every weight, in fp64; not finite where an element is not.
 
     Args:
         arrays: what the client sent.
@@ -114,4 +114,15 @@ def update_norm(
         read = base.reader(torch.float64)
         return lambda index, part, out: read(opened[index], index, part, out)
 
-    return norm_of_blocks(base.sizes, reader)
+    return norms_of_blocks(base.sizes, reader)
+
+
+def update_norm(
+    arrays: Sequence[npt.NDArray[np.generic]],
+    weights: Weights,
+    down_payload: Sequence[npt.NDArray[np.generic]],
+    down: Codec,
+    up: Codec,
+) -> float:
+    """Return the L2 norm of a client's whole update; arguments and errors are those of `update_norms`."""
+    return norm_of(update_norms(arrays, weights, down_payload, down, up))

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import Message
 
-from nanofed.data.rows import Row
+from nanofed.data.rows import Row, RowRange
 from nanofed.federated.server.events import Kind
-from nanofed.federated.server.updates import update_norm
+from nanofed.federated.server.updates import update_norms
+from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, hash_arrays, payload_bytes
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.plain import plain
 
 MAX_REASON = 500  # characters: a reply may hold what it likes, the log should not
+LEAST_STEP_SECONDS = 1e-6  # of training: no optimizer step takes less
+MAX_SECONDS = 30 * 86400.0  # of training in a round
+MAX_LOSS = 1000.0  # nats a token: soft-capped logits give less than 50
+MAX_DATA_ROWS = 1 << 53  # that a client says it has made, over all its rounds
+MAX_OFFSET = 1 << 40  # tokens used up of one document
 # What a report has to repeat, and what it is if it does not.
 REPEATED: Mapping[str, Kind] = {
     "run": "foreign",
@@ -54,7 +62,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Update:
-    """An accepted reply: arrays in the up-link's codec, and the L2 norm of what they change.
+    """An accepted reply: arrays in the up-link's codec, and the L2 norm of what they change in every weight.
 
     `unwritten`: the site's disk has not taken its optimizer state.
     """
@@ -62,8 +70,13 @@ class Update:
     arrays: Arrays
     report: Report
     payload_bytes: int
-    norm: float
+    norms: Sequence[float]
     unwritten: bool = False
+
+    @property
+    def norm(self) -> float:
+        """The L2 norm of the whole update."""
+        return norm_of(self.norms)
 
 
 def check_reply(
@@ -72,6 +85,8 @@ def check_reply(
     sent: Sent,
     streams: int,
     take: Callable[[Message], Arrays],
+    *,
+    most_pending: int = 1 << 12,
 ) -> Update:
     """Return the update in a reply to `instructions`.
 
@@ -81,10 +96,11 @@ def check_reply(
         sent: the weights that went with it.
         streams: streams of every client.
         take: returns the arrays that belong to a reply.
+        most_pending: documents that a stream's packer may hold.
 
     Raises:
         Refused: an error at the client; names, shapes or dtypes that differ; values that are not finite; another run, round,
-            client, nonce or base; more steps or tokens than were asked for; streams outside the lease.
+            client, nonce or base; figures out of their range; streams outside the lease.
     """
     if reply.has_error():
         raise Refused("failed", f"the client failed: {reply.error.reason}")
@@ -101,20 +117,14 @@ def check_reply(
     for name, kind in REPEATED.items():
         if getattr(report, name) != getattr(instructions, name):
             raise Refused(kind, f"it is for {name} {getattr(report, name)!r}, not {getattr(instructions, name)!r}")
-    steps = report.steps
-    if not 1 <= steps <= instructions.max_steps:
-        raise Refused("tokens", f"it claims {steps} steps, of {instructions.max_steps} at most")
-    if report.tokens != steps * instructions.batch_tokens:
-        raise Refused("tokens", f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}")
-    if report.seconds < 0:
-        raise Refused("tokens", f"its training took {report.seconds} s")
-    _check_positions(report, instructions, streams)
+    _check_figures(report, instructions)
+    _check_positions(report, instructions, streams, most_pending)
     if hash_arrays(arrays) != report.payload_hash:
         raise Refused("damaged", "its weights are not the ones that it announces: they were damaged on their way")
-    norm = update_norm(arrays, sent.weights, sent.payload, sent.down, sent.up)
-    if not math.isfinite(norm):
+    norms = update_norms(arrays, sent.weights, sent.payload, sent.down, sent.up)
+    if not all(map(math.isfinite, norms)):
         raise Refused("not_finite", f"{_not_finite(arrays, sent)} is not finite")
-    return Update(arrays, report, payload, norm, unwritten)
+    return Update(arrays, report, payload, norms, unwritten)
 
 
 def _not_finite(arrays: Arrays, sent: Sent) -> str:
@@ -122,21 +132,61 @@ def _not_finite(arrays: Arrays, sent: Sent) -> str:
     return next((name for name, array in decoded.items() if not np.isfinite(array).all()), "the norm of the update")
 
 
-def _check_positions(report: Report, instructions: Instructions, streams: int) -> None:
+def _check_figures(report: Report, instructions: Instructions) -> None:
+    """Refuse a figure of a report that no training of these instructions can have."""
+    steps = report.steps
+    if not 1 <= steps <= instructions.max_steps:
+        raise Refused("tokens", f"it claims {steps} steps, of {instructions.max_steps} at most")
+    if report.tokens != steps * instructions.batch_tokens:
+        raise Refused("tokens", f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}")
+    if not steps * LEAST_STEP_SECONDS <= report.seconds <= MAX_SECONDS:
+        raise Refused("tokens", f"its training took {report.seconds} s for {steps} steps")
+    for name in ("loss_first", "loss_last"):
+        if not 0 <= getattr(report, name) <= MAX_LOSS:
+            raise Refused("tokens", f"its {name} is {getattr(report, name)} nats a token, of {MAX_LOSS:g} at most")
+    if report.data.rows > MAX_DATA_ROWS:
+        raise Refused("tokens", f"it claims {report.data.rows} rows of tokens, of {MAX_DATA_ROWS} at most")
+
+
+def _check_positions(report: Report, instructions: Instructions, streams: int, most_pending: int) -> None:
     """Refuse other streams than there are, and data positions outside the lease: they would commit rows of others."""
     if set(report.data.streams) != set(range(streams)):
         listed = sorted(report.data.streams)[:64]
         raise Refused("position", f"it reports on the streams {listed}, not on {streams} of them")
 
-    def inside(row: Row, past_the_end: int) -> bool:
-        return any(
-            (part.epoch, part.shard) == (row.epoch, row.shard) and part.start <= row.row < part.stop + past_the_end
-            for part in instructions.lease
-        )
-
+    lease = _Lease(instructions.lease)
     for stream, at in report.data.streams.items():
-        if at.position is not None and not inside(at.position, 1):
+        if at.position is not None and not (lease.holds(at.position) or lease.ends_at(at.position)):
             raise Refused("position", f"stream {stream} stands at {tuple(at.position)}, outside its lease")
+        if len(at.pending) > most_pending or at.offset > MAX_OFFSET:
+            raise Refused(
+                "position",
+                f"stream {stream} holds {len(at.pending)} documents, {at.offset} tokens of the first used up; its packer holds "
+                f"{most_pending} at most",
+            )
+        if len(set(at.pending)) != len(at.pending):
+            raise Refused("position", f"stream {stream} holds a document twice")
         for row in at.pending:
-            if row.row % streams != stream or not inside(row, 0):
+            if row.row % streams != stream or not lease.holds(row):
                 raise Refused("position", f"stream {stream} holds {tuple(row)}, which is not its own")
+
+
+class _Lease:
+    """Tells whether rows are of a lease, of however many ranges that is."""
+
+    def __init__(self, ranges: Sequence[RowRange]) -> None:
+        self._ends: dict[tuple[int, str], set[int]] = defaultdict(set)
+        self._parts: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
+        for part in ranges:
+            self._ends[part.epoch, part.shard].add(part.stop)
+            self._parts[part.epoch, part.shard].append((part.start, part.stop))
+        for parts in self._parts.values():
+            parts.sort()  # ranges of a lease do not overlap
+
+    def holds(self, row: Row) -> bool:
+        parts = self._parts.get((row.epoch, row.shard), [])
+        index = bisect.bisect_right(parts, (row.row, math.inf)) - 1
+        return index >= 0 and row.row < parts[index][1]
+
+    def ends_at(self, row: Row) -> bool:
+        return row.row in self._ends.get((row.epoch, row.shard), ())

@@ -93,29 +93,37 @@ def all_finite(tensor: Tensor) -> bool:
     return all(over_blocks([tensor.numel()], lambda: finite))
 
 
-def norm_of_blocks(sizes: Sequence[int], reader: Callable[[], Callable[[int, slice, Tensor], object]]) -> float:
-    """Return the L2 norm, in fp64, of all elements of several arrays that are read block by block; not finite where one is not.
+def norms_of_blocks(sizes: Sequence[int], reader: Callable[[], Callable[[int, slice, Tensor], object]]) -> list[float]:
+    """Return the L2 norm, in fp64, of each of several arrays that are read block by block; not finite where an element is not.
 
     Args:
         sizes: of the arrays, in elements.
         reader: called once on every thread, for what writes some elements of the n-th array into a fp64 tensor.
     """
 
-    def worker() -> Callable[[int, slice], float]:
+    def worker() -> Callable[[int, slice], tuple[int, float]]:
         read, buffer = reader(), torch.empty(BLOCK, dtype=torch.float64)
 
-        def squares(index: int, part: slice) -> float:
+        def squares(index: int, part: slice) -> tuple[int, float]:
             values = buffer[: part.stop - part.start]
             read(index, part, values)
-            return float(torch.dot(values, values))
+            return index, float(torch.dot(values, values))
 
         return squares
 
-    return math.sqrt(math.fsum(over_blocks(sizes, worker)))
+    found: list[list[float]] = [[] for _ in sizes]
+    for index, square in over_blocks(sizes, worker):
+        found[index].append(square)
+    return [math.sqrt(math.fsum(squares)) for squares in found]
+
+
+def norm_of(norms: Sequence[float]) -> float:
+    """Return the L2 norm of several arrays together, from the norm of each."""
+    return math.sqrt(math.fsum(norm**2 for norm in norms))
 
 
 def l2_norm(arrays: Sequence[npt.NDArray[np.generic]]) -> float:
     """Return the L2 norm of all elements together, in fp64."""
     tensors = [flat(array) for array in arrays]
     sizes = [tensor.numel() for tensor in tensors]
-    return norm_of_blocks(sizes, lambda: lambda index, part, out: out.copy_(tensors[index][part]))
+    return norm_of(norms_of_blocks(sizes, lambda: lambda index, part, out: out.copy_(tensors[index][part])))

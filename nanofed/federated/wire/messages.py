@@ -29,6 +29,10 @@ KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionarie
 UNWRITTEN = "unwritten"  # beside it where the site's disk did not take the optimizer state of the round
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 MAX_TEXT = 200  # characters of a version or a shard's name
+MAX_SHARDS = 4096  # of one site: the server looks at each of them for every lease
+MAX_ROWS = 1 << 28  # of all shards of one site: the ledger takes a byte of memory for each that is on lease
+MAX_TEXT_BYTES = 1 << 50  # of one shard
+MAX_SPEED = 1e12  # tokens a second of one site
 SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
 
 
@@ -136,10 +140,14 @@ class SiteShard:
         shard = cls(**plain)
         for name, kind in (("name", "str"), ("num_rows", "int"), ("text_bytes", "int"), ("fingerprint", "str")):
             _check_kind(f"shard {name}", kind, getattr(shard, name))
-        if not (0 < len(shard.name) <= MAX_TEXT and shard.name.isprintable() and len(shard.fingerprint) <= MAX_TEXT):
+        if not all(0 < len(text) <= MAX_TEXT and text.isprintable() for text in (shard.name, shard.fingerprint)) or (
+            set("/\\") & set(shard.name)
+        ):
             raise ValueError(f"shard {shard.name[:80]!r} has no plain name and fingerprint")
-        if shard.num_rows < 1 or shard.text_bytes < 1:
-            raise ValueError(f"shard {shard.name!r} has {shard.num_rows} rows of {shard.text_bytes} bytes")
+        if not 1 <= shard.num_rows <= shard.text_bytes <= MAX_TEXT_BYTES:  # every document has a byte
+            raise ValueError(
+                f"shard {shard.name!r} has {shard.num_rows} rows of {shard.text_bytes} bytes, of {MAX_TEXT_BYTES} at most"
+            )
         return shard
 
 
@@ -223,9 +231,15 @@ class Hello(Note):
                 _check_kind(f"{section} {name:.40}", "str", text)
                 if not (name.isprintable() and text.isprintable() and max(len(name), len(text)) <= MAX_TEXT):
                     raise ValueError(f"{section} {name[:40]!r} is no plain text")
-        if not (plain["devices"] >= 1 and (plain["tokens_per_second"] or 0) >= 0):
+        if not (plain["devices"] >= 1 and 0 <= (plain["tokens_per_second"] or 0) <= MAX_SPEED):
             raise ValueError(f"{plain['devices']} devices at {plain['tokens_per_second']} tokens a second")
+        if plain["devices"] > plain["streams"]:  # every device reads streams of its own
+            raise ValueError(f"{plain['devices']} devices read {plain['streams']} streams: each needs one of its own")
+        if len(plain["shards"]) > MAX_SHARDS:
+            raise ValueError(f"{len(plain['shards'])} shards, of {MAX_SHARDS} at most: pack the text into larger ones")
         shards = tuple(SiteShard._build(shard) for shard in plain["shards"])
+        if (rows := sum(shard.num_rows for shard in shards)) > MAX_ROWS:
+            raise ValueError(f"the shards have {rows} rows, of {MAX_ROWS} at most")
         if len({shard.name for shard in shards}) != len(shards):
             raise ValueError("a shard is named twice")
         return cls(**{**plain, "shards": shards})

@@ -1,0 +1,299 @@
+"""Sites that keep hurting: the others are merged in every round, and the model learns as it does without the hostile one.
+
+Every federation here has one hostile site, the last one. Small counts are in CI; `--campaign` plays 200 rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanofed.data.packing import StreamState
+from nanofed.data.rows import Row
+from nanofed.data.streams import DataState
+from nanofed.federated.server.local_ledger import LocalLedger
+from nanofed.federated.server.norms import Steps
+from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.server.validation import Refused
+from nanofed.federated.site.trainer import Arrays
+from nanofed.federated.wire.codec import hash_arrays
+from nanofed.federated.wire.messages import Hello, Instructions, Report, SiteShard
+from tests.federated.conftest import one_thread, tiny_corpus
+from tests.federated.tiny import Fit, federation, prepare, train
+
+__all__ = ["one_thread", "tiny_corpus"]  # the fixtures
+
+Update = list[Any]  # what each weight moves by
+Attack = Callable[[Update, Update, RoundLoop, Instructions, Report], Update]  # update, base -> update
+
+
+def free_rider(update: Update, base: Update, *_: Any) -> Update:
+    return [0 * moved for moved in update]
+
+
+def near_zero(update: Update, base: Update, *_: Any) -> Update:
+    return [np.float32(1e-2) * moved for moved in update]
+
+
+def noise(update: Update, base: Update, *_: Any) -> Update:
+    """9.9 times as long as the weights themselves, from the first round on."""
+    generator = np.random.default_rng(0)
+    drawn = [generator.standard_normal(moved.shape).astype(np.float32) for moved in update]
+    return [np.float32(9.9 * _length(base) / _length(drawn)) * moved for moved in drawn]
+
+
+def ramp(update: Update, base: Update, loop: RoundLoop, asked: Instructions, report: Report) -> Update:
+    """Its honest update, made as long as will be merged whole: 0.999 of the limit."""
+    guard, steps = loop.state.norms, Steps.of(loop._module.recipe.schedule, asked, report.steps)
+    lengths = [_length([moved]) for moved in update]
+
+    def passes(factor: float) -> bool:
+        try:
+            length = guard.measure([factor * value for value in lengths], steps)
+            return guard.scale(length, {asked.client: length}, loop.state.weights_norm) == 1.0
+        except Refused:
+            return False
+
+    low, high = 1.0, 1e4
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    return [np.float32(low) * moved for moved in update]
+
+
+def _length(arrays: Update) -> float:
+    return math.sqrt(math.fsum(float((array.astype(np.float64) ** 2).sum()) for array in arrays))
+
+
+def play(
+    corpus: Path, folder: Path, clients: int, attack: Attack | None, *, absent: bool = False, **options: Any
+) -> RoundLoop:
+    """Run a federation whose last site is hostile, or fails in every round."""
+    config = federation(corpus, folder, "run", clients=clients, save_every=0, eval_every=10**6, **options)
+    hostile = f"client-{clients - 1}"
+
+    def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+        if asked.client == hostile and absent:
+            raise OSError("it is not there")
+        base = [array.copy() for array in arrays]
+        local, report = fit(arrays, asked)
+        if asked.client == hostile and attack is not None:
+            update = [np.asarray(a, np.float32) - b for a, b in zip(local, base, strict=True)]
+            sent = [b + u for b, u in zip(base, attack(update, base, loop, asked, report), strict=True)]
+            return sent, replace(report, payload_hash=hash_arrays(sent))
+        return local, report
+
+    loop, _ = prepare(config, hook=hook, answered=deque(maxlen=0))
+    try:
+        loop.train()
+    finally:
+        loop.board.close()
+    return loop
+
+
+def refusals(loop: RoundLoop) -> dict[str, dict[str, int]]:
+    return {
+        client: {str(kind): count.count for kind, count in kinds.items()}
+        for client, kinds in loop.state.events.by_client().items()
+    }
+
+
+@pytest.mark.parametrize("clients", [2, 5])
+@pytest.mark.parametrize(
+    ("attack", "kind"), [(free_rider, "small_norm"), (near_zero, "small_norm"), (noise, "large_norm")]
+)
+def test_who_brings_nothing_is_refused_by_name_and_the_others_train_as_without_it(
+    attack: Attack, kind: str, clients: int, tiny_corpus: Path, tmp_path: Path, count: Callable[[int, int], int]
+) -> None:
+    rounds = count(6, 200)
+    options: dict[str, Any] = {"rounds": rounds, "round_steps": count(1, 4)}
+    options["model.recipe.num_steps"] = rounds * options["round_steps"] * clients
+    loop = play(tiny_corpus, tmp_path / "hostile", clients, attack, **options)
+    absent = play(tiny_corpus, tmp_path / "absent", clients, None, absent=True, **options)
+    assert refusals(loop) == {f"client-{clients - 1}": {kind: rounds}}, "and no honest site's update was clipped"
+    assert loop.state.pace.rounds == {f"client-{n}": rounds for n in range(clients - 1)}
+    ours, theirs = loop.board.summary.bpb_end, absent.board.summary.bpb_end
+    assert ours is not None and theirs is not None and ours <= theirs * 1.02
+
+
+@pytest.mark.parametrize("clients", [2, 5])
+def test_a_site_that_sends_all_that_is_allowed_drives_no_limit(
+    clients: int, tiny_corpus: Path, tmp_path: Path, count: Callable[[int, int], int]
+) -> None:
+    rounds = count(8, 200)
+    options: dict[str, Any] = {"rounds": rounds, "round_steps": count(1, 4)}
+    options["model.recipe.num_steps"] = rounds * options["round_steps"] * clients
+    loop = play(tiny_corpus, tmp_path / "hostile", clients, ramp, **options)
+    absent = play(tiny_corpus, tmp_path / "absent", clients, None, absent=True, **options)
+    assert all(client == f"client-{clients - 1}" for client in refusals(loop))
+    assert all(loop.state.pace.rounds[f"client-{n}"] == rounds for n in range(clients - 1))
+    usual = loop.state.norms.state_dict()["usual"]
+    assert usual["matrices"] < 1.0 and usual["head"] < 1.2 and usual["embedding"] < 0.5
+    ours, theirs = loop.board.summary.bpb_end, absent.board.summary.bpb_end
+    assert ours is not None and theirs is not None and ours <= theirs * count(5, 2) / 100 + theirs, (
+        "few rounds are noisy"
+    )
+
+
+# --- claims
+
+
+def to_the_end_of_its_lease(asked: Instructions) -> DataState:
+    last = asked.lease[-1]
+    return DataState(0, {n: StreamState(Row(last.epoch, last.shard, last.stop)) for n in range(8)})
+
+
+def test_a_site_that_claims_all_of_its_lease_ends_no_horizon_early(
+    tiny_corpus: Path, tmp_path: Path, count: Callable[[int, int], int]
+) -> None:
+    """It says that it has read its lease to the end, on eight devices and in no time, and leases stay within an epoch."""
+    rounds, text = count(6, 200), []
+
+    def greet(hello: Hello) -> Hello:
+        return replace(hello, devices=8, tokens_per_second=1e12) if hello.name == "client-1" else hello
+
+    def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+        text.append(sum(part.stop - part.start for part in asked.lease))
+        local, report = fit(arrays, asked)
+        if asked.client != "client-1":
+            return local, report
+        steps = max(report.steps, min(asked.max_steps, text[-1] * 30 // asked.batch_tokens))
+        end = to_the_end_of_its_lease(asked)
+        return local, replace(report, steps=steps, tokens=steps * asked.batch_tokens, seconds=steps * 1e-6, data=end)
+
+    options = {"clients": 2, "rounds": rounds, "round_steps": "null", "round_seconds": 0.05, "save_every": 0}
+    config = federation(tiny_corpus, tmp_path, "run", eval_every=10**6, **options)
+    loop, _ = train(config, hook=hook, greet=greet)
+    assert loop.state.clock.round == rounds and loop.state.pace.rounds["client-0"] == rounds
+    honest = loop.state.pace.tokens["client-0"]
+    assert loop.state.clock.tokens <= (1 + 8 * 8) * honest
+    corpus_rows = 160
+    assert max(text) < 4 * corpus_rows, "a lease is about an epoch, and rows that packers read ahead"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seconds": 1e-300}, "its training took 1e-300 s for 1 steps"),
+        ({"seconds": 1e300}, r"its training took 1e\+300 s"),
+        ({"loss_last": 1e300}, r"its loss_last is 1e\+300 nats a token"),
+        ({"loss_first": -1.0}, "its loss_first is -1.0 nats a token"),
+    ],
+)
+def test_every_figure_of_a_report_has_a_range(
+    changes: dict[str, Any], says: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+        local, report = fit(arrays, asked)
+        return (local, replace(report, **changes)) if asked.client == "client-1" else (local, report)
+
+    config = federation(tiny_corpus, tmp_path, "run", save_every=0, eval_every=10**6)
+    loop, _ = train(config, hook=hook)
+    assert refusals(loop) == {"client-1": {"tokens": 2}}
+    last = loop.state.events.last("tokens", "client-1")
+    assert last is not None and re.search(says, last.reason)
+
+
+# --- text that only a site has
+
+
+def shards(number: int, rows: int, text_bytes: int) -> tuple[SiteShard, ...]:
+    return tuple(SiteShard(f"s{n:05d}", rows, text_bytes, "f" * 64) for n in range(number))
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (shards(1, 1 << 38, 1 << 45), "rows, of 268435456 at most"),
+        (shards(60_000, 8, 400), "60000 shards, of 4096 at most"),
+        (shards(1, 1000, 999), "1000 rows of 999 bytes"),
+        (shards(1, 8, 1 << 62), "rows of 4611686018427387904 bytes"),
+        ((SiteShard("../up", 8, 400, "f"),), "no plain name"),
+        ((SiteShard("x" * 300, 8, 400, "f"),), "no plain name"),
+    ],
+)
+def test_a_site_of_impossible_text_is_refused_and_the_round_goes_on(
+    told: tuple[SiteShard, ...], says: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    def greet(hello: Hello) -> Hello:
+        return replace(hello, shards=told) if hello.name == "client-1" else hello
+
+    config = federation(tiny_corpus, tmp_path, "run", sharding="local", rounds=1, save_every=0, eval_every=10**6)
+    loop, _ = train(config, greet=greet)
+    assert loop.state.pace.rounds == {"client-0": 1}
+    ((_, kinds),) = loop.state.events.by_client().items()
+    assert says in kinds["hello"].reason
+
+
+@pytest.mark.parametrize(
+    "told", [shards(1, 8, 8), shards(4096, 8, 8), (SiteShard("a", 8, 9, "f"), *shards(4095, 1, 1))], ids=len
+)
+def test_a_lease_of_next_to_no_text_is_short_and_quick(told: tuple[SiteShard, ...]) -> None:
+    ledger = LocalLedger(8)
+    ledger.admit("site", told)
+    started = time.process_time()
+    for _ in range(3):
+        lease = ledger.lease("site", 20 * 524_288, spare_rows=160)
+    assert 0 < len(lease) <= 1024 and time.process_time() - started < 10
+
+
+def test_documents_that_no_packer_holds_are_refused(tiny_corpus: Path, tmp_path: Path) -> None:
+    def holding(change: Callable[[StreamState], StreamState]) -> str:
+        def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+            local, report = fit(arrays, asked)
+            if asked.client == "client-1":
+                at = report.data.streams
+                report = replace(report, data=DataState(report.data.rows, {**at, 0: change(at[0])}))
+            return local, report
+
+        config = federation(tiny_corpus, tmp_path, f"run-{len(list(tmp_path.iterdir()))}", rounds=1, save_every=0)
+        loop, _ = train(config, hook=hook)
+        last = loop.state.events.last("position", "client-1")
+        assert last is not None and loop.state.pace.rounds == {"client-0": 1}
+        return last.reason
+
+    first = (Row(0, "shard_00000.parquet", 0),)
+    assert "stream 0 holds 1000 documents" in holding(lambda at: replace(at, pending=1000 * first))
+    assert "tokens of the first used up" in holding(lambda at: replace(at, offset=1 << 50))
+    assert "stream 0 holds a document twice" in holding(lambda at: replace(at, pending=2 * at.pending[:1]))
+
+
+# --- honest sites that differ
+
+
+@pytest.mark.parametrize("merge", ["mean", "trimmed_mean"])
+def test_honest_sites_of_unlike_speed_and_habit_are_merged_whole(
+    merge: str, tiny_corpus: Path, tmp_path: Path, count: Callable[[int, int], int]
+) -> None:
+    """Seven steps, one step, a late joiner and one who misses most rounds, from the first step of a run to the rate's end."""
+    rounds = count(8, 60)
+    away = {"client-2": range(1, 4), "client-3": range(3, rounds - 1)}
+
+    def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+        if asked.round in away.get(asked.client, ()):
+            raise OSError("it is not there")
+        return fit(arrays, replace(asked, max_steps=1) if asked.client == "client-1" else asked)
+
+    options: dict[str, Any] = {
+        "clients": 4,
+        "rounds": rounds,
+        "round_steps": 7,
+        "merge": merge,
+        "on_large_norm": "reject",
+    }
+    options |= {"save_every": 0, "eval_every": 10**6, "model.recipe.num_steps": 3 * 7 * rounds}
+    config = federation(tiny_corpus, tmp_path, "run", **options)
+    loop, _ = train(config, hook=hook, answered=deque(maxlen=0))
+    assert refusals(loop) == {client: {"failed": len(missed)} for client, missed in away.items()}
+    assert loop.state.pace.rounds == {
+        f"client-{n}": loop.state.clock.round - len(away.get(f"client-{n}", ())) for n in range(4)
+    }
