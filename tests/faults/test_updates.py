@@ -296,7 +296,7 @@ def test_an_update_over_the_limit_is_held_and_then_clipped_to_it(
         local, report = fit(arrays, asked)
         if (asked.client, asked.round) == (HOSTILE, 3):
             local, report = announced(
-                [b + np.float32(2.5) * (np.asarray(a, np.float32) - b) for a, b in zip(local, base, strict=True)],
+                [b + np.float32(2.0) * (np.asarray(a, np.float32) - b) for a, b in zip(local, base, strict=True)],
                 report,
             )
         if asked.round == 3:
@@ -304,10 +304,10 @@ def test_an_update_over_the_limit_is_held_and_then_clipped_to_it(
             seen["base"] = base
         return local, report
 
-    options = {**OPTIONS, "on_large_norm": "clip", "round_steps": 4, "outer_lr": 1, "outer_momentum": 0}
-    options["max_norm_ratio"] = 2.0
+    options = {**OPTIONS, "on_large_norm": "clip", "round_steps": 8, "outer_lr": 1, "outer_momentum": 0}
+    options["max_norm_ratio"] = 1.6
     loop, _, left = play(federation(tiny_corpus, tmp_path, "run", **options), hook=hook)
-    assert left.events == {HOSTILE: {"clipped": 1}} and 0.3 < scales[-1] < 0.95
+    assert left.events == {HOSTILE: {"clipped": 1}} and 0.3 < scales[-1] < 0.98
     for (name, ours), base, honest, theirs in zip(
         loop.weights.items(), seen["base"], seen[HONEST], seen[HOSTILE], strict=True
     ):
