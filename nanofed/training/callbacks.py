@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
@@ -30,11 +31,24 @@ def _writer(trainer: Trainer) -> Any:
 
 
 class RunLogger(TensorBoardLogger):
-    """Lightning's TensorBoard logger, which makes no file before the run's folder is opened and something is logged."""
+    """Lightning's TensorBoard logger, which makes no file before the run's folder is opened.
+
+    Lightning asks for its writer and saves its hyper-parameters before it loads the checkpoint of a resumed run.
+
+    Attributes:
+        is_open: whether it may write.
+    """
+
+    is_open = False
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's SummaryWriter on the first rank, and what takes everything and writes nothing elsewhere or before."""
+        return super().experiment if self.is_open else _DummyExperiment()
 
     def save(self) -> None:
-        """Write what was logged; Lightning calls this before a checkpoint is loaded, too."""
-        if self._experiment is not None:
+        """Write what was logged."""
+        if self.is_open:
             super().save()
 
 

@@ -68,9 +68,23 @@ def set_aside_later(path: Path) -> None:
     for later in path.parent.iterdir() if _NAME.fullmatch(path.name) else ():
         if not _NAME.fullmatch(later.name) or number_of(later) <= number_of(path):
             continue
-        aside = path.parent / SET_ASIDE / later.name
-        aside.parent.mkdir(exist_ok=True)
-        if aside.exists():
-            discard(aside)
-        later.rename(aside)
-        logger.warning("%s is of a later step than %s, which is saved now: moved to %s", later, path.name, aside)
+        logger.warning(
+            "%s is of a later step than %s, which is saved now: moved to %s", later, path.name, _move_aside(later)
+        )
+
+
+def set_aside(path: Path) -> None:
+    """Move a checkpoint into `superseded` that another one of its step is to replace, in a run that went back before it."""
+    if (path / MANIFEST).is_file():
+        logger.warning("%s is saved anew: the one before is moved to %s", path, _move_aside(path))
+
+
+def _move_aside(path: Path) -> Path:
+    folder = path.parent / SET_ASIDE
+    folder.mkdir(exist_ok=True)
+    aside, number = folder / path.name, 0
+    while aside.exists():  # of a future that was given up before
+        number += 1
+        aside = folder / f"{path.name}.{number}"
+    path.rename(aside)
+    return aside

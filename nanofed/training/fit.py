@@ -69,7 +69,7 @@ def _fit(cli: FitCLI) -> Summary:
     summary = cli.dashboard.summary
     try:
         if resume is None:
-            cli.opening.open(module)
+            cli.opening.open(trainer, module)
             trainer.validate(module, datamodule=data, verbose=False)
         else:
             if trainer.is_global_zero:
@@ -79,7 +79,7 @@ def _fit(cli: FitCLI) -> Summary:
                 summary.curve = Summary.read(cli.run_folder).curve
         with cli.garbage:
             trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
-        cli.opening.open(module)  # a resumed run that has no step to do
+        cli.opening.open(trainer, module)  # a resumed run that has no step to do
         summary.ended = _why_ended(trainer, module)
         if not summary.curve or summary.curve[-1].step != module.clock.step:
             trainer.validate(module, datamodule=data, verbose=False)

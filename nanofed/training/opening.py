@@ -7,6 +7,7 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 
 from nanofed import runtime
+from nanofed.training.callbacks import RunLogger
 from nanofed.training.event_files import cut_events
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
@@ -36,7 +37,7 @@ class Opening(Callback):
         self._summary = summary
         self._step: int | None = None
 
-    def open(self, module: GPTModule) -> None:
+    def open(self, trainer: Trainer, module: GPTModule) -> None:
         """Open the folder, once, and cut its curves at the step that the module is at."""
         if self.done or not runtime.is_first_rank():
             return
@@ -46,13 +47,16 @@ class Opening(Callback):
         if module.clock.step:
             self._summary.tokens = module.clock.tokens
             self._summary.write(run)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.is_open = True
         self.done = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the folder of a resumed run."""
         module = cast(GPTModule, pl_module)
         self._step = module.clock.step
-        self.open(module)
+        self.open(trainer, module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,6 +15,7 @@ from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
 from nanofed.training.callbacks import Dashboard
 from nanofed.training.checkpoint import CheckpointError, prune_checkpoints
+from nanofed.training.checkpoint_folder import set_aside
 from nanofed.training.garbage import Garbage
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule
@@ -165,6 +166,8 @@ class SaveCheckpoint(Callback):
         """Write on the first rank and return, on all of them, why that failed; None if it did not."""
         failure: str | None = None
         try:
+            if trainer.is_global_zero:
+                set_aside(path)
             trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
                 reach(self._run, Reached.CHECKPOINT)

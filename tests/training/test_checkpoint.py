@@ -26,6 +26,7 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
+from nanofed.training.checkpoint_folder import set_aside
 from nanofed.training.checkpoint_io import DirectoryCheckpointIO
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, n_embd=8)
@@ -248,7 +249,12 @@ def test_a_run_that_goes_on_from_an_earlier_one_has_no_later_ones(
     for step in (20, 12):
         save(f"step_{step:08d}")
     assert find_checkpoint(folder.parent).name == "step_00000012"
-    assert (folder / "superseded" / "step_00000020" / "state.pt").read_bytes() != b"damaged", "the later abandoned one"
+    assert (folder / "superseded" / "step_00000020" / "state.pt").read_bytes() == b"damaged"
+    assert (folder / "superseded" / "step_00000020.1" / "state.pt").read_bytes() != b"damaged", (
+        "the later abandoned one"
+    )
+    set_aside(folder / "step_00000012")
+    assert (folder / "superseded" / "step_00000012").is_dir() and not (folder / "step_00000012").exists()
 
 
 def test_weights_are_those_that_the_safetensors_library_writes(

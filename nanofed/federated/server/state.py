@@ -29,6 +29,7 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
+from nanofed.training.checkpoint_folder import set_aside
 from nanofed.training.identity import check_identity
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
@@ -98,8 +99,10 @@ class State:
         Raises:
             SaveError: it cannot be written; the ones before it are whole.
         """
+        path = run / "checkpoints" / f"round_{self.clock.round:08d}"
+        set_aside(path)
         write_checkpoint(
-            run / "checkpoints" / f"round_{self.clock.round:08d}",
+            path,
             kind="federated",
             weights={name: torch.from_numpy(array) for name, array in self.weights.items()},
             state={
