@@ -80,7 +80,7 @@ def test_the_traceback_is_shown_on_request(
 ) -> None:
     monkeypatch.setenv("NANOFED_DEBUG", "1")
     said = ended(command, capsys, error)[1]
-    assert said.startswith("Traceback (most recent call last)") and "NANOFED_DEBUG" not in said
+    assert said.startswith("Traceback (most recent call last)") and "NANOFED_DEBUG=1 shows" not in said
 
 
 def test_a_module_that_cannot_be_imported_ends_in_one_line(
