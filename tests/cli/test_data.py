@@ -45,7 +45,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["dwnload"], ["download"], ["download", "-n", "many"], ["pack", "x"], ["list", "--jso"], ["demo", "-x"]],
+    [[], ["dwnload"], ["download"], ["pack", "x"], ["list", "--jso"], ["demo", "-x"]],
 )
 def test_usage_errors(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -143,7 +143,7 @@ def test_standard_input_that_is_not_text(
     assert "standard input is not UTF-8 text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["--prompt", "p"], ["--checkpoint", "c"], ["--max_tokens", "many"]])
+@pytest.mark.parametrize("argv", [[], ["--prompt", "p"], ["--checkpoint", "c"]])
 def test_a_usage_error_exits_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["generate", *argv])

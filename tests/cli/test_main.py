@@ -139,3 +139,20 @@ def test_a_reader_that_has_gone_is_no_error(args: list[str]) -> None:
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 0
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "--checkpoint", "c", "--max_tokens", "many"],
+        ["data", "download", "-n", "many"],
+        ["tokenizer", "train", "--vocab_size", "many"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_number_is_refused_by_its_option_s_name(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args) == 2
+    said = capsys.readouterr().err
+    assert args[-2].lstrip("-") in said
+    assert "many" in said
+    assert said.count("\n") == 1

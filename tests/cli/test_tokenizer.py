@@ -88,9 +88,9 @@ def test_a_folder_that_is_read_only_is_refused(data: Path, tmp_path: Path, capsy
         (["train", "--vocab_size", "100"], 2, "vocab_size is 100"),
         (["train", "--split_pattern", "("], 2, "split_pattern"),
         (["train", "--split_pattern", "[a-z]+"], 2, "does not match every character"),
-        (["train", "--doc_cap", "0"], 2, "doc_cap is 0"),
+        (["train", "--doc_cap", "0"], 2, "--doc_cap must be at least 1, not 0"),
         (["eval", "--tokenizer", "nowhere"], 3, "no tokenizer in nowhere"),
-        (["eval", "--max_chars", "0"], 2, "max_chars is 0"),
+        (["eval", "--max_chars", "0"], 2, "--max_chars must be at least 1, not 0"),
     ],
 )
 def test_bad_input_is_one_line_and_an_exit_code(
@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
     assert not (tmp_path / "base").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["nope"], ["train", "--vocab_size", "many"], ["train", "--vocabsize", "1"]])
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["train", "--vocabsize", "1"]])
 def test_a_usage_error_exits_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["tokenizer", *arguments])

@@ -185,5 +185,5 @@ def test_after_an_error_it_is_the_same_text(dataset: Dataset, monkeypatch: pytes
 
 
 def test_a_negative_prefetch_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(ConfigError, match=r"data\.prefetch=-1"):
+    with pytest.raises(ConfigError, match=r"data\.prefetch must be at least 0, not -1"):
         next(iter(module(dataset, prefetch=-1).validation_loader()))
