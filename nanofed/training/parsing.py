@@ -43,6 +43,7 @@ def parse(parser: Any, args: Sequence[str], kinds: Mapping[str, Any]) -> Any:
     key: str | None = None
     try:
         config = parser.parse_args([*rest, *typed])
+        _check_nothing(args, config)
         _forget_start_options(config, parser, files, typed)
         ranges = {
             f"{section}.{name}".lstrip("."): hint for section in kinds for name, hint in ranged(kinds[section]).items()
@@ -59,6 +60,14 @@ def parse(parser: Any, args: Sequence[str], kinds: Mapping[str, Any]) -> Any:
     holding = [path for path, content in files.items() if key and _holds(content, key.split("."))]
     source = None if is_typed or not holding else holding[-1]
     raise ConfigError(f"{source}: {message}" if source else message) from failure
+
+
+def _check_nothing(args: Sequence[str], config: Any) -> None:
+    """Refuse what is something to whoever typed it and nothing to YAML: a name that begins with # is a comment there."""
+    for arg in args:
+        name, given, value = arg.removeprefix("--").partition("=")
+        if given and value.strip().lower() not in ("", "null", "~") and name in config and config[name] is None:
+            raise ConfigError(f"--{name} {value!r:.60} is nothing to YAML: write ./ before it, if it is a path")
 
 
 def resolved(parser: Any, config: Any) -> str:

@@ -178,6 +178,16 @@ def test_what_is_printed_reads_back_too(
     assert yaml.safe_load(capsys.readouterr().out)["name"] == "8612e71"
 
 
+@pytest.mark.parametrize("value", ["#c", "&a", "---"])
+def test_what_yaml_takes_for_nothing_is_refused_by_name(value: str, parsers: dict[str, Parser]) -> None:
+    parser, base = parsers["federate"]
+    with pytest.raises(ConfigError, match=r"--data\.tokenizer .* is nothing to YAML"):
+        parse(parser, [*base, f"--data.tokenizer={value}"], KINDS)
+    for key in ("data.tokenizer", "init_from"):
+        assert parse(parser, [*base, f"--{key}=null"], KINDS)[key] is None
+        assert parse(parser, [*base, f"--{key}=./{value}"], KINDS)[key] == f"./{value}"
+
+
 @pytest.mark.parametrize("value", ["a\0b", "a\ud800"])
 def test_what_no_file_can_hold_is_refused_by_name(value: str, parsers: dict[str, Parser]) -> None:
     parser, base = parsers["federate"]
