@@ -85,6 +85,7 @@ def test_a_folder_that_is_read_only_is_refused(data: Path, tmp_path: Path, capsy
     ("arguments", "code", "message"),
     [
         (["train", "--data", "nowhere"], 3, "nowhere"),
+        (["train", "--vocab_size", "many"], 2, "--vocab_size"),
         (["train", "--vocab_size", "100"], 2, "vocab_size is 100"),
         (["train", "--split_pattern", "("], 2, "split_pattern"),
         (["train", "--split_pattern", "[a-z]+"], 2, "does not match every character"),
