@@ -483,7 +483,12 @@ def why_gpu_is_unused(root: Path = Path("/")) -> str | None:
     import torch
 
     driver = nvidia_driver(root)
-    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ or not (driver or _nvidia_devices(root)):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in (
+        "",
+        "-1",
+        "NoDevFiles",
+    )  # a scheduler sets it to a card's number
+    if torch.cuda.is_available() or hidden or not (driver or _nvidia_devices(root)):
         return None
     version = torch.version.cuda
     if version is None:

@@ -84,6 +84,8 @@ def test_a_gpu_that_is_used_hidden_or_not_there_needs_none(monkeypatch: pytest.M
     with_gpu = machine(tmp_path / "gpu", driver="535.104.05")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert runtime.why_gpu_is_unused(with_gpu) is None  # a person has hidden it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert runtime.why_gpu_is_unused(with_gpu) is not None  # a scheduler has given it to this job
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     torch_is(monkeypatch, "2.11.0+cu130", "13.0", works=True)
     assert runtime.why_gpu_is_unused(with_gpu) is None
