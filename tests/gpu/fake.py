@@ -43,11 +43,11 @@ class FakeGPU:
         }
 
     def start(
-        self, program: Sequence[str], *, seconds: float = SECONDS, **changes: str
+        self, program: Sequence[str], *, seconds: float = SECONDS, changes: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run Python with arguments on the card and wait for its end."""
         python = str(self.folder / "venv/bin/python")
-        environment = self.environment(**changes)
+        environment = self.environment(**(changes or {}))
         return subprocess.run(
             [python, *program],
             env=environment,
@@ -61,7 +61,7 @@ class FakeGPU:
     def measure(self, *, environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
         """Return what `tests/gpu/step.py` counts of a training step with these options."""
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        ended = self.start(["-m", "tests.gpu.step", *arguments], **(environment or {}))
+        ended = self.start(["-m", "tests.gpu.step", *arguments], changes=environment)
         assert ended.returncode == 0, ended.stderr[-3000:]
         counted: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
         return counted
