@@ -421,9 +421,8 @@ def be_deterministic() -> None:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # for bugs of one's own: it costs a pass over all new memory
-    )
+    # Filling new memory is for finding bugs, and costs a pass over all of it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_compiled_code() -> None:
