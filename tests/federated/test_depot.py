@@ -379,7 +379,12 @@ def test_refused_answers_leave_neither_files_nor_memory(depot: Depot, tmp_path: 
             nodes = {"client-0": 1, "client-1": 2}
             instructed = {client: replace(asked, client=client) for client in nodes}
             found = exchange.round(
-                nodes, instructed, Sent(values, payload, FP32, FP32), streams=replies.STREAMS, seconds=0.3
+                nodes,
+                instructed,
+                Sent(values, payload, FP32, FP32),
+                streams=replies.STREAMS,
+                most_pending=1,
+                seconds=0.3,
             )
             for answer in found:
                 assert isinstance(answer.result, Refused)

@@ -44,7 +44,7 @@ def answer(message_id: str, error: str = "") -> Message:
 def play(exchange: Exchange, number: int, seconds: float = 0.3) -> Any:
     request()  # Message() reads what it sets
     results = exchange.round(
-        {CLIENT: NODE}, {CLIENT: instructions(round=number)}, sent(), streams=STREAMS, seconds=seconds
+        {CLIENT: NODE}, {CLIENT: instructions(round=number)}, sent(), streams=STREAMS, most_pending=1, seconds=seconds
     )
     (one,) = list(results)
     return one.result
