@@ -147,9 +147,11 @@ def test_a_client_of_another_code_or_data_is_refused(tiny_corpus: Path, tmp_path
     config = federation(tiny_corpus, tmp_path, "run", rounds=1)
     loop, site = train(config, greet=greet)
     assert [asked.client for asked in site.asked] == ["client-1"] and site.asked[0].participants == 1
-    here = {"model": "model.n_layer 99 there, 1 here", "streams": "streams 3 there, 8 here"}.get(
-        field, f"{field} {other} there"
-    )
+    here = {
+        "model": "model.n_layer 99 there, 1 here",
+        "streams": "streams 3 there, 8 here",
+        "dataset": "the validation shard holds other text",
+    }.get(field, f"{field} {other} there")
     assert here in loop._roster.refused["client-0"]
     assert loop.state.events.total("hello", client="client-0") == 1
 
