@@ -51,15 +51,18 @@ def test_a_client_process_is_killed(federation: Deployment, moment: str) -> None
     if held == "site.supernode":
         lab.kill(held, signal.SIGCONT)
     federation.reach(before + 1, in_time(90))  # with the other site's update
-    # Flower answers for it after 50 to 70 s; the round is over before.
-    noticed = {"failed", "silent"}
-    seconds = federation.until(
-        lambda: bool(noticed & {event["kind"] for event in federation.events("lab-a", since)}),
-        "event of the killed client",
-        in_time(90),
-    )
+
+    def is_noticed() -> bool:
+        return bool({"failed", "silent"} & {event["kind"] for event in federation.events("lab-a", since)})
+
+    def is_handed_on() -> bool:
+        """Tell whether another client process took the message: Flower 1.42 gives it on where the first had not begun."""
+        return moment == "before it trains" and federation.merged("lab-a") > merged
+
+    # Flower answers for a client that had begun after 50 to 70 s; the round is over before.
+    seconds = federation.until(lambda: is_noticed() or is_handed_on(), "event of the killed client", in_time(90))
     assert seconds < in_time(75)
-    assert federation.merged("lab-a") <= merged + federation.round() - before - 1
+    assert is_handed_on() or federation.merged("lab-a") <= merged + federation.round() - before - 1
     federation.takes_part("lab-a")
     federation.no_row_is_merged_twice()
 
