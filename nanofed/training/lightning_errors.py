@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from nanofed.errors import ConfigError, NanofedError
+
+INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 @contextmanager
@@ -46,7 +49,12 @@ def lightning_errors(section: str, given: Sequence[str] = (), *, building: bool 
 def _is_about_options(error: Exception) -> bool:
     if isinstance(error, MisconfigurationException | ModuleNotFoundError):
         return True
-    packages = [_package(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    packages = [_package(file) for file in files]
+    if "lightning" in packages:
+        called = files[len(packages) - packages[::-1].index("lightning") :]
+        if not all(file.startswith((*INSTALLED, "<")) for file in called):  # a person's callback or data, say
+            return False
     if isinstance(
         error, RuntimeError | OSError | MemoryError
     ):  # torch raises them of the machine, wherever it is called

@@ -81,16 +81,16 @@ def resolved(parser: Any, config: Any) -> str:
     config = config.clone()
     for name in START:
         config.pop(name, None)
-    before = json.loads(parser.dump(config, skip_link_targets=False, format="json"))
+    before = json.loads(parser.dump(config, skip_link_targets=False, skip_unset=False, format="json"))
     for key, value in _leaves(before):
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise ConfigError(f"{key} holds a character that is no text: {value!r:.60}")
-    text = str(parser.dump(config, skip_link_targets=False))
+    text = str(parser.dump(config, skip_link_targets=False, skip_unset=False))  # null may not be the default
     try:
         read = parser.parse_string(text)
         for name in START:
             read.pop(name, None)
-        again = json.loads(parser.dump(read, skip_link_targets=False, format="json"))
+        again = json.loads(parser.dump(read, skip_link_targets=False, skip_unset=False, format="json"))
     except argparse.ArgumentError as error:
         raise ConfigError(f"the config would not read back: {explain(str(error), set())[1]}") from error
     there, here = dict(_leaves(before)), dict(_leaves(again))

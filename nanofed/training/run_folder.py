@@ -185,6 +185,8 @@ def _taken(run: Path) -> str | None:
     for path in sorted(run.iterdir()):
         if _OURS.fullmatch(path.name):
             return path.name
+        if path.name in _OWN_FOLDERS and not path.is_dir():
+            return f"{path.name}, which is no folder"
         if path.name in _OWN_FOLDERS and any(below.name != "depot" for below in path.iterdir()):
             return path.name
     return None

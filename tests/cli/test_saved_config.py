@@ -14,6 +14,7 @@ import yaml
 
 from nanofed import cli
 from nanofed.errors import ConfigError
+from nanofed.federated.arguments import KINDS as FEDERATED_KINDS
 from nanofed.federated.arguments import build_parser
 from nanofed.training.config import KINDS, FitCLI
 from nanofed.training.options import START
@@ -216,3 +217,9 @@ def test_a_run_with_an_awkward_name_goes_on_from_its_own_config(
     saved = tmp_path / "8612e71" / "config.yaml"
     assert cli.main(["federate", f"--config={saved}", "--ckpt_path=last", "--federation.rounds=2"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_null_reads_back_where_it_is_not_the_default() -> None:
+    parser = build_parser()
+    config = parse(parser, ["--federation.max_norm_ratio=null"], FEDERATED_KINDS)
+    assert parser.parse_string(resolved(parser, config)).federation.max_norm_ratio is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -163,12 +164,22 @@ def test_the_last_save_that_fails_ends_the_run(corpus: Path, tmp_path: Path, mon
     assert disk.saves == 3 and steps(tmp_path / "full") == [4, 8]
 
 
+class FileForFolder(Callback):
+    """Puts a file in the place of the folder of checkpoints once training has begun."""
+
+    def __init__(self, run: str) -> None:
+        self.run = Path(run)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero and batch_idx == 0:
+            (self.run / "checkpoints").write_text("a file in the place of a folder")
+
+
 @pytest.mark.slow
 def test_two_ranks_agree_on_a_save_that_fails(corpus: Path, tmp_path: Path) -> None:
-    run = tmp_path / "full"
-    run.mkdir()
-    (run / "checkpoints").write_text("a file in the place of a folder")
-    said = fit(arguments(corpus, tmp_path, "full", ranks=2, save_every=4), tmp_path, ranks=2, code=1)
+    obstacle = {"class_path": f"{__name__}.{FileForFolder.__name__}", "init_args": {"run": str(tmp_path / "full")}}
+    options = {"save_every": 4, "trainer.callbacks": json.dumps([obstacle])}
+    said = fit(arguments(corpus, tmp_path, "full", ranks=2, **options), tmp_path, ranks=2, code=1)
     assert said.count("step 4 could not be saved") == said.count("step 8 could not be saved") == 1
     assert "nanofed fit: the run could not be saved at step 12" in said
 

@@ -119,7 +119,7 @@ def test_slow_saves_and_evaluations_kill_nothing(corpus: Path, tmp_path: Path) -
     ("launcher", "fault", "code", "line"),
     [
         ((), "data", 3, "shard_00001.parquet is damaged"),
-        (STANDALONE, "bug", 1, "ZeroDivisionError: a bug"),  # torchrun's own exit code is always 1
+        (STANDALONE, "bug", 1, "ZeroDivisionError in faulty_fit.py"),  # torchrun's own exit code is always 1
     ],
     ids=["lightning-data", "torchrun-bug"],
 )

@@ -143,6 +143,12 @@ class TestOverwriting:
         assert listed(tmp_path / "run.kept") == ["notes.md"] and (tmp_path / "run.kept/notes.md").read_text() == "mine"
         assert all(name in caplog.text for name in mine)
 
+    def test_a_file_in_the_place_of_a_folder_of_ours_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/checkpoints").write_text("mine")
+        with pytest.raises(ConfigError, match="checkpoints, which is no folder"):
+            opened(tmp_path)
+
     def test_an_older_nanofeds_run_is_resumed_but_not_replaced(self, tmp_path: Path) -> None:
         run = trained(tmp_path)
         (run / MARKER).unlink()
