@@ -10,7 +10,7 @@ import bisect
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -263,10 +263,10 @@ class TokenLoader:
             own[stream] = StreamState(saved.position if found else None, pending, offset)
         self.state = DataState(state.rows, own)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         return self.take()
 
-    def take(self, limit: int | None = None) -> Iterator[Batch]:
+    def take(self, limit: int | None = None) -> Generator[Batch, None, None]:
         """Yield the batches after `state`, at most `limit` of them: no more than those are made ahead."""
         made = itertools.islice(self._make(self.state, cuda_device()), limit)
         with made_ahead(made, self._prefetch) as batches:

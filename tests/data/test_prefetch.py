@@ -22,7 +22,6 @@ def workers() -> list[threading.Thread]:
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
-    gc.collect()  # an interrupted run of another test may still hold its loader in a cycle
     assert workers() == []
     yield
     gc.collect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,16 @@ def test_an_aborted_round_leaves_what_is_kept(args: list[str], rounds: Rounds, t
         step(clean, expected)
         abort(trainer, rounds)
     assert same(rounds.weights, expected.weights) and rounds.data == expected.data
+
+
+def test_an_aborted_round_leaves_no_thread_that_makes_batches(args: list[str], rounds: Rounds, tmp_path: Path) -> None:
+    """Whoever holds the error, as a log or a debugger does, holds the frames that it came through."""
+    before = set(threading.enumerate())
+    trainer = in_process(args, tmp_path / "trainer")
+    with pytest.raises(KeyError) as held:
+        trainer.fit(rounds.weights, rounds.instructions(max_steps=10), GivesUp(5))
+    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("nanofed-")] == []
+    assert held.value.args == ("enough",)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,17 +165,18 @@ class FabricTrainer:
         arrived = ranks.from_first(turn.arrived)
         watch = self._stopwatch(instructions.client, arrived)
         before = 0.0 if arrived is None else watch.elapsed()
-        result = train_steps(
-            self._fabric,
-            self._fabric_module,
-            self._fabric_optimizer,
-            SharedBatches(loader, turn, ranks),
-            accumulation=accumulation,
-            step_tokens=instructions.batch_tokens,
-            num_steps=instructions.max_steps,
-            seconds=instructions.seconds,
-            stopwatch=watch,
-        )
+        with closing(iter(loader)) as batches:  # a round that is stopped leaves no thread that makes more
+            result = train_steps(
+                self._fabric,
+                self._fabric_module,
+                self._fabric_optimizer,
+                SharedBatches(batches, turn, ranks),
+                accumulation=accumulation,
+                step_tokens=instructions.batch_tokens,
+                num_steps=instructions.max_steps,
+                seconds=instructions.seconds,
+                stopwatch=watch,
+            )
         losses = ranks.mean(result.losses)
         payload: Arrays = []
         with ranks.together():
