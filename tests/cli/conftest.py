@@ -76,15 +76,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture(scope="session")
 def fit_run(corpus: Corpus) -> Path:
     """A run of `nanofed fit`: 4 steps."""
-    assert cli.main(["fit", "--config", str(corpus.fit)]) == 0
-    return corpus.folder / "runs" / "fit"
+    assert cli.main(["fit", "--config", str(corpus.fit), f"--runs_dir={corpus.folder}/trained"]) == 0
+    return corpus.folder / "trained" / "fit"
 
 
 @pytest.fixture(scope="session")
 def federated_run(corpus: Corpus) -> Path:
     """A run of `nanofed federate`: 2 rounds of 2 clients."""
-    assert cli.main(["federate", "--config", str(corpus.federate)]) == 0
-    return corpus.folder / "runs" / "federate"
+    assert cli.main(["federate", "--config", str(corpus.federate), f"--runs_dir={corpus.folder}/trained"]) == 0
+    return corpus.folder / "trained" / "federate"
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ import yaml
 
 from nanofed import cli
 from nanofed.errors import ConfigError
-from nanofed.federated.arguments import KINDS as FEDERATED_KINDS
 from nanofed.federated.arguments import build_parser
 from nanofed.training.config import KINDS, FitCLI
 from nanofed.training.options import START
@@ -221,5 +220,5 @@ def test_a_run_with_an_awkward_name_goes_on_from_its_own_config(
 
 def test_null_reads_back_where_it_is_not_the_default() -> None:
     parser = build_parser()
-    config = parse(parser, ["--federation.max_norm_ratio=null"], FEDERATED_KINDS)
+    config = parse(parser, ["--federation.max_norm_ratio=null"], KINDS)
     assert parser.parse_string(resolved(parser, config)).federation.max_norm_ratio is None
