@@ -328,9 +328,12 @@ class _Service:
             if loop.is_gone():
                 self._link.command("stop", str(run_id), LINK, check=False)
                 return "the round loop died"
-        if not self._link.alive:
+        try:
+            status, details = self._link.status(run_id)
+        except NanofedError:
+            if self._link.alive:
+                raise
             return "the SuperLink died"
-        status, details = self._link.status(run_id)
         if status == "finished:completed":
             return None
         return (said[0] if said else "") or f"{status}: {details or 'no reason given'}"
