@@ -14,13 +14,13 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
+from nanofed.federated.aggregation.outer import OuterNesterov
 from nanofed.federated.arguments import Arguments
 from nanofed.federated.processes import ended_by_signals
 from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.carriage import Carriage
-from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.state import State
 from nanofed.federated.site.trainer import FabricTrainer

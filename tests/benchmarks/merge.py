@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from flwr.server.strategy.aggregate import aggregate
 
-from nanofed.federated.server.folding import PseudoGradient
-from nanofed.federated.server.merge import make_merger, update_norm
-from nanofed.federated.server.outer import OuterNesterov
+from nanofed.federated.aggregation import make_aggregator
+from nanofed.federated.aggregation.aggregator import PseudoGradient
+from nanofed.federated.aggregation.outer import OuterNesterov
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire.blocks import flat
 from nanofed.federated.wire.codec import CODECS, Array, Codec, hash_arrays
 from tests.benchmarks.machine import describe
@@ -83,7 +84,7 @@ class Sides:
         theirs = self._timed("flower", aggregate, [(list(local.values()), 1) for local in self._locals])
         difference = float(max(np.abs(a - b).max() for a, b in zip(new.values(), theirs, strict=True)))
         self._timed("step with momentum", self._momentum.step, new, gradient)
-        self._timed("norm", update_norm, self._packed[0], weights, self._sent, down, up)
+        self._timed("norm", SentWeights(weights, self._sent, down, up).update_norms, self._packed[0])
         self._timed("encode", down.encode, weights)
         self._timed("decode", down.decode, self._sent, weights)
         self._timed("pack", up.pack, self._locals[0], self._base)
@@ -91,7 +92,7 @@ class Sides:
         return difference
 
     def _merge(self) -> PseudoGradient:
-        merger = make_merger("mean", self._weights, self._sent, self._down, self._up, Path())
+        merger = make_aggregator("mean", SentWeights(self._weights, self._sent, self._down, self._up), Path())
         for number, arrays in enumerate(self._packed):
             self._timed("fold", merger.fold, str(number), arrays, 1.0)
         return merger.result()

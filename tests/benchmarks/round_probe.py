@@ -36,8 +36,8 @@ CALLS = {  # module -> function -> name of its mark
     "nanofed.federated.site.channel": {"call": "call"},
     "nanofed.federated.site.freight": {"Road.fetch": "fetch", "Road.deliver": "deliver"},
     "nanofed.federated.server.validation": {"check_reply": "validate"},
-    "nanofed.federated.server.folding": {"Merger.fold": "fold"},
-    "nanofed.federated.server.outer": {"OuterNesterov.step": "outer"},
+    "nanofed.federated.aggregation.aggregator": {"Aggregator.fold": "fold"},
+    "nanofed.federated.aggregation.outer": {"OuterNesterov.step": "outer"},
     "nanofed.training.checkpoint": {"write_checkpoint": "checkpoint"},
     "nanofed.training.loop": {"train_steps": "train"},
 }

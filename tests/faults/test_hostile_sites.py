@@ -20,10 +20,9 @@ import pytest
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
+from nanofed.federated.aggregation.norm_guard import UnusualNorm
 from nanofed.federated.server.local_ledger import LocalLedger
-from nanofed.federated.server.norms import Steps
 from nanofed.federated.server.rounds import RoundLoop
-from nanofed.federated.server.validation import Refused
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions, Report, SiteShard
@@ -53,14 +52,14 @@ def noise(update: Update, base: Update, *_: Any) -> Update:
 
 def ramp(update: Update, base: Update, loop: RoundLoop, asked: Instructions, report: Report) -> Update:
     """Its honest update, made as long as will be merged whole: 0.999 of the limit."""
-    guard, steps = loop.state.norms, Steps.of(loop._module.recipe.schedule, asked, report.steps)
+    guard, steps = loop.state.norms, loop.rates(asked, report.steps)
     lengths = [_length([moved]) for moved in update]
 
     def passes(factor: float) -> bool:
         try:
             length = guard.measure([factor * value for value in lengths], steps)
             return guard.scale(length, {asked.client: length}, loop.state.weights_norm) == 1.0
-        except Refused:
+        except UnusualNorm:
             return False
 
     low, high = 1.0, 1e4

@@ -21,7 +21,7 @@ from flwr.app import ConfigRecord, Message
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
-from nanofed.federated.server import norms
+from nanofed.federated.aggregation import norm_guard
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.codec import WireError, hash_arrays
 from nanofed.federated.wire.messages import KEY, Instructions, Report
@@ -286,11 +286,13 @@ def test_an_update_over_the_limit_is_held_and_then_clipped_to_it(
     """What is merged is the mean of the honest update and of the part of the other that is within the limit."""
     seen: dict[str, list[Any]] = {}
 
-    def scale(self: norms.NormGuard, length: norms.Length, here: dict[str, norms.Length], *_: Any) -> float:
+    def scale(
+        self: norm_guard.NormGuard, length: norm_guard.Length, here: dict[str, norm_guard.Length], *_: Any
+    ) -> float:
         return 0.25 if length is here[HOSTILE] else 1.0
 
-    monkeypatch.setattr(norms.NormGuard, "is_unsuspicious", lambda self, length: False)
-    monkeypatch.setattr(norms.NormGuard, "scale", scale)
+    monkeypatch.setattr(norm_guard.NormGuard, "is_unsuspicious", lambda self, length: False)
+    monkeypatch.setattr(norm_guard.NormGuard, "scale", scale)
 
     def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
         base = [array.copy() for array in arrays]

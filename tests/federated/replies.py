@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row, RowRange
 from nanofed.data.streams import DataState
-from nanofed.federated.server.validation import Sent
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire.codec import CODECS, hash_arrays
 from nanofed.federated.wire.messages import KEY, Instructions, Report
 
@@ -26,8 +26,8 @@ def weights(seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
     return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def sent(up: str = "fp32") -> Sent:
-    return Sent(weights(), list(weights().values()), CODECS["fp32"], CODECS[up])
+def sent(up: str = "fp32") -> SentWeights:
+    return SentWeights(weights(), list(weights().values()), CODECS["fp32"], CODECS[up])
 
 
 def instructions(**changes: Any) -> Instructions:

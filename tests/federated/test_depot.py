@@ -28,13 +28,14 @@ from flwr.serverapp import Grid
 from flwr.superlink import main as superlink
 
 from nanofed.errors import NanofedError
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server import depot_calls
 from nanofed.federated.server.depot import DOWN, UP, Depot
 from nanofed.federated.server.depot_calls import DepotCalls, answer_depot_calls
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.exchange import Exchange
 from nanofed.federated.server.keys import init
-from nanofed.federated.server.validation import Refused, Sent
+from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.site.channel import ChannelError, unpack
 from nanofed.federated.site.freight import Over, Road
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
@@ -381,13 +382,13 @@ def test_refused_answers_leave_neither_files_nor_memory(depot: Depot, tmp_path: 
             found = exchange.round(
                 nodes,
                 instructed,
-                Sent(values, payload, FP32, FP32),
+                SentWeights(values, payload, FP32, FP32),
                 streams=replies.STREAMS,
                 most_pending=1,
                 seconds=0.3,
             )
             for answer in found:
-                assert isinstance(answer.result, Refused)
+                assert isinstance(answer.result, RefusedReply)
                 events.add(answer.result.kind, answer.client, answer.result, number)
             del payload, found, answer
             assert events.total() == 2 * number

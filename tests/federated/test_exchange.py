@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.exchange import Exchange
-from nanofed.federated.server.validation import Refused
+from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.lateness import LIFE
 from tests.federated.replies import STREAMS, instructions, request, sent
 
@@ -54,7 +54,7 @@ def test_a_late_answer_is_named_and_dropped_and_the_message_lives_for_it() -> No
     grid, events = SlowGrid(), Events()
     exchange = Exchange(cast(Grid, grid), events)
     silent = play(exchange, 1)
-    assert isinstance(silent, Refused) and silent.kind == "silent"
+    assert isinstance(silent, RefusedReply) and silent.kind == "silent"
     assert grid.pushed[0].metadata.ttl == LIFE * 0.3
     grid.answers["message 0"] = answer("message 0")
     assert play(exchange, 2).kind == "silent"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanofed.errors import ConfigError
-from nanofed.federated.server.folding import PseudoGradient
-from nanofed.federated.server.outer import OuterNesterov
+from nanofed.federated.aggregation.aggregator import PseudoGradient
+from nanofed.federated.aggregation.outer import OuterNesterov
 from nanofed.federated.wire import blocks
 from nanofed.federated.wire.codec import Array, Weights
 from tests.federated.arrays import hash_weights, odd_weights

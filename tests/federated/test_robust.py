@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from nanofed.errors import NanofedError
-from nanofed.federated.server.merge import Method, make_merger, update_norm
-from nanofed.federated.server.outer import OuterNesterov
-from nanofed.federated.server.robust import Median, Sorted, TrimmedMean, comparators
-from nanofed.federated.server.updates import Base
+from nanofed.federated.aggregation import Method, make_aggregator
+from nanofed.federated.aggregation.outer import OuterNesterov
+from nanofed.federated.aggregation.robust import Median, Sorted, TrimmedMean, comparators
+from nanofed.federated.aggregation.update import SentWeights
+from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import CODECS, Array, Weights, payload_bytes
 from tests.benchmarks import machine
 from tests.faults.children import call, mount_disk
@@ -52,10 +53,10 @@ def test_the_order_of_arrival_and_the_shares_do_not_change_a_bit(up: str, method
     packed = [CODECS[up].pack(trained(old, seed), old) for seed in range(5)]
     digests = set()
     for order in itertools.islice(itertools.permutations(range(5)), 0, None, 17):
-        merger = make_merger(method, old, FP32.encode(old), FP32, CODECS[up], tmp_path)
+        aggregator = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, CODECS[up]), tmp_path)
         for client in order:
-            merger.fold(str(client), packed[client], weight=1.0 + order.index(client) * 1e3)
-        digests.add(hash_weights(merger.result()))
+            aggregator.fold(str(client), packed[client], weight=1.0 + order.index(client) * 1e3)
+        digests.add(hash_weights(aggregator.result()))
     assert len(digests) == 1
 
 
@@ -74,13 +75,13 @@ def hostile_round(method: Method, up: str, down: str, folder: Path, seed: int) -
 
     clients = [local(1, 0.3) for _ in range(4)]
     clients.insert(int(generator.integers(5)), local(-10, 0.3))
-    merger = make_merger(method, old, CODECS[down].encode(old), CODECS[down], CODECS[up], folder)
+    aggregator = make_aggregator(method, SentWeights(old, CODECS[down].encode(old), CODECS[down], CODECS[up]), folder)
     for number, client in enumerate(clients):
-        merger.fold(str(number), CODECS[up].pack(client, base), 1.0)
+        aggregator.fold(str(number), CODECS[up].pack(client, base), 1.0)
     updates = np.stack([vector(base) - vector(client) for client in clients])
     honest = updates[np.argsort(np.linalg.norm(updates, axis=1))[:4]]
-    merged = vector(merger.result())
-    cosines = np.array(list(merger.cosines().values()))
+    merged = vector(aggregator.result())
+    cosines = np.array(list(aggregator.cosines().values()))
     assert cosines.argmin() == np.linalg.norm(updates, axis=1).argmax(), "the hostile one is seen"
     return merged.astype(np.float32), honest.astype(np.float32), -vector(common).astype(np.float32)
 
@@ -107,15 +108,17 @@ def test_so_many_are_cut_on_each_side(trim: float, tmp_path: Path, caplog: pytes
         values = np.random.default_rng(clients).permutation(clients).astype(np.float32) ** 2
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            merger = make_merger("trimmed_mean", old, FP32.encode(old), FP32, FP32, tmp_path, trim=trim)
+            aggregator = make_aggregator(
+                "trimmed_mean", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path, trim=trim
+            )
             for client, value in enumerate(values):
-                merger.fold(str(client), [np.full(1, value)], 1.0)
-            result = -float(merger.result()["w"][0])
+                aggregator.fold(str(client), [np.full(1, value)], 1.0)
+            result = -float(aggregator.result()["w"][0])
         cut = clients * round(100 * trim) // 100
         assert result == pytest.approx(np.sort(values)[cut : clients - cut].mean(), rel=1e-15)
         assert bool(caplog.records) == (cut == 0), "that nothing is cut off is said"
     with pytest.raises(ValueError, match="trim must be"):
-        make_merger("trimmed_mean", old, FP32.encode(old), FP32, FP32, tmp_path, trim=0.5)
+        make_aggregator("trimmed_mean", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path, trim=0.5)
 
 
 @pytest.mark.parametrize("method", ROBUST)
@@ -125,15 +128,15 @@ def test_who_is_dropped_leaves_no_trace_and_saves_no_other_from_being_cut(
     old = random_weights(4)
     results = []
     for dropped in (2, 3):
-        with make_merger(method, old, FP32.encode(old), FP32, FP32, tmp_path, trim=0.3) as merger:
-            assert isinstance(merger, Sorted)
+        with make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path, trim=0.3) as aggregator:
+            assert isinstance(aggregator, Sorted)
             for client in range(7):
-                merger.fold(str(client), FP32.encode(trained(old, client + 10 * (client == dropped))), 1.0, 0.5)
-            merger.drop(str(dropped))
-            merger.fold(str(dropped), FP32.encode(trained(old, dropped)), 1.0, 0.5)
+                aggregator.fold(str(client), FP32.encode(trained(old, client + 10 * (client == dropped))), 1.0, 0.5)
+            aggregator.drop(str(dropped))
+            aggregator.fold(str(dropped), FP32.encode(trained(old, dropped)), 1.0, 0.5)
             assert len(list(tmp_path.iterdir())) == 7
-            results.append(vector(merger.result()))
-            assert len(merger.cosines()) == 7 and not list(tmp_path.iterdir())
+            results.append(vector(aggregator.result()))
+            assert len(aggregator.cosines()) == 7 and not list(tmp_path.iterdir())
     # Of 7, 2 are cut on each side; of 8, one of whom was dropped, as well.
     np.testing.assert_array_equal(results[0], results[1])
     updates = np.sort([vector(old) - vector(trained(old, seed)) for seed in range(7)], axis=0) / 2
@@ -147,26 +150,26 @@ def test_of_fewer_than_three_clients_it_is_their_mean(method: Method, tmp_path: 
     old = random_weights(2)
     locals_ = [trained(old, seed) for seed in range(2)]
     for clients in (1, 2):
-        merger = make_merger(method, old, FP32.encode(old), FP32, FP32, tmp_path)
+        aggregator = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path)
         for client, local in enumerate(locals_[:clients]):
-            merger.fold(str(client), FP32.encode(local), 7.0 * client + 1)
+            aggregator.fold(str(client), FP32.encode(local), 7.0 * client + 1)
         expected = np.mean([vector(old) - vector(local) for local in locals_[:clients]], axis=0)
-        np.testing.assert_allclose(vector(merger.result()), expected, rtol=1e-15)
+        np.testing.assert_allclose(vector(aggregator.result()), expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("method", ROBUST)
 def test_one_that_is_not_finite_is_seen_by_the_outer_step(method: Method, tmp_path: Path) -> None:
     """Validation refuses it before; were it to slip through, no weight would move."""
     old = odd_weights(2)
-    merger = make_merger(method, old, FP32.encode(old), FP32, FP32, tmp_path)
+    aggregator = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path)
     for client in range(5):
         local = {name: np.array(w, order="C") for name, w in trained(old, client).items()}
         if client == 2:
             next(w for w in local.values() if w.size > 9).reshape(-1)[-1] = np.nan
-        merger.fold(str(client), FP32.encode(local), 1.0)
+        aggregator.fold(str(client), FP32.encode(local), 1.0)
     new = {name: np.array(array, order="C") for name, array in old.items()}
     with pytest.raises(ValueError, match="not finite"):
-        OuterNesterov().step(new, merger.result())
+        OuterNesterov().step(new, aggregator.result())
     assert hash_weights(new) == hash_weights(old)
 
 
@@ -175,13 +178,16 @@ def test_what_a_killed_server_left_behind_is_removed_and_nothing_else(tmp_path: 
     for kind in (Median, TrimmedMean):
         (tmp_path / "00007.update").write_bytes(b"left")
         (tmp_path / "notes.txt").write_text("kept")
-        with kind(Base(old, FP32.encode(old), FP32, FP32), tmp_path) as merger:
-            merger.fold("a", FP32.encode(old), 1.0)
+        with kind(SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path) as aggregator:
+            aggregator.fold("a", FP32.encode(old), 1.0)
             (file,) = tmp_path.glob("*.update")
             assert 0 <= file.stat().st_size - payload_bytes(FP32.encode(old)) < 64 * len(old)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-        with pytest.raises(ZeroDivisionError), kind(Base(old, FP32.encode(old), FP32, FP32), tmp_path) as merger:
-            merger.fold("a", FP32.encode(old), 1.0)
+        with (
+            pytest.raises(ZeroDivisionError),
+            kind(SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path) as aggregator,
+        ):
+            aggregator.fold("a", FP32.encode(old), 1.0)
             raise ZeroDivisionError
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -189,13 +195,13 @@ def test_what_a_killed_server_left_behind_is_removed_and_nothing_else(tmp_path: 
 def test_a_reply_that_was_cut_short_on_disk_is_no_merge(tmp_path: Path) -> None:
     old = random_weights(3)
     for size in (0, 4096, 40_000):
-        merger = make_merger("median", old, FP32.encode(old), FP32, FP32, tmp_path)
+        aggregator = make_aggregator("median", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path)
         for client in range(3):
-            merger.fold(str(client), FP32.encode(old), 1.0)
+            aggregator.fold(str(client), FP32.encode(old), 1.0)
         with sorted(tmp_path.iterdir())[1].open("r+b") as file:
             file.truncate(size)
         with pytest.raises(NanofedError, match=f"cannot be kept in {tmp_path}"):
-            merger.result()
+            aggregator.result()
         assert not list(tmp_path.iterdir())
 
 
@@ -203,32 +209,32 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     old = random_weights(3)
     (tmp_path / "file").touch()
     with pytest.raises(NanofedError, match=rf"cannot be kept in {tmp_path}/file/spool \(Not a directory\)"):
-        make_merger("median", old, FP32.encode(old), FP32, FP32, tmp_path / "file" / "spool")
+        make_aggregator("median", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path / "file" / "spool")
 
 
 def _on_a_small_disk(folder: Path, method: Method, change: str) -> None:
     old = random_weights(4, 200_000)  # 800 kB
     mount_disk(folder, "2m")
     spool = folder / "spool"
-    merger = make_merger(method, old, FP32.encode(old), FP32, FP32, spool)
-    merger.fold("a", FP32.encode(old), 1.0)
+    aggregator = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), spool)
+    aggregator.fold("a", FP32.encode(old), 1.0)
     if change:
         mount_disk(folder, "2m", change)
         reason = "Read-only file system"
     else:
-        merger.fold("b", FP32.encode(old), 1.0)
+        aggregator.fold("b", FP32.encode(old), 1.0)
         reason = "No space left on device"
     with pytest.raises(NanofedError) as failure:
-        merger.fold("c", FP32.encode(old), 1.0)
+        aggregator.fold("c", FP32.encode(old), 1.0)
     assert str(spool) in str(failure.value)
     assert reason in str(failure.value)
     assert [file.name for file in spool.iterdir()] == (["00000.update"] if change else []), "the disk is given back"
     with pytest.raises(NanofedError, match="cannot be merged"):  # not a merge of those who came later
-        merger.fold("d", FP32.encode({n: w[:1] if n == "none" else w for n, w in old.items()}), 1.0)
+        aggregator.fold("d", FP32.encode({n: w[:1] if n == "none" else w for n, w in old.items()}), 1.0)
     with pytest.raises((NanofedError, ValueError)):
-        merger.result()
+        aggregator.result()
     if not change:
-        again = make_merger(method, old, FP32.encode(old), FP32, FP32, spool)
+        again = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), spool)
         again.fold("a", FP32.encode(old), 1.0)
         assert not vector(again.result()).any()
 
@@ -255,11 +261,11 @@ def _added_megabytes(folder: Path, method: Method, down: str, up: str, clients: 
         packed = [np.add(array, 1, dtype=array.dtype) for array in CODECS[up].encode(old)]
         machine.reset_peak_memory(CPU)
         before = machine.resident_memory_mb()
-        with make_merger(method, old, sent, CODECS[down], CODECS[up], folder) as merger:
+        with make_aggregator(method, SentWeights(old, sent, CODECS[down], CODECS[up]), folder) as aggregator:
             for client in range(clients):
-                assert update_norm(packed, old, sent, CODECS[down], CODECS[up]) > 0
-                merger.fold(str(client), packed, 1.0)
-            assert list(merger.result()) == list(old)
+                assert norm_of(SentWeights(old, sent, CODECS[down], CODECS[up]).update_norms(packed)) > 0
+                aggregator.fold(str(client), packed, 1.0)
+            assert list(aggregator.result()) == list(old)
         added = machine.peak_memory_mb(CPU) - before
     return added
 
@@ -283,8 +289,8 @@ def test_the_memory_of_a_robust_merge_is_of_one_layer_a_client(clients: int, tmp
 
 def test_files_are_private(tmp_path: Path) -> None:
     old = random_weights(5, 2_000)
-    with make_merger("median", old, FP32.encode(old), FP32, FP32, tmp_path / "spool") as merger:
-        merger.fold("../../etc/a", FP32.encode(old), 1.0)  # a name is never a path
+    with make_aggregator("median", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path / "spool") as aggregator:
+        aggregator.fold("../../etc/a", FP32.encode(old), 1.0)  # a name is never a path
         (file,) = (tmp_path / "spool").iterdir()
         assert stat.S_ISREG(file.stat().st_mode)
     assert [entry.name for entry in tmp_path.iterdir()] == ["spool"]

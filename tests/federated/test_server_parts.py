@@ -7,7 +7,6 @@ import logging
 import math
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,23 +15,23 @@ import pytest
 import torch
 
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.federated.aggregation.norm_guard import LARGEST, Length, NormGuard, Steps, UnusualNorm
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server import events as events_module
 from nanofed.federated.server.events import OTHERS, SERVER, Events
 from nanofed.federated.server.measuring import Measuring
-from nanofed.federated.server.norms import LARGEST, Length, NormGuard, Steps
 from nanofed.federated.server.pace import LEAST_SECONDS, SPEED_ROUNDS, Pace
 from nanofed.federated.server.presence import Presence
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.state import Clock
-from nanofed.federated.server.validation import Refused
+from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.plain import plain
 from nanofed.optim import Movement, Schedule
 from nanofed.training.module import GPTModule
 from nanofed.training.options import RunOptions
 from nanofed.training.recipe import Recipe
 from nanofed.training.run import Summary
-from tests.federated.replies import instructions, report
+from tests.federated.replies import report
 
 
 @pytest.mark.parametrize(
@@ -67,13 +66,13 @@ class TestNorms:
         return guard.scale(here[client], here, lambda: 1e9)
 
     def test_a_length_is_of_the_steps_that_were_taken(self) -> None:
-        told = instructions(clock_tokens=0, horizon_tokens=64 * 2 * 10, max_steps=10)
-        steps = Steps.of(Schedule(warmdown_ratio=0.5), told, 10)
+        told = {"clock_tokens": 0, "step_tokens": 64 * 2}
+        steps = Steps.of(Schedule(warmdown_ratio=0.5), 10, horizon_tokens=64 * 2 * 10, **told)
         rates = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
         assert steps.linear == pytest.approx(sum(rates)) and steps.quadrature == pytest.approx(
             math.sqrt(sum(rate**2 for rate in rates))
         )
-        many = Steps.of(Schedule(warmdown_ratio=0.5), replace(told, horizon_tokens=64 * 2 * 10_000), 10_000)
+        many = Steps.of(Schedule(warmdown_ratio=0.5), 10_000, horizon_tokens=64 * 2 * 10_000, **told)
         assert many.linear == pytest.approx(7_500, rel=1e-3)
         length = self.guard().measure([4.0, 0.0], Steps(16.0, 4.0))
         assert length.norm == 4.0 and length.groups == {"matrices": pytest.approx(0.5), "head": 0.0}
@@ -82,7 +81,7 @@ class TestNorms:
         self.guard().measure([1.25 * 3, 1.6 * 3], Steps(3.0, 2.0))
         for norms, name in (([4.2, 0.0], "matrix"), ([1.0, 5.3], "head")):
             with pytest.raises(
-                Refused, match=f"its update of {name} is .* more than the limit of .* no steps"
+                UnusualNorm, match=f"its update of {name} is .* more than the limit of .* no steps"
             ) as refused:
                 self.guard().measure(norms, Steps(3.0, 2.0))
             assert refused.value.kind == "large_norm"
@@ -93,13 +92,13 @@ class TestNorms:
 
     @pytest.mark.parametrize("norms", [[0.0, 0.0], [1e-9, 0.0], [0.049, 0.049]])
     def test_an_update_that_has_hardly_moved_is_refused_by_name(self, norms: list[float]) -> None:
-        with pytest.raises(Refused, match="it has hardly trained") as refused:
+        with pytest.raises(UnusualNorm, match="it has hardly trained") as refused:
             self.guard().measure(norms, ONE_STEP)
         assert refused.value.kind == "small_norm"
 
     def test_steps_at_a_rate_of_zero_move_nothing(self) -> None:
         assert self.guard().measure([0.0, 0.0], Steps(0.0, 0.0)).norm == 0.0
-        with pytest.raises(Refused, match="no steps of the recipe exceed"):
+        with pytest.raises(UnusualNorm, match="no steps of the recipe exceed"):
             self.guard().measure([1e-9, 0.0], Steps(0.0, 0.0))
 
     def test_what_honest_sites_send_is_never_suspicious(self) -> None:
@@ -150,7 +149,7 @@ class TestNorms:
             guard.accept({"a": (moved(0.6), 1.0), "b": (moved(0.6), 1.0)})
         for _ in range(50):
             with pytest.raises(
-                Refused, match=r"in the group matrices 1\.67 times the limit, which is 5 times"
+                UnusualNorm, match=r"in the group matrices 1\.67 times the limit, which is 5 times"
             ) as refused:
                 self.scale(guard, "b", {"a": moved(0.6), "b": moved(5.0)})
             assert refused.value.kind == "large_norm"
@@ -162,7 +161,7 @@ class TestNorms:
         assert not guard.is_unsuspicious(here["c"]) and self.scale(guard, "c", here) == pytest.approx(5 * 2.2 / 40)
 
     def test_ten_times_the_weights_is_too_long_for_anything(self) -> None:
-        with pytest.raises(Refused, match="10 times the weights' norm"):
+        with pytest.raises(UnusualNorm, match="10 times the weights' norm"):
             self.guard().scale(moved(2.0), {"a": moved(2.0)}, lambda: 0.1)
 
     def test_without_a_ratio_only_what_fp32_cannot_hold_is_too_large(self) -> None:
@@ -219,7 +218,7 @@ class TestPace:
         assert pace.budget("client-0", 60.0) == pytest.approx(6.0), "a tenth, whatever the messages take"
 
     def test_more_time_than_has_passed_is_refused(self) -> None:
-        with pytest.raises(Refused, match=r"claims 10.0 s of training, 5.0 s after it was asked"):
+        with pytest.raises(RefusedReply, match=r"claims 10.0 s of training, 5.0 s after it was asked"):
             Pace().check(report(seconds=10.0), 5.0)
         Pace().check(report(seconds=5.5), 5.0)
 
@@ -228,7 +227,7 @@ class TestPace:
         pace.check(report(tokens=1500, seconds=9.0), 10.0)
         honest_on_a_new_machine = report(tokens=4000, seconds=9.0)
         for _ in range(3):
-            with pytest.raises(Refused, match=r"claims 4000 tokens within 10.0 s, 1.5 times its speed so far"):
+            with pytest.raises(RefusedReply, match=r"claims 4000 tokens within 10.0 s, 1.5 times its speed so far"):
                 pace.check(honest_on_a_new_machine, 10.0)
         pace.check(honest_on_a_new_machine, 10.0)
 

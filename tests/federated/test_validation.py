@@ -15,7 +15,7 @@ from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
 from nanofed.federated.server.carriage import arrays_in
-from nanofed.federated.server.validation import Refused, Update, check_reply
+from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY
 from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, sent, weights, with_json
@@ -66,12 +66,12 @@ def poisoned(value: float) -> Any:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(arrays: list[Any], says: str) -> None:
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(RefusedReply, match=says):
         check(reply(arrays, report(payload_hash=hash_arrays(arrays)).to_config()))
 
 
 def test_weights_that_were_damaged_on_their_way_are_refused() -> None:
-    with pytest.raises(Refused, match="damaged on their way"):
+    with pytest.raises(RefusedReply, match="damaged on their way"):
         check(reply(changed(1, poisoned(0.5))))
 
 
@@ -104,12 +104,12 @@ def npy(header: str) -> bytes:
     ids=["empty", "text", "bad zip", "zip", "cut off", "pickle inside", "huge", "negative", "code", "nested", "pickle"],
 )
 def test_bytes_that_are_no_array_are_refused(data: bytes) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedReply):
         check(reply(raw(data)))
 
 
 def test_another_serialization_is_refused() -> None:
-    with pytest.raises(Refused, match="cannot be read"):
+    with pytest.raises(RefusedReply, match="cannot be read"):
         check(reply(raw(b"", stype="torch.pickle")))
 
 
@@ -143,7 +143,7 @@ def test_another_serialization_is_refused() -> None:
 )
 def test_a_report_of_something_else_is_refused(changes: dict[str, Any], says: str) -> None:
     plain = {**json.loads(report().to_config()[KEY]), **changes}
-    with pytest.raises(Refused, match=says) as refused:
+    with pytest.raises(RefusedReply, match=says) as refused:
         check(with_json(json.dumps(plain)))
     assert len(str(refused.value)) <= 500
 
@@ -170,7 +170,7 @@ def streams(**changes: StreamState) -> DataState:
     ],
 )
 def test_positions_outside_the_lease_are_refused(data: DataState, says: str) -> None:
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(RefusedReply, match=says):
         check(reply(metrics=report(data=data).to_config()))
 
 
@@ -191,16 +191,16 @@ def test_positions_of_another_kind_are_refused(position: list[Any]) -> None:
         for where in (1, 2):
             content = json.loads(json.dumps(plain))
             content["data"]["streams"][stream][where] = [position] if where == 2 else position
-            with pytest.raises(Refused, match="field of the wrong kind"):
+            with pytest.raises(RefusedReply, match="field of the wrong kind"):
                 check(with_json(json.dumps(content)))
 
 
 def test_an_error_and_an_empty_reply_are_refused() -> None:
-    with pytest.raises(Refused, match="the client failed: it burns"):
+    with pytest.raises(RefusedReply, match="the client failed: it burns"):
         check(Message(Error(1, "it burns"), reply_to=request()))
-    with pytest.raises(Refused, match="a Report must be"):
+    with pytest.raises(RefusedReply, match="a Report must be"):
         check(Message(RecordDict(), reply_to=request()))
-    with pytest.raises(Refused, match="no weights in it"):
+    with pytest.raises(RefusedReply, match="no weights in it"):
         content = RecordDict({"fitres.metrics": ConfigRecord(report().to_config())})
         check(Message(content, reply_to=request()))
 
@@ -302,7 +302,7 @@ def test_no_corruption_reaches_the_model_and_none_raises_anything_else(count: Ca
         message = kinds[seed % len(kinds)](random.Random(seed))
         try:
             update = check(message)
-        except Refused as refusal:
+        except RefusedReply as refusal:
             assert 0 < len(str(refusal)) <= 500
             continue
         # Accepted: then it is well formed in all that is merged, and says something that an honest client might say.

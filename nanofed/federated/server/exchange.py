@@ -12,9 +12,10 @@ from typing import Any, Generic, TypeVar
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.carriage import Carriage, InMessages, Load
 from nanofed.federated.server.events import SERVER, Events
-from nanofed.federated.server.validation import Refused, Sent, Update, check_reply
+from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.wire.codec import Arrays, Codec, Weights
 from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.lateness import LIFE
@@ -42,7 +43,7 @@ class Answer(Generic[T]):
     """
 
     client: str
-    result: T | Refused
+    result: T | RefusedReply
     seconds: float
     metrics: Metrics
 
@@ -82,7 +83,7 @@ class Exchange:
         self,
         nodes: Mapping[str, int],
         instructions: Mapping[str, Instructions],
-        sent: Sent,
+        sent: SentWeights,
         *,
         streams: int,
         most_pending: int,
@@ -134,7 +135,7 @@ class Exchange:
 
         def check(client: str, reply: Message, _: Load) -> tuple[None, Metrics]:
             if reply.has_error():
-                raise Refused("evaluation", f"the client failed: {reply.error.reason}")
+                raise RefusedReply("evaluation", f"the client failed: {reply.error.reason}")
             return None, reply.content.config_records.get("evaluateres.metrics", {})
 
         configs = {client: asks[client].to_config() for client in nodes}
@@ -179,12 +180,12 @@ class Exchange:
                     client = waiting.pop(message_id)
                     self._remember(self._answered, message_id, client)
                     self._waste += load.aboard
-                    result: T | Refused
+                    result: T | RefusedReply
                     metrics: Metrics = {}
                     try:
                         result, metrics = check(client, reply, load)
-                    except Refused as refusal:
-                        result = Refused(refusal.kind, str(refusal))  # the other one's traceback holds the weights
+                    except RefusedReply as refusal:
+                        result = RefusedReply(refusal.kind, str(refusal))  # the other one's traceback holds the weights
                     del reply
                     yield Answer(client, result, time.monotonic() - started, metrics)
                     del result, metrics
@@ -192,7 +193,7 @@ class Exchange:
                 if idle and waiting:
                     time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * len(waiting)))
             for client in waiting.values():
-                yield Answer(client, Refused("silent", f"no answer within {seconds:.0f} s"), seconds, {})
+                yield Answer(client, RefusedReply("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
             load.close()
             gc.collect()  # a cycle would hold the round's files and memory: hardly anything is looked at here, see `Settled`

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nanofed.federated.server.folding import PseudoGradient
-from nanofed.federated.server.norms import Length
+from nanofed.federated.aggregation.aggregator import PseudoGradient
+from nanofed.federated.aggregation.norm_guard import Length
 from nanofed.federated.server.validation import Update
 from nanofed.federated.wire.blocks import l2_norm
 

@@ -10,7 +10,7 @@ from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.errors import DataError
 from nanofed.federated.server.ledger import Ledger
-from nanofed.federated.server.validation import Refused
+from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.messages import Report, SiteShard
 
 
@@ -92,11 +92,11 @@ class LocalLedger:
         """Return a client's report with no more tokens, and steps of them, than there are bytes of text in what it has read.
 
         Raises:
-            Refused: it has read no row.
+            RefusedReply: it has read no row.
         """
         possible = int(self.text_bytes(report.client, report.data))
         if possible < 1:
-            raise Refused("tokens", f"it claims {report.tokens} tokens and has read no row")
+            raise RefusedReply("tokens", f"it claims {report.tokens} tokens and has read no row")
         steps = max(1, min(report.steps, possible * report.steps // report.tokens))
         return replace(report, tokens=min(report.tokens, possible), steps=steps)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanofed.federated.server.validation import Refused
+from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.messages import Report
 
 MAX_MARGIN = 8.0  # of a lease over what a client should need
@@ -60,18 +60,20 @@ class Pace:
             elapsed: seconds since the dispatch, on ours.
 
         Raises:
-            Refused: it claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
+            RefusedReply: it claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
         """
         client = report.client
         if report.seconds > elapsed + CLOCK_SLACK:
-            raise Refused("tokens", f"it claims {report.seconds:.1f} s of training, {elapsed:.1f} s after it was asked")
+            raise RefusedReply(
+                "tokens", f"it claims {report.seconds:.1f} s of training, {elapsed:.1f} s after it was asked"
+            )
         if self.rounds.get(client, 0) < SPEED_ROUNDS:
             return
         possible = SPEED_MARGIN * self.fastest[client] * max(elapsed, CLOCK_SLACK)
         if report.tokens > possible:
             # An honest client on a new machine is believed some rounds later.
             self.fastest[client] *= SPEED_MARGIN
-            raise Refused(
+            raise RefusedReply(
                 "tokens",
                 f"it claims {report.tokens} tokens within {elapsed:.1f} s, {SPEED_MARGIN} times its speed so far give "
                 f"{possible:.0f}",

@@ -23,7 +23,7 @@ from nanofed.federated.server.exchange import Exchange, Metrics
 from nanofed.federated.server.measuring import Measurement
 from nanofed.federated.server.pace import CLOCK_SLACK
 from nanofed.federated.server.state import State
-from nanofed.federated.server.validation import REPEATED, Refused
+from nanofed.federated.server.validation import REPEATED, RefusedReply
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import Instructions
@@ -153,7 +153,7 @@ class Pooling:
                 self._check_sums(found, asked)
                 self._sums[client] = found
                 return found.seconds
-        except Refused as refusal:
+        except RefusedReply as refusal:
             self._lost(client, refusal, state, asked.round)
             return 0.0
         self._lost(client, found.failure, state, asked.round)
@@ -162,16 +162,18 @@ class Pooling:
     @staticmethod
     def _check(metrics: Metrics, asked: Evaluate, elapsed: float) -> Evaluation:
         if Evaluation.key not in metrics:
-            raise Refused("evaluation", "it was asked for one, and its answer says nothing of it")
+            raise RefusedReply("evaluation", "it was asked for one, and its answer says nothing of it")
         try:
             found = Evaluation.from_config(metrics)
         except WireError as error:
-            raise Refused("evaluation", str(error)) from error
+            raise RefusedReply("evaluation", str(error)) from error
         for name in REPEATED:
             if getattr(found, name) != getattr(asked, name):
-                raise Refused("evaluation", f"it is for {name} {getattr(found, name)!r}, not {getattr(asked, name)!r}")
+                raise RefusedReply(
+                    "evaluation", f"it is for {name} {getattr(found, name)!r}, not {getattr(asked, name)!r}"
+                )
         if not 0 <= found.seconds <= elapsed + CLOCK_SLACK:
-            raise Refused("evaluation", f"it claims {found.seconds:.1f} s, {elapsed:.1f} s after it was asked")
+            raise RefusedReply("evaluation", f"it claims {found.seconds:.1f} s, {elapsed:.1f} s after it was asked")
         return found
 
     def _check_sums(self, found: Evaluation, asked: Evaluate) -> None:
@@ -181,11 +183,13 @@ class Pooling:
         if self._config.sharding != "local":
             most = min(most, self._data.dataset.validation.text_bytes)
         if not (1 if asked.shares == 1 else 0) <= found.bytes <= most:
-            raise Refused("evaluation", f"it claims {found.bytes} bytes, of {most} at most")
+            raise RefusedReply("evaluation", f"it claims {found.bytes} bytes, of {most} at most")
         # Soft-capped logits lie within +-cap: no target costs more than this, and each has a byte at least.
         worst = found.bytes * (2 * LOGIT_CAP + math.log(len(lengths)))
         if not (0 < found.nats <= worst or found.nats == found.bytes == 0):
-            raise Refused("evaluation", f"it claims {found.nats:g} nats for {found.bytes} bytes, of {worst:g} at most")
+            raise RefusedReply(
+                "evaluation", f"it claims {found.nats:g} nats for {found.bytes} bytes, of {worst:g} at most"
+            )
 
     def heard(self, state: State, *, merged: bool) -> None:
         """Write down what a round's sites have said; where they have said nothing, there is no figure.
@@ -238,7 +242,7 @@ class Pooling:
         )
         seconds = self._config.grace_seconds * (len(nodes) if self._turns else 1)
         for answer in self._exchange.evaluation(nodes, self._asks, payload, seconds=seconds):
-            if isinstance(answer.result, Refused):
+            if isinstance(answer.result, RefusedReply):
                 self._lost(answer.client, answer.result, state, number)
             else:
                 self.hear(answer.client, answer.metrics, answer.seconds, state)

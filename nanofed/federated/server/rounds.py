@@ -15,6 +15,10 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.packing import most_pending
 from nanofed.data.rows import RowPlan
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.federated.aggregation import make_aggregator
+from nanofed.federated.aggregation.aggregator import Aggregator
+from nanofed.federated.aggregation.norm_guard import Steps, UnusualNorm
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.board import Board
 from nanofed.federated.server.carriage import Carriage
@@ -26,14 +30,12 @@ from nanofed.federated.server.instructing import Instructor
 from nanofed.federated.server.live import Live
 from nanofed.federated.server.local_ledger import LocalLedger
 from nanofed.federated.server.measuring import Measuring
-from nanofed.federated.server.merge import Merger, make_merger
-from nanofed.federated.server.norms import Steps
 from nanofed.federated.server.pooling import Pooling
 from nanofed.federated.server.presence import Presence
 from nanofed.federated.server.roster import Roster
 from nanofed.federated.server.state import State, prune, saved_round
 from nanofed.federated.server.tokens import check_tokens
-from nanofed.federated.server.validation import Refused, Sent, Update
+from nanofed.federated.server.validation import RefusedReply, Update
 from nanofed.federated.wire.codec import CODECS, Array, hash_arrays
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
 from nanofed.training.checkpoint import SaveError
@@ -200,13 +202,13 @@ class RoundLoop:
         down, up = CODECS[config.down_codec], CODECS[config.up_codec]
         figures.bytes_down = len(present) * down.nbytes(state.weights)
         try:
-            sent = Sent(state.weights, self._exchange.encode(state.weights, down), down, up)
+            sent = SentWeights(state.weights, self._exchange.encode(state.weights, down), down, up)
             asked = self._instructor.instruct(number, list(present), state, hash_arrays(sent.payload))
             spool = self._run / "spool"
-            with make_merger(config.merge, state.weights, sent.payload, down, up, spool, trim=config.trim) as merger:
-                self._collect(present, asked, sent, merger, figures)
-                self._compare(merger, figures)
-                merged = len(figures.merged) >= config.quorum and self._commit(merger, asked, figures)
+            with make_aggregator(config.merge, sent, spool, trim=config.trim) as aggregator:
+                self._collect(present, asked, sent, aggregator, figures)
+                self._compare(aggregator, figures)
+                merged = len(figures.merged) >= config.quorum and self._commit(aggregator, asked, figures)
         except NanofedError as error:  # the disk on which weights or replies are kept is full
             state.events.add("disk", SERVER, error, number)
             logger.warning("round %d: %s", number, error)
@@ -243,8 +245,8 @@ class RoundLoop:
         self,
         present: Mapping[str, int],
         asked: Mapping[str, Instructions],
-        sent: Sent,
-        merger: Merger,
+        sent: SentWeights,
+        aggregator: Aggregator,
         figures: RoundFigures,
     ) -> None:
         """Send the round to its clients, and fold what they answer as it arrives, one at a time."""
@@ -262,11 +264,11 @@ class RoundLoop:
         for answer in answers:
             folding = time.monotonic()
             try:
-                if isinstance(answer.result, Refused):
+                if isinstance(answer.result, RefusedReply):
                     self._refuse(answer.client, figures, answer.result)
                 else:
-                    figures.merged[answer.client] = self._fold(answer, answer.result, asked[answer.client], merger)
-            except Refused as refusal:
+                    figures.merged[answer.client] = self._fold(answer, answer.result, asked[answer.client], aggregator)
+            except (RefusedReply, UnusualNorm) as refusal:
                 self._refuse(answer.client, figures, refusal)
             figures.merge += time.monotonic() - folding
             self._say("training", figures.round, merged=sorted(figures.merged))
@@ -274,11 +276,12 @@ class RoundLoop:
         while self._exchange.late:
             self.state.pace.hurry(self._exchange.late.pop(), self._config.round_seconds)
 
-    def _fold(self, answer: Answer[Update], update: Update, asked: Instructions, merger: Merger) -> Merged:
+    def _fold(self, answer: Answer[Update], update: Update, asked: Instructions, aggregator: Aggregator) -> Merged:
         """Check an answer against what is known of its client, and fold it in, or hold it until the round's others are known.
 
         Raises:
-            Refused: it must not be merged.
+            RefusedReply: it must not be merged.
+            UnusualNorm: it is too long or too short.
         """
         client, state, steps = answer.client, self.state, update.report.steps
         if not self._simulated:
@@ -287,39 +290,48 @@ class RoundLoop:
             update = replace(update, report=state.ledger.believed(update.report))
         else:
             check_tokens(update.report, asked, self._shards, self._data.streams)
-        rates = Steps.of(self._module.recipe.schedule, asked, steps)
-        length = state.norms.measure(update.norms, rates, state.weight_norm)
+        length = state.norms.measure(update.norms, self.rates(asked, steps), state.weight_norm)
         if update.unwritten:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         by_tokens = self._config.weighting == "tokens"
         weight = float(state.pace.believed([update.report])[0].tokens) if by_tokens else 1.0
         if held := not state.norms.is_unsuspicious(length):
-            merger.hold(client, update.arrays, weight)
+            aggregator.hold(client, update.arrays, weight)
         else:
-            merger.fold(client, update.arrays, weight)
+            aggregator.fold(client, update.arrays, weight)
         self._roster.refused.pop(client, None)
         measuring = self._measuring.hear(client, answer.metrics, answer.seconds, state)
         kept = replace(update, arrays=[])  # what was folded in may go
         return Merged(kept, length, weight, 1.0, answer.seconds - measuring, held)
 
-    def _compare(self, merger: Merger, figures: RoundFigures) -> None:
+    def rates(self, asked: Instructions, steps: int) -> Steps:
+        """Return the learning rates of a client's first steps of a round."""
+        return Steps.of(
+            self._module.recipe.schedule,
+            steps,
+            clock_tokens=asked.clock_tokens,
+            step_tokens=asked.batch_tokens * asked.participants,
+            horizon_tokens=asked.horizon_tokens,
+        )
+
+    def _compare(self, aggregator: Aggregator, figures: RoundFigures) -> None:
         """Clip or refuse what was held for its length, now that all updates of the round are known."""
         lengths = {client: part.length for client, part in figures.merged.items()}
         for client, part in [item for item in figures.merged.items() if item[1].held]:
             try:
                 part.scale = self.state.norms.scale(part.length, lengths, self.state.weights_norm)
-            except Refused as refusal:
-                merger.drop(client)
+            except UnusualNorm as refusal:
+                aggregator.drop(client)
                 del figures.merged[client]
                 self._refuse(client, figures, refusal)
                 continue
-            merger.release(client, part.scale)
+            aggregator.release(client, part.scale)
             if part.scale < 1:
                 reason = f"its update was {1 / part.scale:.1f} times as long as the longest allowed"
                 self.state.events.add("clipped", client, reason, figures.round)
                 logger.warning("round %d: client %s: %s", figures.round, client, reason)
 
-    def _refuse(self, client: str, figures: RoundFigures, refusal: Refused) -> None:
+    def _refuse(self, client: str, figures: RoundFigures, refusal: RefusedReply | UnusualNorm) -> None:
         logger.warning("round %d: client %s is not merged: %s", figures.round, client, refusal)
         silent = refusal.kind == "silent"
         figures.silent, figures.refused = figures.silent + silent, figures.refused + (not silent)
@@ -329,7 +341,7 @@ class RoundLoop:
         if LEASE_TOO_SHORT in str(refusal):
             self.state.pace.widen(client)
 
-    def _commit(self, merger: Merger, asked: Mapping[str, Instructions], figures: RoundFigures) -> bool:
+    def _commit(self, aggregator: Aggregator, asked: Mapping[str, Instructions], figures: RoundFigures) -> bool:
         """Step the weights, and enter the round in ledger, clock and what is known of the clients: all of it or nothing."""
         state, started = self.state, time.monotonic()
         self._say("merging", figures.round)
@@ -337,8 +349,8 @@ class RoundLoop:
         reports = state.pace.believed([part.update.report for part in parts])
         for part, report in zip(parts, reports, strict=True):
             part.update = replace(part.update, report=report)
-        gradient = merger.result()
-        figures.take(gradient, merger.cosines())
+        gradient = aggregator.result()
+        figures.take(gradient, aggregator.cosines())
         try:
             state.outer.step(state.weights, gradient, fraction=self._instructor.fraction(reports, asked))
         except ValueError as error:  # finite updates of which no finite model can be made

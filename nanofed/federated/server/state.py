@@ -12,12 +12,12 @@ import torch
 
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
+from nanofed.federated.aggregation.norm_guard import NormGuard
+from nanofed.federated.aggregation.outer import OuterNesterov
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.ledger import Ledger
 from nanofed.federated.server.local_ledger import LocalLedger
-from nanofed.federated.server.norms import NormGuard
-from nanofed.federated.server.outer import OuterNesterov
 from nanofed.federated.server.pace import Pace
 from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import Array

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from nanofed.data.shards import Shard, read_texts
 from nanofed.federated.server.reading import Rows, rows_between
-from nanofed.federated.server.validation import Refused
+from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.messages import Instructions, Report
 
 BYTES_PER_TOKEN = 2.0  # fewer than tokenizers make of a lot of text; of a single document there may be one
@@ -21,7 +21,7 @@ def check_tokens(report: Report, instructions: Instructions, shards: Mapping[str
     Mean lengths settle it nearly always; where they do not (a few rows, one of them a book), the rows are read.
 
     Raises:
-        Refused: more tokens than bytes of text.
+        RefusedReply: more tokens than bytes of text.
     """
     rows = rows_between(instructions.lease, streams, instructions.data, report.data)
     means = (len(found) * shards[name].text_bytes / shards[name].num_rows for (_, name), found in rows.items())
@@ -29,7 +29,7 @@ def check_tokens(report: Report, instructions: Instructions, shards: Mapping[str
         return
     text = text_bytes(rows, shards)
     if report.tokens > text:
-        raise Refused(
+        raise RefusedReply(
             "tokens",
             f"it claims {report.tokens} tokens; the {sum(map(len, rows.values()))} rows that it has read hold {text} bytes",
         )

@@ -12,10 +12,10 @@ import numpy as np
 from flwr.app import Message
 
 from nanofed.data.rows import Row, RowRange
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import Kind
-from nanofed.federated.server.updates import update_norms
 from nanofed.federated.wire.blocks import norm_of
-from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, hash_arrays, payload_bytes
+from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays, payload_bytes
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.plain import plain
 
@@ -35,29 +35,12 @@ REPEATED: Mapping[str, Kind] = {
 }
 
 
-class Refused(Exception):
+class RefusedReply(Exception):
     """A reply that may not be merged; the message says why, and `kind` what sort of reason it is."""
 
     def __init__(self, kind: Kind, reason: str) -> None:
         super().__init__(plain(reason, MAX_REASON))
         self.kind = kind
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What the clients of a round were sent, and in which form they answer.
-
-    Attributes:
-        weights: the global weights: names and shapes.
-        payload: what went down, `down.encode(weights)`.
-        down: its codec.
-        up: the codec of the replies.
-    """
-
-    weights: Weights
-    payload: Arrays
-    down: Codec
-    up: Codec
 
 
 @dataclass(frozen=True)
@@ -82,7 +65,7 @@ class Update:
 def check_reply(
     reply: Message,
     instructions: Instructions,
-    sent: Sent,
+    sent: SentWeights,
     streams: int,
     take: Callable[[Message], Arrays],
     *,
@@ -93,17 +76,17 @@ def check_reply(
     Args:
         reply: what came back.
         instructions: what was asked.
-        sent: the weights that went with it.
+        sent: the weights that the round was sent.
         streams: streams of every client.
         take: returns the arrays that belong to a reply.
         most_pending: documents that a stream's packer may hold.
 
     Raises:
-        Refused: an error at the client; names, shapes or dtypes that differ; values that are not finite; another run, round,
+        RefusedReply: an error at the client; names, shapes or dtypes that differ; values that are not finite; another run, round,
             client, nonce or base; figures out of their range; streams outside the lease.
     """
     if reply.has_error():
-        raise Refused("failed", f"the client failed: {reply.error.reason}")
+        raise RefusedReply("failed", f"the client failed: {reply.error.reason}")
     try:
         metrics = reply.content.config_records.get("fitres.metrics")
         report = Report.from_config(metrics)
@@ -113,21 +96,21 @@ def check_reply(
         sent.up.check(arrays, sent.weights)
     except Exception as error:  # foreign bytes: NumPy's reader raises a dozen kinds
         reason = str(error) if isinstance(error, WireError) else f"it cannot be read: {error!r}"
-        raise Refused("malformed", reason) from error
+        raise RefusedReply("malformed", reason) from error
     for name, kind in REPEATED.items():
         if getattr(report, name) != getattr(instructions, name):
-            raise Refused(kind, f"it is for {name} {getattr(report, name)!r}, not {getattr(instructions, name)!r}")
+            raise RefusedReply(kind, f"it is for {name} {getattr(report, name)!r}, not {getattr(instructions, name)!r}")
     _check_figures(report, instructions)
     _check_positions(report, instructions, streams, most_pending)
     if hash_arrays(arrays) != report.payload_hash:
-        raise Refused("damaged", "its weights are not the ones that it announces: they were damaged on their way")
-    norms = update_norms(arrays, sent.weights, sent.payload, sent.down, sent.up)
+        raise RefusedReply("damaged", "its weights are not the ones that it announces: they were damaged on their way")
+    norms = sent.update_norms(arrays)
     if not all(map(math.isfinite, norms)):
-        raise Refused("not_finite", f"{_not_finite(arrays, sent)} is not finite")
+        raise RefusedReply("not_finite", f"{_not_finite(arrays, sent)} is not finite")
     return Update(arrays, report, payload, norms, unwritten)
 
 
-def _not_finite(arrays: Arrays, sent: Sent) -> str:
+def _not_finite(arrays: Arrays, sent: SentWeights) -> str:
     decoded = sent.up.decode(arrays, sent.weights)
     return next((name for name, array in decoded.items() if not np.isfinite(array).all()), "the norm of the update")
 
@@ -136,39 +119,41 @@ def _check_figures(report: Report, instructions: Instructions) -> None:
     """Refuse a figure of a report that no training of these instructions can have."""
     steps = report.steps
     if not 1 <= steps <= instructions.max_steps:
-        raise Refused("tokens", f"it claims {steps} steps, of {instructions.max_steps} at most")
+        raise RefusedReply("tokens", f"it claims {steps} steps, of {instructions.max_steps} at most")
     if report.tokens != steps * instructions.batch_tokens:
-        raise Refused("tokens", f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}")
+        raise RefusedReply(
+            "tokens", f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}"
+        )
     if not steps * LEAST_STEP_SECONDS <= report.seconds <= MAX_SECONDS:
-        raise Refused("tokens", f"its training took {report.seconds} s for {steps} steps")
+        raise RefusedReply("tokens", f"its training took {report.seconds} s for {steps} steps")
     for name in ("loss_first", "loss_last"):
         if not 0 <= getattr(report, name) <= MAX_LOSS:
-            raise Refused("tokens", f"its {name} is {getattr(report, name)} nats a token, of {MAX_LOSS:g} at most")
+            raise RefusedReply("tokens", f"its {name} is {getattr(report, name)} nats a token, of {MAX_LOSS:g} at most")
     if report.data.rows > MAX_DATA_ROWS:
-        raise Refused("tokens", f"it claims {report.data.rows} rows of tokens, of {MAX_DATA_ROWS} at most")
+        raise RefusedReply("tokens", f"it claims {report.data.rows} rows of tokens, of {MAX_DATA_ROWS} at most")
 
 
 def _check_positions(report: Report, instructions: Instructions, streams: int, most_pending: int) -> None:
     """Refuse other streams than there are, and data positions outside the lease: they would commit rows of others."""
     if set(report.data.streams) != set(range(streams)):
         listed = sorted(report.data.streams)[:64]
-        raise Refused("position", f"it reports on the streams {listed}, not on {streams} of them")
+        raise RefusedReply("position", f"it reports on the streams {listed}, not on {streams} of them")
 
     lease = _Lease(instructions.lease)
     for stream, at in report.data.streams.items():
         if at.position is not None and not (lease.holds(at.position) or lease.ends_at(at.position)):
-            raise Refused("position", f"stream {stream} stands at {tuple(at.position)}, outside its lease")
+            raise RefusedReply("position", f"stream {stream} stands at {tuple(at.position)}, outside its lease")
         if len(at.pending) > most_pending or at.offset > MAX_OFFSET:
-            raise Refused(
+            raise RefusedReply(
                 "position",
                 f"stream {stream} holds {len(at.pending)} documents, {at.offset} tokens of the first used up; its packer holds "
                 f"{most_pending} at most",
             )
         if len(set(at.pending)) != len(at.pending):
-            raise Refused("position", f"stream {stream} holds a document twice")
+            raise RefusedReply("position", f"stream {stream} holds a document twice")
         for row in at.pending:
             if row.row % streams != stream or not lease.holds(row):
-                raise Refused("position", f"stream {stream} holds {tuple(row)}, which is not its own")
+                raise RefusedReply("position", f"stream {stream} holds {tuple(row)}, which is not its own")
 
 
 class _Lease:

@@ -1,4 +1,4 @@
-"""Merges that a minority of hostile or broken clients cannot steer: median and trimmed mean of every coordinate."""
+"""Aggregations that a minority of hostile or broken clients cannot steer: median and trimmed mean of every coordinate."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanofed.federated.server.folding import Merger
-from nanofed.federated.server.updates import Base
+from nanofed.federated.aggregation.aggregator import Aggregator
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire.blocks import BLOCK, over_blocks
 
 logger = logging.getLogger(__name__)
@@ -38,23 +38,23 @@ def comparators(n: int) -> Iterator[tuple[int, int]]:
         p //= 2
 
 
-class Sorted(Merger):
-    """A merge of each coordinate's values in their order: replies are kept on disk in wire form until all are there.
+class Sorted(Aggregator):
+    """An aggregation of each coordinate's sorted values: replies wait on disk, encoded, until all of them are there.
 
     The result does not depend on the order of arrival. Shares in the mean have no meaning here and are ignored: every client
     counts alike, or a hostile one would count more by claiming more. Memory is one accumulator and a few buffers a thread,
     for any number of clients; beside it the kernel maps one weight's arrays of all replies at a time from their files.
 
     Args:
-        base: what the clients were sent.
+        sent: the weights that the round was sent.
         spool: the folder for the replies; files that an earlier round left there are removed.
 
     Raises:
         NanofedError: the folder cannot be used.
     """
 
-    def __init__(self, base: Base, spool: Path) -> None:
-        super().__init__(base, spool)
+    def __init__(self, sent: SentWeights, spool: Path) -> None:
+        super().__init__(sent, spool)
         self._spool.make()
         self._scales: dict[str, float] = {}
         self._dropped = 0
@@ -82,7 +82,7 @@ class Sorted(Merger):
         self._spool.close()
         self._scales.clear()
 
-    def _merge(self) -> list[Tensor]:
+    def _result(self) -> list[Tensor]:
         self._spool.check()
         try:
             scales = list(self._scales.values())
@@ -97,14 +97,14 @@ class Sorted(Merger):
 
     def _merge_weight(self, index: int, replies: Sequence[Sequence[Tensor]], scales: Sequence[float]) -> Tensor:
         """Return the pseudo-gradient of one weight."""
-        base, clients = self._base, len(replies)
+        sent, clients = self._sent, len(replies)
         network = list(comparators(clients))
         block = max(1024, min(BLOCK, ROWS // (clients + 1) // 1024 * 1024))
-        out = torch.empty(base.sizes[index], dtype=base.dtype)
+        out = torch.empty(sent.sizes[index], dtype=sent.dtype)
 
         def worker() -> Callable[[int, slice], None]:
-            read = base.reader(base.dtype, block)
-            buffers = torch.empty(clients + 1, block, dtype=base.dtype)
+            read = sent.reader(sent.dtype, block)
+            buffers = torch.empty(clients + 1, block, dtype=sent.dtype)
 
             def merge(_: int, part: slice) -> None:
                 *rows, spare = buffers[:, : part.stop - part.start]
@@ -117,7 +117,7 @@ class Sorted(Merger):
                     torch.maximum(rows[i], rows[j], out=rows[j])
                     rows[i], spare = spare, rows[i]
                 self._choose(rows, out[part])
-                # Of local - base is made base - local; and of zeros of both signs, which sort as equals, one.
+                # An update is local - base, the pseudo-gradient base - local. Zeros of both signs sort as equals: make them one.
                 out[part].neg_().add_(0.0)
 
             return merge
@@ -127,7 +127,7 @@ class Sorted(Merger):
 
     @abstractmethod
     def _choose(self, rows: Sequence[Tensor], out: Tensor) -> None:
-        """Write the merged values into `out`, from those of all clients, the smallest of every coordinate first."""
+        """Write the result into `out`, from one row a client in which each coordinate is sorted, the smallest first."""
 
 
 class Median(Sorted):
@@ -153,28 +153,28 @@ class TrimmedMean(Sorted):
     dropped counts among the clients: as many are cut of the others, half of them at most.
 
     Args:
-        base: what the clients were sent.
+        sent: the weights that the round was sent.
         spool: the folder for the replies.
-        trim: share of the clients cut on each side, in [0, 0.5).
+        trim: the share of the clients that is cut off on each side, in [0, 0.5).
 
     Raises:
-        ValueError: trim makes no sense.
+        ValueError: trim is out of its range.
         NanofedError: the folder cannot be used.
     """
 
-    def __init__(self, base: Base, spool: Path, trim: float = 0.2) -> None:
+    def __init__(self, sent: SentWeights, spool: Path, trim: float = 0.2) -> None:
         if not 0 <= trim < 0.5:
             raise ValueError(f"trim must be in [0, 0.5), not {trim}")
-        super().__init__(base, spool)
+        super().__init__(sent, spool)
         self._trim = trim
 
-    def _merge(self) -> list[Tensor]:
+    def _result(self) -> list[Tensor]:
         clients = len(self._scales)
         if not self._cut(clients):
             logger.warning(
                 "a trimmed mean with trim %g of %d clients cuts nothing off: a plain mean", self._trim, clients
             )
-        return super()._merge()
+        return super()._result()
 
     def _cut(self, clients: int) -> int:
         # 0.29 of 100 are 29, though the product is 28.999999999999996

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanofed.errors import ConfigError
-from nanofed.federated.server.folding import PseudoGradient
+from nanofed.federated.aggregation.aggregator import PseudoGradient
 from nanofed.federated.wire.blocks import BLOCK, flat, over_blocks
 from nanofed.federated.wire.codec import Array, Weights
 

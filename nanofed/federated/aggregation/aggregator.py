@@ -1,4 +1,4 @@
-"""What every merge of a round is: replies are folded in one at a time, and one pseudo-gradient comes out."""
+"""The interface of every aggregation: replies are folded in one at a time, and one pseudo-gradient comes out."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanofed.federated.server.spool import Spool
-from nanofed.federated.server.updates import Base
+from nanofed.federated.aggregation.spool import Spool
+from nanofed.federated.aggregation.update import SentWeights
 
 PseudoGradient = Mapping[str, npt.NDArray[np.floating[Any]]]
 
 
-class Merger(ABC):
-    """Takes the replies of a round one at a time and gives the pseudo-gradient, base - local, of them all.
+class Aggregator(ABC):
+    """Takes the replies of a round one at a time and returns the pseudo-gradient of them all.
 
-    It is fp64 where clients sent their weights as they are, and fp32 where a codec has rounded their updates. Replies have been
-    validated before: a Merger checks their names, shapes and dtypes only. `close`, or a `with` block, gives back what it holds.
+    The pseudo-gradient is global minus local weights. It is fp64 where clients send their weights as they are, and fp32 where a
+    codec has rounded their updates. An aggregator checks names, shapes and dtypes of a reply and nothing else: replies are
+    validated before. `close`, or a `with` block, frees its memory and removes its files.
 
-    A reply can be held on disk until the others of its round have said whether it is merged: `hold`, then `release` or `drop`.
+    A reply can wait on disk until the others of its round have said whether it is merged: `hold`, then `release` or `drop`.
 
     Args:
-        base: what the clients were sent.
+        sent: the weights that the round was sent.
         spool: the folder for replies that wait on disk; files that an earlier round left there are removed.
 
     Raises:
         NanofedError: the folder cannot be used.
     """
 
-    def __init__(self, base: Base, spool: Path) -> None:
-        self._base = base
-        self._spool = Spool(base, spool)
+    def __init__(self, sent: SentWeights, spool: Path) -> None:
+        self._sent = sent
+        self._spool = Spool(sent, spool)
         self._held: dict[str, float] = {}  # client -> its share
         self._samples: dict[str, Tensor] = {}
         self._mean: Tensor | None = None
 
     def fold(self, client: str, arrays: Sequence[npt.NDArray[np.generic]], weight: float, scale: float = 1.0) -> None:
-        """Take a client's reply; its arrays are not needed afterwards.
+        """Fold a client's reply into the result; its arrays are not needed afterwards.
 
         Args:
-            client: its name.
-            arrays: what it sent, in the up-link's codec.
-            weight: its share in the mean, positive; shares need not sum to 1.
-            scale: of its update: below 1 where its norm is clipped.
+            client: name of the client.
+            arrays: the client's reply, in the up-link's codec.
+            weight: the client's share in the mean, positive; shares need not sum to 1.
+            scale: factor of the client's update, in (0, 1]; below 1 the update is clipped.
 
         Raises:
             WireError: the arrays do not fit; nothing was folded in.
@@ -61,9 +62,9 @@ class Merger(ABC):
             raise ValueError(f"the share of {client} is {weight} and its scale {scale}")
         if client in self._samples:
             raise ValueError(f"{client} has been folded in already")
-        opened = self._base.open(arrays)
+        opened = self._sent.open(arrays)
         self._fold(client, opened, weight, scale)
-        self._samples[client] = self._base.sample(opened)
+        self._samples[client] = self._sent.sample(opened)
 
     def hold(self, client: str, arrays: Sequence[npt.NDArray[np.generic]], weight: float) -> None:
         """Keep a client's reply on disk; its arrays are not needed afterwards.
@@ -71,15 +72,15 @@ class Merger(ABC):
         Raises:
             NanofedError: the disk is full; the round cannot be merged.
         """
-        self._spool.write(client, self._base.open(arrays))
+        self._spool.write(client, self._sent.open(arrays))
         self._held[client] = weight
 
     def release(self, client: str, scale: float) -> None:
         """Fold in the reply of a client that was held.
 
         Args:
-            client: its name.
-            scale: of its update: below 1 where its norm is clipped.
+            client: name of the client.
+            scale: factor of the client's update, in (0, 1]; below 1 the update is clipped.
 
         Raises:
             NanofedError: the reply cannot be read any more; the round cannot be merged.
@@ -89,7 +90,7 @@ class Merger(ABC):
         except (OSError, ValueError) as error:
             raise self._spool.unusable(error) from error
         self._fold(client, arrays, self._held.pop(client), scale)
-        self._samples[client] = self._base.sample(arrays)
+        self._samples[client] = self._sent.sample(arrays)
         self._spool.remove(client)
 
     def drop(self, client: str) -> None:
@@ -98,22 +99,23 @@ class Merger(ABC):
         self._spool.remove(client)
 
     def result(self) -> PseudoGradient:
-        """Return the pseudo-gradient; what was folded in is used up.
+        """Return the pseudo-gradient, by parameter. It can be asked for once.
 
         Raises:
             ValueError: nothing was folded in.
         """
         if not self._samples:
             raise ValueError("there is no client to take the mean of")
-        merged = self._merge()
-        self._mean = self._base.sample_of(merged).neg_()
-        shaped = zip(self._base.shapes.items(), merged, strict=True)
+        merged = self._result()
+        self._mean = self._sent.sample_of(merged).neg_()
+        shaped = zip(self._sent.shapes.items(), merged, strict=True)
         return {name: tensor.numpy().reshape(shape) for (name, shape), tensor in shaped}
 
     def cosines(self) -> dict[str, float]:
-        """Return the cosine of each client's update with the merged one, 0 where one of them is zero; after `result`.
+        """Return the cosine of each client's update with the merged one, 0 where one of them is zero.
 
-        Estimated from some 65,536 coordinates spread evenly over the model: the updates themselves are gone.
+        It can be asked for after `result`. It is estimated from some 65,536 coordinates that are spread evenly over the
+        model, for the updates themselves are gone by then.
         """
         if self._mean is None:
             raise ValueError("there is no result yet to compare with")
@@ -129,15 +131,15 @@ class Merger(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what it holds, in memory or on disk; harmless when repeated. A result stays."""
+        """Free memory and remove files. A result stays valid, and closing again does nothing."""
 
     @abstractmethod
     def _fold(self, client: str, opened: Sequence[Sequence[Tensor]], weight: float, scale: float) -> None:
-        """Take a checked reply."""
+        """Fold in a reply whose arrays fit."""
 
     @abstractmethod
-    def _merge(self) -> list[Tensor]:
-        """Return the pseudo-gradient of each weight, one-dimensional."""
+    def _result(self) -> list[Tensor]:
+        """Return the pseudo-gradient of each weight, as a one-dimensional tensor."""
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

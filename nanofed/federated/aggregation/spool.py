@@ -1,4 +1,4 @@
-"""Replies of a round that wait on disk, in wire form, so that no memory is held for them."""
+"""Replies of a round that wait on disk, encoded as they arrived, so that they take no memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from nanofed.errors import NanofedError
-from nanofed.federated.server.updates import Base
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire.blocks import flat
 from nanofed.federated.wire.codec import Layout
 
@@ -26,15 +26,15 @@ class Spool:
     """Keeps replies in files of one folder, one a client.
 
     Args:
-        base: what the clients were sent.
-        folder: where the files are; made with the first of them. Files that an earlier round left there are removed.
+        sent: the weights that the round was sent.
+        folder: the folder of the files, made with the first of them. Files that an earlier round left there are removed.
 
     Raises:
         NanofedError: the folder cannot be used.
     """
 
-    def __init__(self, base: Base, folder: Path) -> None:
-        self._base = base
+    def __init__(self, sent: SentWeights, folder: Path) -> None:
+        self._sent = sent
         self._folder = folder
         self._files: dict[str, Path] = {}
         self._written = 0
@@ -101,7 +101,7 @@ class Spool:
         return _map(self._files[client], self._layouts()[index], offset)
 
     def _layouts(self) -> list[Layout]:
-        return [self._base.up.layout(shape) for shape in self._base.shapes.values()]
+        return [self._sent.up.layout(shape) for shape in self._sent.shapes.values()]
 
     def remove(self, client: str) -> None:
         """Remove a client's reply."""

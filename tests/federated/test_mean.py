@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanofed.federated.server.merge import Merger, Method, PseudoGradient, make_merger, update_norm
-from nanofed.federated.server.outer import OuterNesterov
+from nanofed.federated.aggregation import Method, make_aggregator
+from nanofed.federated.aggregation.aggregator import Aggregator, PseudoGradient
+from nanofed.federated.aggregation.outer import OuterNesterov
+from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire import blocks
+from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import CODECS, Array, Weights, WireError
 from tests.federated.arrays import hash_weights, odd_weights, random_weights, trained, vector
 
@@ -22,10 +25,10 @@ METHODS: tuple[Method, ...] = ("mean", "median", "trimmed_mean")
 NOWHERE = Path("never used by the mean")
 
 
-def merger(
+def aggregator(
     old: Weights, down: str = "fp32", up: str = "fp32", method: Method = "mean", spool: Path = NOWHERE
-) -> Merger:
-    return make_merger(method, old, CODECS[down].encode(old), CODECS[down], CODECS[up], spool)
+) -> Aggregator:
+    return make_aggregator(method, SentWeights(old, CODECS[down].encode(old), CODECS[down], CODECS[up]), spool)
 
 
 def base_of(old: Weights, down: str) -> dict[str, Array]:
@@ -66,7 +69,7 @@ def test_one_client_with_fedavg_gets_its_own_weights_back_to_the_bit(
 ) -> None:
     old = random_weights(seed)
     local = trained(old, seed + 100)
-    one = merger(old, method=method, spool=tmp_path)
+    one = aggregator(old, method=method, spool=tmp_path)
     one.fold("a", FP32.pack(local, old), weight)
     new = stepped(old, one.result())
     for name, array in local.items():
@@ -78,7 +81,7 @@ def test_where_the_mean_of_one_client_is_not_exact() -> None:
     """A weight that shrinks more than 2^28 fold in a round comes back to within 2^-52 of its old size, not to the bit."""
     old = {"w": np.array([1.0, -1.0, 1e3], np.float32)}
     local = {"w": np.array([1e-12, 1e-30, 1e-7], np.float32)}
-    one = merger(old)
+    one = aggregator(old)
     one.fold("a", FP32.pack(local, old), 3.0)
     new = stepped(old, one.result())["w"]
     assert (new != local["w"]).any()
@@ -101,7 +104,7 @@ def test_it_is_numpys_for_any_shape_codec_and_number_of_clients(
         base = base_of(old, down)
         locals_ = [trained(base, seed) for seed in range(clients)]
         shares = list(np.random.default_rng(clients).uniform(0.5, 7, clients))
-        round_ = merger(old, down, up, method, tmp_path)
+        round_ = aggregator(old, down, up, method, tmp_path)
         for client, (local, share) in enumerate(zip(locals_, shares, strict=True)):
             round_.fold(f"client-{client}", CODECS[up].pack(local, base), share)
         result = round_.result()
@@ -132,14 +135,14 @@ def test_neither_blocks_nor_threads_change_a_bit(
     digests, norms = set(), set()
     for threads, block in ((1, blocks.BLOCK), (2, blocks.BLOCK), (4, 4096), (3, 64), (1, 1 << 14)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        for module in ("wire.blocks", "wire.codec", "server.updates", "server.merge", "server.robust"):
+        for module in ("wire.blocks", "wire.codec", "aggregation.update", "aggregation.mean", "aggregation.robust"):
             monkeypatch.setattr(f"nanofed.federated.{module}.BLOCK", block)
-        round_ = merger(old, up=up, method=method, spool=tmp_path)
+        round_ = aggregator(old, up=up, method=method, spool=tmp_path)
         for client, local in enumerate(clients):
             packed = CODECS[up].pack(local, old)
             round_.fold(str(client), packed, 1.7 + client, scale=1 / (1 + client))
             if block == blocks.BLOCK:
-                norms.add(update_norm(packed, old, FP32.encode(old), FP32, CODECS[up]))
+                norms.add(norm_of(SentWeights(old, FP32.encode(old), FP32, CODECS[up]).update_norms(packed)))
         digests.add(hash_weights(round_.result()))
     assert len(digests) == 1
     assert len(norms) >= len(clients)
@@ -153,7 +156,7 @@ def test_the_order_of_arrival_does_not_matter(up: str) -> None:
     largest = np.maximum.reduce([np.abs(vector(old)) * 2 if CODECS[up].lossless else np.abs(g) for g in seen])
     results = []
     for order in itertools.permutations(range(4)):
-        round_ = merger(old, up=up)
+        round_ = aggregator(old, up=up)
         for client in order:
             round_.fold(str(client), *clients[client])
         results.append(vector(round_.result()))
@@ -167,7 +170,7 @@ def test_fedavg_is_the_mean_of_the_weights_and_a_merge_leaves_the_old_ones() -> 
     old = random_weights(3)
     before = hash_weights(old)
     clients = [trained(old, seed) for seed in range(3)]
-    round_ = merger(old)
+    round_ = aggregator(old)
     for client, local in enumerate(clients):
         round_.fold(str(client), FP32.pack(local, old), 1.0)
     gradient = round_.result()
@@ -183,11 +186,11 @@ def test_what_the_down_link_rounds_off_is_no_update() -> None:
     base = base_of(old, "bf16")
     assert any((base[name] != old[name]).any() for name in old)
     for up in CODECS:
-        round_ = merger(old, "bf16", up)
+        round_ = aggregator(old, "bf16", up)
         packed = CODECS[up].pack(base, base)
         round_.fold("a", packed, 1.0)
         assert hash_weights(stepped(old, round_.result())) == hash_weights(old)
-        assert update_norm(packed, old, BF16.encode(old), BF16, CODECS[up]) == 0
+        assert norm_of(SentWeights(old, BF16.encode(old), BF16, CODECS[up]).update_norms(packed)) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,7 +198,7 @@ def test_what_the_down_link_rounds_off_is_no_update() -> None:
 def test_a_clipped_update_counts_for_its_part(up: str, method: Method, tmp_path: Path) -> None:
     old = random_weights(5)
     local = trained(old, 6)
-    round_ = merger(old, up=up, method=method, spool=tmp_path)
+    round_ = aggregator(old, up=up, method=method, spool=tmp_path)
     round_.fold("a", CODECS[up].pack(local, old), 5.0, scale=0.125)
     expected = 0.125 * vector(received(local, old, up))
     np.testing.assert_allclose(vector(round_.result()), expected, rtol=1e-6, atol=1e-44)
@@ -207,10 +210,21 @@ def test_the_norm_is_numpys(down: str, up: str) -> None:
         old = odd_weights(seed)
         base = base_of(old, down)
         local = trained(base, seed)
-        norm = update_norm(CODECS[up].pack(local, base), old, CODECS[down].encode(old), CODECS[down], CODECS[up])
+        norm = norm_of(
+            SentWeights(old, CODECS[down].encode(old), CODECS[down], CODECS[up]).update_norms(
+                CODECS[up].pack(local, base)
+            )
+        )
         assert norm == pytest.approx(float(np.linalg.norm(vector(received(local, base, up)))), rel=1e-12)
     nothing: dict[str, Array] = {"w": np.zeros((0, 3), np.float32)}
-    assert update_norm(CODECS[up].encode(nothing), nothing, CODECS[down].encode(nothing), CODECS[down], CODECS[up]) == 0
+    assert (
+        norm_of(
+            SentWeights(nothing, CODECS[down].encode(nothing), CODECS[down], CODECS[up]).update_norms(
+                CODECS[up].encode(nothing)
+            )
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("up", CODECS)
@@ -219,7 +233,7 @@ def test_the_norm_shows_one_value_that_is_not_finite_anywhere(up: str, value: fl
     old = odd_weights(1)
     sent = FP32.encode(old)
     packed = CODECS[up].pack(old, old)
-    assert update_norm(packed, old, sent, FP32, CODECS[up]) == 0
+    assert norm_of(SentWeights(old, sent, FP32, CODECS[up]).update_norms(packed)) == 0
     bad = np.array([value], np.float32)
     pattern = bad[0] if up == "fp32" else BF16.encode({"": bad})[0][0]
     for index, shape in enumerate(array.shape for array in old.values()):
@@ -227,7 +241,10 @@ def test_the_norm_shows_one_value_that_is_not_finite_anywhere(up: str, value: fl
         for place in {p % size for p in (0, 1, 16, 1021, blocks.BLOCK - 1, blocks.BLOCK, -2, -1)} if size else ():
             arrays = [np.array(array) for array in packed]
             CODECS[up].tensors(arrays, old)[index][0].numpy()[place] = pattern
-            assert not math.isfinite(update_norm(arrays, old, sent, FP32, CODECS[up])), (shape, place)
+            assert not math.isfinite(norm_of(SentWeights(old, sent, FP32, CODECS[up]).update_norms(arrays))), (
+                shape,
+                place,
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -235,7 +252,7 @@ def test_the_norm_shows_one_value_that_is_not_finite_anywhere(up: str, value: fl
 def test_what_does_not_fit_is_refused_and_nothing_of_it_is_folded_in(up: str, method: Method, tmp_path: Path) -> None:
     old = random_weights(7, 2_000)
     good = CODECS[up].pack(trained(old, 1), old)
-    round_ = merger(old, up=up, method=method, spool=tmp_path)
+    round_ = aggregator(old, up=up, method=method, spool=tmp_path)
     round_.fold("good", good, 1.0)
     spoils: list[Callable[[Any], Any]] = [
         lambda array: array[:1],
@@ -248,7 +265,7 @@ def test_what_does_not_fit_is_refused_and_nothing_of_it_is_folded_in(up: str, me
             with pytest.raises(WireError, match="^" + "ab"[index]):
                 round_.fold("bad", arrays, 1.0)
             with pytest.raises(WireError, match="^" + "ab"[index]):
-                update_norm(arrays, old, FP32.encode(old), FP32, CODECS[up])
+                norm_of(SentWeights(old, FP32.encode(old), FP32, CODECS[up]).update_norms(arrays))
     with pytest.raises(WireError, match=f"{len(good) - 1} arrays arrived, {len(good)} are expected"):
         round_.fold("bad", good[:-1], 1.0)
     for weight, scale in (
@@ -264,7 +281,7 @@ def test_what_does_not_fit_is_refused_and_nothing_of_it_is_folded_in(up: str, me
             round_.fold("bad", good, weight, scale)
     with pytest.raises(ValueError, match="good has been folded in already"):
         round_.fold("good", good, 1.0)
-    alone = merger(old, up=up)
+    alone = aggregator(old, up=up)
     alone.fold("good", good, 1.0)
     result, expected = round_.result(), alone.result()
     assert all((result[name] == expected[name]).all() for name in old)
@@ -273,7 +290,7 @@ def test_what_does_not_fit_is_refused_and_nothing_of_it_is_folded_in(up: str, me
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nobody_has_no_mean(method: Method, tmp_path: Path) -> None:
-    nobody = merger(random_weights(0, 200), method=method, spool=tmp_path)
+    nobody = aggregator(random_weights(0, 200), method=method, spool=tmp_path)
     with pytest.raises(ValueError, match="no client"):
         nobody.result()
     with pytest.raises(ValueError, match="no result yet"):
@@ -289,7 +306,7 @@ def test_cosines_of_a_model_that_is_sampled_are_near_the_true_ones() -> None:
         {"w": (common + noise * generator.normal(size=size)).astype(np.float32).reshape(1000, -1)}
         for noise in (0.2, 1, 5)
     ]
-    round_ = merger(old)
+    round_ = aggregator(old)
     for client, local in enumerate(locals_):
         round_.fold(str(client), FP32.encode({**local, "v": np.ones(500, np.float32)}), 1.0)
     merged = round_.result()["w"].reshape(-1)

@@ -18,8 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nanofed.federated.server.validation import Refused
-from nanofed.federated.wire.messages import Instructions
 from nanofed.optim import Movement, Schedule
 
 WINDOW = 8  # of a site's lengths, whose median is its vote
@@ -36,6 +34,14 @@ POINTS = 1000  # at which the schedule is looked at: more steps of a round are s
 Lengths = dict[str, float]  # parameter group -> length, in the recipe's unit
 
 
+class UnusualNorm(Exception):
+    """An update that may not be merged for its length; the message says why."""
+
+    def __init__(self, kind: Literal["small_norm", "large_norm"], reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 @dataclass(frozen=True)
 class Steps:
     """The learning rates of a round's steps, as multiples of the initial ones: their sum, and the root of the sum of squares."""
@@ -44,13 +50,18 @@ class Steps:
     quadrature: float
 
     @classmethod
-    def of(cls, schedule: Schedule, asked: Instructions, steps: int) -> Steps:
-        """Return those of a client's first `steps` steps of a round."""
-        each = asked.batch_tokens * asked.participants
+    def of(cls, schedule: Schedule, steps: int, *, clock_tokens: int, step_tokens: int, horizon_tokens: int) -> Steps:
+        """Return the rates of a client's first steps of a round.
+
+        Args:
+            schedule: the recipe's learning rate schedule.
+            steps: the number of steps.
+            clock_tokens: merged tokens of the run at the first step.
+            step_tokens: tokens by which a step moves the schedule, those of all clients.
+            horizon_tokens: tokens of the whole run.
+        """
         at = np.linspace(0, steps - 1, min(steps, POINTS))
-        rates = [
-            schedule.lr_multiplier(min(1.0, (asked.clock_tokens + float(k) * each) / asked.horizon_tokens)) for k in at
-        ]
+        rates = [schedule.lr_multiplier(min(1.0, (clock_tokens + float(k) * step_tokens) / horizon_tokens)) for k in at]
         squares = math.fsum(rate**2 for rate in rates) / len(rates)
         return cls(steps * math.fsum(rates) / len(rates), math.sqrt(steps * squares))
 
@@ -99,7 +110,7 @@ class NormGuard:
             weight_norm: returns the norm of a weight of the model; asked for where weights decay, and of what seems wrong.
 
         Raises:
-            Refused: no steps of the recipe can move a weight so far, or they would have moved the weights further.
+            UnusualNorm: no steps of the recipe can move a weight so far, or they would have moved the weights further.
         """
         norm = math.sqrt(math.fsum(value**2 for value in norms))
         if self._ratio is None:
@@ -110,7 +121,7 @@ class NormGuard:
             decayed = movement.decay * weight_norm(name) if movement.decay else 0.0
             most = SLACK * steps.linear * (movement.most + decayed)
             if moved > most and moved > most + ROUNDING * weight_norm(name):
-                raise Refused(
+                raise UnusualNorm(
                     "large_norm",
                     f"its update of {name} is {moved:.3g} long, more than the limit of {most:.3g} that no steps of the "
                     "recipe exceed",
@@ -120,7 +131,7 @@ class NormGuard:
         unit = math.sqrt(steps.linear * steps.quadrature)
         groups = {g: math.sqrt(squares[g] / units[g]) / unit if unit else 0.0 for g in squares}
         if unit and max(groups.values()) < NEAR_ZERO and not self._is_rounded_away(unit, weight_norm):
-            raise Refused(
+            raise UnusualNorm(
                 "small_norm",
                 f"its update is {norm:.3g} long, {max(groups.values()):.2g} of what its steps move at least in one group of "
                 f"weights, where {NEAR_ZERO:g} is the least: it has hardly trained",
@@ -152,12 +163,12 @@ class NormGuard:
             weights_norm: returns the norm of the global weights.
 
         Raises:
-            Refused: it is too long, and such updates are rejected, or it is longer than ten times the weights.
+            UnusualNorm: it is too long, and such updates are rejected, or it is longer than ten times the weights.
         """
         if self._ratio is None:
             return min(1.0, LARGEST / length.norm) if length.norm else 1.0
         if length.norm > MOST_OF_WEIGHTS * weights_norm() > 0:
-            raise Refused(
+            raise UnusualNorm(
                 "large_norm",
                 f"its update is {length.norm:.3g} long, more than the limit of {MOST_OF_WEIGHTS:g} times the weights' norm",
             )
@@ -167,7 +178,7 @@ class NormGuard:
         if over[worst] <= 1:
             return 1.0
         if self._action == "reject":
-            raise Refused(
+            raise UnusualNorm(
                 "large_norm",
                 f"its update is {length.norm:.3g} long, in the group {worst} {over[worst]:.3g} times the limit, which is "
                 f"{self._ratio:g} times what is usual among {len(self._sites.keys() | here.keys())} clients",
