@@ -67,6 +67,7 @@ def test_a_seed_repeats_and_another_differs(model: GPT) -> None:
     assert len(first) == 30
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_models_distribution(model: GPT) -> None:
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor([[3]]))[0, -1] / 0.5, dim=0)

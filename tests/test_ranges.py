@@ -61,6 +61,7 @@ class Given:
         return self._defaults
 
 
+@pytest.mark.slow
 def test_every_numeric_option_has_a_range_and_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of fit, validate, federate, server and site."""
     monkeypatch.setattr(FitCLI, "instantiate_classes", lambda self: None)

@@ -113,6 +113,7 @@ def test_the_guard_takes_the_place_of_flowers_own_functions() -> None:
     assert done.stdout.split() == ["BundleError", "ClientApp", "False"]
 
 
+@pytest.mark.slow
 def test_the_client_process_takes_the_arguments_of_flowers_and_loads_no_more_than_it_needs() -> None:
     script = (
         "import sys\n"

@@ -120,6 +120,7 @@ def test_word_of_no_bundle_costs_nothing(word: str, code: Code, sign: Sign) -> N
     assert (code.folder / "accepted.json").exists() and (code.folder / digest(FILES)).exists()
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_site_take_the_same_bundle(code: Code, sign: Sign) -> None:
     """Again and again, while a third one looks: whoever looks sees it whole."""
     script = (
@@ -216,6 +217,7 @@ def test_a_folder_that_cannot_be_used_is_a_refusal(code: Code, sign: Sign) -> No
         code.take(FILES, sign())
 
 
+@pytest.mark.slow
 def test_a_bundle_is_taken_only_where_it_differs_and_a_key_is_trusted(bundle: bytes, code: Code, sign: Sign) -> None:
     newer = {**installed(), "nanofed/more.py": b""}
     signed = {SIGNATURE: sign(newer)}

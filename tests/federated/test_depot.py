@@ -50,6 +50,8 @@ BF16, FP32 = CODECS["bf16"], CODECS["fp32"]
 NO_REPLY = cast(Message, None)
 HEADERS = {"Content-Type": "application/octet-stream"}
 
+pytestmark = pytest.mark.slow
+
 
 def weights(seed: int = 0) -> dict[str, Array]:
     """Two and a half pieces in bf16."""

@@ -122,6 +122,7 @@ def check_conservation(ledger: Ledger) -> None:
     assert set(holders) <= seen
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
 def test_random_federations_merge_what_was_trained_once_an_epoch(

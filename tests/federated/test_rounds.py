@@ -71,6 +71,7 @@ def test_a_client_that_sends_nan_is_refused_and_may_come_back(tiny_corpus: Path,
     assert kept & again, "what was not merged is leased anew"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after_training", [False, True])
 def test_a_round_that_fails_leaves_no_trace(tiny_corpus: Path, tmp_path: Path, after_training: bool) -> None:
     """Also not in the momentum that the clients keep, nor in the rows: the next try trains what this one would have."""
@@ -234,6 +235,7 @@ def test_the_horizon_is_reached_exactly(
     assert loop.board.summary.curve[-1].tokens == steps * BATCH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
 def test_a_killed_server_resumes_to_the_same_bits(tiny_corpus: Path, tmp_path: Path, packing: str) -> None:
     """Server and clients lose all they had in memory, in mid-round: one client has trained it, the other has not."""

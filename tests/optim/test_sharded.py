@@ -15,6 +15,8 @@ from nanofed.optim import Clock, DistMuonAdamW, Schedule
 from tests.optim import ranks as on_ranks
 from tests.optim.ranks import Results
 
+pytestmark = pytest.mark.slow
+
 TRAININGS = ["twenty steps", "accumulation", "clipping", "no clip"]
 
 
