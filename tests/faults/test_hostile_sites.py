@@ -21,13 +21,15 @@ from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
 from nanofed.federated.aggregation.norm_guard import UnusualNorm
+from nanofed.federated.server.instructing import SPARE_ROWS
 from nanofed.federated.server.local_ledger import LocalLedger
+from nanofed.federated.server.pace import MAX_MARGIN
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions, Report, SiteShard
 from tests.federated.conftest import one_thread, tiny_corpus
-from tests.federated.tiny import Fit, federation, prepare, train
+from tests.federated.tiny import Fit, federation, make_corpus, prepare, train
 
 __all__ = ["one_thread", "tiny_corpus"]  # the fixtures
 
@@ -126,17 +128,19 @@ def test_who_brings_nothing_is_refused_by_name_and_the_others_train_as_without_i
 
 @pytest.mark.parametrize("clients", [2, 5])
 def test_a_site_that_sends_all_that_is_allowed_drives_no_limit(
-    clients: int, tiny_corpus: Path, tmp_path: Path, count: Callable[[int, int], int]
+    clients: int, tmp_path: Path, count: Callable[[int, int], int]
 ) -> None:
     rounds = count(8, 200)
     options: dict[str, Any] = {"rounds": rounds, "round_steps": count(1, 4)}
     options["model.recipe.num_steps"] = rounds * options["round_steps"] * clients
-    loop = play(tiny_corpus, tmp_path / "hostile", clients, ramp, **options)
-    absent = play(tiny_corpus, tmp_path / "absent", clients, None, absent=True, **options)
+    # In a campaign no text is read twice: a model that learns its text by heart is the worse for every further site.
+    corpus = make_corpus(tmp_path / "corpus", documents=count(160, 80_000))
+    loop = play(corpus, tmp_path / "hostile", clients, ramp, **options)
+    absent = play(corpus, tmp_path / "absent", clients, None, absent=True, **options)
     assert all(client == f"client-{clients - 1}" for client in refusals(loop))
     assert all(loop.state.pace.rounds[f"client-{n}"] == rounds for n in range(clients - 1))
     usual = loop.state.norms.state_dict()["usual"]
-    assert usual["matrices"] < 1.0 and usual["head"] < 1.2 and usual["embedding"] < 0.5
+    assert usual == {"matrices": usual["matrices"]} and usual["matrices"] < 1.0
     ours, theirs = loop.board.summary.bpb_end, absent.board.summary.bpb_end
     assert ours is not None and theirs is not None and ours <= theirs * count(5, 2) / 100 + theirs, (
         "few rounds are noisy"
@@ -169,14 +173,21 @@ def test_a_site_that_claims_all_of_its_lease_ends_no_horizon_early(
         end = to_the_end_of_its_lease(asked)
         return local, replace(report, steps=steps, tokens=steps * asked.batch_tokens, seconds=steps * 1e-6, data=end)
 
-    options = {"clients": 2, "rounds": rounds, "round_steps": "null", "round_seconds": 0.05, "save_every": 0}
+    options: dict[str, Any] = {
+        "clients": 2,
+        "rounds": rounds,
+        "round_steps": "null",
+        "round_seconds": 0.05,
+        "save_every": 0,
+    }
+    options["model.recipe.num_steps"] = 10**6  # all the rounds: what is claimed meanwhile is to be seen
     config = federation(tiny_corpus, tmp_path, "run", eval_every=10**6, **options)
     loop, _ = train(config, hook=hook, greet=greet)
     assert loop.state.clock.round == rounds and loop.state.pace.rounds["client-0"] == rounds
     honest = loop.state.pace.tokens["client-0"]
     assert loop.state.clock.tokens <= (1 + 8 * 8) * honest
-    corpus_rows = 160
-    assert max(text) < 4 * corpus_rows, "a lease is about an epoch, and rows that packers read ahead"
+    epoch = 160 + SPARE_ROWS["best_fit"] * MAX_MARGIN
+    assert max(text) <= epoch, "all of the text once, and rows that packers read ahead"
 
 
 @pytest.mark.parametrize(

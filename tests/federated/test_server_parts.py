@@ -124,6 +124,15 @@ class TestNorms:
             guard.accept({"small": (moved(0.05, 0.0), 1.0)})
         assert self.scale(guard, "honest", {"honest": moved(0.8, 0.9)}) == 1.0
 
+    def test_who_joins_late_moves_its_head_as_its_steps_allow(self) -> None:
+        """The second moments of the others remember the first gradients, its own do not: measured of 7 steps."""
+        guard = self.guard("reject")
+        for _ in range(20):
+            guard.accept({name: (moved(0.74, 0.05), 1.0) for name in ("a", "b")})
+        late = moved(0.8, 1.24)
+        assert guard.is_unsuspicious(late)
+        assert self.scale(guard, "late", {"a": moved(0.76, 0.05), "late": late}) == 1.0
+
     @pytest.mark.parametrize("sites", [2, 5])
     def test_one_site_at_the_limit_does_not_drive_it(self, sites: int) -> None:
         guard, limits = self.guard(), []

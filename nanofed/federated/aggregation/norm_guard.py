@@ -22,7 +22,7 @@ from nanofed.optim import Movement, Schedule
 
 WINDOW = 8  # of a site's lengths, whose median is its vote
 GROWTH = 1.25  # of what is usual, from one round to the next, at most
-LEAST = {"muon": 0.3, "adamw": 0.2}  # that is taken for usual, however little was sent
+LEAST = 0.3  # that is taken for usual, however little was sent
 NEAR_ZERO = 0.05  # honest updates are ten times as long in one group at least, from the very first step on
 UNSUSPICIOUS = 2.0  # of what is usual: it is merged at once, before the others of its round are known
 SLACK = 1.1  # over what steps can move: rounding of the update, in bf16 as well
@@ -77,11 +77,15 @@ class Length:
 class NormGuard:
     """Decides what of an update is merged, by its length.
 
-    What no steps of the recipe can have moved is refused, and so is what has hardly moved at all. Else the limit is `ratio`
-    times what is usual: the lower median of one vote a site, each the median of what was merged of it lately and of its update
-    of this round. Usual is never less than `LEAST` and grows by a quarter a round at most, so no site can bring the limit
-    below what honest updates are, nor drive it up, where it has no majority. What was refused is no vote: the site is welcome
-    again with its next update that fits.
+    What no steps of the recipe can have moved is refused, and so is what has hardly moved at all. Else the limit in every group
+    of Muon's is `ratio` times what is usual: the lower median of one vote a site, each the median of what was merged of it lately
+    and of its update of this round. Usual is never less than `LEAST` and grows by a quarter a round at most, so no site can
+    bring the limit below what honest updates are, nor drive it up, where it has no majority. What was refused is no vote: the
+    site is welcome again with its next update that fits.
+
+    Groups of AdamW's have no usual length. Its second moments remember the large gradients of the first rounds, and those of a
+    site that has joined later do not: its head moves at full rate where that of the others hardly moves (7 steps: 1.24 long
+    against 0.05). What steps can move at most is the only limit there, 7 steps 1.6 and 256 steps 4 long.
 
     Args:
         ratio: largest length over what is usual; None for any length, also none at all.
@@ -95,7 +99,8 @@ class NormGuard:
         self._ratio = ratio
         self._action = action
         self._movements = movements
-        self._least = {movement.group: LEAST[movement.kind] for movement in movements.values()}
+        self._groups = sorted({movement.group for movement in movements.values()})
+        self._compared = sorted({movement.group for movement in movements.values() if movement.kind == "muon"})
         self._sites: dict[str, deque[Lengths]] = {}
         self._usual: Lengths = {}
 
@@ -115,8 +120,8 @@ class NormGuard:
         norm = math.sqrt(math.fsum(value**2 for value in norms))
         if self._ratio is None:
             return Length(norm, {})
-        squares = dict.fromkeys(self._least, 0.0)
-        units = dict.fromkeys(self._least, 0.0)
+        squares = dict.fromkeys(self._groups, 0.0)
+        units = dict.fromkeys(self._groups, 0.0)
         for (name, movement), moved in zip(self._movements.items(), norms, strict=True):
             decayed = movement.decay * weight_norm(name) if movement.decay else 0.0
             most = SLACK * steps.linear * (movement.most + decayed)
@@ -150,8 +155,8 @@ class NormGuard:
             return length.norm <= LARGEST
         plain = min(self._ratio, UNSUSPICIOUS)
         return all(
-            size <= max(self._ratio * self._least[group], plain * self._usual.get(group, 0.0))
-            for group, size in length.groups.items()
+            length.groups[group] <= max(self._ratio * LEAST, plain * self._usual.get(group, 0.0))
+            for group in self._compared
         )
 
     def scale(self, length: Length, here: Mapping[str, Length], weights_norm: Callable[[], float]) -> float:
@@ -173,9 +178,9 @@ class NormGuard:
                 f"its update is {length.norm:.3g} long, more than the limit of {MOST_OF_WEIGHTS:g} times the weights' norm",
             )
         usual = self._usual_with({client: other.groups for client, other in here.items()})
-        over = {group: size / (self._ratio * usual[group]) for group, size in length.groups.items()}
-        worst = max(over, key=lambda group: over[group])
-        if over[worst] <= 1:
+        over = {group: length.groups[group] / (self._ratio * usual[group]) for group in self._compared}
+        worst = max(over, key=lambda group: over[group], default=None)
+        if worst is None or over[worst] <= 1:
             return 1.0
         if self._action == "reject":
             raise UnusualNorm(
@@ -188,7 +193,7 @@ class NormGuard:
     def accept(self, updates: Mapping[str, tuple[Length, float]]) -> None:
         """Count the updates of a round that was merged: client -> length, and what it was scaled by."""
         scaled = {
-            client: {group: size * scale for group, size in length.groups.items()}
+            client: {group: length.groups[group] * scale for group in self._compared}
             for client, (length, scale) in updates.items()
             if length.groups
         }
@@ -204,13 +209,13 @@ class NormGuard:
             for client in self._sites.keys() | here.keys()
         }
         usual = {}
-        for group, least in self._least.items():
+        for group in self._compared:
             found = statistics.median_low(
                 [statistics.median(groups[group] for groups in vote) for vote in votes.values()]
             )
             if self._usual:
                 found = min(found, GROWTH * self._usual[group])
-            usual[group] = max(found, least)
+            usual[group] = max(found, LEAST)
         return usual
 
     def state_dict(self) -> dict[str, Any]:
