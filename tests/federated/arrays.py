@@ -8,13 +8,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nanofed.federated.wire.blocks import BLOCK
-from nanofed.federated.wire.codec import Array, Weights, hash_arrays
+from nanofed.federated.aggregation.update import SentWeights
+from nanofed.federated.wire.blocks import BLOCK, norm_of
+from nanofed.federated.wire.codec import CODECS, Array, Arrays, Weights, hash_arrays
 
 
 def hash_weights(weights: Weights) -> str:
     """Return names in their order and the hash of the rest: two that agree on it are the same weights, to the bit."""
     return f"{list(weights)} {hash_arrays(list(weights.values()))}"
+
+
+def sent_weights(weights: Weights, down: str = "fp32", up: str = "fp32") -> SentWeights:
+    """Return weights as a round is sent them."""
+    return SentWeights(weights, CODECS[down].encode(weights), CODECS[down], CODECS[up])
+
+
+def update_norm(arrays: Arrays, sent: SentWeights) -> float:
+    """Return the L2 norm of a reply's whole update."""
+    return norm_of(sent.update_norms(arrays))
 
 
 def random_weights(seed: int, size: int = 20_000) -> dict[str, Array]:

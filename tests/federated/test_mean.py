@@ -13,11 +13,9 @@ import torch
 from nanofed.federated.aggregation import Method, make_aggregator
 from nanofed.federated.aggregation.aggregator import Aggregator, PseudoGradient
 from nanofed.federated.aggregation.outer import OuterNesterov
-from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire import blocks
-from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import CODECS, Array, Weights, WireError
-from tests.federated.arrays import hash_weights, odd_weights, random_weights, trained, vector
+from tests.federated.arrays import hash_weights, odd_weights, random_weights, sent_weights, trained, update_norm, vector
 
 FP32, BF16 = CODECS["fp32"], CODECS["bf16"]
 LINKS = list(itertools.product(CODECS, CODECS))  # down, up
@@ -28,7 +26,7 @@ NOWHERE = Path("never used by the mean")
 def aggregator(
     old: Weights, down: str = "fp32", up: str = "fp32", method: Method = "mean", spool: Path = NOWHERE
 ) -> Aggregator:
-    return make_aggregator(method, SentWeights(old, CODECS[down].encode(old), CODECS[down], CODECS[up]), spool)
+    return make_aggregator(method, sent_weights(old, down, up), spool)
 
 
 def base_of(old: Weights, down: str) -> dict[str, Array]:
@@ -142,7 +140,7 @@ def test_neither_blocks_nor_threads_change_a_bit(
             packed = CODECS[up].pack(local, old)
             round_.fold(str(client), packed, 1.7 + client, scale=1 / (1 + client))
             if block == blocks.BLOCK:
-                norms.add(norm_of(SentWeights(old, FP32.encode(old), FP32, CODECS[up]).update_norms(packed)))
+                norms.add(update_norm(packed, sent_weights(old, up=up)))
         digests.add(hash_weights(round_.result()))
     assert len(digests) == 1
     assert len(norms) >= len(clients)
@@ -190,7 +188,7 @@ def test_what_the_down_link_rounds_off_is_no_update() -> None:
         packed = CODECS[up].pack(base, base)
         round_.fold("a", packed, 1.0)
         assert hash_weights(stepped(old, round_.result())) == hash_weights(old)
-        assert norm_of(SentWeights(old, BF16.encode(old), BF16, CODECS[up]).update_norms(packed)) == 0
+        assert update_norm(packed, sent_weights(old, "bf16", up)) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -210,30 +208,19 @@ def test_the_norm_is_numpys(down: str, up: str) -> None:
         old = odd_weights(seed)
         base = base_of(old, down)
         local = trained(base, seed)
-        norm = norm_of(
-            SentWeights(old, CODECS[down].encode(old), CODECS[down], CODECS[up]).update_norms(
-                CODECS[up].pack(local, base)
-            )
-        )
+        norm = update_norm(CODECS[up].pack(local, base), sent_weights(old, down, up))
         assert norm == pytest.approx(float(np.linalg.norm(vector(received(local, base, up)))), rel=1e-12)
     nothing: dict[str, Array] = {"w": np.zeros((0, 3), np.float32)}
-    assert (
-        norm_of(
-            SentWeights(nothing, CODECS[down].encode(nothing), CODECS[down], CODECS[up]).update_norms(
-                CODECS[up].encode(nothing)
-            )
-        )
-        == 0
-    )
+    assert update_norm(CODECS[up].encode(nothing), sent_weights(nothing, down, up)) == 0
 
 
 @pytest.mark.parametrize("up", CODECS)
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 def test_the_norm_shows_one_value_that_is_not_finite_anywhere(up: str, value: float) -> None:
     old = odd_weights(1)
-    sent = FP32.encode(old)
+    sent = sent_weights(old, up=up)
     packed = CODECS[up].pack(old, old)
-    assert norm_of(SentWeights(old, sent, FP32, CODECS[up]).update_norms(packed)) == 0
+    assert update_norm(packed, sent) == 0
     bad = np.array([value], np.float32)
     pattern = bad[0] if up == "fp32" else BF16.encode({"": bad})[0][0]
     for index, shape in enumerate(array.shape for array in old.values()):
@@ -241,7 +228,7 @@ def test_the_norm_shows_one_value_that_is_not_finite_anywhere(up: str, value: fl
         for place in {p % size for p in (0, 1, 16, 1021, blocks.BLOCK - 1, blocks.BLOCK, -2, -1)} if size else ():
             arrays = [np.array(array) for array in packed]
             CODECS[up].tensors(arrays, old)[index][0].numpy()[place] = pattern
-            assert not math.isfinite(norm_of(SentWeights(old, sent, FP32, CODECS[up]).update_norms(arrays))), (
+            assert not math.isfinite(update_norm(arrays, sent)), (
                 shape,
                 place,
             )
@@ -265,7 +252,7 @@ def test_what_does_not_fit_is_refused_and_nothing_of_it_is_folded_in(up: str, me
             with pytest.raises(WireError, match="^" + "ab"[index]):
                 round_.fold("bad", arrays, 1.0)
             with pytest.raises(WireError, match="^" + "ab"[index]):
-                norm_of(SentWeights(old, FP32.encode(old), FP32, CODECS[up]).update_norms(arrays))
+                update_norm(arrays, sent_weights(old, up=up))
     with pytest.raises(WireError, match=f"{len(good) - 1} arrays arrived, {len(good)} are expected"):
         round_.fold("bad", good[:-1], 1.0)
     for weight, scale in (

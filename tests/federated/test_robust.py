@@ -13,12 +13,10 @@ from nanofed.errors import NanofedError
 from nanofed.federated.aggregation import Method, make_aggregator
 from nanofed.federated.aggregation.outer import OuterNesterov
 from nanofed.federated.aggregation.robust import Median, Sorted, TrimmedMean, comparators
-from nanofed.federated.aggregation.update import SentWeights
-from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import CODECS, Array, Weights, payload_bytes
 from tests.benchmarks import machine
 from tests.faults.children import call, mount_disk
-from tests.federated.arrays import hash_weights, odd_weights, random_weights, trained, vector
+from tests.federated.arrays import hash_weights, odd_weights, random_weights, sent_weights, trained, update_norm, vector
 
 ROBUST: tuple[Method, ...] = ("median", "trimmed_mean")
 FP32 = CODECS["fp32"]
@@ -53,7 +51,7 @@ def test_the_order_of_arrival_and_the_shares_do_not_change_a_bit(up: str, method
     packed = [CODECS[up].pack(trained(old, seed), old) for seed in range(5)]
     digests = set()
     for order in itertools.islice(itertools.permutations(range(5)), 0, None, 17):
-        aggregator = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, CODECS[up]), tmp_path)
+        aggregator = make_aggregator(method, sent_weights(old, up=up), tmp_path)
         for client in order:
             aggregator.fold(str(client), packed[client], weight=1.0 + order.index(client) * 1e3)
         digests.add(hash_weights(aggregator.result()))
@@ -75,7 +73,7 @@ def hostile_round(method: Method, up: str, down: str, folder: Path, seed: int) -
 
     clients = [local(1, 0.3) for _ in range(4)]
     clients.insert(int(generator.integers(5)), local(-10, 0.3))
-    aggregator = make_aggregator(method, SentWeights(old, CODECS[down].encode(old), CODECS[down], CODECS[up]), folder)
+    aggregator = make_aggregator(method, sent_weights(old, down, up), folder)
     for number, client in enumerate(clients):
         aggregator.fold(str(number), CODECS[up].pack(client, base), 1.0)
     updates = np.stack([vector(base) - vector(client) for client in clients])
@@ -108,9 +106,7 @@ def test_so_many_are_cut_on_each_side(trim: float, tmp_path: Path, caplog: pytes
         values = np.random.default_rng(clients).permutation(clients).astype(np.float32) ** 2
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            aggregator = make_aggregator(
-                "trimmed_mean", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path, trim=trim
-            )
+            aggregator = make_aggregator("trimmed_mean", sent_weights(old), tmp_path, trim=trim)
             for client, value in enumerate(values):
                 aggregator.fold(str(client), [np.full(1, value)], 1.0)
             result = -float(aggregator.result()["w"][0])
@@ -118,7 +114,7 @@ def test_so_many_are_cut_on_each_side(trim: float, tmp_path: Path, caplog: pytes
         assert result == pytest.approx(np.sort(values)[cut : clients - cut].mean(), rel=1e-15)
         assert bool(caplog.records) == (cut == 0), "that nothing is cut off is said"
     with pytest.raises(ValueError, match="trim must be"):
-        make_aggregator("trimmed_mean", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path, trim=0.5)
+        make_aggregator("trimmed_mean", sent_weights(old), tmp_path, trim=0.5)
 
 
 @pytest.mark.parametrize("method", ROBUST)
@@ -128,7 +124,7 @@ def test_who_is_dropped_leaves_no_trace_and_saves_no_other_from_being_cut(
     old = random_weights(4)
     results = []
     for dropped in (2, 3):
-        with make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path, trim=0.3) as aggregator:
+        with make_aggregator(method, sent_weights(old), tmp_path, trim=0.3) as aggregator:
             assert isinstance(aggregator, Sorted)
             for client in range(7):
                 aggregator.fold(str(client), FP32.encode(trained(old, client + 10 * (client == dropped))), 1.0, 0.5)
@@ -150,7 +146,7 @@ def test_of_fewer_than_three_clients_it_is_their_mean(method: Method, tmp_path: 
     old = random_weights(2)
     locals_ = [trained(old, seed) for seed in range(2)]
     for clients in (1, 2):
-        aggregator = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path)
+        aggregator = make_aggregator(method, sent_weights(old), tmp_path)
         for client, local in enumerate(locals_[:clients]):
             aggregator.fold(str(client), FP32.encode(local), 7.0 * client + 1)
         expected = np.mean([vector(old) - vector(local) for local in locals_[:clients]], axis=0)
@@ -161,7 +157,7 @@ def test_of_fewer_than_three_clients_it_is_their_mean(method: Method, tmp_path: 
 def test_one_that_is_not_finite_is_seen_by_the_outer_step(method: Method, tmp_path: Path) -> None:
     """Validation refuses it before; were it to slip through, no weight would move."""
     old = odd_weights(2)
-    aggregator = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path)
+    aggregator = make_aggregator(method, sent_weights(old), tmp_path)
     for client in range(5):
         local = {name: np.array(w, order="C") for name, w in trained(old, client).items()}
         if client == 2:
@@ -178,14 +174,14 @@ def test_what_a_killed_server_left_behind_is_removed_and_nothing_else(tmp_path: 
     for kind in (Median, TrimmedMean):
         (tmp_path / "00007.update").write_bytes(b"left")
         (tmp_path / "notes.txt").write_text("kept")
-        with kind(SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path) as aggregator:
+        with kind(sent_weights(old), tmp_path) as aggregator:
             aggregator.fold("a", FP32.encode(old), 1.0)
             (file,) = tmp_path.glob("*.update")
             assert 0 <= file.stat().st_size - payload_bytes(FP32.encode(old)) < 64 * len(old)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
         with (
             pytest.raises(ZeroDivisionError),
-            kind(SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path) as aggregator,
+            kind(sent_weights(old), tmp_path) as aggregator,
         ):
             aggregator.fold("a", FP32.encode(old), 1.0)
             raise ZeroDivisionError
@@ -195,7 +191,7 @@ def test_what_a_killed_server_left_behind_is_removed_and_nothing_else(tmp_path: 
 def test_a_reply_that_was_cut_short_on_disk_is_no_merge(tmp_path: Path) -> None:
     old = random_weights(3)
     for size in (0, 4096, 40_000):
-        aggregator = make_aggregator("median", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path)
+        aggregator = make_aggregator("median", sent_weights(old), tmp_path)
         for client in range(3):
             aggregator.fold(str(client), FP32.encode(old), 1.0)
         with sorted(tmp_path.iterdir())[1].open("r+b") as file:
@@ -209,14 +205,14 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     old = random_weights(3)
     (tmp_path / "file").touch()
     with pytest.raises(NanofedError, match=rf"cannot be kept in {tmp_path}/file/spool \(Not a directory\)"):
-        make_aggregator("median", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path / "file" / "spool")
+        make_aggregator("median", sent_weights(old), tmp_path / "file" / "spool")
 
 
 def _on_a_small_disk(folder: Path, method: Method, change: str) -> None:
     old = random_weights(4, 200_000)  # 800 kB
     mount_disk(folder, "2m")
     spool = folder / "spool"
-    aggregator = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), spool)
+    aggregator = make_aggregator(method, sent_weights(old), spool)
     aggregator.fold("a", FP32.encode(old), 1.0)
     if change:
         mount_disk(folder, "2m", change)
@@ -234,7 +230,7 @@ def _on_a_small_disk(folder: Path, method: Method, change: str) -> None:
     with pytest.raises((NanofedError, ValueError)):
         aggregator.result()
     if not change:
-        again = make_aggregator(method, SentWeights(old, FP32.encode(old), FP32, FP32), spool)
+        again = make_aggregator(method, sent_weights(old), spool)
         again.fold("a", FP32.encode(old), 1.0)
         assert not vector(again.result()).any()
 
@@ -257,13 +253,13 @@ def _added_megabytes(folder: Path, method: Method, down: str, up: str, clients: 
     added = 0.0
     for layer in (1 << 16, LAYER):  # once small: the code itself is read from disk, too
         old: Weights = {f"layer{n}": np.full((1024, layer // 1024), n, np.float32) for n in range(LAYERS)}
-        sent = CODECS[down].encode(old)
+        sent = sent_weights(old, down, up)
         packed = [np.add(array, 1, dtype=array.dtype) for array in CODECS[up].encode(old)]
         machine.reset_peak_memory(CPU)
         before = machine.resident_memory_mb()
-        with make_aggregator(method, SentWeights(old, sent, CODECS[down], CODECS[up]), folder) as aggregator:
+        with make_aggregator(method, sent, folder) as aggregator:
             for client in range(clients):
-                assert norm_of(SentWeights(old, sent, CODECS[down], CODECS[up]).update_norms(packed)) > 0
+                assert update_norm(packed, sent) > 0
                 aggregator.fold(str(client), packed, 1.0)
             assert list(aggregator.result()) == list(old)
         added = machine.peak_memory_mb(CPU) - before
@@ -289,7 +285,7 @@ def test_the_memory_of_a_robust_merge_is_of_one_layer_a_client(clients: int, tmp
 
 def test_files_are_private(tmp_path: Path) -> None:
     old = random_weights(5, 2_000)
-    with make_aggregator("median", SentWeights(old, FP32.encode(old), FP32, FP32), tmp_path / "spool") as aggregator:
+    with make_aggregator("median", sent_weights(old), tmp_path / "spool") as aggregator:
         aggregator.fold("../../etc/a", FP32.encode(old), 1.0)  # a name is never a path
         (file,) = (tmp_path / "spool").iterdir()
         assert stat.S_ISREG(file.stat().st_mode)

@@ -31,9 +31,8 @@ class Mean(Aggregator):
 
     def _fold(self, client: str, opened: Sequence[Sequence[Tensor]], weight: float, scale: float) -> None:
         up = self._sent.up
-        factor = (
-            weight * scale * (1 if up.lossless else -1)
-        )  # an update is local - base; the pseudo-gradient is base - local
+        # Lossy replies hold updates, local minus global weights; the pseudo-gradient has the opposite sign.
+        factor = weight * scale * (1 if up.lossless else -1)
 
         def worker() -> Callable[[int, slice], None]:
             buffer = torch.empty(BLOCK, dtype=self._sent.dtype)

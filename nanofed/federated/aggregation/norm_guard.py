@@ -20,16 +20,23 @@ import numpy as np
 
 from nanofed.optim import Movement, Schedule
 
-WINDOW = 8  # of a site's lengths, whose median is its vote
-GROWTH = 1.25  # of what is usual, from one round to the next, at most
-LEAST = 0.3  # that is taken for usual, however little was sent
-NEAR_ZERO = 0.05  # honest updates are ten times as long in one group at least, from the very first step on
-UNSUSPICIOUS = 2.0  # of what is usual: it is merged at once, before the others of its round are known
-SLACK = 1.1  # over what steps can move: rounding of the update, in bf16 as well
-ROUNDING = 1e-6  # of a weight: what fp32 may add to its update
-MOST_OF_WEIGHTS = 10.0  # an update's norm over that of the weights
-LARGEST = 1e30  # norm of any update: fp32 has to hold the weights after it, whatever else is allowed
-POINTS = 1000  # at which the schedule is looked at: more steps of a round are spread over them
+# A site's vote is the median of its last WINDOW merged lengths. The usual length is never below LEAST, and grows by the factor
+# GROWTH from one round to the next at most.
+WINDOW = 8
+LEAST = 0.3
+GROWTH = 1.25
+# An update that is shorter than this in every group has hardly trained: honest ones are ten times as long in one group at least.
+NEAR_ZERO = 0.05
+# An update of up to this multiple of the usual length is merged at once. A longer one waits for the others of its round.
+UNSUSPICIOUS = 2.0
+# Rounding may add a tenth to what the steps move, and 1e-6 of a weight's own norm: bf16 on the wire, fp32 in the optimizer.
+SLACK = 1.1
+ROUNDING = 1e-6
+# No update may be longer than ten times the weights. With max_norm_ratio null the limit is what fp32 holds, with room to spare.
+MOST_OF_WEIGHTS = 10.0
+LARGEST = 1e30
+# The schedule is evaluated at this many steps of a round at most.
+POINTS = 1000
 
 Lengths = dict[str, float]  # parameter group -> length, in the recipe's unit
 
@@ -77,20 +84,21 @@ class Length:
 class NormGuard:
     """Decides what of an update is merged, by its length.
 
-    What no steps of the recipe can have moved is refused, and so is what has hardly moved at all. Else the limit in every group
-    of Muon's is `ratio` times what is usual: the lower median of one vote a site, each the median of what was merged of it lately
-    and of its update of this round. Usual is never less than `LEAST` and grows by a quarter a round at most, so no site can
-    bring the limit below what honest updates are, nor drive it up, where it has no majority. What was refused is no vote: the
-    site is welcome again with its next update that fits.
+    An update is refused where no steps of the recipe can have moved a weight so far, and where it has hardly moved at all.
 
-    Groups of AdamW's have no usual length. Its second moments remember the large gradients of the first rounds, and those of a
-    site that has joined later do not: its head moves at full rate where that of the others hardly moves (7 steps: 1.24 long
-    against 0.05). What steps can move at most is the only limit there, 7 steps 1.6 and 256 steps 4 long.
+    In every parameter group that Muon steps, an update may also be `ratio` times the usual length at most. The usual length is
+    the lower median of one vote a site; the vote is the median of the site's last merged lengths and of its update of this
+    round. It has a floor and grows by a quarter a round at most. So a site without a majority can neither bring the limit below
+    honest updates nor drive it up. A refused update is no vote, and the site's next update is judged anew.
+
+    In the groups that AdamW steps there is no usual length. AdamW's second moments remember the large gradients of the first
+    rounds, but those of a site that joins later do not: over 7 steps its head moves 1.24 units where the heads of the others
+    move 0.05. The only limit there is what the steps can move, 1.6 units over 7 steps and 4 over 256.
 
     Args:
-        ratio: largest length over what is usual; None for any length, also none at all.
-        action: `clip` an update that is longer to the limit, or `reject` it.
-        movements: weight -> how far a step of the recipe moves it, in the order of the weights.
+        ratio: largest length over the usual length. With None every length passes, also zero.
+        action: what happens to a longer update: `clip` scales it down to the limit, `reject` refuses it.
+        movements: for every weight, in the order of the weights, how far one step of the recipe moves it.
     """
 
     def __init__(
@@ -110,9 +118,9 @@ class NormGuard:
         """Return the length of an update.
 
         Args:
-            norms: L2 norm of the update of every weight, in their order.
-            steps: that it took.
-            weight_norm: returns the norm of a weight of the model; asked for where weights decay, and of what seems wrong.
+            norms: L2 norm of the update of every weight, in the order of the weights.
+            steps: the learning rates of the steps that the client took.
+            weight_norm: returns the L2 norm of a global weight by name. It is called where weights decay, and before a refusal.
 
         Raises:
             UnusualNorm: no steps of the recipe can move a weight so far, or they would have moved the weights further.
@@ -150,7 +158,7 @@ class NormGuard:
         return NEAR_ZERO * unit * steps < ROUNDING * weights
 
     def is_unsuspicious(self, length: Length) -> bool:
-        """Tell whether an update is certain to be within the limit, whatever the others of its round have sent."""
+        """Tell whether an update is within the limit whatever the other clients of the round have sent."""
         if self._ratio is None:
             return length.norm <= LARGEST
         plain = min(self._ratio, UNSUSPICIOUS)
@@ -163,12 +171,12 @@ class NormGuard:
         """Return what an update is to be multiplied with: 1, or less where it is clipped.
 
         Args:
-            length: of the update.
-            here: client -> length of its update of this round, this one's too.
-            weights_norm: returns the norm of the global weights.
+            length: length of the update.
+            here: for every client of the round, this one included, the length of its update.
+            weights_norm: returns the L2 norm of all global weights together.
 
         Raises:
-            UnusualNorm: it is too long, and such updates are rejected, or it is longer than ten times the weights.
+            UnusualNorm: the update is too long and `action` is `reject`, or it is longer than ten times the weights.
         """
         if self._ratio is None:
             return min(1.0, LARGEST / length.norm) if length.norm else 1.0
@@ -191,7 +199,7 @@ class NormGuard:
         return 1 / over[worst]
 
     def accept(self, updates: Mapping[str, tuple[Length, float]]) -> None:
-        """Count the updates of a round that was merged: client -> length, and what it was scaled by."""
+        """Count the updates of a merged round as votes: for every client its length, and its factor from `scale`."""
         scaled = {
             client: {group: length.groups[group] * scale for group in self._compared}
             for client, (length, scale) in updates.items()
@@ -203,7 +211,7 @@ class NormGuard:
             self._sites.setdefault(client, deque(maxlen=WINDOW)).append(groups)
 
     def _usual_with(self, here: Mapping[str, Lengths]) -> Lengths:
-        """Return what is usual in every group, with the updates of a round among the votes."""
+        """Return the usual length of every group that Muon steps, with the updates of a round among the votes."""
         votes = {
             client: [*self._sites.get(client, ()), *([here[client]] if client in here else [])]
             for client in self._sites.keys() | here.keys()
@@ -219,14 +227,14 @@ class NormGuard:
         return usual
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the lengths of every site and what is usual, as plain values."""
+        """Return the merged lengths of every site and the usual lengths, as plain values."""
         return {
             "sites": {client: list(lengths) for client, lengths in self._sites.items()},
             "usual": self._usual.copy(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up saved lengths; a checkpoint of a nanofed that counted no votes by site begins without."""
+        """Take up saved lengths. Checkpoints from before votes were counted by site have none, and start empty."""
         sites: Mapping[str, Iterable[Lengths]] = state.get("sites", {})
         self._sites = {client: deque(lengths, maxlen=WINDOW) for client, lengths in sites.items()}
         self._usual = dict(state.get("usual", {}))
