@@ -23,6 +23,8 @@ from nanofed.data.writing import write_shards
 from nanofed.errors import DataError
 from nanofed.files import sha256
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -65,7 +67,6 @@ def test_the_corpus(corpus: Path) -> None:
     assert any("The `assert` statement" in text or 'The "assert" statement' in text for text in everything)  # reference
 
 
-@pytest.mark.slow
 def test_another_process_builds_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     script = "import sys, pathlib; from nanofed.data.demo import build_demo_corpus as b; b(pathlib.Path(sys.argv[1]))"
     changed = {"PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONUTF8": "0", "TZ": "Asia/Tokyo"}

@@ -33,6 +33,8 @@ from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.module import GPTModule
 from tests.federated.tiny import Fit, Site, federation, make_corpus, same_bits, train
 
+pytestmark = pytest.mark.slow
+
 SITES = {"evaluation": "sites", "eval_every": 1}
 TEXT = {"data.eval_tokens": 1280, "eval_every": 1}  # 40 rows of 32 tokens
 
@@ -47,7 +49,6 @@ def figures(loop: RoundLoop) -> list[tuple[int, int, float]]:
     return [(point.step, point.tokens, point.bpb) for point in loop.board.summary.curve]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("clients", "every"), [(1, 1), (2, 2), (3, 1)])
 def test_sites_measure_what_the_server_would(clients: int, every: int, tiny_corpus: Path, tmp_path: Path) -> None:
     """To the last bit: 8 forward passes of 5 rows, of which a client has 8, 4, or 3, 3 and 2."""
@@ -64,7 +65,6 @@ class Killed(BaseException):
     """The server dies."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before the site trains", "after it"])
 def test_a_killed_server_goes_on_to_the_same_figures(when: str, tiny_corpus: Path, tmp_path: Path) -> None:
     """The figure of the last saved round was on its way: it is asked for again."""

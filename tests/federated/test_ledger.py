@@ -187,6 +187,7 @@ def simulate(dataset: Dataset, packing: str, seed: int) -> None:
         assert trained[number] <= times + slack[number], f"{row} was trained oftener than it is counted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
 def test_one_client_reads_as_the_vanilla_plan_whatever_the_rounds(dataset: Dataset, packing: str) -> None:
     for seed in range(4):

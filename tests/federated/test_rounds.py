@@ -32,6 +32,7 @@ def failing(when: Callable[[Instructions], bool], *, after_training: bool = Fals
     return hook
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_end_in_the_same_bits(tiny_corpus: Path, tmp_path: Path) -> None:
     options = {"clients": 3, "rounds": 5, "availability": 0.7, "weighting": "tokens"}
     one, _ = train(federation(tiny_corpus, tmp_path, "one", **options))

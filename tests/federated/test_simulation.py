@@ -81,6 +81,7 @@ def sources_hash(bundle: bytes) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
 @pytest.mark.parametrize("of", ["checkout", "package"])
 def test_the_bundle_carries_the_package_itself(of: str, tmp_path: Path) -> None:
