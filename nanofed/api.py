@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from nanofed.model import GPT
     from nanofed.tokenizer import Tokenizer
-    from nanofed.training.run import Summary
     from nanofed.training.startup import Startup
+    from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ def fit(
 
     startup = startup or Startup()
     with Signals() as signals:  # before what takes seconds to import
-        from nanofed.training.config import FitCLI
         from nanofed.training.fit import run_fit
+        from nanofed.training.lightning_cli import FitCLI
 
         startup.done("imports")
         return run_fit(FitCLI([*arguments(config, overrides or {}), *args], signals=signals, startup=startup))
@@ -97,8 +97,8 @@ def validate(
     from nanofed.training.signals import Signals
 
     with Signals() as signals:
-        from nanofed.training.config import FitCLI
         from nanofed.training.fit import run_validate
+        from nanofed.training.lightning_cli import FitCLI
 
         return run_validate(FitCLI([*arguments(config, overrides or {}), *args], validate_only=True, signals=signals))
 

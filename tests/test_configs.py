@@ -11,7 +11,7 @@ import torch
 
 from nanofed.federated.arguments import Arguments
 from nanofed.federated.config import FederationConfig
-from nanofed.training.config import FitCLI
+from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe, accumulation_steps
 

@@ -18,12 +18,12 @@ from nanofed.errors import ConfigError
 from nanofed.federated.arguments import FabricOptions, build_parser
 from nanofed.federated.config import FederationConfig
 from nanofed.ranges import Count, Range, Seed, check_number, ranged
-from nanofed.training.config import KINDS, FitCLI
+from nanofed.training.callbacks.watchdog import Limits
+from nanofed.training.config_errors import parse
+from nanofed.training.lightning_cli import KINDS, FitCLI
 from nanofed.training.module import GPTModule
-from nanofed.training.options import RunOptions
-from nanofed.training.parsing import parse
 from nanofed.training.recipe import Recipe
-from nanofed.training.watchdog import Limits
+from nanofed.training.run_options import RunOptions
 
 NONE = [math.nan, math.inf, -math.inf, -1, float("1e400"), 2**70]
 OWN = ("trainer.", "seed_everything")  # Lightning's, and the one that is checked where the module takes it over

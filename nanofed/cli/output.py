@@ -12,7 +12,7 @@ from nanofed.cli.imports import import_lightning
 from nanofed.errors import NanofedError
 
 if TYPE_CHECKING:
-    from nanofed.training.run import Summary
+    from nanofed.training.summary import Summary
 
 
 class _Handler(logging.StreamHandler[TextIO]):

@@ -12,10 +12,10 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.federated.config import FederationConfig
 from nanofed.ranges import Range, check_numbers
-from nanofed.training.config import KINDS, link_model_and_data, run_options
+from nanofed.training.config_errors import parse
+from nanofed.training.lightning_cli import KINDS, link_model_and_data, run_options
 from nanofed.training.module import GPTModule
-from nanofed.training.options import RunOptions
-from nanofed.training.parsing import parse
+from nanofed.training.run_options import RunOptions
 
 
 @dataclass

@@ -25,14 +25,13 @@ from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.state import State
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import find_checkpoint, read_manifest
-from nanofed.training.fitting import Place
-from nanofed.training.identity import check_identity
+from nanofed.training.config_errors import resolved
 from nanofed.training.lightning_errors import lightning_errors
-from nanofed.training.options import START
-from nanofed.training.parsing import resolved
-from nanofed.training.preflight import check_start
-from nanofed.training.run import SUMMARY, Summary
+from nanofed.training.memory import Place
+from nanofed.training.preflight import check_identity, check_start
 from nanofed.training.run_folder import RunFolder, check_usable, resume_checkpoint
+from nanofed.training.run_options import START
+from nanofed.training.summary import SUMMARY, Summary
 
 logger = logging.getLogger(__name__)
 

@@ -12,18 +12,17 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
+from nanofed.training.callbacks.stopping import take_signals
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
-from nanofed.training.fitting import Place
-from nanofed.training.identity import check_identity
 from nanofed.training.losses import NonFiniteError
+from nanofed.training.memory import Place
 from nanofed.training.module import GPTModule
-from nanofed.training.preflight import check_data_options, check_start
-from nanofed.training.run import AT_HORIZON, SUMMARY, Summary
+from nanofed.training.preflight import check_data_options, check_identity, check_start
 from nanofed.training.run_folder import RunFolder, resume_checkpoint
-from nanofed.training.stopping import take_signals
+from nanofed.training.summary import AT_HORIZON, SUMMARY, Summary
 
 if TYPE_CHECKING:
-    from nanofed.training.config import FitCLI
+    from nanofed.training.lightning_cli import FitCLI
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from lightning import Fabric
 
 from nanofed.data.streams import Batch, DataState
-from nanofed.training.garbage import Garbage
+from nanofed.training.gc_control import ManualCollection
 from nanofed.training.module import GPTModule
 
 
@@ -58,7 +58,7 @@ class LoopResult:
     exhausted: bool
 
 
-@Garbage()
+@ManualCollection()
 def train_steps(
     fabric: Fabric,
     module: Any,

@@ -24,11 +24,11 @@ from pathlib import Path
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.files import sync_folder, write_atomically
 from nanofed.training.checkpoint import SaveError, checkpoints, find_checkpoint, newest_whole
-from nanofed.training.checkpoint_folder import candidates
+from nanofed.training.checkpoint.folder import candidates
 from nanofed.training.event_files import CUT
-from nanofed.training.options import RunOptions
-from nanofed.training.run import CONFIG, MARKER, SUMMARY
 from nanofed.training.run_lock import ROUNDS, RunLock
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import CONFIG, MARKER, SUMMARY
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from nanofed.errors import ConfigError
 from nanofed.model import GPT, GPTConfig
 from nanofed.optim import Clock, MuonAdamW, Schedule, parameter_groups
 from nanofed.tokenizer import load_tokenizer
-from nanofed.training.checkpoint_io import PREFIX, DirectoryCheckpointIO
+from nanofed.training.checkpoint.lightning_io import PREFIX, DirectoryCheckpointIO
 from tests.benchmarks import machine
 from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.report import print_json, progress, table

@@ -23,7 +23,7 @@ from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.processes import ended_by_signals
 from nanofed.training.checkpoint import checkpoints
-from nanofed.training.run import Summary
+from nanofed.training.summary import Summary
 from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.machine import ROOT, describe
 from tests.benchmarks.report import print_json, progress, table

@@ -38,7 +38,7 @@ CALLS = {  # module -> function -> name of its mark
     "nanofed.federated.server.validation": {"check_reply": "validate"},
     "nanofed.federated.aggregation.aggregator": {"Aggregator.fold": "fold"},
     "nanofed.federated.aggregation.outer": {"OuterNesterov.step": "outer"},
-    "nanofed.training.checkpoint": {"write_checkpoint": "checkpoint"},
+    "nanofed.training.checkpoint.format": {"write_checkpoint": "checkpoint"},
     "nanofed.training.loop": {"train_steps": "train"},
 }
 AT_BEGIN = {"client"}  # these never return: the process ends in them

@@ -18,7 +18,7 @@ from nanofed.data.streams import Batch
 from nanofed.model import GPT, GPTConfig, attention, gpt
 from nanofed.model.loss import capped_logits
 from nanofed.optim import Clock
-from nanofed.training.garbage import Garbage
+from nanofed.training.gc_control import ManualCollection
 from nanofed.training.losses import LossWindow
 from nanofed.training.module import DTYPES, GPTModule
 from nanofed.training.recipe import Recipe
@@ -104,7 +104,7 @@ class Ours:
     """nanofed's module and optimizer, as every way of driving them uses them."""
 
     def __init__(self, setting: Setting) -> None:
-        self.around: AbstractContextManager[Any] = Garbage()
+        self.around: AbstractContextManager[Any] = ManualCollection()
         _switch(setting)
         self.module = GPTModule(
             setting.depth,

@@ -63,7 +63,7 @@ def main() -> None:
     out, start = Path(sys.argv[1]), float(sys.argv[2])
     spent["interpreter"] = [BEGIN - start, time.process_time()]
     enter("imports")
-    from nanofed.training import config, fit  # noqa: F401  (what api.fit imports, and nothing else)
+    from nanofed.training import fit, lightning_cli  # noqa: F401  (what api.fit imports, and nothing else)
 
     leave()
     enter("other")
@@ -78,7 +78,7 @@ def main() -> None:
         found: Any = TokenDataModule.__dict__[name]
         found.func = counted("data and tokenizer", found.func)
     patches: list[tuple[Any, str, str]] = [
-        (config.FitCLI, "__init__", "config"),
+        (lightning_cli.FitCLI, "__init__", "config"),
         (GPTModule, "configure_model", "model"),
         (lightning.Trainer, "validate", "first validation"),
         (GPTModule, "training_step", "forward (compiles)"),

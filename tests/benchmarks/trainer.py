@@ -16,8 +16,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from nanofed.data.streams import Batch
-from nanofed.training.config import FitCLI
 from nanofed.training.fit import run_fit
+from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.module import GPTModule
 from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.machine import describe, synchronize

@@ -13,8 +13,8 @@ import pytest
 from nanofed import cli
 from nanofed.data.writing import write_shards
 from nanofed.tokenizer import train_tokenizer
-from nanofed.training import checkpoint
 from nanofed.training.checkpoint import MANIFEST, find_checkpoint
+from nanofed.training.checkpoint import format as checkpoint_format
 from tests.cli.conftest import TEXTS, Corpus
 
 MORE = {"fit": "--model.recipe.num_steps=6", "federate": "--federation.rounds=3"}
@@ -62,7 +62,7 @@ class Started:
         path = find_checkpoint(self.run) / MANIFEST
         manifest = json.loads(path.read_text())
         del manifest["data"], manifest["checksum"]
-        path.write_text(json.dumps({**manifest, "checksum": checkpoint._checksum(manifest)}))
+        path.write_text(json.dumps({**manifest, "checksum": checkpoint_format._checksum(manifest)}))
 
 
 @pytest.fixture(params=["fit", "federate"])

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from nanofed import cli
-from nanofed.training.run import CONFIG, Summary
+from nanofed.training.summary import CONFIG, Summary
 from tests.cli.conftest import Corpus
 
 

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nanofed import cli
 from nanofed.errors import ConfigError
-from nanofed.training.options import START
+from nanofed.training.run_options import START
 from tests.cli.conftest import Corpus
 
 COMMANDS = ("fit", "federate")

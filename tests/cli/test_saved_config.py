@@ -15,9 +15,9 @@ import yaml
 from nanofed import cli
 from nanofed.errors import ConfigError
 from nanofed.federated.arguments import build_parser
-from nanofed.training.config import KINDS, FitCLI
-from nanofed.training.options import START
-from nanofed.training.parsing import parse, resolved
+from nanofed.training.config_errors import parse, resolved
+from nanofed.training.lightning_cli import KINDS, FitCLI
+from nanofed.training.run_options import START
 from tests.cli.conftest import Corpus
 
 # Each of them is something else than a string to some reader of YAML, or looks like its syntax.

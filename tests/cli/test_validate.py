@@ -8,7 +8,7 @@ import pytest
 
 from nanofed import api, cli
 from nanofed.training.checkpoint import find_checkpoint
-from nanofed.training.run import Summary
+from nanofed.training.summary import Summary
 from tests.cli.conftest import Corpus
 
 

@@ -29,7 +29,7 @@ def start(function: Callable[..., None], *args: object) -> BaseProcess:
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "nanofed.training.config",
+            "nanofed.training.lightning_cli",
             "nanofed.training.fit",
             "tests.faults.probe",
             "tests.faults.children",

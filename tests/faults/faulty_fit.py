@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from nanofed import cli as command_line
 from nanofed.errors import DataError
-from nanofed.training.config import FitCLI
+from nanofed.training.lightning_cli import FitCLI
 
 LATE = 20  # micro-batches before the fault: the steady state
 
@@ -80,7 +80,7 @@ class FaultyCLI(FitCLI):
 
 
 if __name__ == "__main__":
-    import nanofed.training.config
+    import nanofed.training.lightning_cli
 
-    nanofed.training.config.FitCLI = FaultyCLI  # type: ignore[misc]  # which nanofed.api takes
+    nanofed.training.lightning_cli.FitCLI = FaultyCLI  # type: ignore[misc]  # which nanofed.api takes
     raise SystemExit(command_line.main(["fit", *sys.argv[3:]]))

@@ -17,7 +17,7 @@ import torch
 
 from nanofed import runtime
 from nanofed.training.checkpoint import WEIGHTS, find_checkpoint, read_manifest, read_state
-from nanofed.training.run import SUMMARY
+from nanofed.training.summary import SUMMARY
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -73,7 +73,7 @@ class Fit:
 
     def __init__(self, args: Sequence[str], folder: Path, *, ranks: int = 1) -> None:
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["nanofed.training.config", "nanofed.training.fit", "tests.faults.probe"])
+        context.set_forkserver_preload(["nanofed.training.lightning_cli", "nanofed.training.fit", "tests.faults.probe"])
         self.outputs = [folder / f"output{rank}" for rank in range(ranks)]
         self.processes: list[BaseProcess] = []
         port = free_port()

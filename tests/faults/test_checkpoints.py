@@ -27,7 +27,6 @@ from nanofed.training.checkpoint import (
     CheckpointError,
     NoSpaceError,
     SaveError,
-    _checksum,
     checkpoints,
     find_checkpoint,
     prune_checkpoints,
@@ -35,6 +34,7 @@ from nanofed.training.checkpoint import (
     read_state,
     read_weights,
 )
+from nanofed.training.checkpoint.format import _checksum
 from tests.faults.children import call, mount_disk, start
 from tests.faults.fits import arguments
 from tests.faults.saves import die_everywhere, reported, save_forever, step

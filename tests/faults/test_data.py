@@ -24,7 +24,7 @@ from nanofed.data.transfer import Retry
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
 from nanofed.federated.site.client import client_name
-from nanofed.training.options import RunOptions
+from nanofed.training.run_options import RunOptions
 from tests.data.hub import Hub, make_files, serving
 from tests.faults.children import call
 

@@ -17,9 +17,9 @@ from nanofed import api
 from nanofed.errors import NanofedError
 from nanofed.optim import MuonAdamW
 from nanofed.training.checkpoint import checkpoints, read_manifest
-from nanofed.training.checkpoint_io import DirectoryCheckpointIO
-from nanofed.training.config import FitCLI
+from nanofed.training.checkpoint.lightning_io import DirectoryCheckpointIO
 from nanofed.training.fit import run_fit
+from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.losses import NonFiniteError
 from tests.faults.fits import arguments, fit, probe
 from tests.faults.test_signals import goes_on_like, whole

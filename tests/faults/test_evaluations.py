@@ -23,7 +23,7 @@ from nanofed.federated.server.pooling import Pooling
 from nanofed.federated.server.state import Clock
 from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
 from nanofed.federated.wire.messages import MAX_JSON
-from nanofed.training.run import Point, Summary
+from nanofed.training.summary import Point, Summary
 from tests.faults.hostile import Trace, play
 from tests.federated.conftest import one_thread, tiny_corpus
 from tests.federated.replies import instructions

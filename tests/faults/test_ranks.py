@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanofed.training.watchdog import Limits
+from nanofed.training.callbacks.watchdog import Limits
 from tests.parity.test_paths import corpus
 from tests.ranks import TORCHRUN, Started, in_time, two_ranks
 

@@ -20,7 +20,7 @@ from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.checkpoint import SaveError, checkpoints, find_checkpoint, read_manifest
-from nanofed.training.run import Summary
+from nanofed.training.summary import Summary
 from tests.faults.children import call, mount_disk
 from tests.faults.hostile import play
 from tests.federated.conftest import one_thread, tiny_corpus

@@ -41,7 +41,7 @@ from nanofed.federated.site.freight import Over, Road
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.freight import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, Freight
 from nanofed.federated.wire.messages import Instructions
-from nanofed.training.garbage import Settled
+from nanofed.training.gc_control import FrozenObjects
 from tests.faults.link import CUT, STALLED, Link
 from tests.faults.perimeter import Perimeter
 from tests.federated import replies
@@ -374,7 +374,7 @@ def test_refused_answers_leave_neither_files_nor_memory(depot: Depot, tmp_path: 
     grid = Answering()
     exchange, events = Exchange(cast(Grid, grid), Events(), depot), Events()
     replies.request()  # Message() reads what it sets
-    with Settled():
+    with FrozenObjects():
         for number in range(1, 5):
             values = replies.weights()
             payload = exchange.encode(values, FP32)

@@ -18,7 +18,7 @@ from nanofed.federated.run import Federation
 from nanofed.federated.runtimes import rehearsal
 from nanofed.federated.site.options import site_options
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
-from nanofed.training.run import Summary
+from nanofed.training.summary import Summary
 from tests.federated.tiny import BATCH, arguments
 from tests.ranks import Started
 

@@ -28,9 +28,9 @@ from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.plain import plain
 from nanofed.optim import Movement, Schedule
 from nanofed.training.module import GPTModule
-from nanofed.training.options import RunOptions
 from nanofed.training.recipe import Recipe
-from nanofed.training.run import Summary
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import Summary
 from tests.federated.replies import report
 
 

@@ -28,7 +28,7 @@ from nanofed.federated.runtimes import simulation, superlink
 from nanofed.federated.runtimes.connections import Resources
 from nanofed.federated.wire.messages import code_hash
 from nanofed.training.checkpoint import checkpoints
-from nanofed.training.run import Summary
+from nanofed.training.summary import Summary
 from tests.federated.tiny import federation, prepare
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError
 from nanofed.federated.arguments import Arguments
 from nanofed.tokenizer import train_tokenizer
-from nanofed.training.config import FitCLI
+from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe
 from tests.ranks import REPOSITORY

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from nanofed.training.config import FitCLI
 from nanofed.training.fit import run_fit
+from nanofed.training.lightning_cli import FitCLI
 
 
 class Recorder(Callback):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from nanofed import api
-from nanofed.training.run import Summary
+from nanofed.training.summary import Summary
 
 
 def figures(checkpoint: str, runs: Path, sizes: list[int], options: list[str], ranks: int) -> dict[str, float]:

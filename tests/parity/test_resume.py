@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanofed import api
-from nanofed.training.run import Summary
+from nanofed.training.summary import Summary
 from tests.faults.fits import STEPS, arguments, curve, fit, losses, probe, state
 from tests.parity.test_paths import arguments as path_arguments
 from tests.parity.test_paths import corpus, one_thread, trained_by_rounds

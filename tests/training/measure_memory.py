@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanofed.data.streams import Batch, DataState
-from nanofed.training import config  # noqa: F401  what a run imports
+from nanofed.training import lightning_cli  # noqa: F401  what a run imports
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe
 

@@ -26,8 +26,8 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from nanofed.training.checkpoint_folder import set_aside
-from nanofed.training.checkpoint_io import DirectoryCheckpointIO
+from nanofed.training.checkpoint.folder import set_aside
+from nanofed.training.checkpoint.lightning_io import DirectoryCheckpointIO
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, n_embd=8)
 STATE = {"clock": {"step": 3, "tokens": 96}, "momentum": torch.arange(5.0), "name": "x", "none": None}
@@ -154,7 +154,7 @@ def test_a_state_that_would_run_code_is_not_read(save: Callable[..., Path]) -> N
 
 @pytest.mark.parametrize(
     "cut",
-    ["checkpoint.write_safetensors", "checkpoint.torch.save", "checkpoint.json.dumps", "checkpoint_files.sync_folder"],
+    ["format.write_safetensors", "format.torch.save", "format.json.dumps", "atomic.sync_folder"],
 )
 def test_an_interrupted_save_leaves_the_last_one(
     save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cut: str
@@ -166,7 +166,7 @@ def test_an_interrupted_save_leaves_the_last_one(
 
     for name in ("step_00000002", "step_00000001"):  # a new one, and the same step once more
         with monkeypatch.context() as patch:
-            patch.setattr(f"nanofed.training.{cut}", interrupt)
+            patch.setattr(f"nanofed.training.checkpoint.{cut}", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 save(name)
         assert [path.name for path in folder.iterdir()] == ["step_00000001"], "nothing else is left there"

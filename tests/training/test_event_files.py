@@ -19,6 +19,9 @@ def write(folder: Path, first: int, last: int) -> None:
             writer.add_scalar("train/loss_by_tokens", step / 7, step * 100)
             writer.add_scalar("val/bpb_by_seconds", step / 7, step // 10)
             writer.add_text("sample/x", "text", step)
+    number = len(list(folder.glob("*tfevents*")))  # files of one second sort by a counter without leading zeros
+    newest = max(folder.glob("*tfevents*"), key=lambda file: file.stat().st_mtime_ns)
+    newest.rename(folder / f"events.out.tfevents.{number:04}")
 
 
 def curves(folder: Path) -> dict[str, list[int]]:

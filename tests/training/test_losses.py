@@ -11,7 +11,7 @@ import torch
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
-from nanofed.training.garbage import Garbage, Settled
+from nanofed.training.gc_control import FrozenObjects, ManualCollection
 from nanofed.training.losses import LossWindow, NonFiniteError, SmoothedLoss, rows_between
 
 
@@ -71,7 +71,7 @@ def test_rows_of_a_batch() -> None:
 
 
 def test_the_collector_rests_and_is_left_as_it_was() -> None:
-    garbage = Garbage()
+    garbage = ManualCollection()
     assert gc.isenabled() and gc.get_freeze_count() == 0
     with garbage:
         with garbage:
@@ -101,8 +101,8 @@ class Knot:
 @pytest.mark.parametrize("settled", [False, True])
 def test_what_a_block_or_the_time_between_two_leaves_behind_goes_with_the_next(settled: bool) -> None:
     """A trainer that lives for weeks is in a block for most of it, and not once as long out of it as Python waits to collect."""
-    garbage, left = Garbage(), []
-    with Settled() if settled else contextlib.nullcontext():
+    garbage, left = ManualCollection(), []
+    with FrozenObjects() if settled else contextlib.nullcontext():
         for _ in range(3):
             left.append(weakref.ref(Knot()))
             with garbage:

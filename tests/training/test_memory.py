@@ -15,10 +15,17 @@ import torch
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.model import GPTConfig
-from nanofed.training import fitting
-from nanofed.training.available import available_bytes
-from nanofed.training.fitting import Place, Setting, check_memory, suggest
-from nanofed.training.memory import MIB, MemoryEstimate, estimate_memory
+from nanofed.training import memory
+from nanofed.training.memory import (
+    MIB,
+    MemoryEstimate,
+    Place,
+    Setting,
+    available_bytes,
+    check_memory,
+    estimate_memory,
+    suggest,
+)
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe
 
@@ -162,7 +169,7 @@ def module_and_data() -> tuple[GPTModule, TokenDataModule]:
 
 def test_too_little_is_refused_unless_forced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     module, data = module_and_data()
-    monkeypatch.setattr(fitting, "available_bytes", lambda device, sharing: 10**9 // sharing)
+    monkeypatch.setattr(memory, "available_bytes", lambda device, sharing: 10**9 // sharing)
     with pytest.raises(
         ConfigError, match=r"needs about .* 1\.0 GB are free \(activations .*device_batch_size .*--force"
     ):
@@ -170,7 +177,7 @@ def test_too_little_is_refused_unless_forced(monkeypatch: pytest.MonkeyPatch, ca
     with caplog.at_level(logging.WARNING):
         check_memory(module, data, Place(CPU), batch_tokens=2**15, force=True)
     assert caplog.messages[0].startswith("forced: the run needs about")
-    monkeypatch.setattr(fitting, "available_bytes", lambda device, sharing: 10 * GB // sharing)
+    monkeypatch.setattr(memory, "available_bytes", lambda device, sharing: 10 * GB // sharing)
     check_memory(module, data, Place(CPU), batch_tokens=2**15, force=False)
     with pytest.raises(ConfigError, match="are free on each of 8 ranks"):
         check_memory(module, data, Place(CPU, ranks=8, local_ranks=8), batch_tokens=2**17, force=False)

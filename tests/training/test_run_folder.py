@@ -13,10 +13,10 @@ import pytest
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.training.checkpoint import CheckpointError
-from nanofed.training.options import RunOptions
-from nanofed.training.run import CONFIG, MARKER, SUMMARY
 from nanofed.training.run_folder import Reached, RunFolder, check_usable, reach, read_marker, resume_checkpoint
 from nanofed.training.run_lock import ROUNDS, RunLock
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import CONFIG, MARKER, SUMMARY
 from tests.small_checkpoint import save_small
 
 

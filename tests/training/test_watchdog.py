@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from nanofed.errors import ConfigError
-from nanofed.training import peers, watchdog
-from nanofed.training.peers import POLL
-from nanofed.training.watchdog import GRACE, Limits, Watchdog
+from nanofed.training.callbacks import peers, watchdog
+from nanofed.training.callbacks.peers import POLL
+from nanofed.training.callbacks.watchdog import GRACE, Limits, Watchdog
 
 LIMITS = Limits(step=1, startup=2, evaluation=3, save=4)
 

@@ -27,8 +27,8 @@ from nanofed.federated.server.signing import signature_in
 from nanofed.federated.wire.signature import SIGNATURE, Signature
 from nanofed.files import keep_short
 from nanofed.training.checkpoint import checkpoints
-from nanofed.training.run import Summary
 from nanofed.training.run_folder import RunFolder, has_saved, is_used
+from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 

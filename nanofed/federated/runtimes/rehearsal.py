@@ -16,8 +16,8 @@ from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.deployment import ServerOptions, run_server
 from nanofed.federated.site.options import SiteOptions, site_options
 from nanofed.federated.site.supervisor import run_site
-from nanofed.training.run import CONFIG, Summary
 from nanofed.training.run_folder import check_usable
+from nanofed.training.summary import CONFIG, Summary
 
 CLIENTS = "clients"  # of the run's folder: what the sites keep, and their logs
 

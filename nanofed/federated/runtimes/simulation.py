@@ -18,8 +18,8 @@ from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.connections import Resources, write_connections
 from nanofed.federated.runtimes.settings import Value
 from nanofed.federated.runtimes.superlink import SuperLink, raise_failure, write_app
-from nanofed.training.run import Summary
 from nanofed.training.run_folder import RunFolder
+from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 

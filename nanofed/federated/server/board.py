@@ -12,7 +12,7 @@ from nanofed.federated.server.display import RoundBar
 from nanofed.federated.server.events import KINDS, Events
 from nanofed.federated.server.figures import Merged, RoundFigures
 from nanofed.federated.wire.plain import plain
-from nanofed.training.run import Point, Summary
+from nanofed.training.summary import Point, Summary
 
 logger = logging.getLogger(__name__)
 

@@ -196,7 +196,7 @@ class Exchange:
                 yield Answer(client, RefusedReply("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
             load.close()
-            gc.collect()  # a cycle would hold the round's files and memory: hardly anything is looked at here, see `Settled`
+            gc.collect()  # a cycle would hold the round's files and memory: few objects are looked at (`FrozenObjects`)
             self._waste = 0
             for message_id, client in waiting.items():
                 self._remember(self._given_up, message_id, (client, number))

@@ -15,8 +15,8 @@ from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.state import State
 from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.messages import Instructions
-from nanofed.training.options import RunOptions
-from nanofed.training.run import Point
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import Point
 
 logger = logging.getLogger(__name__)
 

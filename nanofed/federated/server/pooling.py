@@ -29,7 +29,7 @@ from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import Instructions
 from nanofed.federated.wire.plain import plain
 from nanofed.model.loss import LOGIT_CAP
-from nanofed.training.run import Point
+from nanofed.training.summary import Point
 
 logger = logging.getLogger(__name__)
 

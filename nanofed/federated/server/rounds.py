@@ -40,11 +40,11 @@ from nanofed.federated.wire.codec import CODECS, Array, hash_arrays
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
 from nanofed.training.checkpoint import SaveError
 from nanofed.training.event_files import cut_events
-from nanofed.training.garbage import Settled
+from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.module import GPTModule
-from nanofed.training.options import RunOptions
-from nanofed.training.run import AT_HORIZON
 from nanofed.training.run_folder import Reached, reach
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import AT_HORIZON
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class RoundLoop:
         cut_events(self._run, clock.step if clock.round else -1)
         if clock.round:
             self.board.save()
-        with self._live, Settled():
+        with self._live, FrozenObjects():
             self.board.bar.open(clock.tokens, self._horizon)
             try:
                 self._rounds()

@@ -29,11 +29,11 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from nanofed.training.checkpoint_folder import set_aside
-from nanofed.training.identity import check_identity
+from nanofed.training.checkpoint.folder import set_aside
 from nanofed.training.module import GPTModule
-from nanofed.training.options import RunOptions
-from nanofed.training.run import Point, Summary
+from nanofed.training.preflight import check_identity
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import Point, Summary
 
 logger = logging.getLogger(__name__)
 

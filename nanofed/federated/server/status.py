@@ -15,7 +15,7 @@ from nanofed.errors import ConfigError
 from nanofed.federated.server.events import KINDS, SERVER, Events
 from nanofed.federated.server.live import live
 from nanofed.training.checkpoint import STATE, CheckpointError, Manifest, checkpoints, read_manifest
-from nanofed.training.run import CONFIG
+from nanofed.training.summary import CONFIG
 
 FREE, LEASED, MERGED = 0, 1, 2  # rows, as the ledger saves them
 

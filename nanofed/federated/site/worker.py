@@ -23,7 +23,7 @@ from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
-from nanofed.training.garbage import Settled
+from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.recipe import accumulation_steps
 from nanofed.training.strategy import FabricShardedStrategy, cluster_environment
@@ -104,7 +104,7 @@ class Worker:
         """Return what the site says of itself."""
         return self._trainer.hello(self._name).to_config()
 
-    @Settled()
+    @FrozenObjects()
     def follow(self) -> None:
         """Do what the first rank does, round after round."""
         while True:
@@ -117,7 +117,7 @@ class Worker:
             except Agreed as error:  # the first rank tells
                 logger.debug("%s", error)
 
-    @Settled()
+    @FrozenObjects()
     def lead(self, listener: Listener, progress: Progress) -> None:
         """Train round after round from the socket.
 

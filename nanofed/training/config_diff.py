@@ -12,7 +12,7 @@ import yaml
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.training.options import START
+from nanofed.training.run_options import START
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def check_resumed_config(there: Path, here: str, *, force: bool, by_content: boo
         there: `config.yaml` of the run that the checkpoint belongs to.
         here: the resolved config, YAML.
         force: go on where a field differs that makes it another run.
-        by_content: the text is compared by what it holds (`identity.check_identity`), so its place may differ.
+        by_content: the text is compared by what it holds (`preflight.check_identity`), so its place may differ.
 
     Raises:
         ConfigError: such a field differs and `force` is not given; names all of them.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from nanofed.errors import ConfigError
-from nanofed.training.options import RunOptions
-from nanofed.training.run import SUMMARY, Point, Summary
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import SUMMARY, Point, Summary
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc", "n" * 201])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanofed.training.checkpoint_files import HashedFile
+from nanofed.training.checkpoint.atomic import HashedFile
 
 _DTYPES = {
     torch.float64: "F64",

@@ -16,24 +16,24 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.ranges import Seed, check_number
-from nanofed.training.callbacks import Dashboard, Progress, RunLogger, TextSamples
-from nanofed.training.checkpoint_io import DirectoryCheckpointIO
-from nanofed.training.first_step import FirstStep
-from nanofed.training.garbage import Garbage
+from nanofed.training.callbacks.dashboard import Dashboard, RunLogger, TextSamples
+from nanofed.training.callbacks.opening import Opening
+from nanofed.training.callbacks.progress import FirstStep, Progress
+from nanofed.training.callbacks.saving import SaveCheckpoint
+from nanofed.training.callbacks.stopping import Stopping
+from nanofed.training.callbacks.watchdog import Limits, Watchdog
+from nanofed.training.checkpoint.lightning_io import DirectoryCheckpointIO
+from nanofed.training.config_errors import parse, resolved
+from nanofed.training.gc_control import ManualCollection
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.module import GPTModule
-from nanofed.training.opening import Opening
-from nanofed.training.options import RunOptions
-from nanofed.training.parsing import parse, resolved
 from nanofed.training.recipe import Recipe
-from nanofed.training.run import Summary
 from nanofed.training.run_folder import check_usable
-from nanofed.training.saving import SaveCheckpoint
+from nanofed.training.run_options import RunOptions
 from nanofed.training.signals import Signals
 from nanofed.training.startup import Startup
-from nanofed.training.stopping import Stopping
 from nanofed.training.strategy import automatic, cluster_environment
-from nanofed.training.watchdog import Limits, Watchdog
+from nanofed.training.summary import Summary
 
 # Trainer options that a run sets itself: what is asked for is said by another key.
 TAKEN = {
@@ -79,7 +79,7 @@ class FitCLI(LightningCLI):
         self.validate_only = validate_only
         self.startup = startup or Startup()
         self.signals = signals or Signals()
-        self.garbage = Garbage()
+        self.garbage = ManualCollection()
         self.run_options: RunOptions
         self.run_folder: Path | None = None
         self.opening: Opening | None = None

@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from nanofed.training.checkpoint_files import discard, hidden_name
+from nanofed.training.checkpoint.atomic import discard, hidden_name
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ import yaml
 from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.ranges import check_number, ranged
-from nanofed.training.options import START
-from nanofed.training.run import CONFIG, MARKER, SUMMARY
+from nanofed.training.run_options import START
+from nanofed.training.summary import CONFIG, MARKER, SUMMARY
 
 logger = logging.getLogger(__name__)
 

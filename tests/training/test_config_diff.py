@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from nanofed.errors import ConfigError
-from nanofed.training.resuming import check_resumed_config, differences
+from nanofed.training.config_diff import check_resumed_config, differences
 
 CONFIG: dict[str, Any] = {
     "name": "run",

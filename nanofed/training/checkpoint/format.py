@@ -36,37 +36,14 @@ from nanofed.model import GPTConfig
 from nanofed.tokenizer import Tokenizer
 from nanofed.tokenizer.storage import TOKENIZER_JSON, to_json
 from nanofed.tokenizer.vocabulary import Vocabulary
-from nanofed.training.checkpoint_files import CheckpointError, NoSpaceError, SaveError, written
-from nanofed.training.checkpoint_folder import (
+from nanofed.training.checkpoint.atomic import CheckpointError, written
+from nanofed.training.checkpoint.folder import (
     FOLDER,
     MANIFEST,
     candidates,
-    checkpoints,
-    prune_checkpoints,
     set_aside_later,
 )
-from nanofed.training.checkpoint_tensors import storage_bytes, write_safetensors
-
-__all__ = [
-    "MANIFEST",
-    "STATE",
-    "TOKENIZER",
-    "WEIGHTS",
-    "CheckpointError",
-    "Manifest",
-    "NoSpaceError",
-    "SaveError",
-    "check_model",
-    "checkpoints",
-    "find_checkpoint",
-    "local_path",
-    "newest_whole",
-    "prune_checkpoints",
-    "read_manifest",
-    "read_state",
-    "read_weights",
-    "write_checkpoint",
-]
+from nanofed.training.checkpoint.tensors import storage_bytes, write_safetensors
 
 logger = logging.getLogger(__name__)
 

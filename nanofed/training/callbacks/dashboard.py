@@ -1,9 +1,8 @@
-"""What a run shows and keeps while the Trainer drives it: dashboard, progress, samples."""
+"""What a run writes while the Trainer drives it: TensorBoard's scalars, text samples and `summary.json`."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,15 +12,12 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from tqdm import tqdm
 
-from nanofed import runtime, streams
+from nanofed import runtime
 from nanofed.generation.text import SAMPLE_TOKENS, generate
 from nanofed.training.losses import LossWindow, SmoothedLoss
 from nanofed.training.module import GPTModule
-from nanofed.training.run import Point, Summary
-
-logger = logging.getLogger(__name__)
+from nanofed.training.summary import Point, Summary
 
 
 def _writer(trainer: Trainer) -> Any:
@@ -210,62 +206,6 @@ class Dashboard(Callback):
         self.read_losses()
         self._count()
         self._mark = None
-
-
-class Progress(Callback):
-    """A bar of optimizer steps on a terminal, and one line for every validation anywhere."""
-
-    def __init__(self, dashboard: Dashboard) -> None:
-        self._dashboard = dashboard
-        self._bar: tqdm[Any] | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar."""
-        module = cast(GPTModule, pl_module)
-        if trainer.is_global_zero:
-            self._bar = tqdm(
-                total=module.num_steps,
-                initial=module.clock.step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=not streams.on_terminal(),
-                leave=False,
-            )
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            step = cast(GPTModule, pl_module).clock.step
-            loss, speed = self._dashboard.last_loss, self._dashboard.tokens_per_second
-            if loss is not None and speed is not None:
-                self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s", refresh=False)
-            self._bar.update(step - self._bar.n)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the run is."""
-        if not trainer.is_global_zero:
-            return
-        point = self._dashboard.summary.curve[-1]
-        module = cast(GPTModule, pl_module)
-        speed = self._dashboard.tokens_per_second
-        parts = [
-            f"step {point.step:>6,}/{module.num_steps:,}",
-            f"{point.tokens / 1e6:8.2f} M tokens",
-            f"{point.seconds:7.1f} s",
-            f"val {point.bpb:.4f} bits per byte",
-        ]
-        if speed is not None:
-            parts.append(f"{speed:,.0f} tok/s")
-        if self._bar is not None:
-            self._bar.clear()
-        logger.info("  ".join(parts))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 class TextSamples(Callback):

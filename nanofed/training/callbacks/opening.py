@@ -7,12 +7,12 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 
 from nanofed import runtime
-from nanofed.training.callbacks import RunLogger
+from nanofed.training.callbacks.dashboard import RunLogger
 from nanofed.training.event_files import cut_events
 from nanofed.training.module import GPTModule
-from nanofed.training.options import RunOptions
-from nanofed.training.run import Summary
 from nanofed.training.run_folder import Reached, RunFolder, reach
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import Summary
 
 
 class Opening(Callback):

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from nanofed import runtime
 from nanofed.errors import NanofedError
 from nanofed.ranges import SecondsOrZero, check_numbers
-from nanofed.training.peers import POLL, Failure, Peers
+from nanofed.training.callbacks.peers import POLL, Failure, Peers
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from lightning import Callback, LightningModule, Trainer
 
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
-from nanofed.training.callbacks import Dashboard
+from nanofed.training.callbacks.dashboard import Dashboard
 from nanofed.training.checkpoint import CheckpointError, prune_checkpoints
-from nanofed.training.checkpoint_folder import set_aside
-from nanofed.training.garbage import Garbage
+from nanofed.training.checkpoint.folder import set_aside
+from nanofed.training.gc_control import ManualCollection
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule
 from nanofed.training.run_folder import Reached, reach
@@ -41,7 +41,7 @@ class SaveCheckpoint(Callback):
     """
 
     def __init__(
-        self, run: Path, every: int, keep: int, keep_every: int, dashboard: Dashboard, garbage: Garbage
+        self, run: Path, every: int, keep: int, keep_every: int, dashboard: Dashboard, garbage: ManualCollection
     ) -> None:
         self.newest: Path | None = None  # the last good one that this process has written or read
         self._folder = run / "checkpoints"

@@ -18,7 +18,7 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from nanofed.training.checkpoint_files import discard
+from nanofed.training.checkpoint.atomic import discard
 
 PREFIX = "gpt."  # of the GPT's names in the LightningModule
 

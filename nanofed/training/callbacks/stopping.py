@@ -9,8 +9,8 @@ import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from nanofed.training.callbacks.saving import SaveCheckpoint
 from nanofed.training.module import GPTModule
-from nanofed.training.saving import SaveCheckpoint
 from nanofed.training.signals import Signals, Stopped
 
 
