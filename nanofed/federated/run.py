@@ -19,8 +19,9 @@ from nanofed.federated.arguments import Arguments
 from nanofed.federated.processes import ended_by_signals
 from nanofed.federated.runtimes.app import client_app, server_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
-from nanofed.federated.server.board import Board
 from nanofed.federated.server.carriage import Carriage
+from nanofed.federated.server.metrics import FederationMetrics
+from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.state import State
 from nanofed.federated.site.trainer import FabricTrainer
@@ -135,7 +136,7 @@ class Federation(Arguments):
         grid: Grid,
         run: Path,
         *,
-        simulated: bool = True,
+        policy: ClientPolicy = ONE_MACHINE,
         owners: Callable[[], Mapping[int, str]] | None = None,
         carriage: Carriage | None = None,
     ) -> RoundLoop:
@@ -144,7 +145,7 @@ class Federation(Arguments):
         Args:
             grid: the connection to the clients.
             run: the run's folder.
-            simulated: the clients share this machine.
+            policy: whether the clients share this machine.
             owners: returns node -> the client whose key it has; None where nodes have no keys.
             carriage: of the weights; in the messages by default.
         """
@@ -152,7 +153,7 @@ class Federation(Arguments):
         options = self.options
         resume = resume_checkpoint(run, options.ckpt_path)
         known = resume is not None and (run / SUMMARY).is_file()
-        board = Board(run, Summary.read(run) if known else Summary(options.name, "federated"))
+        metrics = FederationMetrics(run, Summary.read(run) if known else Summary(options.name, "federated"))
         device = self.fabric().device
         loop = RoundLoop(
             grid,
@@ -161,18 +162,18 @@ class Federation(Arguments):
             self.federation,
             options,
             run,
-            board,
+            metrics,
             device,
-            simulated=simulated,
+            policy=policy,
             owners=owners,
             carriage=carriage,
         )
         if resume is not None:
-            loop.resume(resume)
+            loop.state.load(resume, module, data, metrics.summary, force=options.force)
         elif options.init_from:
             path = find_checkpoint(options.init_from)
             check_identity(path, read_manifest(path), module, data, "init_from", force=options.force)
-            loop.load_weights(path)
+            loop.state.load_weights(path)
         return loop
 
 
@@ -200,4 +201,4 @@ def run_in_process(federation: Federation) -> Summary:
         federation.write()
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
         server_app(lambda grid, context: nullcontext(loop))(grid, context)
-        return loop.board.summary
+        return loop.metrics.summary

@@ -521,7 +521,7 @@ def interrupt() -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [("fit", "nanofed.training.callbacks.progress"), ("federate", "nanofed.federated.server.board")],
+    [("fit", "nanofed.training.callbacks.progress"), ("federate", "nanofed.federated.server.metrics")],
 )
 def test_ctrl_c_is_130(
     command: str,

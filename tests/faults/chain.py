@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nanofed.data.shards import open_dataset, read_texts
-from nanofed.federated.server.pace import DEVICE_MARGIN
-from nanofed.federated.server.status import MERGED
+from nanofed.federated.server.ledger import MERGED
+from nanofed.federated.server.scheduling import DEVICE_MARGIN
 from nanofed.tokenizer import load_tokenizer
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state, read_weights
 

@@ -62,7 +62,7 @@ def play(
     try:
         loop.train()
     finally:
-        loop.board.close()
+        loop.metrics.close()
     return loop, site, trace(loop, run)
 
 
@@ -71,7 +71,7 @@ def trace(loop: RoundLoop, run: Path) -> Trace:
     for path in checkpoints(run):
         number = int(path.name.removeprefix("round_"))
         saved = read_weights(path)
-        hashes[number] = hash_arrays([saved[name].numpy() for name in loop.weights])
+        hashes[number] = hash_arrays([saved[name].numpy() for name in loop.state.weights])
         ledgers[number] = read_state(path)["ledger"]
     events = {
         client: {str(kind): count.count for kind, count in kinds.items()}

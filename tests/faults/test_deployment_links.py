@@ -13,7 +13,7 @@ import pytest
 
 from nanofed.federated.flower import flower_environment
 from nanofed.federated.runtimes.superlink import FLWR, LINK, write_app
-from nanofed.federated.server.pace import LEARN
+from nanofed.federated.server.scheduling import LEARN
 from nanofed.federated.site.bundle import code_hash
 from nanofed.federated.wire.signature import installed
 from tests.faults.deployment import GRACE, Deployment

@@ -18,11 +18,13 @@ from flwr.app import ConfigRecord, Message
 
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.federated.config import FederationConfig
+from nanofed.federated.server.evaluation import SiteEvaluator
 from nanofed.federated.server.events import Events
-from nanofed.federated.server.pooling import Pooling
+from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.state import Clock
 from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
 from nanofed.federated.wire.messages import MAX_JSON
+from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 from tests.faults.hostile import Trace, play
 from tests.federated.conftest import one_thread, tiny_corpus
@@ -54,7 +56,7 @@ def run(corpus: Path, folder: Path, rounds: int, tamper: Any = None, **behaviour
     loop, _, trace = play(config, tamper=tamper, **behaviour)
     file = config.folder / "events.jsonl"
     events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return Left(trace, {point.step: point.bpb for point in loop.board.summary.curve}, events)
+    return Left(trace, {point.step: point.bpb for point in loop.metrics.summary.curve}, events)
 
 
 LIES: dict[str, tuple[Lie, str]] = {
@@ -125,21 +127,21 @@ def test_a_lie_is_no_figure(name: str | int, data: TokenDataModule, tmp_path: Pa
         points.append(point)
         said.append(rest)
 
-    board = SimpleNamespace(summary=Summary("run", "federated"), validation=validation)
+    written = SimpleNamespace(summary=Summary("run", "federated"), validation=validation)
     config = FederationConfig(evaluation="sites")
-    pool = Pooling(cast(Any, None), dict, data, config, cast(Any, board), every=1, simulated=False)
+    pool = SiteEvaluator(cast(Any, None), dict, data, config, cast(Any, written), RunOptions(eval_every=1), SITES)
     state = cast(Any, SimpleNamespace(clock=Clock(17, 30, 9), events=Events(tmp_path), evaluations={}))
     pool.begin(state)
-    asks = pool.ask({HOSTILE: ASKED, "client-0": HONEST})
-    assert pool.hear("client-0", answer(asks["client-0"]).to_config(), 2.0, state) == 1.5
+    asks = pool.requests({HOSTILE: ASKED, "client-0": HONEST})
+    assert pool.take_reply("client-0", answer(asks["client-0"]).to_config(), 2.0, state) == 1.5
     if isinstance(name, str):
         lie, says = LIES[name]
         metrics = lie(answer(asks[HOSTILE])).to_config()
     else:
         note, says = NOTES[name]
         metrics = {} if note is None else {Evaluation.key: note}
-    assert pool.hear(HOSTILE, metrics, 2.0, state) == 0.0
-    pool.heard(state, merged=True)
+    assert pool.take_reply(HOSTILE, metrics, 2.0, state) == 0.0
+    pool.end_round(state, merged=True)
     assert [(point.step, point.bpb) for point in points] == [(17, 700 / (math.log(2) * 400))] and said[0]["silent"] == 1
     assert set(state.evaluations) == {"client-0"}
     (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
@@ -219,4 +221,4 @@ def test_who_is_not_asked_is_not_heard(tiny_corpus: Path, tmp_path: Path) -> Non
 
     loop, _, other = play(federation(tiny_corpus, tmp_path, "run", **options), tamper=tamper)
     assert other.same_course(left) and other.events == {}
-    assert [point.bpb for point in loop.board.summary.curve] == [point.bpb for point in clean.board.summary.curve]
+    assert [point.bpb for point in loop.metrics.summary.curve] == [point.bpb for point in clean.metrics.summary.curve]

@@ -21,10 +21,9 @@ from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
 from nanofed.federated.aggregation.norm_guard import UnusualNorm
-from nanofed.federated.server.instructing import SPARE_ROWS
-from nanofed.federated.server.local_ledger import LocalLedger
-from nanofed.federated.server.pace import MAX_MARGIN
+from nanofed.federated.server.ledger import LocalLedger
 from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.server.scheduling import MAX_MARGIN, SPARE_ROWS
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions, Report, SiteShard
@@ -97,7 +96,7 @@ def play(
     try:
         loop.train()
     finally:
-        loop.board.close()
+        loop.metrics.close()
     return loop
 
 
@@ -121,8 +120,8 @@ def test_who_brings_nothing_is_refused_by_name_and_the_others_train_as_without_i
     loop = play(tiny_corpus, tmp_path / "hostile", clients, attack, **options)
     absent = play(tiny_corpus, tmp_path / "absent", clients, None, absent=True, **options)
     assert refusals(loop) == {f"client-{clients - 1}": {kind: rounds}}, "and no honest site's update was clipped"
-    assert loop.state.pace.rounds == {f"client-{n}": rounds for n in range(clients - 1)}
-    ours, theirs = loop.board.summary.bpb_end, absent.board.summary.bpb_end
+    assert loop.state.speeds.rounds == {f"client-{n}": rounds for n in range(clients - 1)}
+    ours, theirs = loop.metrics.summary.bpb_end, absent.metrics.summary.bpb_end
     assert ours is not None and theirs is not None and ours <= theirs * 1.02
 
 
@@ -138,10 +137,10 @@ def test_a_site_that_sends_all_that_is_allowed_drives_no_limit(
     loop = play(corpus, tmp_path / "hostile", clients, ramp, **options)
     absent = play(corpus, tmp_path / "absent", clients, None, absent=True, **options)
     assert all(client == f"client-{clients - 1}" for client in refusals(loop))
-    assert all(loop.state.pace.rounds[f"client-{n}"] == rounds for n in range(clients - 1))
+    assert all(loop.state.speeds.rounds[f"client-{n}"] == rounds for n in range(clients - 1))
     usual = loop.state.norms.state_dict()["usual"]
     assert usual == {"matrices": usual["matrices"]} and usual["matrices"] < 1.0
-    ours, theirs = loop.board.summary.bpb_end, absent.board.summary.bpb_end
+    ours, theirs = loop.metrics.summary.bpb_end, absent.metrics.summary.bpb_end
     assert ours is not None and theirs is not None and ours <= theirs * count(5, 2) / 100 + theirs, (
         "few rounds are noisy"
     )
@@ -183,8 +182,8 @@ def test_a_site_that_claims_all_of_its_lease_ends_no_horizon_early(
     options["model.recipe.num_steps"] = 10**6  # all the rounds: what is claimed meanwhile is to be seen
     config = federation(tiny_corpus, tmp_path, "run", eval_every=10**6, **options)
     loop, _ = train(config, hook=hook, greet=greet)
-    assert loop.state.clock.round == rounds and loop.state.pace.rounds["client-0"] == rounds
-    honest = loop.state.pace.tokens["client-0"]
+    assert loop.state.clock.round == rounds and loop.state.speeds.rounds["client-0"] == rounds
+    honest = loop.state.speeds.tokens["client-0"]
     assert loop.state.clock.tokens <= (1 + 8 * 8) * honest
     epoch = 160 + SPARE_ROWS["best_fit"] * MAX_MARGIN
     assert max(text) <= epoch, "all of the text once, and rows that packers read ahead"
@@ -239,7 +238,7 @@ def test_a_site_of_impossible_text_is_refused_and_the_round_goes_on(
 
     config = federation(tiny_corpus, tmp_path, "run", sharding="local", rounds=1, save_every=0, eval_every=10**6)
     loop, _ = train(config, greet=greet)
-    assert loop.state.pace.rounds == {"client-0": 1}
+    assert loop.state.speeds.rounds == {"client-0": 1}
     ((_, kinds),) = loop.state.events.by_client().items()
     assert says in kinds["hello"].reason
 
@@ -268,7 +267,7 @@ def test_documents_that_no_packer_holds_are_refused(tiny_corpus: Path, tmp_path:
         config = federation(tiny_corpus, tmp_path, f"run-{len(list(tmp_path.iterdir()))}", rounds=1, save_every=0)
         loop, _ = train(config, hook=hook)
         last = loop.state.events.last("position", "client-1")
-        assert last is not None and loop.state.pace.rounds == {"client-0": 1}
+        assert last is not None and loop.state.speeds.rounds == {"client-0": 1}
         return last.reason
 
     first = (Row(0, "shard_00000.parquet", 0),)
@@ -304,6 +303,6 @@ def test_honest_sites_of_unlike_speed_and_habit_are_merged_whole(
     config = federation(tiny_corpus, tmp_path, "run", **options)
     loop, _ = train(config, hook=hook, answered=deque(maxlen=0))
     assert refusals(loop) == {client: {"failed": len(missed)} for client, missed in away.items()}
-    assert loop.state.pace.rounds == {
+    assert loop.state.speeds.rounds == {
         f"client-{n}": loop.state.clock.round - len(away.get(f"client-{n}", ())) for n in range(4)
     }

@@ -54,13 +54,13 @@ def test_clients_that_stay_away(
         assert {(asked.clock_tokens, asked.participants) for asked in asked_now} == {(tokens, len(asked_now))}
         tokens += BATCH * len(asked_now)
         bases.append(base)
-    assert len(set(bases)) == len(bases) and loop.board.summary.tokens == tokens
+    assert len(set(bases)) == len(bases) and loop.metrics.summary.tokens == tokens
     share = statistics.fmean(len(asked) for asked in by_round.values()) / 10
     assert share == pytest.approx(1 - absent, abs=0.2 if rounds < 100 else 0.05)
     if rounds < 100:
         return
     whole, _, _ = play(federation(tiny_corpus, tmp_path, "whole", **options))
-    bpb, all_there = loop.board.summary.bpb_end or 0.0, whole.board.summary.bpb_end or 0.0
+    bpb, all_there = loop.metrics.summary.bpb_end or 0.0, whole.metrics.summary.bpb_end or 0.0
     cost = (
         f"{absent:.0%} of 10 clients absent, {rounds} rounds: {bpb:.4f} bits per byte, {all_there:.4f} with all there"
     )
@@ -150,14 +150,14 @@ def _serve_on_a_small_disk(corpus: Path, change: str) -> None:
     loop._round = losing_the_disk  # type: ignore[method-assign]
     with pytest.raises(SaveError):
         loop.train()  # the last checkpoint has to be there
-    loop.board.close()
+    loop.metrics.close()
     assert loop.state.clock.round == 4, "the run went on"
     lost = loop.state.events.last("disk", SERVER)
     assert lost is not None and lost.count == 3 and lost.round == 4
     assert [path.name for path in checkpoints(config.folder)] == ["round_00000001"]
     read_manifest(find_checkpoint(config.folder))
-    for name, array in loop.weights.items():
-        assert array.tobytes() == whole.weights[name].tobytes()
+    for name, array in loop.state.weights.items():
+        assert array.tobytes() == whole.state.weights[name].tobytes()
     if change == "full":
         ballast.unlink()
     else:
@@ -165,7 +165,7 @@ def _serve_on_a_small_disk(corpus: Path, change: str) -> None:
     resumed = _loop(federation(corpus, corpus, "run", ckpt_path="last", **options))
     assert resumed.state.clock.round == 1
     resumed.train()
-    resumed.board.close()
+    resumed.metrics.close()
     assert find_checkpoint(config.folder).name == "round_00000004"
     assert read_manifest(find_checkpoint(config.folder)).tokens == whole.state.clock.tokens
     assert [point.step for point in Summary.read(config.folder).curve] == [0, 1, 2, 3, 4]

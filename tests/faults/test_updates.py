@@ -273,7 +273,7 @@ def test_a_client_that_does_not_match_is_refused_at_its_hello(field: str, tiny_c
     assert left.same_course(alone) and {asked.client for asked in site.asked} == {HONEST}
     ((who, kinds),) = left.events.items()
     assert kinds == {"hello": 1} and who == ("node 2" if field == "no hello" else HOSTILE)
-    reason = loop._roster.refused[who]
+    reason = loop.clients.refused[who]
     if field == "dataset":
         assert reason == "the validation shard holds other text"
     else:
@@ -305,7 +305,7 @@ def test_an_update_over_the_limit_is_held_and_then_clipped_to_it(
     loop, _, left = play(federation(tiny_corpus, tmp_path, "run", **options), hook=hook)
     assert left.events == {HOSTILE: {"clipped": 1}} and not list((tmp_path / "run" / "spool").iterdir())
     for (name, ours), base, honest, theirs in zip(
-        loop.weights.items(), seen["base"], seen[HONEST], seen[HOSTILE], strict=True
+        loop.state.weights.items(), seen["base"], seen[HONEST], seen[HOSTILE], strict=True
     ):
         np.testing.assert_allclose(ours, base + (honest + theirs / 4) / 2, rtol=1e-5, atol=1e-6, err_msg=name)
 
@@ -346,8 +346,8 @@ def test_a_flipped_update_passes_and_a_robust_merge_bears_it(
     clean, _, _ = play(federation(tiny_corpus, tmp_path, "clean", merge=merge, **options))
     robust, _, left = play(federation(tiny_corpus, tmp_path, "robust", merge=merge, **options), hook=flip)
     naive, _, _ = play(federation(tiny_corpus, tmp_path, "naive", merge="mean", **options), hook=flip)
-    bpb = [loop.board.summary.bpb_end or 0.0 for loop in (clean, robust, naive)]
-    assert left.events == {} and robust.board.summary.tokens == 5 * rounds * BATCH
+    bpb = [loop.metrics.summary.bpb_end or 0.0 for loop in (clean, robust, naive)]
+    assert left.events == {} and robust.metrics.summary.tokens == 5 * rounds * BATCH
     assert bpb[1] < bpb[0] * 1.05 and bpb[2] > bpb[0] * 1.3, bpb
 
 

@@ -33,8 +33,8 @@ from nanofed.federated.server import depot_calls
 from nanofed.federated.server.depot import DOWN, UP, Depot
 from nanofed.federated.server.depot_calls import DepotCalls, answer_depot_calls
 from nanofed.federated.server.events import Events
-from nanofed.federated.server.exchange import Exchange
 from nanofed.federated.server.keys import init
+from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.site.channel import ChannelError, unpack
 from nanofed.federated.site.freight import Over, Road
@@ -372,7 +372,7 @@ def test_writers_cannot_hold_up_who_takes_an_answer(depot: Depot, port: int, tmp
 def test_refused_answers_leave_neither_files_nor_memory(depot: Depot, tmp_path: Path) -> None:
     """Nothing of a round may hang on a refusal: it would be unseen space on the disk, for as long as the process lives."""
     grid = Answering()
-    exchange, events = Exchange(cast(Grid, grid), Events(), depot), Events()
+    exchange, events = Messenger(cast(Grid, grid), Events(), depot), Events()
     replies.request()  # Message() reads what it sets
     with FrozenObjects():
         for number in range(1, 5):

@@ -22,12 +22,13 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.run import Federation, client_name
 from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
-from nanofed.federated.server import pooling
-from nanofed.federated.server.evaluation import Evaluator
+from nanofed.federated.server import evaluation
+from nanofed.federated.server.evaluation import ServerModel
 from nanofed.federated.server.events import SERVER
-from nanofed.federated.server.exchange import Exchange
-from nanofed.federated.server.pace import Pace
+from nanofed.federated.server.messenger import Messenger
+from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.module import GPTModule
@@ -35,7 +36,7 @@ from tests.federated.tiny import Fit, Site, federation, make_corpus, same_bits, 
 
 pytestmark = pytest.mark.slow
 
-SITES = {"evaluation": "sites", "eval_every": 1}
+BY_SITES = {"evaluation": "sites", "eval_every": 1}
 TEXT = {"data.eval_tokens": 1280, "eval_every": 1}  # 40 rows of 32 tokens
 
 
@@ -46,7 +47,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def figures(loop: RoundLoop) -> list[tuple[int, int, float]]:
-    return [(point.step, point.tokens, point.bpb) for point in loop.board.summary.curve]
+    return [(point.step, point.tokens, point.bpb) for point in loop.metrics.summary.curve]
 
 
 @pytest.mark.parametrize(("clients", "every"), [(1, 1), (2, 2), (3, 1)])
@@ -68,7 +69,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("when", ["before the site trains", "after it"])
 def test_a_killed_server_goes_on_to_the_same_figures(when: str, tiny_corpus: Path, tmp_path: Path) -> None:
     """The figure of the last saved round was on its way: it is asked for again."""
-    options = {**TEXT, **SITES, "rounds": 4}
+    options = {**TEXT, **BY_SITES, "rounds": 4}
     whole, _ = train(federation(tiny_corpus, tmp_path, "whole", **options))
 
     def dying(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
@@ -93,7 +94,7 @@ def _resume(config: Federation) -> tuple[RoundLoop, Site]:
     names = [client_name(n) for n in range(config.federation.clients)]
     loop = config.loop(InProcessGrid(client_app(lambda context: site), names), config.open())
     loop.train()
-    loop.board.close()
+    loop.metrics.close()
     return loop, site
 
 
@@ -104,7 +105,7 @@ def test_sites_with_text_of_their_own_show_both_domains(
     other = tmp_path / "other"
     texts = ["zeta eta theta iota kappa " * (3 + n % 20) for n in range(160)]
     write_shards(texts, other, num_shards=4, rows_per_group=16)
-    options = {**TEXT, **SITES, "rounds": 2, "sharding": "local"}
+    options = {**TEXT, **BY_SITES, "rounds": 2, "sharding": "local"}
     config = federation(tiny_corpus, tmp_path, "run", **options)
     trainers = {
         "client-0": config.trainer(),
@@ -118,9 +119,9 @@ def test_sites_with_text_of_their_own_show_both_domains(
     loop = config.loop(grid, config.open())
     with caplog.at_level(logging.INFO, logger="nanofed"):
         loop.train()
-    loop.board.close()
+    loop.metrics.close()
     assert {asked.shares for site in sites.values() for asked in site.measured} == {1}
-    for number, point in enumerate(loop.board.summary.curve):
+    for number, point in enumerate(loop.metrics.summary.curve):
         parts = [sums[name][number] for name in sites]
         expected = sum(part.nats for part in parts) / math.log(2) / sum(part.bytes for part in parts)
         assert point.bpb == pytest.approx(expected, rel=1e-12) and parts[0].bytes != parts[1].bytes
@@ -144,9 +145,9 @@ def test_sites_with_text_of_their_own_show_both_domains(
 def test_a_site_too_slow_to_measure_keeps_its_training(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**TEXT, **SITES, "rounds": 2}
+    options = {**TEXT, **BY_SITES, "rounds": 2}
     whole, _ = train(federation(tiny_corpus, tmp_path, "whole", **options))
-    monkeypatch.setattr(pooling, "SHARE_OF_GRACE", 1e-12)
+    monkeypatch.setattr(evaluation, "SHARE_OF_GRACE", 1e-12)
     slow, _ = train(federation(tiny_corpus, tmp_path, "slow", **options))
     assert same_bits(whole, slow) and figures(slow) == [], "a part of the text makes no figure"
     for name in ("client-0", "client-1"):
@@ -159,15 +160,15 @@ def test_a_site_too_slow_to_measure_keeps_its_training(
 def test_a_disk_that_is_full_at_the_end_costs_the_last_figure_only(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = Exchange.encode, itertools.count(1)
+    real, calls = Messenger.encode, itertools.count(1)
 
-    def encode(self: Exchange, *args: Any) -> Arrays:
+    def encode(self: Messenger, *args: Any) -> Arrays:
         if next(calls) > 2:
             raise NanofedError("the round's weights cannot be kept: no space left on device")
         return real(self, *args)
 
-    monkeypatch.setattr(Exchange, "encode", encode)
-    options = {**TEXT, **SITES, "rounds": 2}
+    monkeypatch.setattr(Messenger, "encode", encode)
+    options = {**TEXT, **BY_SITES, "rounds": 2}
     loop, _ = train(federation(tiny_corpus, tmp_path, "run", **options))
     assert loop.state.clock.round == 2 and len(figures(loop)) == 2
     event = loop.state.events.last("evaluation", SERVER)
@@ -193,13 +194,13 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
         learned.append((report.seconds, elapsed))
 
     monkeypatch.setattr(module, "measure", slowly)
-    monkeypatch.setattr(Pace, "learn", learn)
-    config = federation(tiny_corpus, tmp_path, "run", **(TEXT | SITES), clients=1, rounds=2)
+    monkeypatch.setattr(ClientSpeeds, "learn", learn)
+    config = federation(tiny_corpus, tmp_path, "run", **(TEXT | BY_SITES), clients=1, rounds=2)
     site = Site(config.trainer())
     grid = InProcessGrid(client_app(lambda context: site), ["client-0"])
-    loop = config.loop(grid, config.open(), simulated=False)
+    loop = config.loop(grid, config.open(), policy=SITES)
     loop.train()
-    loop.board.close()
+    loop.metrics.close()
     assert len(learned) == 2 and len(figures(loop)) == 3
     assert all(seconds < 0.4 and elapsed is not None and elapsed < 0.5 for seconds, elapsed in learned)
 
@@ -213,7 +214,7 @@ def test_a_round_that_fails_asks_again_and_one_below_its_quorum_waits(tiny_corpu
             raise OSError("the disk is gone")
         return fit(arrays, asked)
 
-    options = {**TEXT, **SITES, "rounds": 5, "availability": 0.5, "quorum": 1, "seed_everything": 3}
+    options = {**TEXT, **BY_SITES, "rounds": 5, "availability": 0.5, "quorum": 1, "seed_everything": 3}
     loop, site = train(federation(tiny_corpus, tmp_path, "run", **options), hook=hook)
     whole, _ = train(federation(tiny_corpus, tmp_path, "whole", **options))
     assert loop.state.events.total("failed") == 2
@@ -224,9 +225,9 @@ def test_a_round_that_fails_asks_again_and_one_below_its_quorum_waits(tiny_corpu
 
 
 def test_a_model_of_the_servers_own_takes_memory_while_it_is_measured_only(tiny_corpus: Path, tmp_path: Path) -> None:
-    def evaluator(*, shared: bool) -> tuple[Evaluator, GPTModule]:
+    def evaluator(*, shared: bool) -> tuple[ServerModel, GPTModule]:
         module, data = federation(tiny_corpus, tmp_path, "run", **TEXT).build()
-        return Evaluator(module, data, torch.device("cpu"), shared=shared), module
+        return ServerModel(module, data, torch.device("cpu"), shared=shared), module
 
     shared, model = evaluator(shared=True)
     generator = np.random.default_rng(0)
@@ -251,14 +252,14 @@ def test_a_model_of_the_servers_own_takes_memory_while_it_is_measured_only(tiny_
 def test_what_cannot_be_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="evaluation"):
         federation(tiny_corpus, tmp_path, "run", evaluation="nobody")
-    config = federation(tiny_corpus, tmp_path, "run", **SITES, sample_every=2)
+    config = federation(tiny_corpus, tmp_path, "run", **BY_SITES, sample_every=2)
     with pytest.raises(ConfigError, match="--sample_every 2: text samples are taken where the server measures"):
         config.open()
     assert not config.folder.exists()
 
 
 def test_no_gradient_and_no_mode_is_left_behind(tiny_corpus: Path, tmp_path: Path) -> None:
-    config = federation(tiny_corpus, tmp_path, "run", **(TEXT | SITES), clients=1, rounds=1)
+    config = federation(tiny_corpus, tmp_path, "run", **(TEXT | BY_SITES), clients=1, rounds=1)
     _, site = train(config)
     gpt = site.real._module.gpt  # type: ignore[attr-defined]
     assert gpt.training and all(p.requires_grad for p in gpt.parameters())

@@ -39,7 +39,7 @@ def test_two_runs_of_one_seed_end_in_the_same_bits(tiny_corpus: Path, tmp_path: 
     two, _ = train(federation(tiny_corpus, tmp_path, "two", **options))
     other, _ = train(federation(tiny_corpus, tmp_path, "other", seed_everything=7, **options))
     assert same_bits(one, two) and not same_bits(one, other)
-    bpb = [point.bpb for point in one.board.summary.curve]
+    bpb = [point.bpb for point in one.metrics.summary.curve]
     assert bpb[-1] < bpb[0]
 
 
@@ -47,8 +47,8 @@ def test_a_client_that_always_fails_is_named_and_the_others_go_on(tiny_corpus: P
     broken = failing(lambda asked: asked.client == "client-1")
     loop, site = train(federation(tiny_corpus, tmp_path, "run", rounds=3), hook=broken)
     assert [report.client for _, report in site.answered] == ["client-0"] * 3
-    assert loop.board.summary.tokens == 3 * BATCH, "only what was merged counts"
-    assert "OSError: the disk is gone" in loop._roster.refused["client-1"] and "client-0" not in loop._roster.refused
+    assert loop.metrics.summary.tokens == 3 * BATCH, "only what was merged counts"
+    assert "OSError: the disk is gone" in loop.clients.refused["client-1"] and "client-0" not in loop.clients.refused
     assert loop.state.ledger.clients() == ("client-0",), "its rows came back"
 
 
@@ -61,10 +61,10 @@ def test_a_client_that_sends_nan_is_refused_and_may_come_back(tiny_corpus: Path,
         return local, report
 
     loop, site = train(federation(tiny_corpus, tmp_path, "run", rounds=3), hook=hook)
-    assert all(np.isfinite(array).all() for array in loop.weights.values())
+    assert all(np.isfinite(array).all() for array in loop.state.weights.values())
     assert loop.state.events.total() == 1
-    assert loop.board.summary.tokens == 5 * BATCH
-    assert "client-1" not in loop._roster.refused, "it did well in the third round"
+    assert loop.metrics.summary.tokens == 5 * BATCH
+    assert "client-1" not in loop.clients.refused, "it did well in the third round"
     first, second, third = [asked for asked in site.asked if asked.client == "client-1"]
     assert first.data is None and second.data is not None and third.data is None
     kept = {(part.epoch, part.shard, row) for part in second.lease for row in range(part.start, part.stop)}
@@ -154,7 +154,7 @@ def test_a_client_of_another_code_or_data_is_refused(tiny_corpus: Path, tmp_path
         "streams": "streams 3 there, 8 here",
         "dataset": "the validation shard holds other text",
     }.get(field, f"{field} {other} there")
-    assert here in loop._roster.refused["client-0"]
+    assert here in loop.clients.refused["client-0"]
     assert loop.state.events.total("hello", client="client-0") == 1
 
 
@@ -180,11 +180,11 @@ def test_empty_rounds_change_nothing(tiny_corpus: Path, tmp_path: Path) -> None:
             assert (asked.clock_tokens, asked.clock_step) == (tokens, steps)
             assert asked.participants == len(by_round[number])
         saved = read_weights(config.folder / "checkpoints" / f"round_{number:08d}")
-        held = hash_arrays([saved[name].numpy() for name in loop.weights])
+        held = hash_arrays([saved[name].numpy() for name in loop.state.weights])
         tokens, steps = tokens + BATCH * len(by_round[number]), steps + 1
-    assert loop.board.summary.tokens == tokens == BATCH * len(site.asked)
-    assert loop.board.summary.curve[-1].step == 20, "the end is evaluated, were it an empty round"
-    assert hash_arrays(list(loop.weights.values())) == held
+    assert loop.metrics.summary.tokens == tokens == BATCH * len(site.asked)
+    assert loop.metrics.summary.curve[-1].step == 20, "the end is evaluated, were it an empty round"
+    assert hash_arrays(list(loop.state.weights.values())) == held
 
 
 def test_when_all_fail_the_run_ends_and_the_last_checkpoint_stays(tiny_corpus: Path, tmp_path: Path) -> None:
@@ -192,12 +192,12 @@ def test_when_all_fail_the_run_ends_and_the_last_checkpoint_stays(tiny_corpus: P
     loop, site = prepare(config, hook=failing(lambda asked: asked.round > 2))
     with pytest.raises(NanofedError, match=r"3 rounds in a row .*client-0: .*the disk is gone"):
         loop.train()
-    loop.board.close()
+    loop.metrics.close()
     assert len(site.asked) == 2 * (2 + 3)
     last = find_checkpoint(config.folder)
     assert last.name == "round_00000002" and read_manifest(last).tokens == 4 * BATCH
     for name, tensor in read_weights(last).items():
-        assert (loop.weights[name] == tensor.numpy()).all()
+        assert (loop.state.weights[name] == tensor.numpy()).all()
 
 
 def test_failures_end_a_run_also_where_rounds_are_empty_in_between(tiny_corpus: Path, tmp_path: Path) -> None:
@@ -212,17 +212,17 @@ def test_another_client_gets_its_chance_after_one_failed(tiny_corpus: Path, tmp_
     loop, site = train(config, hook=broken)
     alone = {asked.round for asked in site.asked if asked.client == "client-1" and asked.participants == 1}
     assert alone, "client-1 was alone in some round: it failed, and the draw was made anew"
-    assert loop.board.summary.tokens == BATCH * sum(report.client == "client-0" for _, report in site.answered) > 0
+    assert loop.metrics.summary.tokens == BATCH * sum(report.client == "client-0" for _, report in site.answered) > 0
 
 
 def test_a_global_batch_is_split_over_the_clients(tiny_corpus: Path, tmp_path: Path) -> None:
     config = federation(tiny_corpus, tmp_path, "run", global_batch_tokens=2 * BATCH, round_steps=2)
     loop, site = train(config)
     assert {asked.batch_tokens for asked in site.asked} == {BATCH}
-    assert loop.board.summary.tokens == 2 * 2 * 2 * BATCH
+    assert loop.metrics.summary.tokens == 2 * 2 * 2 * BATCH
     half = federation(tiny_corpus, tmp_path, "half", global_batch_tokens=BATCH, round_steps=2)
     loop, site = train(half)
-    assert {asked.batch_tokens for asked in site.asked} == {BATCH // 2} and loop.board.summary.tokens == 4 * BATCH
+    assert {asked.batch_tokens for asked in site.asked} == {BATCH // 2} and loop.metrics.summary.tokens == 4 * BATCH
 
 
 @pytest.mark.parametrize(("steps", "round_steps", "last"), [(10, 3, 2), (8, 2, 2), (2, 5, 1)])
@@ -231,9 +231,9 @@ def test_the_horizon_is_reached_exactly(
 ) -> None:
     options: dict[str, Any] = {"rounds": 99, "round_steps": round_steps, "model.recipe.num_steps": steps}
     loop, site = train(federation(tiny_corpus, tmp_path, "run", **options))
-    assert loop.board.summary.tokens == steps * BATCH == site.asked[0].horizon_tokens
+    assert loop.metrics.summary.tokens == steps * BATCH == site.asked[0].horizon_tokens
     assert site.asked[-1].max_steps == last
-    assert loop.board.summary.curve[-1].tokens == steps * BATCH
+    assert loop.metrics.summary.curve[-1].tokens == steps * BATCH
 
 
 @pytest.mark.slow
@@ -256,8 +256,8 @@ def test_a_killed_server_resumes_to_the_same_bits(tiny_corpus: Path, tmp_path: P
     assert [asked.round for asked in site.asked] == [3, 3, 4, 4]
     assert same_bits(whole, resumed)
     assert resumed.state.ledger.state_dict() == whole.state.ledger.state_dict()
-    assert [p.tokens for p in resumed.board.summary.curve] == [p.tokens for p in whole.board.summary.curve]
-    assert resumed.board.summary.curve[-1].bpb == whole.board.summary.curve[-1].bpb
+    assert [p.tokens for p in resumed.metrics.summary.curve] == [p.tokens for p in whole.metrics.summary.curve]
+    assert resumed.metrics.summary.curve[-1].bpb == whole.metrics.summary.curve[-1].bpb
 
 
 def test_a_damaged_last_checkpoint_is_skipped_by_name(
@@ -294,9 +294,9 @@ def test_rounds_of_seconds_on_clients_of_two_speeds(
     assert one.tokens == one.steps * BATCH // 2 and two.tokens == two.steps * BATCH // 2
     assert 20 <= one.seconds <= 26 and 20 <= two.seconds <= 28
     shares = [float(one.tokens), float(two.tokens)] if weighting == "tokens" else [1.0, 1.0]
-    for name, a, b in zip(loop.weights, fast, slow, strict=True):
+    for name, a, b in zip(loop.state.weights, fast, slow, strict=True):
         mean = np.average(np.stack([a, b]).astype(np.float64), axis=0, weights=shares)
-        np.testing.assert_allclose(loop.weights[name], mean, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(loop.state.weights[name], mean, rtol=1e-6, atol=1e-9)
 
 
 def test_too_few_rows_for_the_streams_are_refused_at_the_start(tiny_corpus: Path, tmp_path: Path) -> None:

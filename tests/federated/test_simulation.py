@@ -108,7 +108,7 @@ def test_a_client_that_runs_other_code_is_refused(tiny_corpus: Path, tmp_path: P
     try:
         loop.train()
     finally:
-        loop.board.close()
+        loop.metrics.close()
     assert {instructions.client for instructions in site.asked} == {"client-0"}
 
     loop, site = prepare(federation(tiny_corpus, tmp_path, "all"), greet=lambda hello: replace(hello, code="0" * 64))
@@ -116,7 +116,7 @@ def test_a_client_that_runs_other_code_is_refused(tiny_corpus: Path, tmp_path: P
         with pytest.raises(NanofedError, match=f"0 can take part .*code {'0' * 64} there, {code_hash()} here"):
             loop.train()
     finally:
-        loop.board.close()
+        loop.metrics.close()
     assert not site.asked
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanofed.cli import main
-from nanofed.federated.server.live import LIVE, live
+from nanofed.federated.server.status import FILE, read_status_file
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from tests.federated.tiny import BATCH, Fit, federation, train
@@ -30,8 +30,8 @@ def test_the_status_of_a_run(
         tiny_corpus, tmp_path, "run", rounds=3, eval_every=3, sharding=sharding, up_codec="bf16", down_codec="bf16"
     )
     loop, _ = train(config, hook=burning)
-    bpb = [point.bpb for point in loop.board.summary.curve]
-    assert bpb[-1] < bpb[0] and loop.board.summary.tokens == 5 * BATCH
+    bpb = [point.bpb for point in loop.metrics.summary.curve]
+    assert bpb[-1] < bpb[0] and loop.metrics.summary.tokens == 5 * BATCH
     assert main(["status", str(config.folder), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert (status["round"], status["tokens"], status["bpb"]) == (3, 5 * BATCH, bpb[-1])
@@ -53,8 +53,8 @@ def test_the_status_of_a_run(
     "said", ["", "{", "[1]", '{"since": "x"}', '{"when": []}', '{"horizon": "x"}', '{"clients": 3}']
 )
 def test_what_a_server_says_of_itself_may_be_damaged(said: str, tmp_path: Path) -> None:
-    (tmp_path / LIVE).write_text(said)
-    assert live(tmp_path) is None
+    (tmp_path / FILE).write_text(said)
+    assert read_status_file(tmp_path) is None
 
 
 @pytest.mark.parametrize(("make", "says"), [(False, "is no run's folder"), (True, "holds no federated run")])

@@ -101,7 +101,7 @@ def train(config: Federation, names: Sequence[str] | None = None, **behaviour: A
     try:
         loop.train()
     finally:
-        loop.board.close()
+        loop.metrics.close()
     return loop, site
 
 
@@ -114,4 +114,6 @@ def prepare(config: Federation, names: Sequence[str] | None = None, **behaviour:
 
 
 def same_bits(a: RoundLoop, b: RoundLoop) -> bool:
-    return all(torch.equal(torch.from_numpy(a.weights[n]), torch.from_numpy(b.weights[n])) for n in a.weights)
+    return all(
+        torch.equal(torch.from_numpy(a.state.weights[n]), torch.from_numpy(b.state.weights[n])) for n in a.state.weights
+    )

@@ -70,6 +70,6 @@ def test_the_state_after_three_rounds(method: str, tiny_corpus: Path, tmp_path: 
     try:
         loop.train()
     finally:
-        loop.board.close()
+        loop.metrics.close()
     assert loop.state.clock.round == 3
     assert state_hash(loop) == HASHES[method]

@@ -59,7 +59,7 @@ def by_federation(corpus: Path, checkpoint: Path, folder: Path, who: str, client
     more = {"model.depth": 2, "data.device_batch_size": size, "data.eval_tokens": EVAL_TOKENS}
     loop, _ = train(federation(corpus, folder, f"{who}-{clients}-{size}", **options, **more, init_from=checkpoint))
     assert not loop.state.events.total()
-    return loop.board.summary.curve[0].bpb
+    return loop.metrics.summary.curve[0].bpb
 
 
 @pytest.fixture(scope="module")

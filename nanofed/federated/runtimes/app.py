@@ -34,6 +34,6 @@ def server_app(rounds: Callable[[Grid, Context], AbstractContextManager[RoundLoo
             try:
                 loop.train()
             finally:
-                loop.board.close()
+                loop.metrics.close()
 
     return app

@@ -20,6 +20,7 @@ from nanofed.federated.runtimes.flower_app import show_log
 from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, owners
 from nanofed.federated.runtimes.settings import check, to_args
 from nanofed.federated.server.depot import Depot
+from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.app import client
 from nanofed.training.run_folder import KILLED_SECONDS, has_saved
@@ -48,7 +49,7 @@ def round_loop(grid: Grid, context: Context, *, keys: bool = False) -> Iterator[
         federation.config.ckpt_path = "last"
     known = (lambda: owners(run)) if keys else None
     with RunLock(run, ROUNDS, patience=KILLED_SECONDS):
-        loop = federation.loop(grid, run, simulated=False, owners=known, carriage=Depot(run / FOLDER / DEPOT))
+        loop = federation.loop(grid, run, policy=SITES, owners=known, carriage=Depot(run / FOLDER / DEPOT))
         runtime.return_freed_memory()  # its model, which only evaluates, has just asked for the contrary
         yield loop
 

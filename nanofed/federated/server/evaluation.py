@@ -1,28 +1,147 @@
-"""Bits per byte of the global weights on the server's validation shard."""
+"""Bits per byte of the global weights: the server evaluates them itself, or the sites do and their sums are pooled."""
 
 from __future__ import annotations
 
+import logging
+import math
+import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
-from nanofed.federated.wire.codec import Weights
+from nanofed.data.validation import tokens_of_share
+from nanofed.errors import NanofedError
+from nanofed.evaluation.bits_per_byte import BitsPerByte, bits_per_byte, evaluate_bits_per_byte
+from nanofed.federated.config import FederationConfig
+from nanofed.federated.server.events import SERVER
+from nanofed.federated.server.messenger import Messenger, ReplyMetrics
+from nanofed.federated.server.metrics import FederationMetrics
+from nanofed.federated.server.policy import ClientPolicy
+from nanofed.federated.server.scheduling import CLOCK_SLACK
+from nanofed.federated.server.state import State
+from nanofed.federated.server.validation import REPEATED, RefusedReply, check_repeated
+from nanofed.federated.wire.codec import CODECS, Weights, WireError, hash_arrays
+from nanofed.federated.wire.evaluation import Evaluate, Evaluation
+from nanofed.federated.wire.messages import Instructions
+from nanofed.federated.wire.plain import plain
 from nanofed.generation.text import SAMPLE_TOKENS, generate
+from nanofed.model.loss import LOGIT_CAP
 from nanofed.training.module import GPTModule
+from nanofed.training.run_options import RunOptions
+from nanofed.training.summary import Point
+
+logger = logging.getLogger(__name__)
+
+SHARE_OF_GRACE = 0.5  # of a round's grace, in which a site evaluates; the rest is for the reply's way back
 
 
-class Evaluator:
-    """A model of the server's own that takes the global weights to be measured.
+@dataclass
+class Measurement:
+    """The bits per byte of the weights after a round.
+
+    Attributes:
+        round: the round after which the weights were taken.
+        step: optimizer steps of the run by then.
+        tokens: tokens merged by then.
+        train_seconds: seconds of training by then.
+        prompts: prompts that the weights are to continue.
+        bpb: bits per byte; None before it is known, or where it could not be measured.
+        samples: prompt -> text.
+        seconds: how long the measurement took.
+        error: why there is no figure.
+    """
+
+    round: int
+    step: int
+    tokens: int
+    train_seconds: float
+    prompts: tuple[str, ...] = ()
+    bpb: float | None = None
+    samples: dict[str, str] | None = None
+    seconds: float = 0.0
+    error: Exception | None = None
+
+    def point(self, bpb: float) -> Point:
+        """Return the point of the run's curve."""
+        return Point(self.round, self.tokens, round(self.train_seconds, 3), bpb)
+
+
+class RoundEvaluator:
+    """Has the weights after a round evaluated, and writes the figure under that round whenever it comes.
 
     Args:
-        module: the GPTModule; configured here if it is not yet.
+        metrics: where figures are written.
+        options: gives how many rounds there are between two figures, and what is sampled.
+
+    Attributes:
+        round: the last round that was evaluated, or is being evaluated; -1 before the first.
+    """
+
+    def __init__(self, metrics: FederationMetrics, options: RunOptions) -> None:
+        self._metrics = metrics
+        self._options = options
+        self.round = -1
+
+    def begin(self, state: State) -> None:
+        """Evaluate the first weights of a run, and those of a resumed round that has no figure yet."""
+        number = state.clock.round
+        if any(point.step == number for point in self._metrics.summary.curve):
+            self.round = number
+        elif number % self._options.eval_every == 0:
+            self.start(state)
+
+    def start(self, state: State, *, last: bool = False) -> None:
+        """Have the weights evaluated as they are; the last ones of a run at once."""
+        raise NotImplementedError
+
+    def end(self, state: State) -> None:
+        """Evaluate the last weights of a run, if they have no figure yet: its last round was an empty one."""
+        if self.round != state.clock.round:
+            self.start(state, last=True)
+
+    def collect(self, state: State, *, wait: bool = False) -> None:
+        """Write a figure that is ready; with `wait`, also one that is under way."""
+
+    def stop(self) -> None:
+        """End what is under way."""
+
+    def requests(self, instructions: Mapping[str, Instructions]) -> Mapping[str, Evaluate]:
+        """Return what is sent to the clients of a round beside their instructions, by client."""
+        return {}
+
+    def take_reply(self, client: str, metrics: ReplyMetrics, elapsed: float, state: State) -> float:
+        """Take what a client's reply says of its evaluation, and return the seconds that the client spent on it."""
+        return 0.0
+
+    def end_round(self, state: State, *, merged: bool) -> None:
+        """Write what the clients of a round have measured, now that no more replies come.
+
+        Args:
+            state: the run's state.
+            merged: the weights have changed since the round was sent, so that nobody can be asked for the old ones again.
+        """
+
+    def _measurement(self, state: State, prompts: tuple[str, ...] = ()) -> Measurement:
+        clock = state.clock
+        return Measurement(clock.round, clock.step, clock.tokens, self._metrics.summary.seconds, prompts)
+
+
+# --- the server evaluates
+
+
+class ServerModel:
+    """A model on the server that takes the global weights to be evaluated.
+
+    Args:
+        module: the GPTModule; it is configured here if it is not yet.
         data: the shards and tokenizer.
         device: where to evaluate.
-        shared: the module's model is that of a trainer in this process, too.
+        shared: the module's model is also that of a trainer in this process.
     """
 
     def __init__(self, module: GPTModule, data: TokenDataModule, device: torch.device, *, shared: bool) -> None:
@@ -36,7 +155,7 @@ class Evaluator:
         self.stopped = threading.Event()
 
     def load(self, weights: Weights) -> None:
-        """Copy weights into the model: what is measured from now on, whatever becomes of them."""
+        """Copy weights into the model, so that later changes of them are not measured."""
         parameters = self._gpt.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, array in weights.items():
@@ -46,7 +165,7 @@ class Evaluator:
                     parameters[name].data = torch.from_numpy(array).to(self._device, copy=True)
 
     def release(self) -> None:
-        """Give back the memory of the model's weights, until others are loaded; a model that is shared keeps them."""
+        """Give back the memory of the model's weights until others are loaded; a shared model keeps them."""
         if not self._shared:
             for parameter in self._gpt.state_dict(keep_vars=True).values():
                 parameter.data = torch.empty(0, device=self._device)
@@ -58,15 +177,285 @@ class Evaluator:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._data.validation_loader():
             if self.stopped.is_set():
-                raise Stopped
+                raise InterruptedError("the run has ended: the figure is not needed")
             yield batch.inputs, batch.targets
 
     def sample(self, prompt: str, max_tokens: int = SAMPLE_TOKENS) -> str:
-        """Return what the model with the loaded weights says after a prompt, the likeliest token each time."""
+        """Return what the loaded weights say after a prompt, the likeliest token each time."""
         return prompt + "".join(
             generate(self._gpt, self._data.tokenizer, prompt, max_tokens=max_tokens, temperature=0.0)
         )
 
+    def measure(self, wanted: Measurement) -> None:
+        """Measure the loaded weights and release them; what goes wrong is kept in the measurement."""
+        started = time.monotonic()
+        try:
+            wanted.bpb = self.bits_per_byte()
+            wanted.samples = {prompt: self.sample(prompt) for prompt in wanted.prompts}
+        except Exception as error:  # of the model, the device or the data; the reader of the measurement decides
+            wanted.error = error
+        finally:
+            self.release()
+        wanted.seconds = time.monotonic() - started
 
-class Stopped(Exception):
-    """The run has ended; the figure is not needed."""
+
+class ServerEvaluator(RoundEvaluator):
+    """The server evaluates the weights, at once or beside the next round.
+
+    Beside a round one copy of the weights is evaluated at a time, in a thread, and no other is queued: a round whose turn comes
+    while another is being evaluated gets no figure, and the log says so.
+
+    Args:
+        model: the model that takes the weights.
+        metrics: where figures are written.
+        options: gives how many rounds there are between two figures, and what is sampled.
+        beside: evaluate while the next round runs; else at once, so that a run takes the same course each time.
+    """
+
+    def __init__(self, model: ServerModel, metrics: FederationMetrics, options: RunOptions, *, beside: bool) -> None:
+        super().__init__(metrics, options)
+        self._model = model
+        self._beside = beside
+        self._thread: threading.Thread | None = None
+        self._current: Measurement | None = None
+
+    def start(self, state: State, *, last: bool = False) -> None:
+        """Evaluate the weights as they are; the last ones of a run at once.
+
+        Raises:
+            NanofedError: the weights are evaluated at once and cannot be.
+        """
+        every = self._options.sample_every
+        prompts = tuple(self._options.sample_prompts) if every and state.clock.round % every == 0 else ()
+        wanted = self._measurement(state, prompts)
+        if last or not self._beside:
+            self.collect(state, wait=True)
+            self._model.load(state.weights)
+            self._model.measure(wanted)
+            if wanted.error is not None:
+                raise wanted.error
+            self._write(wanted, state)
+        elif self._current is not None:
+            logger.info("round %3d  not measured: round %d still is", wanted.round, self._current.round)
+        else:
+            try:
+                self._model.load(state.weights)
+            except Exception as error:  # the device has no room for them
+                self._model.release()
+                wanted.error = error
+                self._write(wanted, state)
+                return
+            self._current, self.round = wanted, wanted.round
+            self._thread = threading.Thread(target=self._model.measure, args=(wanted,), name="evaluation", daemon=True)
+            self._thread.start()
+
+    def collect(self, state: State, *, wait: bool = False) -> None:
+        """Write a figure that is ready; with `wait`, also one that is under way."""
+        if self._thread is None or self._current is None or (self._thread.is_alive() and not wait):
+            return
+        self._thread.join()
+        done, self._thread, self._current = self._current, None, None
+        self._write(done, state)
+
+    def _write(self, done: Measurement, state: State) -> None:
+        if done.bpb is None:
+            logger.warning("round %d: bits per byte could not be measured: %s", done.round, done.error)
+            state.events.add("evaluation", SERVER, repr(done.error), done.round)
+            return
+        self.round = max(self.round, done.round)
+        self._metrics.validation(done.point(done.bpb), step=done.step, seconds=done.seconds)
+        for prompt, sample in (done.samples or {}).items():
+            self._metrics.text(prompt, sample, done.step)
+
+    def stop(self) -> None:
+        """End a measurement that is under way, at its next batch."""
+        self._model.stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+# --- the sites evaluate
+
+
+class SiteEvaluator(RoundEvaluator):
+    """Every site evaluates the weights on text of its own, or on a share of the pinned text, and the sums are pooled.
+
+    The request goes with the next round: a site evaluates the weights that it has just received, before it trains them, in
+    addition to its training's budget. So a figure comes one round later, and costs no second copy of the weights on the wire.
+    Only the last weights of a run are sent for that alone.
+
+    Args:
+        messenger: sends the last weights.
+        there: returns client -> node of those that can be asked now.
+        data: gives the tokenizer, the length of the text, and the pinned validation shard.
+        config: gives sharding, grace and codec.
+        metrics: where figures are written.
+        options: gives how many rounds there are between two figures.
+        policy: says whether clients take turns.
+    """
+
+    def __init__(
+        self,
+        messenger: Messenger,
+        there: Callable[[], Mapping[str, int]],
+        data: TokenDataModule,
+        config: FederationConfig,
+        metrics: FederationMetrics,
+        options: RunOptions,
+        policy: ClientPolicy,
+    ) -> None:
+        super().__init__(metrics, options)
+        self._messenger = messenger
+        self._there = there
+        self._data = data
+        self._config = config
+        self._policy = policy
+        self._waiting: list[Measurement] = []  # of rounds that ended with the weights as they are now
+        self._asked: dict[str, Evaluate] = {}
+        self._sums: dict[str, Evaluation] = {}
+
+    def start(self, state: State, *, last: bool = False) -> None:
+        """Have the weights as they are evaluated with the next round; the last ones of a run at once."""
+        if state.clock.round not in [wanted.round for wanted in self._waiting]:
+            self._waiting.append(self._measurement(state))
+        self.round = state.clock.round
+        if last:
+            self._ask_alone(state)
+
+    def end(self, state: State) -> None:
+        """Have the last weights evaluated, if they are not yet."""
+        if self.round != state.clock.round or self._waiting:
+            self.start(state, last=True)
+
+    def requests(self, instructions: Mapping[str, Instructions]) -> Mapping[str, Evaluate]:
+        """Return what goes with the instructions of a round, by client: nothing where no figure is wanted."""
+        told = {name: {key: getattr(asked, key) for key in REPEATED} for name, asked in instructions.items()}
+        return self._begin_requests(told if self._waiting else {})
+
+    def _begin_requests(self, told: Mapping[str, Mapping[str, str | int]]) -> Mapping[str, Evaluate]:
+        # Text that only a site has is evaluated whole by that site. The pinned shard is divided: the sums of all shares are
+        # the server's own figure, to the last bit on the same hardware and in the same dtype, at 1/n of the work each.
+        # A site that does not answer leaves its share out of the figure, which is then of a little less text, and says so.
+        own_text = self._config.sharding == "local"
+        self._sums = {}
+        self._asked = {
+            client: Evaluate(
+                **told[client],  # type: ignore[arg-type]
+                down_codec=self._config.down_codec,
+                eval_tokens=self._data.eval_tokens,
+                share=0 if own_text else index,
+                shares=1 if own_text else len(told),
+                seconds=self._config.grace_seconds * SHARE_OF_GRACE,
+            )
+            for index, client in enumerate(sorted(told))
+        }
+        return self._asked
+
+    def take_reply(self, client: str, metrics: ReplyMetrics, elapsed: float, state: State) -> float:
+        """Take what a client's reply says of its evaluation, and return the seconds that the client spent on it.
+
+        Args:
+            client: the client's name.
+            metrics: all that came beside the client's weights; whatever it holds, the worst of it is one event.
+            elapsed: seconds since the client was asked.
+            state: counts the event.
+        """
+        asked = self._asked.get(client)
+        if asked is None:
+            return 0.0
+        try:
+            found = _checked(metrics, asked, elapsed)
+            if not found.failure:
+                self._check_sums(found, asked)
+                self._sums[client] = found
+        except RefusedReply as refusal:
+            self._lost(client, refusal, state, asked.round)
+            return 0.0
+        if found.failure:
+            self._lost(client, found.failure, state, asked.round)
+        return found.seconds
+
+    def _check_sums(self, found: Evaluation, asked: Evaluate) -> None:
+        """Refuse sums that no text of this length and no model of this kind can have."""
+        lengths = self._data.tokenizer.token_bytes
+        most = tokens_of_share(self._data.sequence_len, asked.eval_tokens, asked.shares) * max(lengths)
+        if self._config.sharding != "local":
+            most = min(most, self._data.dataset.validation.text_bytes)
+        if not (1 if asked.shares == 1 else 0) <= found.bytes <= most:
+            raise RefusedReply("evaluation", f"it claims {found.bytes} bytes, of {most} at most")
+        # Soft-capped logits lie within +-cap: no target costs more than this, and each has a byte at least.
+        worst = found.bytes * (2 * LOGIT_CAP + math.log(len(lengths)))
+        if not (0 < found.nats <= worst or found.nats == found.bytes == 0):
+            raise RefusedReply(
+                "evaluation", f"it claims {found.nats:g} nats for {found.bytes} bytes, of {worst:g} at most"
+            )
+
+    def end_round(self, state: State, *, merged: bool) -> None:
+        """Write what a round's sites have measured; where they have measured nothing, there is no figure."""
+        if not self._waiting or not self._asked:
+            return
+        found = self._sums
+        count = sum(part.bytes for part in found.values())
+        if count:
+            bpb = bits_per_byte(math.fsum(part.nats for part in found.values()), count)
+            seconds = max(part.seconds for part in found.values())
+            sites = {name: bits_per_byte(part.nats, part.bytes) for name, part in sorted(found.items()) if part.bytes}
+            state.evaluations |= {name: {"round": self.round, "bpb": own} for name, own in sites.items()}
+            silent = len(self._asked) - len(found)
+            for wanted in self._waiting:
+                self._metrics.validation(
+                    wanted.point(bpb), step=wanted.step, seconds=seconds, sites=sites, silent=silent
+                )
+            self._waiting = []
+        elif merged:
+            self._none(state, f"none of the {len(self._asked)} sites that were asked gave a figure")
+        self._asked, self._sums = {}, {}
+
+    def _ask_alone(self, state: State) -> None:
+        nodes = self._there()
+        if not nodes:
+            self._none(state, "no site is there to be asked")
+            return
+        number = state.clock.round
+        try:
+            payload = self._messenger.encode(state.weights, CODECS[self._config.down_codec])
+        except NanofedError as error:  # the disk on which they are kept is full
+            self._none(state, str(error))
+            return
+        told: dict[str, str | int] = {"run": state.run_id, "round": number, "base_hash": hash_arrays(payload)}
+        self._begin_requests({name: {**told, "client": name, "nonce": secrets.token_hex(16)} for name in nodes})
+        seconds = self._policy.time_limit(self._config.grace_seconds, len(nodes))
+        for reply in self._messenger.evaluation(nodes, self._asked, payload, seconds=seconds):
+            if isinstance(reply.result, RefusedReply):
+                self._lost(reply.client, reply.result, state, number)
+            else:
+                self.take_reply(reply.client, reply.metrics, reply.seconds, state)
+        self.end_round(state, merged=True)  # nobody will be asked again
+
+    def _lost(self, client: str, reason: object, state: State, number: int) -> None:
+        logger.warning("round %d: client %s gives no bits per byte: %s", number, client, plain(reason))
+        state.events.add("evaluation", client, reason, number)
+
+    def _none(self, state: State, reason: str) -> None:
+        for wanted in self._waiting:
+            logger.warning("round %d: no bits per byte: %s", wanted.round, reason)
+            state.events.add("evaluation", SERVER, reason, wanted.round)
+        self._waiting = []
+
+
+def _checked(metrics: ReplyMetrics, asked: Evaluate, elapsed: float) -> Evaluation:
+    """Return the evaluation that a client's reply holds.
+
+    Raises:
+        RefusedReply: there is none, it is another round's, or it claims more time than has passed.
+    """
+    if Evaluation.key not in metrics:
+        raise RefusedReply("evaluation", "it was asked for one, and its answer says nothing of it")
+    try:
+        found = Evaluation.from_config(metrics)
+    except WireError as error:
+        raise RefusedReply("evaluation", str(error)) from error
+    check_repeated(found, asked, kind="evaluation")
+    if not 0 <= found.seconds <= elapsed + CLOCK_SLACK:
+        raise RefusedReply("evaluation", f"it claims {found.seconds:.1f} s, {elapsed:.1f} s after it was asked")
+    return found

@@ -3,22 +3,29 @@
 Every row of a shard is, in each epoch, free, on lease to one client, or merged; so a training row is merged at most once an
 epoch. A client that goes on keeps reading where it stands; one that leaves gives back what is not merged.
 
-Leases are stretches of the least-progressed shard, or with a stride, every n-th stretch of all shards in their order.
+Leases are stretches of the least-progressed shard, or with a stride, every n-th stretch of all shards in their order. Where
+every site trains on its own text there is one such ledger a client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowRange
+from nanofed.data.shards import Shard
 from nanofed.data.streams import DataState
 from nanofed.errors import DataError
+from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.reading import locate, rows_between, rows_read
+from nanofed.federated.server.tokens import check_tokens
+from nanofed.federated.server.validation import RefusedReply
+from nanofed.federated.wire.messages import Instructions, Report, SiteShard
 
 FREE, LEASED, MERGED = 0, 1, 2
 TEXT_BYTES_PER_TOKEN = 5.0  # more than tokenizers give: a lease is rather too long than too short
@@ -32,15 +39,15 @@ class AnyShard(Protocol):
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of the shard's file."""
 
     @property
     def num_rows(self) -> int:
-        """Documents in it."""
+        """How many documents the shard has, one a row."""
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of them."""
+        """How many UTF-8 bytes these documents have."""
 
 
 @dataclass
@@ -56,7 +63,12 @@ class Ledger:
     Args:
         shards: the training shards.
         streams: streams of every client: stream s reads the rows r with r mod streams = s.
+
+    Attributes:
+        own_text: every client has text of its own, of which the server has none.
     """
+
+    own_text = False
 
     def __init__(self, shards: Iterable[AnyShard], streams: int) -> None:
         self._shards = {shard.name: shard for shard in shards}
@@ -66,6 +78,9 @@ class Ledger:
         self._rows: dict[tuple[int, str], npt.NDArray[np.uint8]] = {}  # opened (epoch, shard) -> state of every row
         self._epoch = dict.fromkeys(self._shards, 0)  # newest epoch opened, or to be opened, of every shard
         self._clients: dict[str, _Client] = {}
+
+    def admit(self, client: str, shards: Sequence[SiteShard]) -> None:
+        """Do nothing: all clients read these shards, which are compared when a client says hello."""
 
     def share(self, client: str, clients: int) -> int:
         """Return about how many tokens an equal share of all shards has, at `TEXT_BYTES_PER_TOKEN`."""
@@ -222,6 +237,15 @@ class Ledger:
         rows = rows_between(held.ranges, self._streams, held.data, state)
         return sum(len(found) for found in rows.values()) * self._row_bytes
 
+    def believed(self, report: Report, asked: Instructions) -> Report:
+        """Return a client's report as it is.
+
+        Raises:
+            RefusedReply: it claims more tokens than the rows that it has read have bytes of text.
+        """
+        check_tokens(report, asked, cast(Mapping[str, Shard], self._shards), self._streams)
+        return report
+
     def commit(self, client: str, state: DataState) -> int:
         """Mark as merged what a client has read to its last token, and return the number of rows.
 
@@ -318,3 +342,120 @@ def _runs(rows: npt.NDArray[np.uint8]) -> list[list[int]]:
     """Return runs of equal values as [value, length]."""
     ends = np.append(np.flatnonzero(np.diff(rows)) + 1, len(rows))
     return [[int(rows[end - 1]), int(length)] for end, length in zip(ends, np.diff(ends, prepend=0), strict=True)]
+
+
+class LocalLedger(Ledger):
+    """The ledgers of sites that each train on their own text, with the interface of one.
+
+    The server knows names, sizes and fingerprints of a site's shards and leases rows of them; no text leaves the site.
+
+    Args:
+        streams: streams of every client.
+    """
+
+    own_text = True
+
+    def __init__(self, streams: int) -> None:
+        self._streams = streams
+        self._own: dict[str, tuple[SiteShard, ...]] = {}
+        self._ledgers: dict[str, Ledger] = {}
+
+    def admit(self, client: str, shards: Sequence[SiteShard]) -> None:
+        """Take up what a client says that it has; what it said first stays.
+
+        Raises:
+            DataError: it has no text, too few rows for its streams, or other text than it had.
+        """
+        if not shards or max(shard.num_rows for shard in shards) < self._streams:
+            raise DataError(f"its own text has no shard of {self._streams} rows, one a stream")
+        known = self._own.setdefault(client, tuple(shards))
+        if {shard.name: shard for shard in known} != {shard.name: shard for shard in shards}:
+            changed = sorted({shard.name for shard in set(known) ^ set(shards)})
+            raise DataError(f"its own text is not what it was in this run: {', '.join(changed)[:200]} differ")
+        if client not in self._ledgers:
+            self._ledgers[client] = Ledger(known, self._streams)
+
+    def share(self, client: str, clients: int) -> int:
+        """Return about how many tokens the client's own shards have."""
+        return self._ledgers[client].share(client, 1)
+
+    def progress(self, shard: str) -> float:
+        """Return how often a `client/shard` has been merged."""
+        client, name = shard.split("/", 1)
+        return self._ledgers[client].progress(name)
+
+    def merged_rows(self) -> int:
+        """Return the rows merged so far, over all clients."""
+        return sum(ledger.merged_rows() for ledger in self._ledgers.values())
+
+    def lease(
+        self, client: str, tokens: int, *, spare_rows: int = 0, stride: tuple[int, int] | None = None
+    ) -> tuple[RowRange, ...]:
+        """Return rows of the client's own shards, in order."""
+        return self._ledgers[client].lease(client, tokens, spare_rows=spare_rows)
+
+    def clients(self) -> tuple[str, ...]:
+        """Return the clients that hold rows."""
+        return tuple(client for client, ledger in self._ledgers.items() if ledger.clients())
+
+    def held(self, client: str) -> tuple[RowRange, ...]:
+        """Return the rows that a client holds."""
+        return self._ledgers[client].held(client) if client in self._ledgers else ()
+
+    def data(self, client: str) -> DataState | None:
+        """Return where a client's streams stand in what it holds; None at its begin."""
+        return self._ledgers[client].data(client) if client in self._ledgers else None
+
+    def believed(self, report: Report, asked: Instructions) -> Report:
+        """Return a client's report with no more tokens, and steps of them, than there are bytes of text in what it has read.
+
+        Raises:
+            RefusedReply: it has read no row.
+        """
+        possible = int(self._ledgers[report.client].text_bytes(report.client, report.data))
+        if possible < 1:
+            raise RefusedReply("tokens", f"it claims {report.tokens} tokens and has read no row")
+        steps = max(1, min(report.steps, possible * report.steps // report.tokens))
+        return replace(report, tokens=min(report.tokens, possible), steps=steps)
+
+    def commit(self, client: str, state: DataState) -> int:
+        """Mark as merged what a client has read to its last token, and return the number of rows."""
+        return self._ledgers[client].commit(client, state)
+
+    def release(self, client: str) -> int:
+        """Take back what a client holds and has not merged, and return the number of rows."""
+        return self._ledgers[client].release(client) if client in self._ledgers else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ledgers as plain values."""
+        return {
+            "local": {
+                client: {
+                    "shards": [list(vars(shard).values()) for shard in self._own[client]],
+                    "ledger": ledger.state_dict(),
+                }
+                for client, ledger in self._ledgers.items()
+            }
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up saved ledgers.
+
+        Raises:
+            DataError: they are of a run that leased the server's shards.
+        """
+        if "local" not in state:
+            raise DataError(
+                "the saved ledger leases the server's own shards: it was not made with federation.sharding=local"
+            )
+        for client, saved in state["local"].items():
+            self._own[client] = tuple(SiteShard(*shard) for shard in saved["shards"])
+            self._ledgers[client] = Ledger(self._own[client], self._streams)
+            self._ledgers[client].load_state_dict(saved["ledger"])
+
+
+def make_ledger(config: FederationConfig, data: TokenDataModule) -> Ledger:
+    """Return the empty ledger of a federation."""
+    if config.sharding == "local":
+        return LocalLedger(data.streams)
+    return Ledger(data.dataset.train, data.streams)

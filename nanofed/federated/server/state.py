@@ -16,9 +16,8 @@ from nanofed.federated.aggregation.norm_guard import NormGuard
 from nanofed.federated.aggregation.outer import OuterNesterov
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.events import Events
-from nanofed.federated.server.ledger import Ledger
-from nanofed.federated.server.local_ledger import LocalLedger
-from nanofed.federated.server.pace import Pace
+from nanofed.federated.server.ledger import Ledger, make_ledger
+from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import Array
 from nanofed.training.checkpoint import (
@@ -52,23 +51,23 @@ class State:
     """The global weights and all that decides what the next round does with them.
 
     Attributes:
-        weights: stepped in place.
+        weights: the global weights by name, fp32; they are stepped in place.
         ledger: who may read which rows.
         outer: the outer optimizer with its momentum.
-        norms: of accepted updates.
-        pace: of the clients.
+        norms: the usual norms of accepted updates.
         events: what went wrong.
+        speeds: how fast each client is.
         clock: where the run is.
-        run_id: of the run; it stays over resumes.
-        evaluations: client -> `round` and `bpb` of the last weights that it measured, where sites do.
+        run_id: the run's id, which stays over resumes.
+        evaluations: client -> `round` and `bpb` of the last weights that the client evaluated, where sites evaluate.
     """
 
     weights: dict[str, Array]
-    ledger: Ledger | LocalLedger
+    ledger: Ledger
     outer: OuterNesterov
     norms: NormGuard
     events: Events
-    pace: Pace = field(default_factory=Pace)
+    speeds: ClientSpeeds = field(default_factory=ClientSpeeds)
     clock: Clock = field(default_factory=Clock)
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -84,10 +83,9 @@ class State:
     @classmethod
     def without_weights(cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
         """Return the state before the first round, without weights; the module need not be configured."""
-        local = config.sharding == "local"
         return cls(
             weights={},
-            ledger=LocalLedger(data.streams) if local else Ledger(data.dataset.train, data.streams),
+            ledger=make_ledger(config, data),
             outer=OuterNesterov(config.outer_lr, config.outer_momentum),
             norms=NormGuard(config.max_norm_ratio, config.on_large_norm, module.movements()),
             events=Events(run),
@@ -111,7 +109,7 @@ class State:
                 "outer": self.outer.state_dict(),
                 "ledger": self.ledger.state_dict(),
                 "norms": self.norms.state_dict(),
-                "pace": self.pace.state_dict(),
+                "pace": self.speeds.state_dict(),
                 "events": self.events.state_dict(),
                 "evaluations": {client: figures.copy() for client, figures in self.evaluations.items()},
                 "seconds": summary.seconds,
@@ -133,11 +131,9 @@ class State:
         Raises:
             ConfigError: it is of the vanilla path, of another model, tokenizer or text, or of a nanofed that saved less.
         """
-        manifest, own_text = read_manifest(path), isinstance(self.ledger, LocalLedger)
-        check_identity(path, manifest, module, data, "resume", force=force, training=not own_text)
+        manifest, training = read_manifest(path), not self.ledger.own_text
+        check_identity(path, manifest, module, data, "resume", force=force, training=training)
         saved = self.load_without_weights(path)
-        if isinstance(self.ledger, LocalLedger) and manifest.data is None:
-            self.ledger.forget_fingerprints()
         self.load_weights(path)
         # The summary beside it may be ahead, of rounds that were lost, or lost itself.
         known = [point for point in summary.curve if point.step <= self.clock.round]
@@ -166,7 +162,7 @@ class State:
         self.ledger.load_state_dict(saved["ledger"])
         self.norms.load_state_dict(saved["norms"])
         self.events.load_state_dict(saved["events"])
-        self.pace = Pace(**saved["pace"])
+        self.speeds = ClientSpeeds(**saved["pace"])
         self.clock = Clock(**saved["clock"])
         self.run_id = saved["run"]
         self.evaluations = saved.get("evaluations", {})

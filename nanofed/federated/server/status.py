@@ -1,23 +1,74 @@
-"""What a run's folder says of it, also while its server runs: checkpoint, events, and what the server said last."""
+"""How far a federated run is: what its checkpoint and events say, and what its server said last in `server.json`."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType, UnionType
+from typing import Any, Self
 
 import torch
 
 from nanofed.errors import ConfigError
 from nanofed.federated.server.events import KINDS, SERVER, Events
-from nanofed.federated.server.live import live
+from nanofed.federated.server.ledger import LEASED, MERGED
+from nanofed.files import write_atomically
 from nanofed.training.checkpoint import STATE, CheckpointError, Manifest, checkpoints, read_manifest
 from nanofed.training.summary import CONFIG
 
-FREE, LEASED, MERGED = 0, 1, 2  # rows, as the ledger saves them
+logger = logging.getLogger(__name__)
+
+FILE = "server.json"
+KINDS_IN_FILE: dict[str, type | UnionType] = {
+    "pid": int, "host": str, "since": float, "when": float, "phase": str, "round": int, "horizon": int | None,
+    "clients": list, "merged": list, "refused": dict, "waiting_for": str,
+}  # fmt: skip
+
+
+class StatusFile:
+    """Keeps `server.json` of a run up to date while a round loop runs, as a context manager.
+
+    Args:
+        run: the run's folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / FILE
+        self._said: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+
+    def __enter__(self) -> Self:
+        self.say(phase="starting")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.say(phase="ended" if error is None else "failed")
+
+    def say(self, **figures: Any) -> None:
+        """Write what the server is doing; figures that were said before stay."""
+        self._said |= {"when": time.time(), **figures}
+        try:
+            write_atomically(self._path, json.dumps(self._said) + "\n")
+        except OSError as error:  # the file is for people who look on; the run does not need it
+            logger.debug("%s cannot be written: %s", self._path, error)
+
+
+def read_status_file(run: Path) -> dict[str, Any] | None:
+    """Return what the server of a run said last, None if it said nothing that can be read."""
+    try:
+        said = json.loads((run / FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(said, dict) and all(
+        isinstance(said[name], kind) for name, kind in KINDS_IN_FILE.items() if name in said
+    )
+    return said if whole else None
 
 
 @dataclass(frozen=True)
@@ -25,17 +76,17 @@ class Status:
     """How far a run is.
 
     Attributes:
-        run: its folder.
-        round: the last one saved; 0 before the first.
-        tokens: merged by then.
-        horizon: tokens of the whole run, where the server has said so.
-        bpb: the last bits per byte by then.
-        saved: when the checkpoint was written, seconds since 1970.
-        server: what the server said last, with `alive`: whether it still runs, None where that cannot be known from here.
-        sites: name -> rounds, tokens, tokens_per_second, overhead_seconds, rows on lease; where sites measure the weights, also
-            bpb: the last bits per byte of its own text, and bpb_round: after which round.
-        shards: name -> how often it was merged, and rows on lease.
-        events: name of a client -> kind -> count, reason, round, when.
+        run: the run's folder.
+        round: the last saved round; 0 before the first.
+        tokens: tokens merged by that round.
+        horizon: tokens of the whole run, None where no server has said it.
+        bpb: the last bits per byte by that round.
+        saved: time at which the checkpoint was written, seconds since 1970.
+        server: what the server said last, and `alive`: whether it still runs, None where that cannot be known from here.
+        sites: name -> rounds, tokens, tokens_per_second, overhead_seconds and rows_held. Where sites evaluate the weights, also
+            bpb, the last bits per byte of the site's own text, and bpb_round, the round after which it was measured.
+        shards: name -> how often the shard was merged, and how many of its rows are on lease.
+        events: client -> kind -> count, reason, round, when.
     """
 
     run: str
@@ -59,7 +110,7 @@ def read_status(run: Path) -> Status:
     """
     if not run.is_dir() or not ((run / CONFIG).is_file() or checkpoints(run)):
         raise ConfigError(f"{run} is no run's folder: name one such as runs/tiny_federated")
-    said = live(run)
+    said = read_status_file(run)
     newest = _newest(run)
     if newest is None and said is None:
         raise ConfigError(f"{run} holds no federated run that has begun: no server has said anything, nothing is saved")
@@ -93,7 +144,7 @@ def _newest(run: Path) -> tuple[Manifest, dict[str, Any], float] | None:
             manifest = read_manifest(found[-1], verify=False)
             if manifest.kind != "federated":
                 raise ConfigError(f"{run} holds a {manifest.kind} run: `nanofed status` reads federated ones")
-            # Mapped: of a large model's momentum nothing is read.
+            # The file is mapped, so that nothing of a large model's momentum is read.
             state = torch.load(found[-1] / STATE, map_location="cpu", weights_only=True, mmap=True)
             return manifest, state, found[-1].stat().st_mtime
         except (CheckpointError, OSError, RuntimeError) as error:
@@ -103,7 +154,7 @@ def _newest(run: Path) -> tuple[Manifest, dict[str, Any], float] | None:
 
 
 def _alive(said: dict[str, Any]) -> bool | None:
-    """Tell whether the server's process runs: known only on its own machine."""
+    """Tell whether the server's process runs, which is known only on its own machine."""
     if said.get("phase") in ("ended", "failed"):
         return False
     if said.get("host") != socket.gethostname():
@@ -118,15 +169,13 @@ def _alive(said: dict[str, Any]) -> bool | None:
 
 
 def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
-    pace, ledger = state.get("pace", {}), state.get("ledger", {})
+    pace, ledger, measured = state.get("pace", {}), state.get("ledger", {}), state.get("evaluations", {})
     parts = [saved["ledger"] for saved in ledger["local"].values()] if "local" in ledger else [ledger]
     held = {
         name: sum(stop - start for _, start, stop, _ in client["ranges"])
         for part in parts
         for name, client in part.get("clients", {}).items()
     }
-    measured = state.get("evaluations", {})
-    names = sorted(pace.get("rounds", {}).keys() | held.keys() | measured.keys())
     return {
         name: {
             "rounds": pace.get("rounds", {}).get(name, 0),
@@ -136,7 +185,7 @@ def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
             "rows_held": held.get(name, 0),
             **({"bpb": measured[name]["bpb"], "bpb_round": measured[name]["round"]} if name in measured else {}),
         }
-        for name in names
+        for name in sorted(pace.get("rounds", {}).keys() | held.keys() | measured.keys())
     }
 
 
@@ -149,13 +198,17 @@ def _shards(ledger: dict[str, Any]) -> dict[str, dict[str, float]]:
         }
     out = {}
     for name, epoch in sorted(ledger.get("epoch", {}).items()):
-        opened = {at: dict.fromkeys((FREE, LEASED, MERGED), 0) for at, shard, _ in ledger["rows"] if shard == name}
-        for at, shard, runs in ledger["rows"]:
-            for kind, length in runs if shard == name else ():
-                opened[at][kind] += length
-        progress = float(sum(at not in opened for at in range(epoch)))
-        progress += sum(rows[MERGED] / max(1, sum(rows.values())) for rows in opened.values())
-        out[name] = {"epochs_merged": progress, "rows_leased": sum(rows[LEASED] for rows in opened.values())}
+        opened = {at: runs for at, shard, runs in ledger["rows"] if shard == name}
+        rows = {
+            at: {kind: sum(length for value, length in runs if value == kind) for kind in (LEASED, MERGED)}
+            | {"all": sum(length for _, length in runs)}
+            for at, runs in opened.items()
+        }
+        closed = sum(at not in opened for at in range(epoch))
+        out[name] = {
+            "epochs_merged": closed + sum(counts[MERGED] / max(1, counts["all"]) for counts in rows.values()),
+            "rows_leased": sum(counts[LEASED] for counts in rows.values()),
+        }
     return out
 
 
@@ -201,22 +254,18 @@ def _server_lines(server: dict[str, Any] | None) -> list[str]:
     if server is None:
         return ["server: none has run here"]
     where = f"process {server.get('pid')} on {server.get('host')}"
+    when, phase = _ago(server.get("when", 0)), server.get("phase", "")
     if server["alive"] is False:
-        return [
-            f"server: does not run ({where} {server.get('phase', '')}, last heard of {_ago(server.get('when', 0))})"
-        ]
+        return [f"server: does not run ({where} {phase}, last heard of {when})"]
     known = "" if server["alive"] else " (another machine: whether it still runs is not known here)"
-    lines = [
-        f"server: {where}, {server.get('phase')} round {server.get('round', '')}, {_ago(server.get('when', 0))}{known}"
-    ]
-    if server.get("phase") == "waiting" and server.get("waiting_for"):
+    lines = [f"server: {where}, {phase} round {server.get('round', '')}, {when}{known}"]
+    if phase == "waiting" and server.get("waiting_for"):
         lines.append(f"waiting for {server['waiting_for']}")
     elif server.get("clients"):
         lines.append(
             f"here: {', '.join(server['clients'])}; merged so far: {', '.join(server.get('merged', [])) or 'none'}"
         )
-    lines += [f"refused: {client}: {reason}" for client, reason in server.get("refused", {}).items()]
-    return lines
+    return lines + [f"refused: {client}: {reason}" for client, reason in server.get("refused", {}).items()]
 
 
 def _ago(when: float) -> str:

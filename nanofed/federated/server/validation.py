@@ -16,6 +16,7 @@ from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import Kind
 from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays, payload_bytes
+from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
 from nanofed.federated.wire.plain import plain
 
@@ -97,9 +98,7 @@ def check_reply(
     except Exception as error:  # foreign bytes: NumPy's reader raises a dozen kinds
         reason = str(error) if isinstance(error, WireError) else f"it cannot be read: {error!r}"
         raise RefusedReply("malformed", reason) from error
-    for name, kind in REPEATED.items():
-        if getattr(report, name) != getattr(instructions, name):
-            raise RefusedReply(kind, f"it is for {name} {getattr(report, name)!r}, not {getattr(instructions, name)!r}")
+    check_repeated(report, instructions)
     _check_figures(report, instructions)
     _check_positions(report, instructions, streams, most_pending)
     if hash_arrays(arrays) != report.payload_hash:
@@ -108,6 +107,14 @@ def check_reply(
     if not all(map(math.isfinite, norms)):
         raise RefusedReply("not_finite", f"{_not_finite(arrays, sent)} is not finite")
     return Update(arrays, report, payload, norms, unwritten)
+
+
+def check_repeated(said: Report | Evaluation, asked: Instructions | Evaluate, kind: Kind | None = None) -> None:
+    """Refuse an answer that does not repeat whose message it answers, as `kind`, by default as `REPEATED` says."""
+    for name, own in REPEATED.items():
+        there, here = getattr(said, name), getattr(asked, name)
+        if there != here:
+            raise RefusedReply(kind or own, f"it is for {name} {there!r}, not {here!r}")
 
 
 def _not_finite(arrays: Arrays, sent: SentWeights) -> str:

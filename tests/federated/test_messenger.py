@@ -9,7 +9,7 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from nanofed.federated.server.events import Events
-from nanofed.federated.server.exchange import Exchange
+from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.lateness import LIFE
 from tests.federated.replies import STREAMS, instructions, request, sent
@@ -41,9 +41,9 @@ def answer(message_id: str, error: str = "") -> Message:
     return Message(Error(1, error), reply_to=asked) if error else Message(asked.content, reply_to=asked)
 
 
-def play(exchange: Exchange, number: int, seconds: float = 0.3) -> Any:
+def play(messenger: Messenger, number: int, seconds: float = 0.3) -> Any:
     request()  # Message() reads what it sets
-    results = exchange.round(
+    results = messenger.round(
         {CLIENT: NODE}, {CLIENT: instructions(round=number)}, sent(), streams=STREAMS, most_pending=1, seconds=seconds
     )
     (one,) = list(results)
@@ -52,28 +52,28 @@ def play(exchange: Exchange, number: int, seconds: float = 0.3) -> Any:
 
 def test_a_late_answer_is_named_and_dropped_and_the_message_lives_for_it() -> None:
     grid, events = SlowGrid(), Events()
-    exchange = Exchange(cast(Grid, grid), events)
-    silent = play(exchange, 1)
+    messenger = Messenger(cast(Grid, grid), events)
+    silent = play(messenger, 1)
     assert isinstance(silent, RefusedReply) and silent.kind == "silent"
     assert grid.pushed[0].metadata.ttl == LIFE * 0.3
     grid.answers["message 0"] = answer("message 0")
-    assert play(exchange, 2).kind == "silent"
+    assert play(messenger, 2).kind == "silent"
     late = events.last("late", CLIENT)
     assert late is not None and late.count == 1
-    assert exchange.late == {CLIENT}
+    assert messenger.late == {CLIENT}
     assert late.reason == "its answer to round 1 came when that was over"
     grid.asked.clear()
-    assert play(exchange, 3).kind == "silent"
+    assert play(messenger, 3).kind == "silent"
     assert set(grid.asked) == {"message 1", "message 2"}, "who has answered is not asked again"
 
 
 def test_flowers_word_for_a_dead_message_ends_the_waiting_for_it() -> None:
     grid, events = SlowGrid(), Events()
-    exchange = Exchange(cast(Grid, grid), events)
-    play(exchange, 1)
+    messenger = Messenger(cast(Grid, grid), events)
+    play(messenger, 1)
     grid.answers["message 0"] = answer("message 0", error="the message is unavailable")
-    play(exchange, 2)
+    play(messenger, 2)
     grid.asked.clear()
-    play(exchange, 3)
+    play(messenger, 3)
     assert "message 0" not in grid.asked
     assert events.total() == 0

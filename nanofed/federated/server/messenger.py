@@ -1,4 +1,4 @@
-"""A round's messages: send the weights to every client, and take the answers one at a time."""
+"""The server's messages over Flower's Grid: send one to every client, and take the replies one at a time."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from nanofed.federated.wire.messages import Instructions
 POLL_SECONDS = 0.1
 MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them, less often
 T = TypeVar("T")
-Metrics = Mapping[str, Any]
+ReplyMetrics = Mapping[str, Any]
 
 # Flower's messages are cycles, with the weights where these are in them: few objects, so that Python would look too late.
 WASTE_BYTES = 64 << 20
-REMEMBERED = 1000  # messages of earlier rounds, whose answers can still be told apart
+REMEMBERED = 1000  # messages of earlier rounds, whose replies can still be told apart
 
 
 @dataclass(frozen=True)
-class Answer(Generic[T]):
+class ClientReply(Generic[T]):
     """What came of one client's message.
 
     Attributes:
-        client: its name.
+        client: the client's name.
         result: what was asked for, such as an update to be merged, or why there is none.
-        seconds: from the dispatch until the answer was here and checked.
+        seconds: time from the dispatch until the reply was here and checked.
         metrics: all that the client said beside weights, unchecked; empty where there is no result.
     """
 
     client: str
     result: T | RefusedReply
     seconds: float
-    metrics: Metrics
+    metrics: ReplyMetrics
 
 
-class Exchange:
-    """Sends rounds and takes their answers; what is no answer to the round is counted and dropped.
+class Messenger:
+    """Sends messages to clients and takes their replies; a reply that nobody waits for is counted and dropped.
 
     Args:
         grid: the connection to the nodes.
-        events: where strays are counted.
-        carriage: of the weights; in the messages by default.
+        events: counts the replies that nobody waits for.
+        carriage: moves the weights; by default they are in the messages.
 
     Attributes:
-        late: clients whose answers came too late since somebody emptied it.
+        late: clients whose replies came too late since somebody emptied this set.
     """
 
     def __init__(self, grid: Grid, events: Events, carriage: Carriage | None = None) -> None:
@@ -65,11 +65,8 @@ class Exchange:
         self._events = events
         self._carriage = carriage or InMessages()
         self.late: set[str] = set()
-        self._given_up: OrderedDict[str, tuple[str, int]] = (
-            OrderedDict()
-        )  # message -> client and round, until it is dead
+        self._given_up: OrderedDict[str, tuple[str, int]] = OrderedDict()  # message -> client and round
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
-        self._waste = 0  # bytes of messages that were let go since garbage was collected
 
     def encode(self, weights: Weights, codec: Codec) -> Arrays:
         """Return weights as they are sent, for the next `round` or `evaluation`.
@@ -88,29 +85,24 @@ class Exchange:
         streams: int,
         most_pending: int,
         seconds: float,
-        asks: Mapping[str, Evaluate] | None = None,
-    ) -> Iterator[Answer[Update]]:
-        """Send a round and yield every client with its checked answer, in the order of arrival.
-
-        One answer is held at a time: the caller folds it in before the next is pulled. Who has not answered in time is
-        refused.
+        requests: Mapping[str, Evaluate] | None = None,
+    ) -> Iterator[ClientReply[Update]]:
+        """Send a round, and yield every client with its update or why there is none, in the order of arrival.
 
         Args:
             nodes: client -> node id.
             instructions: client -> what it is to do.
-            sent: the weights, the same for all.
-            streams: of every client's data.
+            sent: the weights, the same for all clients.
+            streams: streams of every client's data.
             most_pending: documents that a stream's packer may hold.
-            seconds: until a client is given up; what it answers in as much time again is named as late.
-            asks: client -> what it is to measure of these weights beside.
+            seconds: until a client is given up; a reply within as much time again is named as late.
+            requests: client -> what it is to evaluate of these weights before it trains.
         """
-        asks = asks or {}
-        configs = {
-            client: instructions[client].to_config() | (asks[client].to_config() if client in asks else {})
-            for client in nodes
-        }
+        configs = {client: instructions[client].to_config() for client in nodes}
+        for client, request in (requests or {}).items():
+            configs[client] |= request.to_config()
 
-        def check(client: str, reply: Message, load: Load) -> tuple[Update, Metrics]:
+        def check(client: str, reply: Message, load: Load) -> tuple[Update, ReplyMetrics]:
             def take(reply: Message) -> Arrays:
                 return load.take(client, reply, sent.up, sent.weights)
 
@@ -122,24 +114,24 @@ class Exchange:
         return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, load, number, seconds, check)
 
     def evaluation(
-        self, nodes: Mapping[str, int], asks: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
-    ) -> Iterator[Answer[None]]:
-        """Send weights to be measured and nothing else, and yield every client with what it says, in the order of arrival.
+        self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
+    ) -> Iterator[ClientReply[None]]:
+        """Send weights to be evaluated and nothing else, and yield every client with its reply, in the order of arrival.
 
         Args:
             nodes: client -> node id.
-            asks: client -> what it is to measure.
+            requests: client -> what it is to evaluate.
             payload: the weights, in the codec that the requests name.
             seconds: until a client is given up.
         """
 
-        def check(client: str, reply: Message, _: Load) -> tuple[None, Metrics]:
+        def check(client: str, reply: Message, _: Load) -> tuple[None, ReplyMetrics]:
             if reply.has_error():
                 raise RefusedReply("evaluation", f"the client failed: {reply.error.reason}")
             return None, reply.content.config_records.get("evaluateres.metrics", {})
 
-        configs = {client: asks[client].to_config() for client in nodes}
-        number = next(iter(asks.values())).round
+        configs = {client: requests[client].to_config() for client in nodes}
+        number = next(iter(requests.values())).round
         load = self._carriage.load(payload, list(nodes), 0, seconds)
         return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, load, number, seconds, check)
 
@@ -152,9 +144,9 @@ class Exchange:
         load: Load,
         number: int,
         seconds: float,
-        check: Callable[[str, Message, Load], tuple[T, Metrics]],
-    ) -> Iterator[Answer[T]]:
-        """Send one message to each client and yield what `check` makes of its answer, or why it refuses it."""
+        check: Callable[[str, Message, Load], tuple[T, ReplyMetrics]],
+    ) -> Iterator[ClientReply[T]]:
+        """Send one message to each client and yield what `check` makes of its reply, or why it refuses it."""
         started = time.monotonic()
         deadline = started + seconds
         waiting: dict[str, str] = {}  # message id -> client
@@ -166,8 +158,8 @@ class Exchange:
                 waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
                 del content, message
             load.sent()
-            self._waste += load.aboard
-            self._collect_garbage()
+            if load.aboard > WASTE_BYTES:
+                gc.collect()
             while waiting and time.monotonic() < deadline:
                 idle = True
                 for reply in self._pull(waiting):
@@ -178,48 +170,40 @@ class Exchange:
                         self._stray(reply, number)
                         continue
                     client = waiting.pop(message_id)
-                    self._remember(self._answered, message_id, client)
-                    self._waste += load.aboard
+                    _remember(self._answered, message_id, client)
                     result: T | RefusedReply
-                    metrics: Metrics = {}
+                    metrics: ReplyMetrics = {}
                     try:
                         result, metrics = check(client, reply, load)
                     except RefusedReply as refusal:
                         result = RefusedReply(refusal.kind, str(refusal))  # the other one's traceback holds the weights
                     del reply
-                    yield Answer(client, result, time.monotonic() - started, metrics)
+                    yield ClientReply(client, result, time.monotonic() - started, metrics)
                     del result, metrics
                     load.drop(client)
                 if idle and waiting:
                     time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * len(waiting)))
             for client in waiting.values():
-                yield Answer(client, RefusedReply("silent", f"no answer within {seconds:.0f} s"), seconds, {})
+                yield ClientReply(client, RefusedReply("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
             load.close()
-            gc.collect()  # a cycle would hold the round's files and memory: few objects are looked at (`FrozenObjects`)
-            self._waste = 0
+            gc.collect()  # a cycle would hold the round's files and memory, and Python hardly looks here: see `FrozenObjects`
             for message_id, client in waiting.items():
-                self._remember(self._given_up, message_id, (client, number))
-
-    def _collect_garbage(self) -> None:
-        """Collect the messages that were let go, if they are many."""
-        if self._waste > WASTE_BYTES:
-            gc.collect()
-            self._waste = 0
+                _remember(self._given_up, message_id, (client, number))
 
     def _pull(self, waiting: Mapping[str, str]) -> Iterator[Message]:
-        """Ask for each message's answer by itself: a grid that is asked for all of them holds all of them in memory."""
+        """Ask for each message's reply by itself: a grid that is asked for all of them holds all of them in memory."""
         for message_id in [*waiting, *self._given_up]:
             if not waiting:
                 return  # in process, a client that was given up would train now
             yield from self._grid.pull_messages([message_id])
 
     def _stray(self, reply: Message, number: int) -> None:
-        """Count an answer that nobody waits for."""
+        """Count a reply that nobody waits for."""
         message_id = reply.metadata.reply_to_message_id
         if message_id in self._given_up:
             client, asked_in = self._given_up.pop(message_id)
-            if not reply.has_error():  # Flower's own word for a message whose time is over
+            if not reply.has_error():  # an error is Flower's own word for a message whose time is over
                 self.late.add(client)
                 self._events.add("late", client, f"its answer to round {asked_in} came when that was over", number)
         elif message_id in self._answered:
@@ -228,8 +212,8 @@ class Exchange:
             node = reply.metadata.src_node_id
             self._events.add("foreign", SERVER, f"node {node} answered a message that it was not sent", number)
 
-    @staticmethod
-    def _remember(where: OrderedDict[str, T], message_id: str, value: T) -> None:
-        where[message_id] = value
-        while len(where) > REMEMBERED:
-            where.popitem(last=False)
+
+def _remember(where: OrderedDict[str, T], message_id: str, value: T) -> None:
+    where[message_id] = value
+    while len(where) > REMEMBERED:
+        where.popitem(last=False)

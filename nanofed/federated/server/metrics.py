@@ -1,0 +1,307 @@
+"""The figures of a federation: TensorBoard, one line of the log a round, a progress bar, and the run's summary."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from nanofed import streams
+from nanofed.federated.aggregation.aggregator import PseudoGradient
+from nanofed.federated.aggregation.norm_guard import Length
+from nanofed.federated.server.events import KINDS, Events
+from nanofed.federated.server.validation import Update
+from nanofed.federated.wire.blocks import l2_norm
+from nanofed.federated.wire.plain import plain
+from nanofed.training.summary import Point, Summary
+
+logger = logging.getLogger(__name__)
+
+SITES = "sites"  # the folder of a run in which every client has a folder of event files
+MAX_SITES = 64  # clients that get a folder and an open file each
+MAX_NAMED = 8  # clients that a line of the log names
+
+
+@dataclass
+class MergedUpdate:
+    """A client's part in a round that was merged.
+
+    Attributes:
+        update: the client's reply without its arrays.
+        length: the L2 norms of the update, of the whole and by parameter group.
+        weight: the client's share in the mean; shares need not sum to 1.
+        scale: the factor of the update, below 1 where its norm was clipped.
+        seconds: time from the dispatch to the checked reply, without the time in which the client evaluated the weights.
+        held: the update waited on disk until the others of its round were known.
+        cosine: the cosine of the update and the merged update, None before that is known.
+    """
+
+    update: Update
+    length: Length
+    weight: float
+    scale: float
+    seconds: float
+    held: bool = False
+    cosine: float | None = None
+
+
+@dataclass
+class RoundMetrics:
+    """What one round came to.
+
+    Attributes:
+        round: number of the round, from 1.
+        asked: how many clients were sent the round.
+        merged: the merged updates by client.
+        refused: how many replies were not merged.
+        silent: how many clients sent no reply in time.
+        bytes_down: bytes of the weights sent to all clients, without framing.
+        wait: seconds until there was a quorum.
+        exchange: seconds from the dispatch to the last reply.
+        merge: seconds of folding, of the outer step and of the commit.
+        merged_norm: L2 norm of the pseudo-gradient.
+    """
+
+    round: int
+    asked: int
+    merged: dict[str, MergedUpdate] = field(default_factory=dict)
+    refused: int = 0
+    silent: int = 0
+    bytes_down: int = 0
+    wait: float = 0.0
+    exchange: float = 0.0
+    merge: float = 0.0
+    merged_norm: float = 0.0
+
+    def take(self, gradient: PseudoGradient, cosines: Mapping[str, float]) -> None:
+        """Take up the norm of the round's pseudo-gradient, and the cosine of each client's update with it."""
+        self.merged_norm = l2_norm(list(gradient.values()))
+        for client, cosine in cosines.items():
+            self.merged[client].cosine = cosine
+
+    @property
+    def norms(self) -> list[float]:
+        """The L2 norm of each client's update as it was merged."""
+        return [part.update.norm * part.scale for part in self.merged.values()]
+
+    @property
+    def train_seconds(self) -> float:
+        """The longest training: clients train at the same time, each on its own clock."""
+        return max(part.update.report.seconds for part in self.merged.values())
+
+    def scalars(self) -> dict[str, float]:
+        """Return the scalars of the round by tag."""
+        parts, norms = list(self.merged.values()), self.norms
+        reports = [part.update.report for part in parts]
+        cosines = [part.cosine for part in parts if part.cosine is not None]
+        mean_norm = math.fsum(norms) / len(norms)
+        out = {
+            "train/loss": sum(report.loss_last for report in reports) / len(reports),
+            "train/tok_per_sec": sum(report.tokens / report.seconds for report in reports if report.seconds > 0),
+            "fed/round": self.round,
+            "fed/clients_asked": self.asked,
+            "fed/clients_merged": len(parts),
+            "fed/clients_late": self.silent,
+            "fed/clients_refused": self.refused,
+            "fed/steps_mean": math.fsum(report.steps for report in reports) / len(parts),
+            "fed/bytes_up": sum(part.update.payload_bytes for part in parts),
+            "fed/bytes_down": self.bytes_down,
+            "fed/wait_seconds": self.wait,
+            "fed/train_seconds": self.train_seconds,
+            "fed/transfer_seconds": max(0.0, *(part.seconds - part.update.report.seconds for part in parts)),
+            "fed/merge_seconds": self.merge,
+            "fed/round_seconds": self.wait + self.exchange + self.merge,
+            "fed/update_norm_mean": mean_norm,
+            "fed/update_norm_max": max(norms),
+            "fed/update_norm_merged": self.merged_norm,
+            # 1 where all clients move alike, 1/sqrt(n) where their updates have nothing in common.
+            "fed/drift": self.merged_norm / mean_norm if mean_norm else 0.0,
+        }
+        if cosines:
+            out["fed/cosine_to_merged_mean"] = math.fsum(cosines) / len(cosines)
+            out["fed/cosine_to_merged_min"] = min(cosines)
+        if (cosine := self.cosine_between_clients()) is not None:
+            out["fed/cosine_between_clients"] = cosine
+        return out
+
+    def cosine_between_clients(self) -> float | None:
+        """Return the mean cosine of pairs of updates, weighted by their lengths and shares; None for a single client.
+
+        It follows from the norms of the updates u_i and of their weighted mean alone: |sum w_i u_i|^2 is the sum of
+        w_i^2 |u_i|^2 plus the sum of w_i w_j <u_i, u_j> over pairs. It holds where the merge is the mean.
+        """
+        lengths = [part.weight * norm for part, norm in zip(self.merged.values(), self.norms, strict=True)]
+        own = math.fsum(length**2 for length in lengths)
+        largest = math.fsum(lengths) ** 2 - own
+        if len(lengths) < 2 or largest <= 0:
+            return None
+        total = math.fsum(part.weight for part in self.merged.values())
+        return max(-1.0, min(1.0, ((self.merged_norm * total) ** 2 - own) / largest))
+
+
+class FederationMetrics:
+    """Writes nanochat's tags with `fed/...` beside them, by step, tokens and seconds, so that both training paths overlay.
+
+    The figures of the whole run are in the run's folder, those of a client in `sites/<client>` below it. A full disk costs
+    figures and does not end the run.
+
+    Args:
+        run: the run's folder.
+        summary: what the run has come to so far.
+    """
+
+    def __init__(self, run: Path, summary: Summary) -> None:
+        self.summary = summary
+        self._run = run
+        self._writers: dict[str, SummaryWriter] = {}
+        self._is_full = False
+        self._bar: tqdm[Any] = tqdm(disable=True)
+
+    def merged(self, figures: RoundMetrics, *, step: int, tokens: int, rows: int, events: Events) -> None:
+        """Write what a round came to.
+
+        Args:
+            figures: the round's figures.
+            step: optimizer steps of the run so far; scalars are written at this step.
+            tokens: tokens merged so far.
+            rows: rows merged so far.
+            events: what went wrong in the run so far.
+        """
+        self.summary.tokens = tokens
+        self.summary.seconds += figures.train_seconds
+        scalars = {
+            **figures.scalars(),
+            "train/tokens": tokens,
+            "train/seconds": self.summary.seconds,
+            "fed/rows_merged": rows,
+            "fed/events_total": events.total(),
+            **{f"fed/events/{kind}": count for kind in KINDS if (count := events.total(kind))},
+        }
+        loss = scalars["train/loss"]
+        self._scalars("", scalars, step)
+        self._scalars("", {"train/loss_by_tokens": loss}, tokens)
+        for client, part in figures.merged.items():
+            report = part.update.report
+            own = {
+                "train/loss": report.loss_last,
+                "train/tok_per_sec": report.tokens / report.seconds if report.seconds > 0 else 0.0,
+                "fed/steps": report.steps,
+                "fed/train_seconds": report.seconds,
+                "fed/update_norm": part.update.norm,
+                "fed/update_scale": part.scale,
+                "fed/bytes_up": part.update.payload_bytes,
+                "fed/events_total": events.total(client=client),
+                **({} if part.cosine is None else {"fed/cosine_to_merged": part.cosine}),
+            }
+            self._scalars(client, own, step)
+        self._bar.clear()
+        logger.info(
+            "round %3d  %d of %d clients  %8.2f M tokens  %s steps  train loss %.3f  %7.1f s",
+            figures.round,
+            len(figures.merged),
+            figures.asked,
+            tokens / 1e6,
+            "+".join(str(part.update.report.steps) for part in figures.merged.values()),
+            loss,
+            self.summary.seconds,
+        )
+
+    def validation(
+        self, point: Point, *, step: int, seconds: float, sites: Mapping[str, float] | None = None, silent: int = 0
+    ) -> None:
+        """Write bits per byte after a round: against optimizer steps, as the vanilla path does, tokens and seconds.
+
+        Args:
+            point: the round, its tokens and seconds of training, and the bits per byte.
+            step: optimizer steps of the run by then.
+            seconds: how long the evaluation took.
+            sites: the bits per byte of each client's own text, where clients evaluated.
+            silent: how many clients were asked and gave no figure.
+        """
+        sites = sites or {}
+        self.summary.add(point)
+        self._scalars("", {"val/bpb": point.bpb, "fed/evaluate_seconds": seconds}, step)
+        self._scalars("", {"val/bpb_by_tokens": point.bpb}, point.tokens)
+        self._scalars("", {"val/bpb_by_seconds": point.bpb}, round(point.seconds))
+        for client, bpb in sites.items():
+            self._scalars(client, {"val/bpb": bpb}, step)
+            self._scalars(client, {"val/bpb_by_tokens": bpb}, point.tokens)
+        named = [f"{client} {bpb:.4f}" for client, bpb in sorted(sites.items())[:MAX_NAMED]]
+        named += [f"{len(sites) - MAX_NAMED} more"] if len(sites) > MAX_NAMED else []
+        by_site = f" ({', '.join(named)}{f'; {silent} without a figure' if silent else ''})" if sites else ""
+        self._bar.clear()
+        logger.info(
+            "round %3d  %21.2f M tokens  val %.4f bits per byte%s", point.step, point.tokens / 1e6, point.bpb, by_site
+        )
+        self.save()
+
+    def text(self, prompt: str, sample: str, step: int) -> None:
+        """Write a text sample."""
+        self._try(lambda: self._writer("").add_text(f"sample/{plain(prompt, 40)}", sample, step))
+
+    def open_bar(self, tokens: int, horizon: int) -> None:
+        """Show a bar of merged tokens on their way to the horizon, if this is a terminal."""
+        self._bar = tqdm(
+            total=horizon,
+            initial=tokens,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not streams.on_terminal(),
+            leave=False,
+        )
+
+    def show(self, text: str, tokens: int) -> None:
+        """Move the bar to the merged tokens, and say beside it what is going on."""
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(tokens - self._bar.n)
+        self._bar.refresh()
+
+    def close_bar(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+    def _scalars(self, client: str, scalars: Mapping[str, float], step: int) -> None:
+        if client not in self._writers and len(self._writers) > MAX_SITES:
+            return
+
+        def write() -> None:
+            for tag, value in scalars.items():
+                self._writer(client).add_scalar(tag, value, step)
+
+        self._try(write)
+
+    def _writer(self, client: str) -> SummaryWriter:
+        if client not in self._writers:
+            self._writers[client] = SummaryWriter(str(self._run / SITES / client if client else self._run))
+        return self._writers[client]
+
+    def _try(self, write: Callable[[], object]) -> None:
+        """Write, and where that fails say so once; the next round opens the files anew."""
+        try:
+            write()
+            self._is_full = False
+        except OSError as error:
+            if not self._is_full:
+                logger.warning("the figures of %s cannot be written: %s", self._run, error.strerror or error)
+            self._is_full = True
+            self._writers.clear()  # the error has ended TensorBoard's writing thread
+
+    def save(self) -> None:
+        """Write events and summary to disk."""
+        for writer in list(self._writers.values()):
+            self._try(writer.flush)
+        self._try(lambda: self.summary.write(self._run))
+
+    def close(self) -> None:
+        """Close the event files."""
+        self.close_bar()
+        self.save()
+        for writer in list(self._writers.values()):
+            self._try(writer.close)

@@ -1,0 +1,233 @@
+"""What each client is asked to do in a round: for how long, from where, on which rows; and what that is learnt from."""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from nanofed.data.datamodule import TokenDataModule
+from nanofed.federated.config import FederationConfig
+from nanofed.federated.server.policy import ClientPolicy
+from nanofed.federated.server.validation import RefusedReply
+from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.training.module import GPTModule
+
+if TYPE_CHECKING:
+    from nanofed.federated.server.state import State
+
+MAX_MARGIN = 8.0  # of a lease over what a client should need
+SPEED_MARGIN = 1.5  # of the tokens that a client claims over what its speed so far gives
+DEVICE_MARGIN = 8.0  # of the tokens a device that are counted for a client over what others did in a round
+SPEED_ROUNDS = 3  # merged rounds before a client's speed is known: the first ones compile
+CLOCK_SLACK = 1.0  # seconds by which a client's clock may be ahead of the server's in a round
+LEARN = 0.5  # weight of the newest round in a running mean
+LEAST_SECONDS = 1e-3  # that a client's own clock moves in a round, where no other clock can be asked
+LEAST_SHARE = 0.1  # of a round, for which a client trains however long its messages take
+SPARE_ROWS = {"contiguous": 16, "best_fit": 160}  # rows that a stream reads ahead, beyond what it trains on
+LEASE_OVER_RATE = 1.25  # tokens of a lease over those that a client trained on in its last round
+
+
+@dataclass
+class ClientSpeeds:
+    """What the server has learnt of each client's speed, by client.
+
+    Attributes:
+        rate: tokens a second of the client's last merged round, from its dispatch to the reply on the server's clock; on the
+            client's own clock where clients take turns.
+        fastest: the highest rate of the client's merged rounds; what the client claims is held against it.
+        devices: how many devices the client trains on, as its hello says; 1 where it is missing.
+        a_device: tokens that the client's last merged round brought for each of its devices.
+        rounds: how often the client was merged.
+        tokens: how many tokens of the client were merged.
+        overhead: seconds of a round in which the client does not train: transfers, start of a process, others' turns.
+        margin: how much more text the client is leased than it should need.
+        merge_seconds: seconds from the last reply to the commit; the same for all clients.
+    """
+
+    rate: dict[str, float] = field(default_factory=dict)
+    fastest: dict[str, float] = field(default_factory=dict)
+    devices: dict[str, int] = field(default_factory=dict)
+    a_device: dict[str, float] = field(default_factory=dict)
+    rounds: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    overhead: dict[str, float] = field(default_factory=dict)
+    margin: dict[str, float] = field(default_factory=dict)
+    merge_seconds: float = 0.0
+
+    def budget(self, client: str, round_seconds: float) -> float:
+        """Return the seconds that a client may train, so that the round ends when it should."""
+        left = round_seconds - self.overhead.get(client, 0.0) - self.merge_seconds
+        return max(left, LEAST_SHARE * round_seconds)
+
+    def check(self, report: Report, elapsed: float) -> None:
+        """Refuse training that cannot have been done since the round was sent.
+
+        Args:
+            report: the report of a client with a clock of its own.
+            elapsed: seconds since the dispatch, on the server's clock.
+
+        Raises:
+            RefusedReply: it claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
+        """
+        client = report.client
+        if report.seconds > elapsed + CLOCK_SLACK:
+            raise RefusedReply(
+                "tokens", f"it claims {report.seconds:.1f} s of training, {elapsed:.1f} s after it was asked"
+            )
+        if self.rounds.get(client, 0) < SPEED_ROUNDS:
+            return
+        possible = SPEED_MARGIN * self.fastest[client] * max(elapsed, CLOCK_SLACK)
+        if report.tokens > possible:
+            # An honest client on a new machine is believed some rounds later.
+            self.fastest[client] *= SPEED_MARGIN
+            raise RefusedReply(
+                "tokens",
+                f"it claims {report.tokens} tokens within {elapsed:.1f} s, {SPEED_MARGIN} times its speed so far give "
+                f"{possible:.0f}",
+            )
+
+    def believed(self, reports: Sequence[Report]) -> list[Report]:
+        """Return the reports of a round's merged clients with no more tokens, and steps of them, than the server counts.
+
+        A site can say that it has read its lease to the end, and trained on it, at any speed. What is counted for it is at most
+        `DEVICE_MARGIN` times what the others did a device: the median of the other sites, in this round where they took part in
+        it, else in their last one. Nothing is cut where a site has always been alone.
+        """
+        here = {report.client: report.tokens / self.devices.get(report.client, 1) for report in reports}
+        known = self.a_device | here
+        out = []
+        for report in reports:
+            others = [tokens for client, tokens in known.items() if client != report.client]
+            possible = report.tokens
+            if others:
+                usual = statistics.median_low(others) * self.devices.get(report.client, 1)
+                possible = min(possible, max(1, int(DEVICE_MARGIN * usual)))
+            steps = max(1, possible * report.steps // report.tokens)
+            out.append(replace(report, tokens=possible, steps=steps))
+        return out
+
+    def learn(self, report: Report, elapsed: float | None) -> None:
+        """Take up a merged round; `elapsed` is as in `check`, None where clients take turns."""
+        client = report.client
+        rate = report.tokens / max(report.seconds if elapsed is None else elapsed, LEAST_SECONDS)
+        self.rate[client] = rate
+        self.a_device[client] = report.tokens / self.devices.get(client, 1)
+        self.fastest[client] = max(rate, self.fastest.get(client, 0.0))
+        self.rounds[client] = self.rounds.get(client, 0) + 1
+        self.tokens[client] = self.tokens.get(client, 0) + report.tokens
+        if elapsed is not None:
+            new = max(0.0, elapsed - report.seconds)
+            known = self.overhead.get(client, new)
+            self.overhead[client] = known + LEARN * (new - known)
+        if report.exhausted:
+            self.widen(client)
+
+    def hurry(self, client: str, round_seconds: float) -> None:
+        """Leave a client whose reply came too late the least of a round for training; merged rounds give it more again."""
+        self.overhead[client] = max(round_seconds, self.overhead.get(client, 0.0))
+
+    def learn_merge(self, seconds: float) -> None:
+        """Take up how long it took from the last reply to the commit."""
+        self.merge_seconds += LEARN * (seconds - self.merge_seconds) if self.merge_seconds else seconds
+
+    def widen(self, client: str) -> None:
+        """Lease a client twice as much from now on: its lease ended before its round."""
+        self.margin[client] = min(MAX_MARGIN, 2 * self.margin.get(client, 1.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
+
+
+class Scheduler:
+    """Leases rows and writes the instructions of a round.
+
+    Args:
+        module: gives the recipe.
+        data: gives micro-batch, row length and packing.
+        config: gives the length of a round, the sharding and the codecs.
+        policy: says whether clients have clocks of their own, so that an answer can be late.
+    """
+
+    def __init__(
+        self, module: GPTModule, data: TokenDataModule, config: FederationConfig, policy: ClientPolicy
+    ) -> None:
+        self._recipe = module.recipe
+        self._horizon = module.recipe.horizon(module.config)
+        self._data = data
+        self._config = config
+        self._policy = policy
+
+    def instruct(self, number: int, clients: Sequence[str], state: State, base_hash: str) -> dict[str, Instructions]:
+        """Return the instructions of a round by client, and enter their leases in the ledger.
+
+        Args:
+            number: number of the round.
+            clients: the clients that take part.
+            state: the run's state after the round before.
+            base_hash: hash of the weights that will be sent along.
+        """
+        config, clock = self._config, state.clock
+        batch_tokens = self._recipe.batch_tokens
+        if config.global_batch_tokens is not None:
+            micro = self._data.device_batch_size * self._data.sequence_len
+            batch_tokens = max(micro, config.global_batch_tokens // len(clients) // micro * micro)
+        left = -(-(self._horizon - clock.tokens) // (batch_tokens * len(clients)))
+        max_steps = min(left, config.round_steps) if config.round_steps else left
+        out = {}
+        for index, client in enumerate(clients):
+            tokens, margin = max_steps * batch_tokens, state.speeds.margin.get(client, 1.0)
+            seconds = None
+            if config.round_steps is None:
+                seconds = config.round_seconds
+                if not self._policy.in_turns:
+                    seconds = state.speeds.budget(client, config.round_seconds)
+                rate = state.speeds.rate.get(client)  # not known before the first round: then an equal share of all
+                share = state.ledger.share(client, len(clients))
+                tokens = int(min(tokens, rate * config.round_seconds * LEASE_OVER_RATE if rate else share))
+                # The client's speed is its own claim where clients take turns: an epoch is the most it is leased.
+                epoch = max(batch_tokens, state.ledger.share(client, 1))
+                margin = min(margin, max(1.0, epoch / max(1, tokens)))
+                tokens = min(tokens, epoch)
+            deadline = None
+            if not self._policy.in_turns:
+                deadline = self.time_limit() - state.speeds.overhead.get(client, 0.0) / 2
+            spare = SPARE_ROWS[self._data.packing]
+            stride = (index, len(clients)) if config.sharding == "full" else None
+            lease = state.ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)
+            out[client] = Instructions(
+                run=state.run_id,
+                round=number,
+                client=client,
+                nonce=secrets.token_hex(16),
+                base_hash=base_hash,
+                down_codec=config.down_codec,
+                up_codec=config.up_codec,
+                max_steps=max_steps,
+                seconds=seconds,
+                deadline_seconds=deadline,
+                participants=len(clients),
+                batch_tokens=batch_tokens,
+                clock_step=clock.step,
+                clock_tokens=clock.tokens,
+                horizon_tokens=self._horizon,
+                lease=lease,
+                data=state.ledger.data(client),
+            )
+        return out
+
+    def fraction(self, reports: Sequence[Report], asked: Mapping[str, Instructions]) -> float:
+        """Return how much of a full round was trained: less than all only where the horizon cut it short."""
+        first = asked[reports[0].client]
+        if self._config.round_steps:
+            return first.max_steps / self._config.round_steps
+        if all(report.steps == first.max_steps for report in reports):
+            return min(1.0, max(report.seconds / (asked[report.client].seconds or 1.0) for report in reports))
+        return 1.0
+
+    def time_limit(self, clients: int = 1) -> float:
+        """Return the seconds after which a client is given up, if so many take part."""
+        return self._policy.time_limit(self._config.round_seconds + self._config.grace_seconds, clients)
