@@ -9,7 +9,16 @@ import pytest
 
 from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import KEY, MAX_JSON, Hello, Instructions, Note, Report, SiteShard, code_hash
+from nanofed.federated.wire.messages import (
+    KEY,
+    MAX_JSON,
+    Hello,
+    Instructions,
+    Report,
+    SiteShard,
+    WireMessage,
+    code_hash,
+)
 from tests.federated.replies import instructions, report
 
 HELLO = Hello(
@@ -25,7 +34,7 @@ HELLO = Hello(
     tokens_per_second=1234.5,
     shards=(SiteShard("shard_00000.parquet", 100, 4000, "f" * 64),),
 )
-NOTES: list[Note] = [
+NOTES: list[WireMessage] = [
     HELLO,
     instructions(),
     instructions(data=None, seconds=7.25),
@@ -37,14 +46,14 @@ IDS = ["hello", "instructions", "fresh-instructions", "report", "evaluate", "eva
 
 
 @pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_what_is_sent_is_what_arrives(note: Note) -> None:
+def test_what_is_sent_is_what_arrives(note: WireMessage) -> None:
     config = note.to_config()
     assert list(config) == [note.key] and isinstance(config[note.key], str)
     assert type(note).from_config(json.loads(json.dumps(config))) == note
 
 
 @pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_every_field_is_needed_and_no_other_is_taken(note: Note) -> None:
+def test_every_field_is_needed_and_no_other_is_taken(note: WireMessage) -> None:
     plain = json.loads(note.to_config()[note.key])
     for field in fields(note):
         less = {name: value for name, value in plain.items() if name != field.name}
@@ -55,7 +64,7 @@ def test_every_field_is_needed_and_no_other_is_taken(note: Note) -> None:
 
 
 @pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_a_value_of_another_kind_is_refused_by_name(note: Note) -> None:
+def test_a_value_of_another_kind_is_refused_by_name(note: WireMessage) -> None:
     plain = json.loads(note.to_config()[note.key])
     optional = {field.name for field in fields(note) if str(field.type).endswith(" | None")}
     garbage: list[Any] = [None, True, "3", "", 1.5, -1, [], [1], {}, {"a": 1}, 10**30, 1e308, [[[]]], "x" * 3000]

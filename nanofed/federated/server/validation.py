@@ -16,8 +16,7 @@ from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import Kind
 from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays, payload_bytes
-from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
+from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report, RoundMessage
 from nanofed.federated.wire.plain import plain
 
 MAX_REASON = 500  # characters: a reply may hold what it likes, the log should not
@@ -109,7 +108,7 @@ def check_reply(
     return Update(arrays, report, payload, norms, unwritten)
 
 
-def check_repeated(said: Report | Evaluation, asked: Instructions | Evaluate, kind: Kind | None = None) -> None:
+def check_repeated(said: RoundMessage, asked: RoundMessage, kind: Kind | None = None) -> None:
     """Refuse an answer that does not repeat whose message it answers, as `kind`, by default as `REPEATED` says."""
     for name, own in REPEATED.items():
         there, here = getattr(said, name), getattr(asked, name)

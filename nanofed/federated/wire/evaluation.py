@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from nanofed.federated.wire.messages import Note
+from nanofed.federated.wire.messages import RoundMessage
 
 MAX_FAILURE = 500  # characters
 
 
 @dataclass(frozen=True)
-class Evaluate(Note):
+class Evaluate(RoundMessage):
     """What a client is to measure.
 
     The text is that of the server's own evaluation, of the client's validation shard: its first `eval_tokens` targets in document
@@ -25,25 +25,15 @@ class Evaluate(Note):
     shard are disjoint and together all of it, and a pass gives the same sums wherever it is computed on the same hardware.
 
     Attributes:
-        run: id of the run.
-        round: number of the round whose message this is, from 1; that of the last one where there is no other to come.
-        client: name of the client.
-        nonce: of this message alone; the answer returns it.
-        base_hash: of the arrays that go with it, which are to be measured.
-        down_codec: of these arrays.
+        down_codec: codec of the arrays that go with the message and are to be measured.
         eval_tokens: targets of the text, all shares together.
-        share: of this client, from 0.
-        shares: that there are.
-        seconds: after which to give it up, on the client's own clock.
+        share: the number of this client's share, from 0.
+        shares: how many shares there are.
+        seconds: seconds after which to give it up, on the client's own clock.
     """
 
     key: ClassVar[str] = "nanofed.evaluate"
 
-    run: str
-    round: int
-    client: str
-    nonce: str
-    base_hash: str
     down_codec: str
     eval_tokens: int
     share: int
@@ -59,46 +49,33 @@ class Evaluate(Note):
         """
         return cls.from_config(config) if cls.key in config else None
 
-    @classmethod
-    def _build(cls, plain: dict[str, Any]) -> Self:
-        asked = cls(**plain)
-        if not (0 <= asked.share < asked.shares and asked.eval_tokens >= 1 and asked.seconds > 0):
+    def check(self) -> None:
+        """Refuse a share that there is not."""
+        if not (0 <= self.share < self.shares and self.eval_tokens >= 1 and self.seconds > 0):
             raise ValueError(
-                f"share {asked.share} of {asked.shares} of {asked.eval_tokens} tokens within {asked.seconds} s"
+                f"share {self.share} of {self.shares} of {self.eval_tokens} tokens within {self.seconds} s"
             )
-        return asked
 
 
 @dataclass(frozen=True)
-class Evaluation(Note):
+class Evaluation(RoundMessage):
     """What a client measured.
 
     Attributes:
-        run: id of the run, from the request, like `round`, `client`, `nonce` and `base_hash`.
-        round: see `run`.
-        client: see `run`.
-        nonce: see `run`.
-        base_hash: see `run`.
         nats: sum of the losses of all targets that have bytes.
         bytes: sum of their UTF-8 lengths; 0 where the text has fewer forward passes than there are shares.
-        seconds: that it took, on the client's own clock.
+        seconds: how long it took, on the client's own clock.
         failure: why there are no sums, "" where there are.
     """
 
     key: ClassVar[str] = "nanofed.evaluation"
 
-    run: str
-    round: int
-    client: str
-    nonce: str
-    base_hash: str
     nats: float
     bytes: int
     seconds: float
     failure: str
 
-    @classmethod
-    def _build(cls, plain: dict[str, Any]) -> Self:
-        if len(plain["failure"]) > MAX_FAILURE:
-            raise ValueError(f"failure has {len(plain['failure'])} characters, {MAX_FAILURE} are allowed")
-        return cls(**plain)
+    def check(self) -> None:
+        """Refuse a failure of too many words."""
+        if len(self.failure) > MAX_FAILURE:
+            raise ValueError(f"failure has {len(self.failure)} characters, {MAX_FAILURE} are allowed")

@@ -6,11 +6,13 @@ import hashlib
 import json
 import math
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args, get_origin, get_type_hints
 
 import nanofed
 from nanofed.data.identity import DataIdentity
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 # In a client's failure: its next lease is longer.
 LEASE_TOO_SHORT = "the leased rows hold too little text for one optimizer step"
-KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries, where a note has no key of its own
+KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries, where a message has no key of its own
 UNWRITTEN = "unwritten"  # beside it where the site's disk did not take the optimizer state of the round
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 MAX_TEXT = 200  # characters of a version or a shard's name
@@ -48,14 +50,14 @@ def code_hash() -> str:
 
 
 @dataclass(frozen=True)
-class Note:
+class WireMessage:
     """A dataclass that travels as JSON; unknown and missing fields, and values of another kind, are refused by name."""
 
     key: ClassVar[str] = KEY  # in Flower's dictionaries
 
     def to_config(self) -> dict[str, Any]:
         """Return the dictionary that Flower carries."""
-        return {self.key: json.dumps(self._plain())}
+        return {self.key: json.dumps(vars(self), default=_plain)}
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -71,59 +73,78 @@ class Note:
             plain = json.loads(text, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise WireError(f"a {cls.__name__} is no JSON: {error}") from error
-        names = {field.name for field in fields(cls)}
         if not isinstance(plain, dict):
             raise WireError(f"a {cls.__name__} is a JSON object, not a {type(plain).__name__}")
-        if set(plain) != names:
-            missing, unknown = sorted(names - set(plain)), sorted(set(plain) - names)
-            raise WireError(f"a {cls.__name__} lacks the fields {missing}, has the unknown {unknown!s:.200}")
+        if wrong := _other_fields(cls, plain):
+            raise WireError(f"a {cls.__name__} {wrong}")
         try:
-            for field in fields(cls):
-                _check_kind(field.name, str(field.type), plain[field.name])
-            return cls._build(plain)
+            return cast(Self, _object(cls, "", plain))
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise WireError(f"a {cls.__name__} has a field of the wrong kind: {error}") from error
 
-    def _plain(self) -> dict[str, Any]:
-        return asdict(self)
+    def check(self) -> None:
+        """Refuse values that no sender of this nanofed gives.
 
-    @classmethod
-    def _build(cls, plain: dict[str, Any]) -> Self:
-        return cls(**plain)
+        Raises:
+            ValueError: a value is out of its range; says which.
+        """
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold of a field that is a dataclass."""
+    return value.to_plain() if isinstance(value, DataState) else vars(value)
 
 
 def _no_number(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
 
 
-JSON_KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "dict[str, int]": (dict,),
-    "dict[str, str]": (dict,),
-    "tuple[SiteShard, ...]": (list,),
-    "tuple[RowRange, ...]": (list,),
-    "DataState": (dict,),
-}
+JSON_KINDS: dict[Any, tuple[type, ...]] = {float: (int, float), tuple: (list,), DataState: (dict,)}
 
 
-def _check_kind(name: str, kind: str, value: object) -> None:
-    """Check a value as it came out of JSON; what is inside a structure is checked where that is built."""
-    if value is None and kind.endswith(" | None"):
-        return
-    kinds = JSON_KINDS[kind.removesuffix(" | None")]
-    too_large = isinstance(value, int) and abs(value) >= 1 << 63
-    if type(value) not in kinds or too_large or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{name} is {repr(value)[:80]}, not {kind}")
+@cache
+def _kinds(cls: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields by name."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
-def _range(plain: dict[str, Any]) -> RowRange:
-    part = RowRange(**plain)
-    for name, kind in (("shard", "str"), ("start", "int"), ("stop", "int"), ("epoch", "int")):
-        _check_kind(f"lease {name}", kind, getattr(part, name))
-    return part
+def _other_fields(cls: type, plain: Mapping[str, Any]) -> str:
+    kinds = _kinds(cls).keys()
+    if kinds == plain.keys():
+        return ""
+    return f"lacks the fields {sorted(kinds - plain.keys())}, has the unknown {sorted(plain.keys() - kinds)!s:.200}"
+
+
+def _object(cls: type, name: str, plain: Any) -> Any:
+    """Build a dataclass from a JSON object, and check it."""
+    if not isinstance(plain, dict):
+        raise ValueError(f"{name} is {repr(plain)[:80]}, not {cls.__name__}")
+    if wrong := _other_fields(cls, plain):
+        raise ValueError(f"{name} {wrong}")
+    built = cls(**{field: _value(kind, f"{name} {field}".strip(), plain[field]) for field, kind in _kinds(cls).items()})
+    if isinstance(built, WireMessage | SiteShard):
+        built.check()
+    return built
+
+
+def _value(kind: Any, name: str, plain: Any) -> Any:
+    """Return a value as it came out of JSON as the type of its field."""
+    origin = get_origin(kind)
+    args = get_args(kind) if origin else ()
+    if origin is UnionType:  # X | None
+        return None if plain is None else _value(args[0], name, plain)
+    if kind in (SiteShard, RowRange):
+        return _object(kind, name, plain)
+    known = JSON_KINDS.get(origin or kind, (origin or kind,))
+    too_large = isinstance(plain, int) and abs(plain) >= 1 << 63
+    if type(plain) not in known or too_large or (isinstance(plain, float) and not math.isfinite(plain)):
+        raise ValueError(f"{name} is {repr(plain)[:80]}, not {getattr(kind, '__name__', kind)}")
+    if origin is tuple:
+        return tuple(_value(args[0], name, part) for part in plain)
+    if origin is dict:
+        return {key: _value(args[1], f"{name} {key:.40}", value) for key, value in plain.items()}
+    return DataState.from_plain(plain) if kind is DataState else plain
 
 
 @dataclass(frozen=True)
@@ -135,38 +156,33 @@ class SiteShard:
     text_bytes: int
     fingerprint: str
 
-    @classmethod
-    def _build(cls, plain: dict[str, Any]) -> SiteShard:
-        shard = cls(**plain)
-        for name, kind in (("name", "str"), ("num_rows", "int"), ("text_bytes", "int"), ("fingerprint", "str")):
-            _check_kind(f"shard {name}", kind, getattr(shard, name))
-        if not all(0 < len(text) <= MAX_TEXT and text.isprintable() for text in (shard.name, shard.fingerprint)) or (
-            set("/\\") & set(shard.name)
-        ):
-            raise ValueError(f"shard {shard.name[:80]!r} has no plain name and fingerprint")
-        if not 1 <= shard.num_rows <= shard.text_bytes <= MAX_TEXT_BYTES:  # every document has a byte
+    def check(self) -> None:
+        """Refuse names and sizes that no shard has."""
+        words = (self.name, self.fingerprint)
+        if not all(0 < len(text) <= MAX_TEXT and text.isprintable() for text in words) or set("/\\") & set(self.name):
+            raise ValueError(f"shard {self.name[:80]!r} has no plain name and fingerprint")
+        if not 1 <= self.num_rows <= self.text_bytes <= MAX_TEXT_BYTES:  # every document has a byte
             raise ValueError(
-                f"shard {shard.name!r} has {shard.num_rows} rows of {shard.text_bytes} bytes, of {MAX_TEXT_BYTES} at most"
+                f"shard {self.name!r} has {self.num_rows} rows of {self.text_bytes} bytes, of {MAX_TEXT_BYTES} at most"
             )
-        return shard
 
 
 @dataclass(frozen=True)
-class Hello(Note):
+class Hello(WireMessage):
     """What a client says of itself before its first round.
 
     Attributes:
-        name: of the client.
-        code: hash of its nanofed's sources.
+        name: name of the client.
+        code: hash of the sources of its nanofed.
         model: sizes of its GPT.
-        tokenizer: fingerprint.
-        dataset: fingerprint.
-        streams: of its data.
+        tokenizer: fingerprint of its tokenizer.
+        dataset: fingerprint of its dataset.
+        streams: how many streams its data has.
         training: what else decides the arithmetic of a step: rates, decay, packing.
-        versions: of Python and of the packages that matter.
-        devices: it trains on.
-        tokens_per_second: measured in its last round, None before it has trained any.
-        shards: found at the site, training shards only.
+        versions: versions of Python and of the packages that matter.
+        devices: how many devices it trains on.
+        tokens_per_second: its speed in its last round, None before it has trained any.
+        shards: the training shards at the site.
     """
 
     name: str
@@ -217,58 +233,36 @@ class Hello(Note):
         """The training text; the hello says nothing of the validation shard but by `dataset`."""
         return DataIdentity({shard.name: shard.fingerprint for shard in self.shards}, "")
 
-    def _plain(self) -> dict[str, Any]:
-        return {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
-
-    @classmethod
-    def _build(cls, plain: dict[str, Any]) -> Self:
-        if not SAFE_NAME.fullmatch(plain["name"]):
-            raise ValueError(f"name is {plain['name'][:80]!r}, no plain word")
-        for name, size in plain["model"].items():
-            _check_kind(f"model {name:.40}", "int", size)
-        for section in ("training", "versions"):
-            for name, text in plain[section].items():
-                _check_kind(f"{section} {name:.40}", "str", text)
+    def check(self) -> None:
+        """Refuse words that are not plain, and counts that no site has."""
+        if not SAFE_NAME.fullmatch(self.name):
+            raise ValueError(f"name is {self.name[:80]!r}, no plain word")
+        for section, words in (("training", self.training), ("versions", self.versions)):
+            for name, text in words.items():
                 if not (name.isprintable() and text.isprintable() and max(len(name), len(text)) <= MAX_TEXT):
                     raise ValueError(f"{section} {name[:40]!r} is no plain text")
-        if not (plain["devices"] >= 1 and 0 <= (plain["tokens_per_second"] or 0) <= MAX_SPEED):
-            raise ValueError(f"{plain['devices']} devices at {plain['tokens_per_second']} tokens a second")
-        if plain["devices"] > plain["streams"]:  # every device reads streams of its own
-            raise ValueError(f"{plain['devices']} devices read {plain['streams']} streams: each needs one of its own")
-        if len(plain["shards"]) > MAX_SHARDS:
-            raise ValueError(f"{len(plain['shards'])} shards, of {MAX_SHARDS} at most: pack the text into larger ones")
-        shards = tuple(SiteShard._build(shard) for shard in plain["shards"])
-        if (rows := sum(shard.num_rows for shard in shards)) > MAX_ROWS:
+        if not (self.devices >= 1 and 0 <= (self.tokens_per_second or 0) <= MAX_SPEED):
+            raise ValueError(f"{self.devices} devices at {self.tokens_per_second} tokens a second")
+        if self.devices > self.streams:  # every device reads streams of its own
+            raise ValueError(f"{self.devices} devices read {self.streams} streams: each needs one of its own")
+        if len(self.shards) > MAX_SHARDS:
+            raise ValueError(f"{len(self.shards)} shards, of {MAX_SHARDS} at most: pack the text into larger ones")
+        if (rows := sum(shard.num_rows for shard in self.shards)) > MAX_ROWS:
             raise ValueError(f"the shards have {rows} rows, of {MAX_ROWS} at most")
-        if len({shard.name for shard in shards}) != len(shards):
+        if len({shard.name for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is named twice")
-        return cls(**{**plain, "shards": shards})
 
 
 @dataclass(frozen=True)
-class Instructions(Note):
-    """What a client is to do in a round.
+class RoundMessage(WireMessage):
+    """A message of one round to or from one client; the answer repeats these fields of what it answers.
 
     Attributes:
         run: id of the run.
         round: number of the round, from 1.
         client: name of the client, so that a reply cannot be taken for another's.
-        nonce: of this message alone; the report returns it.
-        base_hash: of the arrays that go with it.
-        down_codec: of these arrays.
-        up_codec: of those to be sent back.
-        max_steps: optimizer steps at most (the round's, or what is left to the horizon).
-        seconds: training budget on the client's own clock; None in a round of steps.
-        deadline_seconds: from receipt, on the client's own clock: the answer has to be there by then, or it is worth nothing;
-            None where clients have no clock of their own (in process).
-        participants: clients in this round; the learning-rate clock runs so many times faster than one client trains.
-        batch_tokens: tokens of this client's optimizer step.
-        clock_step: optimizer steps of the run so far.
-        clock_tokens: tokens merged so far.
-        horizon_tokens: tokens of the whole run.
-        lease: the rows this client may read, in order.
-        data: where its streams stand in them, as merged; None at their begin. What a client trained that was not merged
-            is leased anew, so the ledger says where to go on, not the client.
+        nonce: a number of this message alone, in hexadecimal digits.
+        base_hash: hash of the arrays that the server sends along.
     """
 
     run: str
@@ -276,6 +270,29 @@ class Instructions(Note):
     client: str
     nonce: str
     base_hash: str
+
+
+@dataclass(frozen=True)
+class Instructions(RoundMessage):
+    """What a client is to do in a round.
+
+    Attributes:
+        down_codec: codec of the arrays that go with the message.
+        up_codec: codec of the arrays that are to be sent back.
+        max_steps: optimizer steps at most: the round's, or what is left to the horizon.
+        seconds: training budget on the client's own clock; None in a round of steps.
+        deadline_seconds: seconds from the receipt, on the client's own clock, by which the answer has to be at the server;
+            None where clients have no clock of their own.
+        participants: clients in this round; the learning-rate clock runs so many times faster than one client trains.
+        batch_tokens: tokens of one optimizer step of this client.
+        clock_step: optimizer steps of the run so far.
+        clock_tokens: tokens merged so far.
+        horizon_tokens: tokens of the whole run.
+        lease: the rows that this client may read, in order.
+        data: where the client's streams stand in the lease, as merged; None at its begin. What a client trained that was not
+            merged is leased anew, so the ledger says where to go on, not the client.
+    """
+
     down_codec: str
     up_codec: str
     max_steps: int
@@ -289,42 +306,22 @@ class Instructions(Note):
     lease: tuple[RowRange, ...]
     data: DataState | None = None
 
-    def _plain(self) -> dict[str, Any]:
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        data = None if self.data is None else self.data.to_plain()
-        return {**plain, "lease": [asdict(part) for part in self.lease], "data": data}
-
-    @classmethod
-    def _build(cls, plain: dict[str, Any]) -> Self:
-        data = None if plain["data"] is None else DataState.from_plain(plain["data"])
-        return cls(**{**plain, "lease": tuple(map(_range, plain["lease"])), "data": data})
-
 
 @dataclass(frozen=True)
-class Report(Note):
+class Report(RoundMessage):
     """What a client did in a round.
 
     Attributes:
-        run: id of the run, from the instructions, like `round`, `client`, `nonce` and `base_hash`.
-        round: see `run`.
-        client: see `run`.
-        nonce: see `run`.
-        base_hash: see `run`.
-        payload_hash: of the arrays that go with it.
+        payload_hash: hash of the arrays that go with the report.
         steps: full optimizer steps.
-        tokens: tokens of them, over all ranks.
+        tokens: tokens of these steps, over all ranks.
         seconds: training time on the client's own clock.
         loss_first: training loss of the first step, nats a token.
-        loss_last: of the last.
+        loss_last: training loss of the last step, nats a token.
         exhausted: the lease ended before the budget did.
         data: where every stream stands.
     """
 
-    run: str
-    round: int
-    client: str
-    nonce: str
-    base_hash: str
     payload_hash: str
     steps: int
     tokens: int
@@ -333,11 +330,3 @@ class Report(Note):
     loss_last: float
     exhausted: bool
     data: DataState
-
-    def _plain(self) -> dict[str, Any]:
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**plain, "data": self.data.to_plain()}
-
-    @classmethod
-    def _build(cls, plain: dict[str, Any]) -> Self:
-        return cls(**{**plain, "data": DataState.from_plain(plain["data"])})
