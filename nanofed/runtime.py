@@ -179,29 +179,22 @@ def config_file(name: str) -> Path:
     return inside if inside.is_file() else package.parent / "configs" / name
 
 
-def has_compiler() -> bool:
-    """Tell whether the C++ compiler that torch.compile would call on CPU can be found."""
-    return shutil.which(_compiler("cpu")) is not None
-
-
-def _compiler(kind: str) -> str:
-    """Return the one compiler that torch.compile calls: C++'s on a CPU, C's (which Triton calls) on a GPU.
-
-    It is what `CXX` or `CC` names; by default g++ (clang++ on macOS), or the first of gcc and clang that there is.
-    """
-    if kind == "cuda":
-        return os.environ.get("CC") or ("clang" if shutil.which("clang") and not shutil.which("gcc") else "gcc")
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-
-
 def why_not_compiled(device: torch.device | str = "cpu") -> str | None:
-    """Return why torch.compile cannot work on this machine for a device, None where it can."""
+    """Return why torch.compile cannot work on this machine for a device, None where it can.
+
+    On a CPU it calls the C++ compiler that `CXX` names, by default g++ (clang++ on macOS). On a GPU Triton calls the C compiler
+    that `CC` names, by default the first of gcc and clang that there is.
+    """
     kind = str(device).partition(":")[0]
     if kind == "meta":
         return None
-    variable, language = ("CC", "C") if kind == "cuda" else ("CXX", "C++")
+    if kind == "cuda":
+        variable, language = "CC", "C"
+        default = "clang" if shutil.which("clang") and not shutil.which("gcc") else "gcc"
+    else:
+        variable, language, default = "CXX", "C++", "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get(variable) or default
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    compiler = _compiler(kind)
     if shutil.which(compiler) is None:
         if not os.environ.get(variable):
             return f"there is no {language} compiler ({compiler})"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from nanofed import runtime
-from nanofed.data.prepare import prepare_demo
+from nanofed.data.demo import prepare_demo
 from nanofed.errors import ConfigError, NanofedError
 
-needs_compiler = pytest.mark.skipif(not runtime.has_compiler(), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(runtime.why_not_compiled() is not None, reason="needs a C++ compiler")
 
 
 def compiler_that(folder: Path, does: str) -> str:

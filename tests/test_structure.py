@@ -40,7 +40,7 @@ def module_of(path: Path) -> str:
         "import nanofed",
         "from nanofed.cli import main; main(['--help'])",
         "from nanofed.cli import main; main(['--version'])",
-        *(f"import nanofed.{room}" for room in ("data", "training", "federated", "generation", "evaluation", "export")),
+        *(f"import nanofed.{room}" for room in ("data", "training", "federated", "generation", "evaluation")),
     ],
 )
 def test_light_imports_load_nothing_heavy(statement: str) -> None:

@@ -22,7 +22,6 @@ from nanofed.tokenizer import (
     Tokenizer,
     Vocabulary,
     load_tokenizer,
-    measure_compression,
     storage,
     train_tokenizer,
 )
@@ -188,13 +187,6 @@ def test_encoding_lets_other_threads_run(tokenizer: Tokenizer) -> None:
         time.sleep(0.001)
     began, ended = spans[0]
     assert sum(began < tick < ended for tick in ticks) >= 3, "batches could not be made ahead by a thread"
-
-
-@pytest.mark.parametrize("num_threads", [1, 4])
-def test_a_batch_is_its_texts_in_their_order(tokenizer: Tokenizer, num_threads: int) -> None:
-    texts = [*NASTY, *CORPUS]
-    assert tokenizer.encode_batch(texts, num_threads=num_threads) == [tokenizer.encode(text) for text in texts]
-    assert tokenizer.encode_batch([], num_threads=num_threads) == []
 
 
 def test_ids_may_be_an_array_and_have_to_be_known(tokenizer: Tokenizer) -> None:
@@ -495,10 +487,7 @@ def test_a_network_that_never_answers_keeps_nobody_waiting(monkeypatch: pytest.M
         forever.set()
 
 
-def test_compression_counts_bytes_and_tokens(tokenizer: Tokenizer) -> None:
-    found = measure_compression(tokenizer, CORPUS)
-    assert found.documents == len(CORPUS)
-    assert found.num_bytes == sum(len(text.encode()) for text in CORPUS)
-    assert found.num_tokens == sum(len(tokenizer.encode(text)) for text in CORPUS)
-    assert found.bytes_per_token == found.num_bytes / found.num_tokens > 1.5
-    assert measure_compression(tokenizer, [""]).bytes_per_token == 0
+def test_bytes_per_token_is_of_all_texts_together(tokenizer: Tokenizer) -> None:
+    tokens = sum(len(tokenizer.encode(text)) for text in CORPUS)
+    assert tokenizer.bytes_per_token(CORPUS) == sum(len(text.encode()) for text in CORPUS) / tokens > 1.5
+    assert tokenizer.bytes_per_token([""]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,7 +75,7 @@ def _folder(args: argparse.Namespace, option: str) -> Path:
 
 def _train(args: argparse.Namespace) -> None:
     from nanofed.data.shards import open_dataset
-    from nanofed.tokenizer import Tokenizer, check_writable, measure_compression, train_tokenizer
+    from nanofed.tokenizer import Tokenizer, check_writable, train_tokenizer
 
     folder: Path = _folder(args, "output")
     dataset = open_dataset(runtime.dataset_dir(args.data))
@@ -95,18 +96,16 @@ def _train(args: argparse.Namespace) -> None:
     )
     print(f"vocabulary       {tokenizer.vocab_size:,} tokens{short}")
     print(f"training time    {seconds:.1f} seconds")
-    compression = measure_compression(tokenizer, _sample([dataset.validation], SAMPLE_CHARS))
-    print(f"bytes per token  {compression.bytes_per_token:.3f} on {dataset.validation.name}")
+    bytes_per_token = tokenizer.bytes_per_token(_sample([dataset.validation], SAMPLE_CHARS))
+    print(f"bytes per token  {bytes_per_token:.3f} on {dataset.validation.name}")
     print(f"saved            {folder}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from nanofed.data.shards import open_dataset
-    from nanofed.errors import ConfigError, DataError
-    from nanofed.tokenizer import Tokenizer, measure_compression
+    from nanofed.errors import DataError
+    from nanofed.tokenizer import Tokenizer
 
-    if args.max_chars < 1:
-        raise ConfigError(f"max_chars is {args.max_chars:,}; it has to be at least 1")
     folder: Path = _folder(args, "tokenizer")
     dataset = open_dataset(runtime.dataset_dir(args.data))
     tokenizers = {"this": Tokenizer.load(folder)}
@@ -118,30 +117,21 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"tokenizer {folder}, {tokenizers['this'].vocab_size:,} tokens")
     print(f"{'bytes per token':<18}" + "".join(f"{name:>10}" for name in tokenizers))
     for name, shards in (("validation", [dataset.validation]), ("train", dataset.train)):
-        found = [
-            measure_compression(tokenizer, _sample(shards, args.max_chars)).bytes_per_token
-            for tokenizer in tokenizers.values()
-        ]
+        found = [each.bytes_per_token(_sample(shards, args.max_chars)) for each in tokenizers.values()]
         gain = f"  {found[0] / found[1] - 1:+.1%} against gpt2" if len(found) == 2 and found[1] else ""
         print(f"{name:<18}" + "".join(f"{value:>10.3f}" for value in found) + gain)
     if missing:
         print(f"no comparison: {missing}")
 
 
-def _texts(shards: Sequence[Shard]) -> Iterator[str]:
-    from nanofed.data.shards import read_texts
-
-    for shard in shards:
-        for row_group in range(len(shard.row_group_rows)):
-            yield from read_texts(shard, row_group)
-
-
 def _with_progress(shards: Sequence[Shard], max_chars: int) -> Iterator[str]:
     from tqdm import tqdm
 
+    from nanofed.data.shards import all_texts
+
     total = min(sum(shard.text_bytes for shard in shards), max_chars)
     with tqdm(total=total, unit="char", unit_scale=True, desc="reading", disable=None) as bar:
-        for text in _texts(shards):
+        for text in chain.from_iterable(map(all_texts, shards)):
             yield text
             bar.update(len(text))
         bar.set_description("merging")
@@ -149,10 +139,12 @@ def _with_progress(shards: Sequence[Shard], max_chars: int) -> Iterator[str]:
 
 def _sample(shards: Sequence[Shard], max_chars: int) -> Iterator[str]:
     """Yield the first documents of every shard, in turn, until so many characters have been read."""
+    from nanofed.data.shards import all_texts
+
     share = max(1, max_chars // max(1, len(shards)))
     for shard in shards:
         left = share
-        for text in _texts([shard]):
+        for text in all_texts(shard):
             yield text[:left]
             left -= len(text)
             if left <= 0:

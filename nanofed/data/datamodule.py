@@ -9,7 +9,7 @@ import torch
 from lightning import LightningDataModule
 
 from nanofed import runtime
-from nanofed.data.prepare import prepare_demo
+from nanofed.data.demo import prepare_demo
 from nanofed.data.rows import RowPlan
 from nanofed.data.shards import Dataset, open_dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader, Wait
@@ -103,8 +103,8 @@ class TokenDataModule(LightningDataModule):
     ) -> TokenLoader:
         """Return the training micro-batches of one rank over `plan` (by default the whole training set, endlessly)."""
         loader = TokenLoader(
-            plan or RowPlan.whole(self.dataset),
-            self.tokenizer,
+            plan=plan or RowPlan.whole(self.dataset),
+            tokenizer=self.tokenizer,
             sequence_len=self.sequence_len,
             device_batch_size=self.device_batch_size,
             streams=self.streams,
@@ -112,8 +112,8 @@ class TokenDataModule(LightningDataModule):
             world_size=world_size,
             packing=self.packing,
             prefetch=self.prefetch,
+            wait=self.wait,
         )
-        loader.wait = self.wait
         if state is not None:
             loader.load_state(state)
         return loader

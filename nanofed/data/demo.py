@@ -17,14 +17,18 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
 
-from nanofed.data.manifest import Manifest, read_manifest
-from nanofed.data.shards import Dataset, open_dataset, verify_shard
+from nanofed import runtime
+from nanofed.data.manifest import read_manifest
+from nanofed.data.shards import Dataset, all_texts, open_dataset, verify_shard
 from nanofed.data.writing import check_output, write_shards
-from nanofed.errors import DataError
+from nanofed.errors import DataError, NanofedError
+from nanofed.tokenizer import train_tokenizer
+from nanofed.tokenizer.storage import has_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ SEED = 1337
 NUM_SHARDS = 8
 MAX_BYTES = 20_000_000
 GROUPS_PER_SHARD = 8
+DEMO_VOCAB_SIZE = 2048  # the head is most of a tiny model's work
 _MIN_CHARACTERS = 100
 _SOURCE_CHARACTERS = 8192  # a source file longer than this becomes several documents, cut between statements
 # Not text to learn from (tables, tests), not of the library itself, or different on every machine.
@@ -43,6 +48,32 @@ _SKIPPED_FOLDERS = frozenset(
 _SKIPPED_FILES = ("_sysconfigdata", "config-", "encodings/cp", "encodings/iso8859", "encodings/mac_", "encodings/koi8")
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def prepare_demo(*, tokenizer: bool = True) -> None:
+    """Build the demo corpus and train its tokenizer where they are missing, offline, in seconds; the log says so in a line each.
+
+    Args:
+        tokenizer: whether the tokenizer is wanted as well as the corpus.
+
+    Raises:
+        NanofedError: something is missing and the cache folder cannot be written.
+    """
+    folder, tokenizer_folder = runtime.dataset_dir("demo"), runtime.tokenizer_dir("demo")
+    try:
+        runtime.make_folder(folder.parent)
+    except NanofedError:
+        if (folder / "dataset.json").is_file() and (not tokenizer or has_tokenizer(tokenizer_folder)):
+            return  # a cache that others share and nobody may write: all that is wanted is there
+        raise
+    with FileLock(folder.parent / "prepare.lock"):
+        if not (folder / "dataset.json").is_file():
+            logger.info("building the demo corpus in %s", folder)
+        dataset = build_demo_corpus(folder)
+        if tokenizer and not has_tokenizer(tokenizer_folder):
+            logger.info("training its tokenizer of %s tokens in %s", f"{DEMO_VOCAB_SIZE:,}", tokenizer_folder)
+            texts = chain.from_iterable(map(all_texts, dataset.train))
+            train_tokenizer(texts, vocab_size=DEMO_VOCAB_SIZE).save(tokenizer_folder)
 
 
 def build_demo_corpus(
@@ -82,7 +113,7 @@ def build_demo_corpus(
                 raise DataError(
                     f"{output} holds a demo corpus of {named}: choose another folder, or replace it with --force"
                 )
-            if not other and _intact(output, manifest):
+            if not other and all(verify_shard(output / name, shard) is None for name, shard in manifest.shards.items()):
                 return open_dataset(output)
             logger.warning("%s: the demo corpus is replaced: %s", output, "as asked" if other else "it is damaged")
             size |= {name: there[name] for name in size if isinstance(there.get(name), int)}
@@ -97,10 +128,6 @@ def build_demo_corpus(
         return write_shards(
             documents, output, num_shards=size["num_shards"], rows_per_group=rows, provenance=provenance, replace=True
         )
-
-
-def _intact(output: Path, manifest: Manifest) -> bool:
-    return all(verify_shard(output / name, recorded) is None for name, recorded in manifest.shards.items())
 
 
 def _select(max_bytes: int) -> list[str]:

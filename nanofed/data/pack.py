@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanofed.data.manifest import MANIFEST, read_manifest
-from nanofed.data.shards import Dataset, read_shard, read_texts
+from nanofed.data.shards import Dataset, all_texts, read_shard
 from nanofed.data.writing import check_output, write_shards
 from nanofed.errors import ConfigError, DataError
 
@@ -232,9 +232,7 @@ def _documents(path: Path, key: str) -> Iterator[str]:
         elif kind == "lines":
             yield from _lines(path, key)
         else:
-            shard = read_shard(path, key)
-            for group in range(len(shard.row_group_rows)):
-                yield from read_texts(shard, group)
+            yield from all_texts(read_shard(path, key))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 

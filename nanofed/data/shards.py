@@ -294,6 +294,16 @@ def read_texts(shard: Shard, row_group: int) -> list[str]:
     return texts
 
 
+def all_texts(shard: Shard) -> Iterator[str]:
+    """Yield the texts of a shard in order; a row group is read when its first text is asked for.
+
+    Raises:
+        DataError: as `read_texts` raises it.
+    """
+    for row_group in range(len(shard.row_group_rows)):
+        yield from read_texts(shard, row_group)
+
+
 def _batches(shard: Shard, row_group: int) -> Iterator[list[str]]:
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -362,8 +372,8 @@ def verify_shard(path: Path, recorded: Recorded | None = None) -> str | None:
         shard = _open_recorded(path, recorded)
         if recorded and file_sha256(path) != recorded.sha256:
             return f"{path} is damaged or was replaced: its sha256 is not the one in {MANIFEST}"
-        for group in range(len(shard.row_group_rows)):
-            read_texts(shard, group)
+        for _ in all_texts(shard):
+            pass
     except DataError as error:
         return str(error)
     except OSError as error:

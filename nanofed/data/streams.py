@@ -11,7 +11,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -171,6 +171,7 @@ class Wait:
     seconds: float = 0.0
 
 
+@dataclass(eq=False)
 class TokenLoader:
     """An endless (or, over a lease, finite) iterable of this rank's micro-batches.
 
@@ -189,28 +190,33 @@ class TokenLoader:
         packing: `contiguous` or `best_fit`.
         prefetch: micro-batches to make ahead; 0 makes each when it is asked for.
 
+        wait: counts the seconds that iterating took: with `prefetch` those in which no batch was ready.
+
     Attributes:
         state: where the data stands after the last batch that was taken.
-        packers: of the newest iteration, by stream; with `prefetch` they are ahead of `state`.
-        wait: the seconds that iterating took: with `prefetch` those in which no batch was ready.
+        packers: the packers of the newest iteration, by stream; with `prefetch` they are ahead of `state`.
 
     Raises:
         ConfigError: the ranks do not divide the streams, the packing is unknown, or `prefetch` is negative.
     """
 
-    def __init__(
-        self,
-        plan: RowPlan,
-        tokenizer: Encoder,
-        *,
-        sequence_len: int,
-        device_batch_size: int,
-        streams: int,
-        rank: int = 0,
-        world_size: int = 1,
-        packing: str = "contiguous",
-        prefetch: int = 0,
-    ) -> None:
+    plan: RowPlan
+    tokenizer: Encoder
+    _: KW_ONLY
+    sequence_len: int
+    device_batch_size: int
+    streams: int
+    rank: int = 0
+    world_size: int = 1
+    packing: str = "contiguous"
+    prefetch: int = 0
+    wait: Wait = field(default_factory=Wait)
+    state: DataState = field(init=False)
+    packers: dict[int, Packer] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse ranks and a packing that do not fit."""
+        streams, world_size = self.streams, self.world_size
         if streams % world_size:
             fits = [w for w in range(1, streams + 1) if streams % w == 0]
             nearest = sorted(fits, key=lambda w: abs(w - world_size))[:2]
@@ -218,22 +224,10 @@ class TokenLoader:
                 f"data.streams={streams} cannot be shared by {world_size} ranks: use {' or '.join(map(str, sorted(nearest)))} "
                 f"ranks, or data.streams={streams // world_size * world_size or world_size}"
             )
-        if packing not in PACKERS:
-            raise ConfigError(f"data.packing={packing!r} is unknown: choose {' or '.join(PACKERS)}")
-        plan.check_streams(streams)
-        self.sequence_len = sequence_len
-        self.device_batch_size = device_batch_size
-        self._plan = plan
-        self._streams = streams
-        self._rank = rank
-        self._world_size = world_size
-        self._packing = packing
-        self._tokenizer = tokenizer
-        self._prefetch = prefetch
-        self.wait = Wait()
-        own = range(rank, streams, world_size)
-        self.state = DataState(0, {stream: StreamState() for stream in own})
-        self.packers: dict[int, Packer] = {}
+        if self.packing not in PACKERS:
+            raise ConfigError(f"data.packing={self.packing!r} is unknown: choose {' or '.join(PACKERS)}")
+        self.plan.check_streams(streams)
+        self.state = DataState(0, {stream: StreamState() for stream in range(self.rank, streams, world_size)})
 
     def load_state(self, state: DataState) -> None:
         """Go on where `state` (of the whole run, or of this rank) stands.
@@ -250,15 +244,15 @@ class TokenLoader:
             if saved is None:
                 raise ConfigError(
                     f"the saved data position has no stream {stream}: it was made with data.streams={len(state.streams)}, "
-                    f"this run has data.streams={self._streams}"
+                    f"this run has data.streams={self.streams}"
                 )
-            found = saved.position is not None and self._plan.locate(saved.position) is not None
-            if self._plan.repeat and saved.position is not None and not found:
+            found = saved.position is not None and self.plan.locate(saved.position) is not None
+            if self.plan.repeat and saved.position is not None and not found:
                 raise ConfigError(
                     f"the saved data position is in row {saved.position.row} of {saved.position.shard}, which the training "
                     "set no longer has: restore the shards, or data.num_shards, that the run was started with"
                 )
-            pending = tuple(row for row in saved.pending if found and self._plan.holds(row))
+            pending = tuple(row for row in saved.pending if found and self.plan.holds(row))
             offset = saved.offset if pending[:1] == saved.pending[:1] else 0
             own[stream] = StreamState(saved.position if found else None, pending, offset)
         self.state = DataState(state.rows, own)
@@ -269,7 +263,7 @@ class TokenLoader:
     def take(self, limit: int | None = None) -> Generator[Batch, None, None]:
         """Yield the batches after `state`, at most `limit` of them: no more than those are made ahead."""
         made = itertools.islice(self._make(self.state, cuda_device()), limit)
-        with made_ahead(made, self._prefetch) as batches:
+        with made_ahead(made, self.prefetch) as batches:
             while True:
                 started = time.perf_counter()
                 batch = next(batches, None)
@@ -281,10 +275,10 @@ class TokenLoader:
 
     def _make(self, state: DataState, device: int | None) -> Iterator[Batch]:
         """Make the batches after `state`: no more shared with the loader than the packers, for it may be another thread."""
-        reader = DocumentReader(self._plan.shards, self._tokenizer, state.streams, self._streams)
+        reader = DocumentReader(self.plan.shards, self.tokenizer, state.streams, self.streams)
         packers: dict[int, Packer] = {
-            stream: PACKERS[self._packing](
-                iter(self._plan.walk(stream, self._streams, at.position)), reader, at, self.sequence_len
+            stream: PACKERS[self.packing](
+                iter(self.plan.walk(stream, self.streams, at.position)), reader, at, self.sequence_len
             )
             for stream, at in state.streams.items()
         }
@@ -296,11 +290,11 @@ class TokenLoader:
             # numpy copies: torch would start its threads for this thread anew.
             into = zip(inputs.numpy(), targets.numpy(), strict=True)
             # The rows of this rank, also after a resume at another number of ranks, which need not divide the rows so far.
-            first = rows + (self._rank - rows) % self._world_size
-            rows += self.device_batch_size * self._world_size
+            first = rows + (self.rank - rows) % self.world_size
+            rows += self.device_batch_size * self.world_size
             try:
-                for number, (row_inputs, row_targets) in zip(itertools.count(first, self._world_size), into):
-                    row = packers[number % self._streams].next_row()
+                for number, (row_inputs, row_targets) in zip(itertools.count(first, self.world_size), into):
+                    row = packers[number % self.streams].next_row()
                     row_inputs[:], row_targets[:] = row[:-1], row[1:]
             except Exhausted:
                 return  # a part of a micro-batch is not delivered: its rows stay pending in the last state

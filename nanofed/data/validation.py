@@ -17,7 +17,7 @@ import numpy as np
 from nanofed import runtime
 from nanofed.data.packing import Tokens
 from nanofed.data.prefetch import made_ahead
-from nanofed.data.shards import Shard, read_texts
+from nanofed.data.shards import Shard, all_texts
 from nanofed.data.streams import NO_DATA, Batch, Encoder, cuda_device, empty_batch
 from nanofed.errors import DataError
 from nanofed.model.loss import IGNORED_TARGET
@@ -87,7 +87,7 @@ class ValidationText(Iterable[Tokens]):
     def _read(self) -> Iterator[Tokens]:
         text, left = np.empty(0, np.int32), self.eval_tokens + 1
         found = 0
-        for document in self._documents():
+        for document in map(self._tokenizer.encode_document, all_texts(self._shard)):
             text = np.concatenate((text, document[:left]))
             left -= min(left, len(document))
             while len(text) > self.sequence_len:
@@ -105,11 +105,6 @@ class ValidationText(Iterable[Tokens]):
             )
         if len(text) > 1:
             yield text
-
-    def _documents(self) -> Iterator[Tokens]:
-        for group in range(len(self._shard.row_group_rows)):
-            for text in read_texts(self._shard, group):
-                yield self._tokenizer.encode_document(text)
 
 
 class ValidationLoader(Iterable[Batch]):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
-    from nanofed.tokenizer.measure import Compression, measure_compression
     from nanofed.tokenizer.storage import check_writable
     from nanofed.tokenizer.training import train_tokenizer
     from nanofed.tokenizer.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Tokenizer": "bpe",
     "load_tokenizer": "bpe",
-    "Compression": "measure",
-    "measure_compression": "measure",
     "check_writable": "storage",
     "SPECIAL_TOKENS": "vocabulary",
     "SPLIT_PATTERN": "vocabulary",
@@ -27,12 +24,10 @@ _PUBLIC = {
 __all__ = [
     "SPECIAL_TOKENS",
     "SPLIT_PATTERN",
-    "Compression",
     "Tokenizer",
     "Vocabulary",
     "check_writable",
     "load_tokenizer",
-    "measure_compression",
     "train_tokenizer",
 ]
 

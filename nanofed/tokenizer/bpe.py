@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,12 +102,17 @@ class Tokenizer:
                 raise
             raise DataError(f"the split pattern fails on a text of {len(text):,} characters: {error}") from None
 
-    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """Return the ids of several texts, in their order; tiktoken releases the GIL, so threads run at once."""
-        if num_threads <= 1 or len(texts) < 2:
-            return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(num_threads) as threads:
-            return list(threads.map(self.encode, texts))
+    def bytes_per_token(self, texts: Iterable[str]) -> float:
+        """Return the bytes of text that a token stands for on average, without any special token; 0 where there is no text.
+
+        Bytes are counted in the tokens, so that text which a split pattern leaves out does not look like compression.
+        """
+        num_bytes = num_tokens = 0
+        for text in texts:
+            ids = self.encode_array(text)
+            num_bytes += int(self.token_bytes[ids].sum())
+            num_tokens += len(ids)
+        return num_bytes / num_tokens if num_tokens else 0.0
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the bytes that ids stand for, special tokens as their text.

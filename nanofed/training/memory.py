@@ -76,62 +76,92 @@ class MemoryEstimate:
         return ", ".join(f"{name} {format_bytes(size)}" for size, name in named)
 
 
-def estimate_memory(
-    config: GPTConfig,
-    *,
-    device_batch_size: int,
-    compute_dtype: torch.dtype,
-    compiled: bool,
-    device: str,
-    accumulation: int = 1,
-    ranks: int = 1,
-    sharded: bool = True,
-    clients: int = 1,
-) -> MemoryEstimate:
-    """Estimate the peak of a training run on one device.
+@dataclass(frozen=True)
+class Place:
+    """Where an optimizer step is computed.
 
-    Args:
+    Attributes:
+        device: the device of this rank.
+        ranks: the ranks that share a step.
+        local_ranks: those of the ranks that run on this machine: on CPU they share its memory.
+        sharded: whether the optimizer's states are divided over the ranks.
+        clients: the clients of a federation that take turns here, each with an optimizer state of its own.
+        forks: whether ranks will be forked from this process (in a notebook), which must not have touched CUDA then.
+    """
+
+    device: torch.device
+    ranks: int = 1
+    local_ranks: int = 1
+    sharded: bool = False
+    clients: int = 1
+    forks: bool = False
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Place:
+        """Return where a Trainer computes."""
+        ranks = trainer.world_size
+        sharded = ranks > 1 and isinstance(trainer.strategy, ShardedStrategy)
+        launcher = trainer.strategy.launcher
+        forks = launcher is not None and launcher.is_interactive_compatible
+        return cls(trainer.strategy.root_device, ranks, min(ranks, trainer.num_devices), sharded, forks=forks)
+
+    @property
+    def owners(self) -> int:
+        """The ranks over which the optimizer's states are divided (ZeRO-2); 1 where each rank has all of them."""
+        return self.ranks if self.sharded else 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the memory of a run follows from.
+
+    Attributes:
         config: the sizes of the model.
         device_batch_size: rows of `config.sequence_len` tokens a micro-batch.
-        compute_dtype: of activations and matmuls.
+        batch_tokens: tokens an optimizer step, over all ranks.
+        compute_dtype: the dtype of activations and matmuls.
         compiled: whether the model is compiled.
-        device: `cpu` or `cuda`.
-        accumulation: micro-batches an optimizer step.
-        ranks: that share a step.
-        sharded: whether the optimizer's states are divided over the ranks (ZeRO-2), or whole on each (`ddp`).
-        clients: that take turns on the model and keep an optimizer state each.
+        place: the device and the ranks.
     """
-    masters = MASTER_BYTES * config.num_parameters
-    # Embedding and head are AdamW's, with two states; the rest is Muon's, with one.
-    tables = MASTER_BYTES * 2 * config.num_embedding_parameters
-    owners = ranks if sharded else 1
-    communication = 0 if ranks == 1 else masters // ranks if sharded else masters  # received parts, or DDP's buckets
-    return MemoryEstimate(
-        weights=masters,
-        gradients=masters,
-        optimizer=clients * (masters + tables) // owners,
-        communication=communication,
-        activations=activation_bytes(
-            config, device_batch_size=device_batch_size, compute_dtype=compute_dtype, compiled=compiled, device=device
-        ),
-        head=head_bytes(
-            config,
-            rows=device_batch_size * config.sequence_len,
-            compute_dtype=compute_dtype,
-            compiled=compiled,
-            device=device,
-        ),
-        update=update_bytes(config, ns_dtype=compute_dtype, owners=owners),
-        floor=FLOOR_BYTES[device] + (COMPILER_BYTES[device] if compiled else 0),
-        accumulates=accumulation > 1,
-        sharded=sharded,
-        slack=SLACK[device],
-    )
+
+    config: GPTConfig
+    device_batch_size: int
+    batch_tokens: int
+    compute_dtype: torch.dtype
+    compiled: bool
+    place: Place
+
+    def estimate(self) -> MemoryEstimate:
+        """Return what the run needs on one device."""
+        config, place, device = self.config, self.place, self.place.device.type
+        masters = MASTER_BYTES * config.num_parameters
+        # Embedding and head are AdamW's, with two states; the rest is Muon's, with one.
+        tables = MASTER_BYTES * 2 * config.num_embedding_parameters
+        received_or_buckets = masters // place.owners  # parts that a sharded optimizer receives, or DDP's buckets
+        return MemoryEstimate(
+            weights=masters,
+            gradients=masters,
+            optimizer=place.clients * (masters + tables) // place.owners,
+            communication=received_or_buckets if place.ranks > 1 else 0,
+            activations=activation_bytes(self),
+            head=head_bytes(self),
+            update=update_bytes(self),
+            floor=FLOOR_BYTES[device] + (COMPILER_BYTES[device] if self.compiled else 0),
+            accumulates=self.batch_tokens >= 2 * self._tokens_at_once,
+            sharded=place.sharded,
+            slack=SLACK[device],
+        )
+
+    def divides(self) -> bool:
+        """Tell whether the batch is a whole number of micro-batches."""
+        return self.batch_tokens % self._tokens_at_once == 0
+
+    @property
+    def _tokens_at_once(self) -> int:
+        return self.device_batch_size * self.config.sequence_len * self.place.ranks
 
 
-def activation_bytes(
-    config: GPTConfig, *, device_batch_size: int, compute_dtype: torch.dtype, compiled: bool, device: str
-) -> int:
+def activation_bytes(setting: Setting) -> int:
     """Return the bytes that all blocks keep of a micro-batch for the backward pass.
 
     A block saves for each token: its input, the residual after attention and both normed (4 widths); queries and keys
@@ -142,36 +172,37 @@ def activation_bytes(
     half of the attention matrix, and eager norms keep what they are made of: queries and keys before the rotation, in bf16
     copies in fp32 of what is normed.
     """
-    tokens = device_batch_size * config.sequence_len
-    size = compute_dtype.itemsize
+    config, compute_dtype, size = setting.config, setting.compute_dtype, setting.compute_dtype.itemsize
+    tokens = setting.device_batch_size * config.sequence_len
     queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     elements = 4 * config.n_embd + 3 * queries + 3 * keys + 8 * config.n_embd
     matrices = config.num_parameters - 2 * config.num_embedding_parameters
     casts = matrices * size if compute_dtype != torch.float32 else 0
-    if device == "cuda":
+    if setting.place.device.type == "cuda":
         saved = tokens * (elements * size + MASTER_BYTES * (2 + 2 * config.n_head + config.n_kv_head))
         around = tokens * 3 * config.n_embd * size  # the embedding, normed, and what goes into the head
         return config.n_layer * saved + around + casts
-    if not compiled:
+    if not setting.compiled:
         elements += queries + keys if compute_dtype == torch.float32 else 2 * config.n_embd + queries + keys
     saved = tokens * elements * size
     if config.sequence_len <= BLOCKED_LONGEST.get(compute_dtype, 0):
         pairs = config.sequence_len * (config.sequence_len + BLOCK) // 2
-        saved += device_batch_size * config.n_head * pairs * size
+        saved += setting.device_batch_size * config.n_head * pairs * size
     residual = tokens * config.n_embd * (size + (MASTER_BYTES if size != MASTER_BYTES else 0))  # of the embedding
     # Backward, a block's gradients live beside what it saved: those of the MLP's two activations, the residual's.
     working = tokens * 9 * config.n_embd * size
     return config.n_layer * saved + residual + casts + working
 
 
-def head_bytes(config: GPTConfig, *, rows: int, compute_dtype: torch.dtype, compiled: bool, device: str) -> int:
+def head_bytes(setting: Setting) -> int:
     """Return the bytes of the loss head: a chunk of logits, and the gradients that it makes together with the loss.
 
     On CUDA it is the most that is there at once beside the activations: while the head makes the loss, while its gradients
     are multiplied by the one of the loss, or while the last block, whose activations are all there still, goes backward.
     """
-    size = compute_dtype.itemsize
-    rounds = compute_dtype != torch.float32
+    config, size, device = setting.config, setting.compute_dtype.itemsize, setting.place.device.type
+    rows = setting.device_batch_size * config.sequence_len
+    rounds = setting.compute_dtype != torch.float32
     table = config.num_embedding_parameters  # elements of the head's weight
     hidden = rows * config.n_embd * size
     logits = chunk_rows(rows, config.vocab_size, device) * config.vocab_size * size
@@ -179,21 +210,22 @@ def head_bytes(config: GPTConfig, *, rows: int, compute_dtype: torch.dtype, comp
     if device == "cuda":
         # Where logits become gradients: without a compiler the capped logits (fp32 ones in place) and their exponentials; then
         # a chunk's part of the weight's gradient.
-        fused = max(0 if compiled else fused * (2 if rounds else 1), table * size if rounds else 0)
+        fused = max(0 if setting.compiled else fused * (2 if rounds else 1), table * size if rounds else 0)
         loss = logits + fused + table * (MASTER_BYTES + (size if rounds else 0)) + hidden
         scaled = 2 * MASTER_BYTES * table + 2 * hidden
         block = MASTER_BYTES * table + 9 * hidden  # gradients of the MLP's activations and of the residual
         return max(loss, scaled, block)
     # A number of fp32 each where logits become gradients: the capped logit, its exponential, without a compiler their product.
     cast = table * size if rounds else 0
-    return logits + fused * (2 if compiled else 3) + 2 * MASTER_BYTES * table + cast + 2 * hidden
+    return logits + fused * (2 if setting.compiled else 3) + 2 * MASTER_BYTES * table + cast + 2 * hidden
 
 
-def update_bytes(config: GPTConfig, *, ns_dtype: torch.dtype, owners: int) -> int:
+def update_bytes(setting: Setting) -> int:
     """Return the bytes of the optimizer's largest temporaries: Newton–Schulz of a stack, or AdamW's denominators."""
+    config, owners = setting.config, setting.place.owners
     layer = 4 * config.n_embd**2  # elements of an MLP matrix, the largest shape
     stacked = max(layer, min(STACK_ELEMENTS, config.n_layer * layer // owners))
-    newton_schulz = 5 * stacked * ns_dtype.itemsize  # its input twice, Gram matrix and polynomial, output
+    newton_schulz = 5 * stacked * setting.compute_dtype.itemsize  # its input twice, Gram matrix and polynomial, output
     adamw = 2 * MASTER_BYTES * config.num_embedding_parameters // owners
     return max(newton_schulz, adamw)
 
@@ -259,70 +291,6 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                 continue
             if limit != "max":  # version 1 writes a number beyond all memory for none
                 yield max(0, int(limit) - int(usage) + int(stat.get(inactive, "0")))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an optimizer step is computed.
-
-    Attributes:
-        device: of this rank.
-        ranks: that share a step.
-        local_ranks: of them on this machine: on CPU they share its memory.
-        sharded: whether the optimizer's states are divided over the ranks.
-        clients: of a federation that take turns here, each with an optimizer state of its own.
-        forks: whether ranks will be forked from this process (in a notebook), which must not have touched CUDA then.
-    """
-
-    device: torch.device
-    ranks: int = 1
-    local_ranks: int = 1
-    sharded: bool = False
-    clients: int = 1
-    forks: bool = False
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> Place:
-        """Return where a Trainer computes."""
-        ranks = trainer.world_size
-        sharded = ranks > 1 and isinstance(trainer.strategy, ShardedStrategy)
-        launcher = trainer.strategy.launcher
-        forks = launcher is not None and launcher.is_interactive_compatible
-        return cls(trainer.strategy.root_device, ranks, min(ranks, trainer.num_devices), sharded, forks=forks)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the memory of a run on a place follows from."""
-
-    config: GPTConfig
-    device_batch_size: int
-    batch_tokens: int
-    compute_dtype: torch.dtype
-    compiled: bool
-    place: Place
-
-    def estimate(self) -> MemoryEstimate:
-        """Return what it needs on each device."""
-        return estimate_memory(
-            self.config,
-            device_batch_size=self.device_batch_size,
-            compute_dtype=self.compute_dtype,
-            compiled=self.compiled,
-            device=self.place.device.type,
-            accumulation=self.batch_tokens // self._tokens_at_once,
-            ranks=self.place.ranks,
-            sharded=self.place.sharded,
-            clients=self.place.clients,
-        )
-
-    def divides(self) -> bool:
-        """Tell whether the batch is a whole number of micro-batches."""
-        return self.batch_tokens % self._tokens_at_once == 0
-
-    @property
-    def _tokens_at_once(self) -> int:
-        return self.device_batch_size * self.config.sequence_len * self.place.ranks
 
 
 def check_memory(module: GPTModule, data: TokenDataModule, place: Place, *, batch_tokens: int, force: bool) -> None:

@@ -10,7 +10,7 @@ import tiktoken
 
 from nanofed.cli import main
 from nanofed.data.writing import write_shards
-from nanofed.tokenizer import SPLIT_PATTERN, Tokenizer, measure_compression, train_tokenizer
+from nanofed.tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
 
 TEXTS = [f"Document {n}: the quick brown fox jumps over the lazy dog, naïve café number {n * n}.\n" for n in range(60)]
 
@@ -35,7 +35,7 @@ def test_train_learns_from_the_training_shards_alone(data: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "vocabulary       300 tokens\n" in out
     assert "seconds" in out
-    assert f"{measure_compression(trained, shards[2]).bytes_per_token:.3f} on shard_00002.parquet" in out
+    assert f"{trained.bytes_per_token(shards[2]):.3f} on shard_00002.parquet" in out
 
 
 def test_train_takes_all_its_options_and_says_when_the_text_gives_fewer_tokens(
@@ -136,7 +136,7 @@ def test_eval_compares_with_gpt2(
     capsys.readouterr()
     assert main(["tokenizer", "eval", "--data", str(data), "--tokenizer", str(output)]) == 0
     texts = pq.read_table(data / "shard_00002.parquet").column("text").to_pylist()
-    ours = measure_compression(Tokenizer.load(output), texts).bytes_per_token
+    ours = Tokenizer.load(output).bytes_per_token(texts)
     out = capsys.readouterr().out
     assert f"{'validation':<18}{ours:>10.3f}{1.0:>10.3f}  {ours - 1:+.1%} against gpt2\n" in out
     assert "no comparison" not in out

@@ -15,9 +15,8 @@ import pytest
 from nanofed import runtime
 from nanofed.data import demo
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.data.demo import build_demo_corpus
+from nanofed.data.demo import build_demo_corpus, prepare_demo
 from nanofed.data.manifest import MANIFEST
-from nanofed.data.prepare import prepare_demo
 from nanofed.data.shards import open_dataset, read_texts
 from nanofed.data.writing import write_shards
 from nanofed.errors import DataError

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanofed.data import validation
+from nanofed.data import shards
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.shards import Dataset, read_texts
 from nanofed.data.streams import NO_DATA, Batch
@@ -176,7 +176,7 @@ def test_after_an_error_it_is_the_same_text(dataset: Dataset, monkeypatch: pytes
             raise DataError("the disk is gone")
         return read_texts(*args)
 
-    monkeypatch.setattr(validation, "read_texts", unsteady)
+    monkeypatch.setattr(shards, "read_texts", unsteady)
     text = ValidationText(dataset.validation, Bytes(), sequence_len=3, eval_tokens=900)
     for _ in range(2):
         with pytest.raises(DataError, match="the disk is gone"):

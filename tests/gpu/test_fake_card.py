@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanofed.model import GPTConfig
-from nanofed.training.memory import estimate_memory
+from nanofed.training.memory import Place, Setting
 from tests.gpu.fake import FakeGPU
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
@@ -50,15 +50,9 @@ def test_a_step_waits_for_nothing_and_launches_no_more_than_it_did(
 
 
 def estimate(depth: int, rows: int, accumulation: int, ranks: int, *, compiled: bool = True) -> int:
-    return estimate_memory(
-        GPTConfig.from_depth(depth),
-        device_batch_size=rows,
-        compute_dtype=torch.bfloat16,
-        compiled=compiled,
-        device="cuda",
-        accumulation=accumulation,
-        ranks=ranks,
-    ).peak
+    config, place = GPTConfig.from_depth(depth), Place(torch.device("cuda"), ranks, sharded=True)
+    tokens = rows * config.sequence_len * ranks * accumulation
+    return Setting(config, rows, tokens, torch.bfloat16, compiled, place).estimate().peak
 
 
 @pytest.mark.parametrize(("depth", "rows", "accumulation", "ranks"), [(20, 32, 1, 1), (20, 1, 2, 1), (12, 8, 2, 8)])

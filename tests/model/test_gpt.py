@@ -177,7 +177,7 @@ class TestRotaryTables:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not runtime.has_compiler(), reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.skipif(runtime.why_not_compiled() is not None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_compiles_in_place_without_a_graph_break(model: GPT, ids: Tensor) -> None:
     names = list(model.state_dict())

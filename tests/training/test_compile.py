@@ -15,7 +15,7 @@ from nanofed.training.recipe import Recipe
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not runtime.has_compiler(), reason="torch.compile needs a C++ compiler on CPU"),
+    pytest.mark.skipif(runtime.why_not_compiled() is not None, reason="torch.compile needs a C++ compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # inductor's own
 ]
 

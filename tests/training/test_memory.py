@@ -23,7 +23,6 @@ from nanofed.training.memory import (
     Setting,
     available_bytes,
     check_memory,
-    estimate_memory,
     suggest,
 )
 from nanofed.training.module import GPTModule
@@ -35,16 +34,8 @@ CPU = torch.device("cpu")
 
 
 def on_gpu(depth: int, rows: int, *, ranks: int = 8, sharded: bool = True) -> MemoryEstimate:
-    return estimate_memory(
-        GPTConfig.from_depth(depth),
-        device_batch_size=rows,
-        compute_dtype=torch.bfloat16,
-        compiled=True,
-        device="cuda",
-        accumulation=max(1, 524_288 // (rows * 2048 * ranks)),
-        ranks=ranks,
-        sharded=sharded,
-    )
+    place = Place(torch.device("cuda"), ranks, sharded=sharded)
+    return Setting(GPTConfig.from_depth(depth), rows, 524_288, torch.bfloat16, True, place).estimate()
 
 
 def test_what_is_known_to_fit_a_gpu_of_80_gb_fits() -> None:
@@ -114,15 +105,10 @@ def test_a_gpu_takes_what_was_estimated_and_hardly_less(
     setting: tuple[int, int, int, int, int, int, str, bool],
 ) -> None:
     depth, rows, accumulation, ranks, sequence_len, vocab_size, dtype, compiled = setting
-    estimate = estimate_memory(
-        GPTConfig.from_depth(depth, vocab_size=vocab_size, sequence_len=sequence_len),
-        device_batch_size=rows,
-        compute_dtype=getattr(torch, dtype),
-        compiled=compiled,
-        device="cuda",
-        accumulation=accumulation,
-        ranks=ranks,
-    )
+    config = GPTConfig.from_depth(depth, vocab_size=vocab_size, sequence_len=sequence_len)
+    place = Place(torch.device("cuda"), ranks, sharded=True)
+    tokens = rows * sequence_len * ranks * accumulation
+    estimate = Setting(config, rows, tokens, getattr(torch, dtype), compiled, place).estimate()
     assert 1.0 <= estimate.peak / MEASURED[setting] <= 1.08, (estimate.peak / MEASURED[setting], str(estimate))
 
 
@@ -268,15 +254,10 @@ def test_the_estimate_is_near_the_measured_peak(options: dict[str, int | str]) -
     arguments = [f"--{name}={value}" for name, value in options.items()]
     line = [sys.executable, "-m", "tests.training.measure_memory", *arguments]
     measured = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
-    config = GPTConfig.from_depth(
-        int(options["depth"]), vocab_size=int(options["vocab_size"]), sequence_len=int(options["sequence_len"])
+    depth, sequence_len, vocab_size, rows = map(int, list(options.values())[:4])
+    config, compiled = (
+        GPTConfig.from_depth(depth, vocab_size=vocab_size, sequence_len=sequence_len),
+        "compile" in options,
     )
-    estimate = estimate_memory(
-        config,
-        device_batch_size=int(options["device_batch_size"]),
-        compute_dtype=torch.float32,
-        compiled=options.get("compile") == "true",
-        device="cpu",
-        accumulation=2,
-    )
+    estimate = Setting(config, rows, 2 * rows * sequence_len, torch.float32, compiled, Place(CPU)).estimate()
     assert 0.8 < estimate.peak / MIB / measured["peak_mib"] < 1.3, (estimate.peak / MIB, str(estimate), measured)
