@@ -122,7 +122,7 @@ class Federation(Arguments):
             training=config.sharding != "local",
         )
         if (resume := resume_checkpoint(options.folder, options.ckpt_path)) is not None:
-            State.without_weights(module, data, config, options.folder).load_without_weights(resume)
+            State.new(module, data, config, options.folder, weights=False).load_without_weights(resume)
 
     def trainer(self) -> FabricTrainer:
         """Return the trainer of this process, for every client that runs in it."""

@@ -21,7 +21,7 @@ from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.evaluation import SiteEvaluator
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.policy import SITES
-from nanofed.federated.server.state import Clock
+from nanofed.federated.server.state import RoundClock
 from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
 from nanofed.federated.wire.messages import MAX_JSON
 from nanofed.training.run_options import RunOptions
@@ -130,7 +130,7 @@ def test_a_lie_is_no_figure(name: str | int, data: TokenDataModule, tmp_path: Pa
     written = SimpleNamespace(summary=Summary("run", "federated"), validation=validation)
     config = FederationConfig(evaluation="sites")
     pool = SiteEvaluator(cast(Any, None), dict, data, config, cast(Any, written), RunOptions(eval_every=1), SITES)
-    state = cast(Any, SimpleNamespace(clock=Clock(17, 30, 9), events=Events(tmp_path), evaluations={}))
+    state = cast(Any, SimpleNamespace(clock=RoundClock(17, 30, 9), events=Events(tmp_path), evaluations={}))
     pool.begin(state)
     asks = pool.requests({HOSTILE: ASKED, "client-0": HONEST})
     assert pool.take_reply("client-0", answer(asks["client-0"]).to_config(), 2.0, state) == 1.5

@@ -11,7 +11,7 @@ import pytest
 
 from nanofed.federated.server.evaluation import ServerEvaluator, ServerModel
 from nanofed.federated.server.events import SERVER, Events
-from nanofed.federated.server.state import Clock
+from nanofed.federated.server.state import RoundClock
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Summary
 
@@ -53,13 +53,13 @@ def setup() -> Setup:
     )
     model = SlowModel()
     evaluator = ServerEvaluator(model, cast(Any, metrics), RunOptions(), beside=True)
-    return evaluator, model, written, SimpleNamespace(clock=Clock(3, 30, 9), weights=1.5, events=Events())
+    return evaluator, model, written, SimpleNamespace(clock=RoundClock(3, 30, 9), weights=1.5, events=Events())
 
 
 def test_a_figure_is_of_the_round_that_was_measured(setup: Setup) -> None:
     evaluator, model, written, state = setup
     evaluator.start(state)
-    state.clock, state.weights = Clock(4, 40, 12), 9.9  # the next round goes on
+    state.clock, state.weights = RoundClock(4, 40, 12), 9.9  # the next round goes on
     evaluator.collect(state)
     assert written == [] and evaluator.round == 3
     evaluator.start(state)

@@ -1,4 +1,4 @@
-"""What went wrong in a run, counted by kind and client: in its checkpoint, in TensorBoard, and line by line in a file."""
+"""What went wrong in a run, counted by kind and client: in the checkpoint, in TensorBoard, and line by line in a file."""
 
 from __future__ import annotations
 
@@ -35,24 +35,17 @@ Kind = Literal[
     "disk",  # a checkpoint or a figure could not be written
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-SERVER = "server"  # stands where no client is to blame
+SERVER = "server"  # stands in the place of a client where none is to blame
 
 FILE = "events.jsonl"
-MAX_FILE_BYTES = 16 << 20  # then the file is put aside, and the one put aside before it goes
-MAX_NAMES = 1000  # of clients; what others do is counted under OTHERS
+MAX_FILE_BYTES = 16 << 20  # a larger file is put aside as `.old`, in the place of the one put aside before
+MAX_NAMES = 1000  # clients that are counted by name; all others are counted under OTHERS
 OTHERS = "others"
 
 
 @dataclass
 class Count:
-    """How often something happened, and its last time.
-
-    Attributes:
-        count: of all times.
-        reason: of the last.
-        round: of the last.
-        when: of the last, seconds since 1970.
-    """
+    """How often something happened, and why, in which round and when (seconds since 1970) it happened last."""
 
     count: int = 0
     reason: str = ""
@@ -64,7 +57,7 @@ class Events:
     """Counts events by kind and client, in memory that does not grow with a run.
 
     Args:
-        run: folder in which `events.jsonl` gets a line an event; None for none.
+        run: the folder in which `events.jsonl` gets a line an event; None for no file.
     """
 
     def __init__(self, run: Path | None = None) -> None:
@@ -75,10 +68,10 @@ class Events:
         """Count an event.
 
         Args:
-            kind: of it.
-            client: its name, or `SERVER`.
-            reason: in words, which may be a stranger's.
-            round_number: of the round.
+            kind: what happened.
+            client: name of the client, or `SERVER`.
+            reason: why it happened, in words that may be a stranger's.
+            round_number: the round in which it happened.
         """
         client = plain(client, 64)
         names = {name for _, name in self._counts}
@@ -88,12 +81,17 @@ class Events:
         count.count += 1
         count.reason, count.round, count.when = plain(reason), round_number, time.time()
         self._append(
-            {"when": round(count.when, 3), "round": round_number, "client": client, "kind": kind}
-            | {"reason": count.reason}
+            {
+                "when": round(count.when, 3),
+                "round": round_number,
+                "client": client,
+                "kind": kind,
+                "reason": count.reason,
+            }
         )
 
     def total(self, *kinds: Kind, client: str | None = None) -> int:
-        """Return how many events there were: of some kinds or all, of one client or all."""
+        """Return how many events there were, of some kinds or of all, for one client or for all."""
         return sum(
             count.count
             for (kind, name), count in self._counts.items()
@@ -129,5 +127,5 @@ class Events:
                 path.replace(path.with_suffix(".old.jsonl"))
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # the counters hold it: a full disk is no reason to end a round
+        except OSError as error:  # the event is counted: a full disk is no reason to end a round
             logger.warning("%s cannot be written: %s", path, error.strerror)

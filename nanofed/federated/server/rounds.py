@@ -28,12 +28,12 @@ from nanofed.federated.server.messenger import ClientReply, Messenger
 from nanofed.federated.server.metrics import FederationMetrics, MergedUpdate, RoundMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
 from nanofed.federated.server.scheduling import Scheduler
-from nanofed.federated.server.state import State, prune, saved_round
+from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
 from nanofed.federated.wire.codec import CODECS, hash_arrays
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
-from nanofed.training.checkpoint import SaveError
+from nanofed.training.checkpoint import SaveError, prune_checkpoints
 from nanofed.training.event_files import cut_events
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.module import GPTModule
@@ -366,7 +366,7 @@ class RoundLoop:
             return
         self._unsaved = False
         reach(self._run, Reached.CHECKPOINT)
-        prune(self._run, self._options)
+        prune_checkpoints(self._run, self._options.keep_checkpoints, self._options.keep_every)
 
     def _say(self, phase: str, number: int, **figures: object) -> None:
         """Tell the terminal and `nanofed status` what is going on."""

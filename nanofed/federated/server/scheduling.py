@@ -141,6 +141,10 @@ class ClientSpeeds:
         """Return everything as plain values."""
         return {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what was saved."""
+        vars(self).update(vars(ClientSpeeds(**state)))
+
 
 class Scheduler:
     """Leases rows and writes the instructions of a round.

@@ -20,25 +20,21 @@ from nanofed.federated.server.ledger import Ledger, make_ledger
 from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import Array
-from nanofed.training.checkpoint import (
-    checkpoints,
-    prune_checkpoints,
-    read_manifest,
-    read_state,
-    read_weights,
-    write_checkpoint,
-)
+from nanofed.training.checkpoint import checkpoints, read_manifest, read_state, read_weights, write_checkpoint
 from nanofed.training.checkpoint.folder import set_aside
 from nanofed.training.module import GPTModule
 from nanofed.training.preflight import check_identity
-from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 
 logger = logging.getLogger(__name__)
 
+# What a checkpoint calls the parts of a state that save themselves.
+PARTS = {"outer": "outer", "ledger": "ledger", "norms": "norms", "pace": "speeds", "events": "events"}
+NEEDED = {"run", "clock", "seconds", "curve", *PARTS}
+
 
 @dataclass
-class Clock:
+class RoundClock:
     """Where the run is: rounds committed, tokens merged, and optimizer steps along one client's path."""
 
     round: int = 0
@@ -51,7 +47,7 @@ class State:
     """The global weights and all that decides what the next round does with them.
 
     Attributes:
-        weights: the global weights by name, fp32; they are stepped in place.
+        weights: the global weights by name, fp32; they are stepped in place. A state that is only checked has none.
         ledger: who may read which rows.
         outer: the outer optimizer with its momentum.
         norms: the usual norms of accepted updates.
@@ -68,23 +64,18 @@ class State:
     norms: NormGuard
     events: Events
     speeds: ClientSpeeds = field(default_factory=ClientSpeeds)
-    clock: Clock = field(default_factory=Clock)
+    clock: RoundClock = field(default_factory=RoundClock)
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
-    def new(cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
-        """Return the state before the first round, with the initial weights of a module that is configured."""
-        state = cls.without_weights(module, data, config, run)
-        named = module.gpt.state_dict().items()
-        state.weights = {name: tensor.detach().cpu().numpy().copy() for name, tensor in named}
-        return state
-
-    @classmethod
-    def without_weights(cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path) -> State:
-        """Return the state before the first round, without weights; the module need not be configured."""
+    def new(
+        cls, module: GPTModule, data: TokenDataModule, config: FederationConfig, run: Path, *, weights: bool = True
+    ) -> State:
+        """Return the state before the first round, with the initial weights of a module that is configured, or without."""
+        named = module.gpt.state_dict() if weights else {}
         return cls(
-            weights={},
+            weights={name: tensor.detach().cpu().numpy().copy() for name, tensor in named.items()},
             ledger=make_ledger(config, data),
             outer=OuterNesterov(config.outer_lr, config.outer_momentum),
             norms=NormGuard(config.max_norm_ratio, config.on_large_norm, module.movements()),
@@ -106,11 +97,7 @@ class State:
             state={
                 "run": self.run_id,
                 "clock": vars(self.clock).copy(),
-                "outer": self.outer.state_dict(),
-                "ledger": self.ledger.state_dict(),
-                "norms": self.norms.state_dict(),
-                "pace": self.speeds.state_dict(),
-                "events": self.events.state_dict(),
+                **{name: getattr(self, part).state_dict() for name, part in PARTS.items()},
                 "evaluations": {client: figures.copy() for client, figures in self.evaluations.items()},
                 "seconds": summary.seconds,
                 "curve": [vars(point).copy() for point in summary.curve],
@@ -131,8 +118,8 @@ class State:
         Raises:
             ConfigError: it is of the vanilla path, of another model, tokenizer or text, or of a nanofed that saved less.
         """
-        manifest, training = read_manifest(path), not self.ledger.own_text
-        check_identity(path, manifest, module, data, "resume", force=force, training=training)
+        training = not self.ledger.own_text
+        check_identity(path, read_manifest(path), module, data, "resume", force=force, training=training)
         saved = self.load_without_weights(path)
         self.load_weights(path)
         # The summary beside it may be ahead, of rounds that were lost, or lost itself.
@@ -152,18 +139,14 @@ class State:
         if manifest.kind != "federated":
             raise ConfigError(f"{path} is a {manifest.kind} checkpoint: start from its weights with --init_from")
         saved: dict[str, Any] = read_state(path)
-        needed = {"run", "clock", "outer", "ledger", "norms", "pace", "events", "seconds", "curve"}
-        if missing := needed - set(saved):
+        if missing := NEEDED - set(saved):
             raise ConfigError(
                 f"{path} was saved by an older nanofed and lacks {', '.join(sorted(missing))}: start from its weights with "
                 "--init_from"
             )
-        self.outer.load_state_dict(saved["outer"])
-        self.ledger.load_state_dict(saved["ledger"])
-        self.norms.load_state_dict(saved["norms"])
-        self.events.load_state_dict(saved["events"])
-        self.speeds = ClientSpeeds(**saved["pace"])
-        self.clock = Clock(**saved["clock"])
+        for name, part in PARTS.items():
+            getattr(self, part).load_state_dict(saved[name])
+        self.clock = RoundClock(**saved["clock"])
         self.run_id = saved["run"]
         self.evaluations = saved.get("evaluations", {})
         return saved
@@ -186,8 +169,3 @@ def saved_round(run: Path) -> int | None:
     """Return the round of a run's newest checkpoint, None if there is none."""
     found = checkpoints(run)
     return int(found[-1].name.removeprefix("round_")) if found else None
-
-
-def prune(run: Path, options: RunOptions) -> None:
-    """Remove the checkpoints that the options do not keep."""
-    prune_checkpoints(run, options.keep_checkpoints, options.keep_every)
