@@ -272,7 +272,7 @@ def join(
     Args:
         config: YAML file: model and data as at the server.
         superlink: `host:port` of the server.
-        name: of this site.
+        name: the site's name, the same as long as the site takes part.
         args: further command-line arguments, as `nanofed federate` takes them.
         overrides: dotted keys and values.
         keys: the folder that was handed out to the site; without one, loopback only.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import secrets
 import shutil
+import time
 from pathlib import Path
 
 
@@ -65,6 +67,26 @@ def sha256(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SETTLED_NS = 2 * 10**9  # a file that is older has another time of change when it changes again
+
+
+def sha256_once(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal; a process reads the file once for every state of it.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    status = path.stat()
+    if time.time_ns() - status.st_mtime_ns <= SETTLED_NS:
+        return sha256(path)
+    return _sha256_of_state(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_of_state(path: Path, inode: int, size: int, changed_ns: int) -> str:
+    return sha256(path)
 
 
 def keep_short(path: Path, most: int) -> None:

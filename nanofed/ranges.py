@@ -85,7 +85,7 @@ def check_numbers(values: Any, prefix: str = "", *, kind: Any = None) -> None:
 
     Args:
         values: a dataclass object, or a mapping of names to values.
-        prefix: in front of the names in an error: `federation.`.
+        prefix: what an error writes in front of the names, such as `federation.`.
         kind: what `ranged` takes; by default the object's own class.
 
     Raises:

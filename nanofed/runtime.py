@@ -224,9 +224,9 @@ def compiler_fault(compiler: str, language: str, *options: str) -> str | None:
     """Return why a compiler cannot build an extension of Python, None where it can: it builds an empty one (0.4 s).
 
     Args:
-        compiler: name or path of the program.
-        language: as the compiler's option -x takes it, `c` or `c++`.
-        options: further ones.
+        compiler: the program's name or path.
+        language: `c` or `c++`, as the compiler's option -x takes it.
+        options: further options of the compiler.
     """
     command = [compiler, "-x", language, *options, f"-I{sysconfig.get_path('include')}", "-shared", "-fPIC", "-", "-o"]
     try:
@@ -256,8 +256,8 @@ class Launch:
     Attributes:
         by: `torchrun`, `srun`, `jsrun`, `mpirun`, `lightning` (which starts ranks itself, or whoever sets the variables of
             its free clusters), `env` (one process a node, torch's `env://` variables: Kubeflow), or nothing: alone.
-        rank: of all ranks; that of the node where only Lightning knows how many ranks a node has.
-        local_rank: on this node.
+        rank: this process's number among all ranks; the node's number where only Lightning knows how many ranks a node has.
+        local_rank: this process's number among the ranks of its node.
     """
 
     by: str = ""

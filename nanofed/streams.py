@@ -39,12 +39,12 @@ class _Output(io.FileIO):
     """The raw side of a standard stream: once its descriptor takes nothing more, it is pointed at /dev/null.
 
     Args:
-        number: of the descriptor, which stays open when this object is closed.
-        lasting: what is written after that is lost without an error.
+        number: the descriptor's number; the descriptor stays open when this object is closed.
+        lasting: whether what is written after that is lost without an error.
 
     Raises:
-        ReaderGone: where it is not lasting: nobody reads any more.
-        NanofedError: where it is not lasting: the output cannot be written, to a full disk, say.
+        ReaderGone: nobody reads any more, and the stream is not lasting.
+        NanofedError: the output cannot be written (to a full disk, say), and the stream is not lasting.
     """
 
     def __init__(self, number: int, *, lasting: bool) -> None:

@@ -13,10 +13,10 @@ def add_number(parser: argparse.ArgumentParser, *flags: str, kind: Any, **option
     """Add an option that takes a number of a range.
 
     Args:
-        parser: to add it to.
-        flags: the last one is its name in errors.
-        kind: `Annotated[int, Range(…)]` or a float's.
-        options: of `add_argument`.
+        parser: the parser that gets the option.
+        flags: the option's flags; errors name the last one.
+        kind: the type with its range, such as `Annotated[int, Range(1, 64)]`.
+        options: further arguments of `add_argument`.
 
     Raises:
         ConfigError: when it is parsed: it is no number, or out of range; names the option.

@@ -130,10 +130,10 @@ class TokenDataModule(LightningDataModule):
         """Return the validation micro-batches of one rank; `device_batch_size` and `streams` have no part in them.
 
         Args:
-            rank: this rank, of `world_size`.
-            world_size: number of ranks.
-            share: the site's share of the text, of `shares`.
-            shares: sites that divide the text.
+            rank: this rank's number, below `world_size`.
+            world_size: the number of ranks.
+            share: the number of the site's share of the text, below `shares`.
+            shares: the number of sites that divide the text.
             eval_tokens: targets to score, in the place of this module's own `eval_tokens`.
         """
         wanted = eval_tokens or self.eval_tokens

@@ -35,6 +35,18 @@ class RowRange:
         return self.start <= row < self.stop
 
 
+def locate(ranges: Sequence[RowRange], position: Row, *, any_epoch: bool = False) -> int | None:
+    """Return the index of the range from which a stream at `position` (the next row to look at) has read last, None if none.
+
+    That range holds the row before: `position` itself may be the first row of another range, or lie behind the last one.
+    """
+    for index, part in enumerate(ranges):
+        same_epoch = any_epoch or part.epoch == position.epoch
+        if same_epoch and part.shard == position.shard and part.covers(position.row - 1):
+            return index
+    return None
+
+
 class RowPlan:
     """An ordered list of row ranges that streams walk: stream s of S takes the rows r with r mod S = s.
 
@@ -75,19 +87,11 @@ class RowPlan:
 
     def locate(self, row: Row) -> int | None:
         """Return the index of the range in which a stream that is at `row` goes on, None if no range holds it."""
-        for index, part in enumerate(self.ranges):
-            same_epoch = self.repeat or part.epoch == row.epoch
-            # The row before it was read there: a range may begin where an earlier one ends, but stand before it.
-            if same_epoch and part.shard == row.shard and part.covers(row.row - 1):
-                return index
-        return None
+        return locate(self.ranges, row, any_epoch=self.repeat)
 
     def holds(self, row: Row) -> bool:
         """Tell whether the plan still contains a row (a lease may have lost it)."""
-        return any(
-            part.shard == row.shard and part.covers(row.row) and (self.repeat or part.epoch == row.epoch)
-            for part in self.ranges
-        )
+        return locate(self.ranges, row._replace(row=row.row + 1), any_epoch=self.repeat) is not None
 
     def walk(self, stream: int, streams: int, start: Row | None) -> Iterable[Row]:
         """Yield the rows of one stream from `start` (the next row to look at) on; without one, from the first range."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from nanofed.data.identity import DataIdentity
 from nanofed.data.manifest import MANIFEST, Manifest, Recorded, read_manifest, safe_name
 from nanofed.errors import ConfigError, DataError
-from nanofed.files import sha256 as file_sha256
+from nanofed.files import sha256, sha256_once
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -279,9 +279,8 @@ def read_texts(shard: Shard, row_group: int) -> list[str]:
     """
     texts: list[str] = []
     try:
-        if shard.sha256 is not None:
-            state = shard.path.stat()
-            _check_hash(shard.path, state.st_size, state.st_mtime_ns, shard.sha256)
+        if shard.sha256 is not None and sha256_once(shard.path) != shard.sha256:
+            raise DataError(_replaced(shard.path))
         for texts_of_batch in _batches(shard, row_group):
             texts += texts_of_batch
     except DataError as error:
@@ -359,19 +358,16 @@ def _most_bytes(path: Path) -> int:
     return min(MAX_GROUP_BYTES, max(PLAUSIBLE_BYTES, MAX_EXPANSION * path.stat().st_size))
 
 
-@functools.lru_cache(maxsize=4096)
-def _check_hash(path: Path, size: int, mtime_ns: int, sha256: str) -> None:
-    """Compare a file's hash, once a process for every state of the file."""
-    if file_sha256(path) != sha256:
-        raise DataError(f"{path} is damaged or was replaced: its sha256 is not the one in {MANIFEST}")
+def _replaced(path: Path) -> str:
+    return f"{path} is damaged or was replaced: its sha256 is not the one in {MANIFEST}"
 
 
 def verify_shard(path: Path, recorded: Recorded | None = None) -> str | None:
     """Read all of a shard, compare it with what `dataset.json` records, and return what is wrong (None: nothing)."""
     try:
         shard = _open_recorded(path, recorded)
-        if recorded and file_sha256(path) != recorded.sha256:
-            return f"{path} is damaged or was replaced: its sha256 is not the one in {MANIFEST}"
+        if recorded and sha256(path) != recorded.sha256:
+            return _replaced(path)
         for _ in all_texts(shard):
             pass
     except DataError as error:
@@ -384,4 +380,4 @@ def verify_shard(path: Path, recorded: Recorded | None = None) -> str | None:
 def record(path: Path) -> Recorded:
     """Return what `dataset.json` is to record of a shard."""
     shard = read_shard(path)
-    return Recorded(file_sha256(path), shard.num_bytes, shard.num_rows)
+    return Recorded(sha256(path), shard.num_bytes, shard.num_rows)

@@ -123,8 +123,8 @@ class DocumentReader:
     Args:
         shards: the shards by name.
         tokenizer: encodes the documents.
-        own: the streams that read here, of `streams`.
-        streams: fixed streams of the run.
+        own: the streams that read here.
+        streams: the number of fixed streams of the run.
     """
 
     def __init__(self, shards: Mapping[str, Shard], tokenizer: Encoder, own: Collection[int], streams: int) -> None:
@@ -182,14 +182,13 @@ class TokenLoader:
     Args:
         plan: the rows to read.
         tokenizer: encodes the documents.
-        sequence_len: tokens a row.
-        device_batch_size: rows a micro-batch on this rank.
-        streams: fixed streams of the run.
-        rank: this rank, of `world_size`.
-        world_size: number of ranks; must divide `streams`.
+        sequence_len: tokens in a row.
+        device_batch_size: rows in a micro-batch of this rank.
+        streams: the number of fixed streams of the run.
+        rank: this rank's number, below `world_size`.
+        world_size: the number of ranks; it must divide `streams`.
         packing: `contiguous` or `best_fit`.
         prefetch: micro-batches to make ahead; 0 makes each when it is asked for.
-
         wait: counts the seconds that iterating took: with `prefetch` those in which no batch was ready.
 
     Attributes:

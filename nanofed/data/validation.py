@@ -114,11 +114,11 @@ class ValidationLoader(Iterable[Batch]):
     What is missing of the last passes is filled up with targets that do not count (-1).
 
     Args:
-        text: is divided.
-        rank: this rank, of `world_size`.
-        world_size: ranks that divide a share.
-        share: this site's, of `shares`.
-        shares: parts of the text that are scored in different places; one of a short text may be empty.
+        text: the text that ranks and sites divide.
+        rank: this rank's number, below `world_size`.
+        world_size: the number of ranks that divide a share.
+        share: the number of this site's share, below `shares`.
+        shares: the number of parts that are scored in different places; a part of a short text may be empty.
         prefetch: micro-batches that a thread makes ahead; 0 makes each when it is asked for.
     """
 

@@ -37,7 +37,7 @@ class Bucket(ABC):
         group: the ranks.
 
     Attributes:
-        missing: of the parameters, those that had no gradient here when it left; zeros travelled in their place.
+        missing: the parameters that had no gradient here when the bucket left; zeros travelled in their place.
     """
 
     def __init__(self, params: list[Tensor], group: dist.ProcessGroup) -> None:

@@ -18,7 +18,7 @@ class Movement:
     """How far one optimizer step moves one parameter where the schedule multiplies rates by 1.
 
     Attributes:
-        kind: of its group, `muon` or `adamw`.
+        kind: the kind of the weight's group, `muon` or `adamw`.
         group: name of its group.
         step: L2 norm of a step in which every element (AdamW) or singular value (Muon) moves by the rate.
         most: L2 norm that no step exceeds, without weight decay.

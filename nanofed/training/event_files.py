@@ -23,7 +23,7 @@ def cut_events(run: Path, step: int) -> None:
 
     Args:
         run: the run's folder.
-        step: of the checkpoint; -1 takes out everything.
+        step: the checkpoint's optimizer step; -1 takes out everything.
 
     Raises:
         NanofedError: a file cannot be read or written.

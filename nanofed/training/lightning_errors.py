@@ -23,9 +23,9 @@ def lightning_errors(section: str, given: Sequence[str] = (), *, building: bool 
     An error of nanofed or torch in the block, such as one in a training step, passes as it is.
 
     Args:
-        section: of the options, such as `trainer`.
-        given: the options of it that are not at their defaults.
-        building: nothing but objects of Lightning is built in the block: whatever is raised is about their options.
+        section: the section that the options stand in, such as `trainer`.
+        given: the options of that section that are not at their defaults.
+        building: whether the block builds nothing but objects of Lightning, so that any error is about their options.
 
     Raises:
         ConfigError: Lightning refuses an option, or lacks a package for it.

@@ -22,8 +22,8 @@ class Stopwatch:
     quickly, so a budget holds half the steps.
 
     Args:
-        speed: of this machine.
-        clock: in seconds; one that never jumps.
+        speed: this machine's speed against a real one.
+        clock: a clock in seconds that never jumps.
         start: when the time began to run on that clock; by default now.
     """
 

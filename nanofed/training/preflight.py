@@ -45,10 +45,10 @@ def check_start(
 
     Args:
         module: the model to be trained.
-        data: its data.
-        options: of the run.
+        data: the data that it is trained on.
+        options: the run's options.
         kind: `fit` or `federated`: whose checkpoint can be resumed.
-        batch_tokens: tokens of an optimizer step.
+        batch_tokens: tokens in an optimizer step.
         config: the resolved config, YAML: a resumed run is compared with its own.
         place: ranks and device that share a step.
         training: whether the training shards here are what the run trains on.
@@ -138,7 +138,7 @@ def check_identity(
 
     Args:
         path: the checkpoint.
-        manifest: its manifest.
+        manifest: the checkpoint's manifest.
         module: the model here.
         data: tokenizer and shards here; the shards are opened for `resume` only.
         use: what the checkpoint is wanted for.

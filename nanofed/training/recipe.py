@@ -21,19 +21,19 @@ class Recipe:
     """How a model is trained, whatever drives the training.
 
     Attributes:
-        batch_tokens: tokens an optimizer step, over all ranks (of one client, in a federation).
+        batch_tokens: tokens in an optimizer step, over all ranks (of one client, in a federation).
         num_steps: horizon in optimizer steps of `batch_tokens`.
         horizon_tokens: horizon in tokens.
         tokens_per_parameter: horizon as a ratio; 20 when no horizon is given at all.
         horizon_flops: horizon in floating-point operations.
         embedding_lr: AdamW's rate for the embedding, scaled by (width/768)^-0.5.
-        head_lr: AdamW's rate for the head, scaled likewise.
+        head_lr: AdamW's rate for the head, scaled by (width/768)^-0.5.
         matrix_lr: Muon's rate for the matrices, scaled by max(1, rows/columns)^0.5.
-        lr_scale: multiplies all three.
+        lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`.
         weight_decay: decoupled decay of the AdamW groups.
-        warmup_ratio: part of the horizon over which the rates rise from 0.
-        warmdown_ratio: last part of the horizon over which they fall linearly.
-        final_lr_frac: where they fall to, as a fraction.
+        warmup_ratio: the first part of the horizon, in which the rates rise from 0.
+        warmdown_ratio: the last part of the horizon, in which the rates fall linearly.
+        final_lr_frac: the fraction of their peak to which the rates fall.
         clip: largest global gradient norm; 0 switches clipping off.
     """
 

@@ -248,7 +248,7 @@ class RunFolder:
         With `--overwrite true` the run that is there steps aside first.
 
         Args:
-            options: of the run.
+            options: the run's options.
             kind: `fit` or `federated`.
             config: YAML.
 

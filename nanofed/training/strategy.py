@@ -58,7 +58,7 @@ class ShardedStrategy(DDPStrategy):
 
 
 class FabricShardedStrategy(FabricDDPStrategy):
-    """The same for a Fabric loop: DDP's processes, a module that is not wrapped, and one `DistMuonAdamW`.
+    """DDP for a Fabric loop without a reducer: the module is not wrapped, and one `DistMuonAdamW` moves the gradients.
 
     Takes DDPStrategy's arguments.
     """

@@ -30,10 +30,10 @@ class Summary:
     """What a run came to.
 
     Attributes:
-        name: of the run.
+        name: the run's name.
         kind: `fit` or `federated`.
-        tokens: trained, over all ranks and clients.
-        seconds: of training, on this machine's clock.
+        tokens: tokens trained, over all ranks and clients.
+        seconds: seconds of training, on this machine's clock.
         curve: every validation, the first before training.
         ended: why the run has ended; None while it goes on, and where a power cut or a SIGKILL ended it.
     """

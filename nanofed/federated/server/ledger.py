@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.data.rows import RowRange
+from nanofed.data.rows import RowRange, locate
 from nanofed.data.shards import Shard
 from nanofed.data.streams import DataState
 from nanofed.errors import DataError
 from nanofed.federated.config import FederationConfig
-from nanofed.federated.server.reading import locate, rows_between, rows_read
+from nanofed.federated.server.reading import rows_between, rows_read
 from nanofed.federated.server.tokens import check_tokens
 from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.messages import Instructions, Report, SiteShard

@@ -8,18 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from nanofed.data.rows import Row, RowRange
+from nanofed.data.rows import RowRange, locate
 from nanofed.data.streams import DataState
 
 Rows = dict[tuple[int, str], npt.NDArray[np.int64]]  # (epoch, shard) -> row numbers
-
-
-def locate(ranges: Sequence[RowRange], position: Row) -> int | None:
-    """Return the index of the range in which a stream that is to look at `position` next has read last, None if none."""
-    for index, part in enumerate(ranges):
-        if (part.epoch, part.shard) == (position.epoch, position.shard) and part.covers(position.row - 1):
-            return index
-    return None
 
 
 def rows_read(ranges: Sequence[RowRange], streams: int, state: DataState) -> Rows:

@@ -22,9 +22,9 @@ class Opening(Callback):
     first validation. At the first full step the run says so in its marker, and a run that it replaces is deleted.
 
     Args:
-        options: of the run.
+        options: the run's options.
         config: the resolved config, YAML.
-        summary: the dashboard's, which a resumed run writes anew without the points after its checkpoint.
+        summary: the dashboard's summary, which a resumed run writes anew without the points after its checkpoint.
 
     Attributes:
         done: whether this process has opened the folder.

@@ -38,8 +38,8 @@ class Peers:
     """What one rank knows of the others.
 
     Args:
-        trainer: with more than one rank. Lightning's own launcher, where it is used, is watched from the start on, the
-            others from `join` on.
+        trainer: a Trainer with more than one rank. Ranks that Lightning's own launcher has started are watched from the
+            start on, all others from `join` on.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -76,7 +76,7 @@ class FirstStep(Callback):
     """Divides what the Trainer does before the first step is done, and logs it all when it is.
 
     Args:
-        startup: begun when the command was.
+        startup: the clock that was started with the command.
     """
 
     def __init__(self, startup: Startup) -> None:

@@ -36,8 +36,8 @@ class SaveCheckpoint(Callback):
         every: optimizer steps between two saves; 0 for none but the last.
         keep: newest checkpoints to keep; 0 keeps all.
         keep_every: checkpoints at multiples of so many steps stay for good; 0 for none.
-        dashboard: its losses are checked and its clock stands still during a save.
-        garbage: collected after a save.
+        dashboard: a save checks its losses and stops its clock.
+        garbage: a save ends with a collection.
     """
 
     def __init__(

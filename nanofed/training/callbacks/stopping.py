@@ -61,11 +61,11 @@ class Stopping(Callback):
     figure does not count.
 
     Args:
-        signals: what this process has been asked.
-        saver: saves before the run ends; stands before this callback.
+        signals: the signals that this process has received.
+        saver: the callback that saves the run before it ends; the Trainer calls it before this one.
 
     Raises:
-        Stopped: in place of the next step.
+        Stopped: the run was asked to stop; it is raised in place of the next step.
     """
 
     def __init__(self, signals: Signals, saver: SaveCheckpoint) -> None:

@@ -41,10 +41,10 @@ class Limits:
     after it, because ranks that have less to do then wait there for the others.
 
     Attributes:
-        step: in the steady state. Where ten usual micro-batches take longer (a large model on CPUs), that counts instead.
-        startup: until the first optimizer step is done: data, process group, first compile.
-        evaluation: of one micro-batch of a validation, and of what follows one, such as text samples.
-        save: of one checkpoint.
+        step: the limit in the steady state; ten usual micro-batches where those take longer (a large model on CPUs).
+        startup: the limit until the first optimizer step is done: data, process group, first compile.
+        evaluation: the limit of one micro-batch of a validation, and of what follows a validation, such as text samples.
+        save: the limit of one checkpoint.
     """
 
     step: SecondsOrZero = 120.0
@@ -67,7 +67,7 @@ class Watchdog(Callback):
     One process alone is not watched: nobody waits for it, and it may stand in a debugger or a notebook.
 
     Args:
-        limits: on time without progress.
+        limits: the limits on time without progress.
     """
 
     def __init__(self, limits: Limits) -> None:

@@ -138,8 +138,8 @@ def written(path: Path, needed_bytes: int) -> Iterator[Staging]:
     Before, what killed saves have left beside it is put right (`put_right`), and the free space is looked at.
 
     Args:
-        path: of the directory; the folder that it is in is made if only that one is missing.
-        needed_bytes: what it will take.
+        path: the directory; the folder above it is made if only that one is missing.
+        needed_bytes: the bytes that the directory will take.
 
     Raises:
         NoSpaceError: there is too little space, or it ran out.

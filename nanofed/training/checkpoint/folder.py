@@ -45,8 +45,8 @@ def prune_checkpoints(run: Path, keep: int, every: int = 0) -> None:
 
     Args:
         run: the run's folder.
-        keep: newest ones to keep; 0 keeps all.
-        every: steps (rounds) whose multiples stay; 0 for none.
+        keep: how many of the newest checkpoints to keep; 0 keeps all.
+        every: checkpoints at multiples of so many steps (rounds) stay as well; 0 for none.
     """
     if not keep:
         return

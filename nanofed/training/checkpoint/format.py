@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch import Tensor
 from nanofed import runtime
 from nanofed.data.identity import DataIdentity
 from nanofed.errors import ConfigError
-from nanofed.files import sha256
+from nanofed.files import sha256_once
 from nanofed.model import GPTConfig
 from nanofed.tokenizer import Tokenizer
 from nanofed.tokenizer.storage import TOKENIZER_JSON, to_json
@@ -54,7 +53,6 @@ STATE = "state.pt"
 TOKENIZER = "tokenizer"
 TOKENIZER_FILE = f"{TOKENIZER}/{TOKENIZER_JSON}"
 SMALL_BYTES = 1 << 20  # of the manifest, and of what is around the tensors
-SETTLED_SECONDS = 2.0  # a file that is older has another time of change when it changes again
 _FILE_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
@@ -67,10 +65,10 @@ class Manifest:
         model: the sizes of the GPT.
         step: optimizer steps (fit) or rounds (federated).
         tokens: tokens trained so far.
-        tokenizer: fingerprint of the tokenizer.
+        tokenizer: the tokenizer's fingerprint.
         metrics: the last measured figures, such as `val/bpb`.
         files: size and SHA-256 of every file.
-        format_version: of this layout.
+        format_version: the version of this layout.
         data: the text that the run trains on and validates with; None in a checkpoint of an older nanofed.
     """
 
@@ -255,22 +253,13 @@ def _check_files(path: Path, files: Any) -> None:
 
 def _verify(file: Path, entry: Mapping[str, Any]) -> None:
     try:
-        status = file.stat()
-        if status.st_size != entry["bytes"]:
+        if file.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{file} has another size than {MANIFEST} says: the checkpoint is damaged")
-        if time.time_ns() - status.st_mtime_ns > SETTLED_SECONDS * 1e9:
-            digest = _settled_sha256(file, status.st_ino, status.st_mtime_ns)
-        else:
-            digest = sha256(file)
+        digest = sha256_once(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}): the checkpoint is damaged") from error
     if digest != entry["sha256"]:
         raise CheckpointError(f"{file} is not what was saved (SHA-256 differs): the checkpoint is damaged")
-
-
-@functools.lru_cache(maxsize=64)
-def _settled_sha256(path: Path, inode: int, changed_ns: int) -> str:
-    return sha256(path)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

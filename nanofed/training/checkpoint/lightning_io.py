@@ -1,4 +1,4 @@
-"""Lightning's door to the checkpoint format."""
+"""Lightning's CheckpointIO, which saves and loads in nanofed's checkpoint format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DirectoryCheckpointIO(CheckpointIO):
     Args:
         config: sizes of the GPT.
         tokenizer: it is saved with every checkpoint.
-        data: its text is recorded; None records none, and a run that goes on then cannot compare it.
+        data: the data module whose text is recorded; None records no text, and a run that goes on cannot compare it then.
     """
 
     def __init__(self, config: GPTConfig, tokenizer: Tokenizer, data: TokenDataModule | None = None) -> None:
