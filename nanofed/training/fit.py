@@ -45,9 +45,6 @@ def run_fit(cli: FitCLI) -> Summary:
 def _fit(cli: FitCLI) -> Summary:
     module: GPTModule = cli.model
     data, trainer, options = cli.datamodule, cli.trainer, cli.run_options
-    assert (
-        cli.run_folder is not None and cli.dashboard is not None and cli.saver is not None and cli.opening is not None
-    )
     accumulation = check_start(
         module,
         data,
@@ -58,7 +55,7 @@ def _fit(cli: FitCLI) -> Summary:
         place=Place.of(trainer),
     )
     cli.startup.done("data")
-    resume = resume_checkpoint(cli.run_folder, options.ckpt_path)
+    resume = resume_checkpoint(options.folder, options.ckpt_path)
     if resume is None and options.init_from:
         start_from(module, options.init_from)
     trainer.accumulate_grad_batches = accumulation
@@ -74,8 +71,8 @@ def _fit(cli: FitCLI) -> Summary:
             if trainer.is_global_zero:
                 logger.info("resuming from %s", resume)
             cli.saver.newest = resume
-            if (cli.run_folder / SUMMARY).is_file():
-                summary.curve = Summary.read(cli.run_folder).curve
+            if (options.folder / SUMMARY).is_file():
+                summary.curve = Summary.read(options.folder).curve
         with cli.garbage:
             trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
         cli.opening.open(trainer, module)  # a resumed run that has no step to do
@@ -97,7 +94,7 @@ def _fit(cli: FitCLI) -> Summary:
     finally:
         if cli.opening.done:
             with suppress(OSError):  # on a disk that is full, the error that is under way says so
-                summary.write(cli.run_folder)
+                summary.write(options.folder)
     return summary
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
@@ -81,10 +80,9 @@ class FitCLI(LightningCLI):
         self.signals = signals or Signals()
         self.garbage = ManualCollection()
         self.run_options: RunOptions
-        self.run_folder: Path | None = None
-        self.opening: Opening | None = None
-        self.dashboard: Dashboard | None = None
-        self.saver: SaveCheckpoint | None = None
+        self.dashboard: Dashboard
+        self.opening: Opening
+        self.saver: SaveCheckpoint
         super().__init__(
             GPTModule,
             TokenDataModule,
@@ -152,7 +150,7 @@ class FitCLI(LightningCLI):
         if self.validate_only:
             kwargs["logger"] = False
         else:
-            folder = self.run_folder = options.folder
+            folder = options.folder
             self.dashboard = Dashboard(folder, Summary(options.name, "fit"), options.log_every)
             self.opening = Opening(options, self.resolved_config, self.dashboard.summary)
             self.saver = SaveCheckpoint(

@@ -11,7 +11,6 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from nanofed.errors import ConfigError, NanofedError
@@ -64,9 +63,7 @@ class RunLock:
         self._path, self._process = path, os.getpid()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.release()
 
     def release(self) -> None:

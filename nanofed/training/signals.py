@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 HINT = b"\nfinishing this optimizer step, then saving; Ctrl-C again stops at once\n"
 
@@ -29,19 +29,6 @@ def ending_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
-class Child(Protocol):
-    """A process that this one has started (`subprocess.Popen`)."""
-
-    def send_signal(self, number: int, /) -> None:
-        """Send it a signal, if it still runs."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Return its exit code when it has ended."""
-
-    def kill(self) -> None:
-        """End it at once."""
-
-
 class Signals:
     """Turns the `ending_signals` into `received` while its block runs.
 
@@ -50,16 +37,16 @@ class Signals:
     main thread, where Python allows no handlers, nothing is changed.
 
     Attributes:
-        received: number of the first signal, None before.
-        patient: only remember a signal: whoever trains looks at `received` at every full step.
-        children: other ranks that this process has started; they are told by SIGTERM, whichever signal it was, since Ctrl-C
+        received: the number of the first signal, None before.
+        patient: whether a signal is only remembered: whoever trains looks at `received` at every full step.
+        children: other ranks that this process has started. They are told by SIGTERM, whichever signal it was, since Ctrl-C
             reaches them from the terminal as well and must not count twice.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.patient = False
-        self.children: Sequence[Child] = ()
+        self.children: Sequence[subprocess.Popen[bytes]] = ()
         self._interrupts = 0
         self._before: dict[int, Any] = {}
 

@@ -43,6 +43,10 @@ class Corpus:
     fit: Path
     federate: Path
 
+    def start(self, command: str, *options: str) -> list[str]:
+        """Return the command line of a command on this corpus: `federate` has a config of its own, the others share fit's."""
+        return [command, "--config", str(self.federate if command == "federate" else self.fit), *options]
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
@@ -76,14 +80,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture(scope="session")
 def fit_run(corpus: Corpus) -> Path:
     """A run of `nanofed fit`: 4 steps."""
-    assert cli.main(["fit", "--config", str(corpus.fit), f"--runs_dir={corpus.folder}/trained"]) == 0
+    assert cli.main(corpus.start("fit", f"--runs_dir={corpus.folder}/trained")) == 0
     return corpus.folder / "trained" / "fit"
 
 
 @pytest.fixture(scope="session")
 def federated_run(corpus: Corpus) -> Path:
     """A run of `nanofed federate`: 2 rounds of 2 clients."""
-    assert cli.main(["federate", "--config", str(corpus.federate), f"--runs_dir={corpus.folder}/trained"]) == 0
+    assert cli.main(corpus.start("federate", f"--runs_dir={corpus.folder}/trained")) == 0
     return corpus.folder / "trained" / "federate"
 
 

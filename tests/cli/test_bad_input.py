@@ -84,7 +84,7 @@ def refused(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def config_with(corpus: Corpus, tmp_path: Path, command: str, change: Callable[[dict[str, Any]], object]) -> str:
     """Write the corpus's config of a command with a change, and return its path."""
-    content = yaml.safe_load((corpus.fit if command == "fit" else corpus.federate).read_text())
+    content = yaml.safe_load(Path(corpus.start(command)[-1]).read_text())
     change(content)
     path = tmp_path / "changed.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -176,8 +176,7 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("command", "option", "message"), [(command, *rest) for *rest, commands in OPTIONS for command in commands]
 )
 def test_a_wrong_option(command: str, option: str, message: str, corpus: Corpus, refused: Refusal) -> None:
-    config = corpus.fit if command == "fit" else corpus.federate
-    refused([command, "--config", str(config), option], 2, message)
+    refused(corpus.start(command, option), 2, message)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -185,8 +184,7 @@ def test_a_wrong_option(command: str, option: str, message: str, corpus: Corpus,
     ("command", "option"), [("fit", "--trainer.accelerator=gpu"), ("federate", "--fabric.accelerator=cuda")]
 )
 def test_a_device_that_is_not_there(command: str, option: str, corpus: Corpus, refused: Refusal) -> None:
-    config = corpus.fit if command == "fit" else corpus.federate
-    refused([command, "--config", str(config), option], 2, "accelerator" if command == "federate" else "gpu")
+    refused(corpus.start(command, option), 2, "accelerator" if command == "federate" else "gpu")
 
 
 @pytest.mark.parametrize("command", ["fit", "federate", "validate"])
@@ -234,95 +232,59 @@ def test_no_config_file(argv: list[str], message: str, refused: Refusal) -> None
 # --- data and tokenizer
 
 
-def without_manifest(folder: Path) -> None:
-    (folder / "dataset.json").unlink()
+def table(**columns: Any) -> Callable[[Path], None]:
+    """Return what replaces a shard by a table, in a folder without hashes."""
+
+    def write(shard: Path) -> None:
+        (shard.parent / "dataset.json").unlink()
+        pq.write_table(pa.table(columns), shard)
+
+    return write
 
 
-def truncated(folder: Path) -> str:
-    shard = folder / "shard_00001.parquet"
+def truncate(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    return "shard_00001.parquet"
 
 
-def truncated_without_manifest(folder: Path) -> str:
-    without_manifest(folder)
-    return truncated(folder)
+def truncate_unlisted(shard: Path) -> None:
+    (shard.parent / "dataset.json").unlink()
+    truncate(shard)
 
 
-def without_text(folder: Path) -> str:
-    without_manifest(folder)
-    pq.write_table(pa.table({"body": ["a", "b"]}), folder / "shard_00001.parquet")
-    return "shard_00001.parquet has no `text` column; its columns are body: `nanofed data pack "
-
-
-def text_of_another_type(folder: Path) -> str:
-    without_manifest(folder)
-    pq.write_table(pa.table({"text": [1, 2]}), folder / "shard_00001.parquet")
-    return "shard_00001.parquet"
-
-
-def nulls_in_training(folder: Path) -> str:
-    without_manifest(folder)
-    pq.write_table(pa.table({"text": pa.array([None, "a"] * 30, pa.string())}), folder / "shard_00000.parquet")
-    return "shard_00000.parquet has a null"
-
-
-def nulls_in_validation(folder: Path) -> str:
-    without_manifest(folder)
-    pq.write_table(pa.table({"text": pa.array(["a", None] * 30, pa.string())}), folder / "shard_00004.parquet")
-    return "shard_00004.parquet has a null"
-
-
-def nothing_in_validation(folder: Path) -> str:
-    without_manifest(folder)
-    pq.write_table(pa.table({"text": pa.array([""], pa.string())}), folder / "shard_00004.parquet")
-    return "shard_00004.parquet holds no text to score"
-
-
-def missing_shard(folder: Path) -> str:
-    (folder / "shard_00001.parquet").unlink()
-    return "lacks shard_00001.parquet"
-
-
-def damaged_manifest(folder: Path) -> str:
-    (folder / "dataset.json").write_text("{")
-    return "dataset.json cannot be read"
-
-
-def empty(folder: Path) -> str:
+def empty(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
-    return "holds no parquet shards"
 
 
-def missing(folder: Path) -> str:
-    shutil.rmtree(folder)
-    return "there is no data folder"
+without_text = table(body=["a", "b"])
+WITHOUT_TEXT = "shard_00001.parquet has no `text` column; its columns are body: `nanofed data pack "
+# What is done to which file, and what is said; shard_00004 is for validation.
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "truncated": ("shard_00001.parquet", truncate, "shard_00001.parquet"),
+    "truncated, no manifest": ("shard_00001.parquet", truncate_unlisted, "shard_00001.parquet"),
+    "no text": ("shard_00001.parquet", without_text, WITHOUT_TEXT),
+    "numbers": ("shard_00001.parquet", table(text=[1, 2]), "shard_00001.parquet"),
+    "nulls": ("shard_00000.parquet", table(text=pa.array([None, "a"] * 30)), "shard_00000.parquet has a null"),
+    "nulls at the end": (
+        "shard_00004.parquet",
+        table(text=pa.array(["a", None] * 30)),
+        "shard_00004.parquet has a null",
+    ),
+    "blank": ("shard_00004.parquet", table(text=[""]), "shard_00004.parquet holds no text to score"),
+    "missing shard": ("shard_00001.parquet", Path.unlink, "lacks shard_00001.parquet"),
+    "manifest": ("dataset.json", lambda path: path.write_text("{"), "dataset.json cannot be read"),
+    "empty": (".", empty, "holds no parquet shards"),
+    "missing": (".", shutil.rmtree, "there is no data folder"),
+}
 
 
 @pytest.mark.parametrize("command", ["fit", "federate"])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncated,
-        truncated_without_manifest,
-        without_text,
-        text_of_another_type,
-        nulls_in_training,
-        nulls_in_validation,
-        nothing_in_validation,
-        missing_shard,
-        damaged_manifest,
-        empty,
-        missing,
-    ],
-)
-def test_bad_data(
-    command: str, damage: Callable[[Path], str], corpus: Corpus, tmp_path: Path, refused: Refusal
-) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_bad_data(command: str, damage: str, corpus: Corpus, tmp_path: Path, refused: Refusal) -> None:
     data = tmp_path / "data"
     shutil.copytree(corpus.data, data)
-    message = damage(data)
+    name, change, message = DAMAGES[damage]
+    change(data / name)
     config = config_with(corpus, tmp_path, command, lambda content: content["data"].update(path=str(data)))
     refused([command, "--config", config], 3, str(data), message)
 
@@ -336,11 +298,11 @@ def test_text_in_a_column_of_another_name(
     """The columns that are there are named, and the command that makes shards of the right one."""
     data = tmp_path / "data"
     shutil.copytree(corpus.data, data)
-    message = without_text(data)
+    without_text(data / "shard_00001.parquet")
     more = ["--tokenizer", str(corpus.tokenizer)] if argv[1] == "eval" else []
     assert cli.main([*argv, "--data", str(data), *more]) == 3
     captured = capsys.readouterr()
-    assert f"{message}{data} --key NAME --output DIR` makes shards" in captured.out + captured.err
+    assert f"{WITHOUT_TEXT}{data} --key NAME --output DIR` makes shards" in captured.out + captured.err
 
 
 @pytest.mark.parametrize(
@@ -351,19 +313,18 @@ def test_text_in_a_column_of_another_name(
     ],
 )
 def test_data_that_is_not_enough(option: str, message: str, corpus: Corpus, refused: Refusal) -> None:
-    refused(["fit", "--config", str(corpus.fit), option], 3, message)
+    refused(corpus.start("fit", option), 3, message)
 
 
 @pytest.mark.parametrize("command", ["fit", "federate"])
 def test_no_tokenizer(command: str, corpus: Corpus, tmp_path: Path, refused: Refusal) -> None:
-    config = str(corpus.fit if command == "fit" else corpus.federate)
     default = str(tmp_path / "base" / "tokenizer")
-    refused([command, "--config", config, "--data.tokenizer=null"], 3, default, "nanofed tokenizer train")
-    refused([command, "--config", config, "--data.tokenizer=nowhere"], 3, "there is no folder nowhere")
+    refused(corpus.start(command, "--data.tokenizer=null"), 3, default, "nanofed tokenizer train")
+    refused(corpus.start(command, "--data.tokenizer=nowhere"), 3, "there is no folder nowhere")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
     damaged = f"--data.tokenizer={tmp_path / 'tokenizer'}"
-    refused([command, "--config", config, damaged], 3, str(tmp_path / "tokenizer" / "tokenizer.json"), "is damaged")
+    refused(corpus.start(command, damaged), 3, str(tmp_path / "tokenizer" / "tokenizer.json"), "is damaged")
 
 
 def test_no_network(closed_port: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,20 +341,17 @@ def test_no_network(closed_port: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("command", ["fit", "federate"])
 def test_a_run_folder_that_cannot_be_made(command: str, corpus: Corpus, tmp_path: Path, refused: Refusal) -> None:
-    config = str(corpus.fit if command == "fit" else corpus.federate)
     (tmp_path / "file.txt").write_text("a file")
     below = tmp_path / "file.txt" / "runs"
-    refused([command, "--config", config, f"--runs_dir={below}", "--name=x"], 1, str(below), "Not a directory")
+    refused(corpus.start(command, f"--runs_dir={below}", "--name=x"), 1, str(below), "Not a directory")
     (tmp_path / "x").write_text("a file in the place of the run")
-    refused(
-        [command, "--config", config, f"--runs_dir={tmp_path}", "--name=x"], 1, str(tmp_path / "x"), "cannot be written"
-    )
+    refused(corpus.start(command, f"--runs_dir={tmp_path}", "--name=x"), 1, str(tmp_path / "x"), "cannot be written")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_run_folder_that_is_read_only(corpus: Corpus, tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
-    refused(["fit", "--config", str(corpus.fit), f"--runs_dir={tmp_path / 'locked'}"], 1, "Permission denied")
+    refused(corpus.start("fit", f"--runs_dir={tmp_path / 'locked'}"), 1, "Permission denied")
 
 
 @pytest.fixture
@@ -410,8 +368,7 @@ def newest(run: Path) -> Path:
 
 @pytest.mark.parametrize("command", ["fit", "federate"])
 def test_a_run_is_never_replaced_unasked(command: str, corpus: Corpus, runs: Path, refused: Refusal) -> None:
-    config = str(corpus.fit if command == "fit" else corpus.federate)
-    here = [command, "--config", config, f"--runs_dir={runs}"]
+    here = corpus.start(command, f"--runs_dir={runs}")
     refused(here, 2, str(runs / command), "already holds a run", "--ckpt_path last", "--overwrite true")
     refused([*here, "--overwrite=true", "--ckpt_path=last"], 2, "--overwrite true would delete the run")
     # Nothing is deleted before the run that is to take its place has been checked.
@@ -421,8 +378,7 @@ def test_a_run_is_never_replaced_unasked(command: str, corpus: Corpus, runs: Pat
 
 @pytest.mark.parametrize("command", ["fit", "federate"])
 def test_a_run_goes_on_as_it_began(command: str, corpus: Corpus, runs: Path, refused: Refusal) -> None:
-    config = str(corpus.fit if command == "fit" else corpus.federate)
-    last = [command, "--config", config, f"--runs_dir={runs}", "--ckpt_path=last"]
+    last = corpus.start(command, f"--runs_dir={runs}", "--ckpt_path=last")
     listed = "data.streams 8 -> 4; model.recipe.batch_tokens 512 -> 1024"
     changes = ["--data.streams=4", "--model.recipe.batch_tokens=1024", "--log_every=3"]
     refused([*last, *changes], 2, str(runs / command / "config.yaml"), listed, "--force true")
@@ -431,8 +387,7 @@ def test_a_run_goes_on_as_it_began(command: str, corpus: Corpus, runs: Path, ref
 @pytest.mark.parametrize("command", ["fit", "federate"])
 @pytest.mark.parametrize("key", ["ckpt_path", "init_from"])
 def test_a_checkpoint_that_does_not_fit(command: str, key: str, corpus: Corpus, runs: Path, refused: Refusal) -> None:
-    config = str(corpus.fit if command == "fit" else corpus.federate)
-    start = [command, "--config", config, f"--runs_dir={runs}", "--name=new"]
+    start = corpus.start(command, f"--runs_dir={runs}", "--name=new")
     refused([*start, f"--{key}=nonsense"], 2, "there is no checkpoint in nonsense")
     refused([*start, f"--{key}=https://example.org/run"], 2, "https://example.org/run is a URL")
     other = (
@@ -442,17 +397,17 @@ def test_a_checkpoint_that_does_not_fit(command: str, key: str, corpus: Corpus, 
 
 
 def test_a_checkpoint_of_the_other_path_or_of_another_run(corpus: Corpus, runs: Path, refused: Refusal) -> None:
-    for command, config, other in (("fit", corpus.fit, "federate"), ("federate", corpus.federate, "fit")):
-        start = [command, "--config", str(config), f"--runs_dir={runs}", "--name=new"]
+    for command, other in (("fit", "federate"), ("federate", "fit")):
+        start = corpus.start(command, f"--runs_dir={runs}", "--name=new")
         refused([*start, f"--ckpt_path={runs / other}"], 2, "start from its weights with --init_from")
     shutil.copytree(runs / "fit", runs / "copy")
-    into = ["fit", "--config", str(corpus.fit), f"--runs_dir={runs}", f"--ckpt_path={runs / 'copy'}"]
+    into = corpus.start("fit", f"--runs_dir={runs}", f"--ckpt_path={runs / 'copy'}")
     refused(into, 2, str(runs / "fit"), "already holds a run", "is not of it")
 
 
 def test_a_run_is_not_replaced_by_one_that_starts_from_it(corpus: Corpus, runs: Path, refused: Refusal) -> None:
-    for command, config in (("fit", corpus.fit), ("federate", corpus.federate)):
-        over = [command, "--config", str(config), f"--runs_dir={runs}", f"--name={command}", "--overwrite=true"]
+    for command in ("fit", "federate"):
+        over = corpus.start(command, f"--runs_dir={runs}", f"--name={command}", "--overwrite=true")
         refused([*over, f"--init_from={runs / command}"], 2, "--overwrite true would remove", str(runs / command))
 
 
@@ -463,21 +418,21 @@ def flip(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint(corpus: Corpus, runs: Path, refused: Refusal) -> None:
-    for command, config in (("fit", corpus.fit), ("federate", corpus.federate)):
+    for command in ("fit", "federate"):
         weights = newest(runs / command) / "model.safetensors"
         for path in (runs / command / "checkpoints").iterdir():  # with one that is whole, a run goes on from that
             flip(path / "model.safetensors")
-        here = [command, "--config", str(config), f"--runs_dir={runs}"]
+        here = corpus.start(command, f"--runs_dir={runs}")
         says = (str(weights.parent.parent), f"{weights.parent.name}/model.safetensors", "SHA-256 differs")
         refused([*here, "--ckpt_path=last"], 1, *says)
         refused([*here, "--name=new", f"--init_from={runs / command}"], 1, *says)
-        refused(["validate", "--config", str(corpus.fit), f"--ckpt_path={runs / command}"], 1, *says)
+        refused(corpus.start("validate", f"--ckpt_path={runs / command}"), 1, *says)
         refused(["generate", "--checkpoint", str(runs / command), "--prompt", "x"], 1, *says)
         refused(["generate", "--checkpoint", str(weights.parent), "--prompt", "x"], 1, str(weights), "SHA-256 differs")
 
 
 def test_a_checkpoint_with_other_parts_damaged(corpus: Corpus, runs: Path, refused: Refusal) -> None:
-    here = ["fit", "--config", str(corpus.fit), f"--runs_dir={runs}", "--ckpt_path=last"]
+    here = corpus.start("fit", f"--runs_dir={runs}", "--ckpt_path=last")
     summary, state = runs / "fit" / "summary.json", newest(runs / "fit") / "state.pt"
     whole = summary.read_text()
     summary.write_text("{")
@@ -490,7 +445,7 @@ def test_a_checkpoint_with_other_parts_damaged(corpus: Corpus, runs: Path, refus
 
 
 def test_validate_without_a_checkpoint(corpus: Corpus, refused: Refusal, tmp_path: Path) -> None:
-    base = ["validate", "--config", str(corpus.fit)]
+    base = corpus.start("validate")
     refused(base, 2, "name what to validate: --ckpt_path")
     refused([*base, "--ckpt_path=last", f"--runs_dir={tmp_path}"], 2, f"there is no checkpoint in {tmp_path / 'fit'}")
     refused([*base, "--ckpt_path=nowhere"], 2, "there is no checkpoint in nowhere")
@@ -532,9 +487,8 @@ def test_ctrl_c_is_130(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     interrupt(module)
-    config = corpus.fit if command == "fit" else corpus.federate
     capsys.readouterr()
-    assert cli.main([command, "--config", str(config), f"--runs_dir={tmp_path}"]) == 130
+    assert cli.main(corpus.start(command, f"--runs_dir={tmp_path}")) == 130
     assert capsys.readouterr().err == f"nanofed {command}: interrupted\n"
 
 
