@@ -7,7 +7,7 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,14 +87,10 @@ def download(
 
 @dataclass(frozen=True)
 class Source:
-    """An address that holds shards."""
+    """The address that shards stand below, and the token that is sent there."""
 
     base: str
     auth: Bearer | None
-
-    def url(self, name: str) -> str:
-        """Return the address of one shard."""
-        return f"{self.base}/{name}"
 
 
 def source_at(base_url: str | None = None) -> Source:
@@ -185,10 +181,8 @@ def _estimate(source: Source, names: Sequence[str], retry: Retry) -> int | None:
 def _probe(session: requests.Session, source: Source, name: str, retry: Retry) -> requests.Response:
     for failures in range(1, _PROBES + 1):
         try:
-            headers = {"Accept-Encoding": "identity"}
-            return session.head(
-                source.url(name), headers=headers, auth=source.auth, allow_redirects=True, timeout=TIMEOUT
-            )
+            headers, url = {"Accept-Encoding": "identity"}, f"{source.base}/{name}"
+            return session.head(url, headers=headers, auth=source.auth, allow_redirects=True, timeout=TIMEOUT)
         except requests.RequestException as error:
             if failures == _PROBES:
                 raise DataError(f"cannot reach {source.base} ({reason(error)}); {_OFFLINE}") from error
@@ -216,7 +210,8 @@ def _fetch(
     estimate: int | None,
     progress: bool,
 ) -> dict[str, Recorded]:
-    stop, counting = threading.Event(), threading.Lock()
+    """Fetch all shards; the first failure, or Ctrl-C, stops the others, which keep what they have."""
+    stop, counting, done = threading.Event(), threading.Lock(), dict[str, Recorded]()
     disable = None if progress else True  # None: no bar where stderr is no terminal
     with tqdm(total=estimate, unit="B", unit_scale=True, desc=f"{len(names)} shards", disable=disable) as bar:
 
@@ -225,37 +220,20 @@ def _fetch(
                 bar.update(size)
 
         def fetch(name: str) -> Recorded:
-            target = folder / name
-            Transfer(
-                source.url(name),
-                target,
-                check=_problem,
-                advance=advance,
-                stop=stop,
-                retry=retry,
-                auth=source.auth,
-            ).run()
-            return record(target)
+            Transfer(f"{source.base}/{name}", folder / name, _problem, advance, stop, retry, source.auth).run()
+            return record(folder / name)
 
-        return _in_parallel(fetch, names, workers, stop)
+        executor = ThreadPoolExecutor(workers, thread_name_prefix="download")
+        try:
+            futures = {executor.submit(fetch, name): name for name in names}
+            for future in as_completed(futures):
+                done[futures[future]] = future.result()
+                logger.info("%s is there (%d of %d)", futures[future], len(done), len(names))
+        finally:
+            stop.set()
+            executor.shutdown(wait=True, cancel_futures=True)
+    return done
 
 
 def _problem(path: Path) -> str | None:
     return verify_shard(path) or (None if read_shard(path).num_rows else f"{path} has no rows")
-
-
-def _in_parallel(
-    fetch: Callable[[str], Recorded], names: Sequence[str], workers: int, stop: threading.Event
-) -> dict[str, Recorded]:
-    """Run `fetch` on every name; the first failure, or Ctrl-C, stops the others, which keep what they have."""
-    done: dict[str, Recorded] = {}
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="download")
-    try:
-        futures = {executor.submit(fetch, name): name for name in names}
-        for future in as_completed(futures):
-            done[futures[future]] = future.result()
-            logger.info("%s is there (%d of %d)", futures[future], len(done), len(names))
-    finally:
-        stop.set()
-        executor.shutdown(wait=True, cancel_futures=True)
-    return done

@@ -80,6 +80,7 @@ class _Note:
     sha256: str | None
 
 
+@dataclass
 class Transfer:
     """Fetches one address into one file.
 
@@ -88,30 +89,27 @@ class Transfer:
     beside it as `<target>.replaced`.
 
     Args:
-        url: The address.
-        target: The file.
-        check: Returns what is wrong with the finished file, None if nothing.
-        advance: Called with the bytes that came (negative: that were thrown away).
-        stop: Ends the transfer early when set.
-        retry: How often and when to try again.
-        auth: Sent with the first request.
+        url: the address.
+        target: the file.
+        check: returns what is wrong with the finished file, None if nothing is.
+        advance: is called with the number of bytes that came, negative for bytes that were thrown away.
+        stop: ends the transfer early when it is set.
+        retry: how often and when to try again.
+        auth: is sent with the first request.
     """
 
-    def __init__(
-        self,
-        url: str,
-        target: Path,
-        *,
-        check: Callable[[Path], str | None],
-        advance: Callable[[int], None],
-        stop: threading.Event,
-        retry: Retry,
-        auth: AuthBase | None = None,
-    ) -> None:
-        self.url, self.target, self.retry = url, target, retry
-        self._check, self._advance, self._stop, self._auth = check, advance, stop, auth
-        self._part = target.with_name(f"{target.name}.part")
-        self._note_path = target.with_name(f"{target.name}.part.json")
+    url: str
+    target: Path
+    check: Callable[[Path], str | None]
+    advance: Callable[[int], None]
+    stop: threading.Event
+    retry: Retry
+    auth: AuthBase | None = None
+
+    def __post_init__(self) -> None:
+        """Name the partial file and the note about it."""
+        self._part = self.target.with_name(f"{self.target.name}.part")
+        self._note_path = self.target.with_name(f"{self.target.name}.part.json")
         self._counted = 0
 
     def run(self) -> None:
@@ -140,7 +138,7 @@ class Transfer:
                     ) from error
                 wait = self.retry.wait(failures, getattr(error, "wait", None))
                 logger.info("%s: %s; again in %.1f s", self.target.name, reason(error), wait)
-                if self._stop.wait(wait):
+                if self.stop.wait(wait):
                     raise StoppedError from error
             except OSError as error:
                 raise DataError(f"{self._part} cannot be written: {error.strerror or error}") from error
@@ -158,7 +156,7 @@ class Transfer:
             headers["Range"] = f"bytes={offset}-"
             if note.etag and not note.etag.startswith("W/"):
                 headers["If-Range"] = note.etag
-        with session.get(self.url, headers=headers, auth=self._auth, stream=True, timeout=TIMEOUT) as answer:
+        with session.get(self.url, headers=headers, auth=self.auth, stream=True, timeout=TIMEOUT) as answer:
             refuse_status(answer)
             if note is not None and offset and answer.status_code == 206 and _continues(answer, note, offset):
                 total = note.total
@@ -181,18 +179,18 @@ class Transfer:
                 self._count(file.tell())
                 if file.tell() > MAX_BYTES:
                     raise DataError(f"{self.url} does not end: {file.tell():,} bytes came without a length")
-                if self._stop.is_set():
+                if self.stop.is_set():
                     raise StoppedError
 
     def _finish(self) -> None:
         note = self._note()
-        problem = self._check(self._part)
+        problem = self.check(self._part)
         if problem is None and note is not None and note.sha256 and sha256(self._part) != note.sha256:
             problem = "its sha256 is not the one that the server announced"
         if problem is not None:
             self._discard()
             raise _AgainError(f"what came is not the file: {problem}")
-        if self.target.exists() and self._check(self.target) is None:  # whole and another's: it may be somebody's own
+        if self.target.exists() and self.check(self.target) is None:  # whole and another's: it may be somebody's own
             self.target.replace(self.target.with_name(f"{self.target.name}.replaced"))
         self._part.replace(self.target)
         self._note_path.unlink(missing_ok=True)
@@ -208,7 +206,7 @@ class Transfer:
         return self._part.stat().st_size if self._part.exists() else 0
 
     def _count(self, size: int) -> None:
-        self._advance(size - self._counted)
+        self.advance(size - self._counted)
         self._counted = size
 
     def _discard(self) -> None:
