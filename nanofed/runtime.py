@@ -336,10 +336,11 @@ def launched_ranks() -> tuple[int, int] | None:
 
 
 def seconds_to_hold_back() -> float:
-    """Return how long this rank keeps to itself an error that the others may have too: before the ranks have met.
+    """Return how many seconds this rank waits before it reports an error that other ranks may have as well.
 
-    The first rank does not wait, and a launcher ends all ranks of a node as soon as one has ended: then it is said once. Where
-    only other nodes have it, their first rank says it; where only this rank has it, nobody ends it before it speaks.
+    Before the ranks have met, the same mistake fails on each of them. The first rank reports at once, and a launcher ends all
+    ranks of a node as soon as one of them has ended: so the error is reported once. An error that only this rank has is reported
+    after the wait.
     """
     distributed: Any = sys.modules.get("torch.distributed")
     try:

@@ -45,22 +45,22 @@ class Prefetcher(Iterator[T]):
     """
 
     def __init__(self, source: Iterator[T], depth: int) -> None:
-        self._shelf = _Shelf[T](depth)
+        self._buffer = _Buffer[T](depth)
         # A daemon that never gets to be one: the finalizer stops it before the interpreter would cut it off anywhere.
-        thread = threading.Thread(target=_work, args=(source, self._shelf), name="nanofed-prefetch", daemon=True)
-        self._finalizer = weakref.finalize(self, _stop, self._shelf, thread)
+        thread = threading.Thread(target=_work, args=(source, self._buffer), name="nanofed-prefetch", daemon=True)
+        self._finalizer = weakref.finalize(self, _stop, self._buffer, thread)
         thread.start()
 
     def __next__(self) -> T:
-        return self._shelf.take()
+        return self._buffer.take()
 
     def close(self) -> None:
         """End the thread and drop what it made."""
         self._finalizer()
 
 
-class _Shelf(Generic[T]):
-    """Where the thread puts items and the iterator takes them. It knows neither, so that both can end."""
+class _Buffer(Generic[T]):
+    """The items between the thread and the iterator. It refers to neither of them, so that both can end."""
 
     def __init__(self, depth: int) -> None:
         self._depth = depth
@@ -111,22 +111,22 @@ class _Shelf(Generic[T]):
             self._changed.notify_all()
 
 
-def _work(source: Iterator[T], shelf: _Shelf[T]) -> None:
+def _work(source: Iterator[T], buffer: _Buffer[T]) -> None:
     try:
-        while shelf.wait_for_room():
+        while buffer.wait_for_room():
             try:
                 item = next(source)
             except StopIteration:
                 break
-            shelf.put(item)
+            buffer.put(item)
             del item  # or the thread would hold it through its next sleep
     except BaseException as error:  # whatever it is, the one who iterates is to get it
-        shelf.end(error)
+        buffer.end(error)
     else:
-        shelf.end()
+        buffer.end()
 
 
-def _stop(shelf: _Shelf[T], thread: threading.Thread) -> None:
-    shelf.close()
+def _stop(buffer: _Buffer[T], thread: threading.Thread) -> None:
+    buffer.close()
     if thread is not threading.current_thread():  # the garbage collector may call this from any thread
         thread.join(_JOIN_SECONDS)

@@ -63,7 +63,7 @@ def parse(parser: Any, args: Sequence[str], kinds: Mapping[str, Any]) -> Any:
 
 
 def _check_nothing(args: Sequence[str], config: Any) -> None:
-    """Refuse what is something to whoever typed it and nothing to YAML: a name that begins with # is a comment there."""
+    """Refuse a typed value that YAML reads as null: a name that begins with # is a comment in YAML."""
     for arg in args:
         name, given, value = arg.removeprefix("--").partition("=")
         if given and value.strip().lower() not in ("", "null", "~") and name in config and config[name] is None:

@@ -35,7 +35,7 @@ MIB = 2**20
 # libraries and kernels; the context is there before one asks how much memory is free.
 FLOOR_BYTES = {"cpu": 450 * MIB, "cuda": 96 * MIB}
 COMPILER_BYTES = {"cpu": 150 * MIB, "cuda": 0}  # what compiling leaves in the process
-# Blocks that are free and do not fit what is asked for next. glibc keeps all of them (`runtime.keep_freed_memory`): measured
+# Free blocks that do not fit the next request. glibc keeps all of them (`runtime.keep_freed_memory`): measured
 # 1.40 to 1.45 at two to four layers, vocabularies of 2,048 to 65,536, eager and compiled. On CUDA it is what the count may be
 # wrong by: PyTorch's allocator gives cached blocks back before it fails.
 SLACK = {"cpu": 1.4, "cuda": 1.06}

@@ -117,7 +117,7 @@ def resume_checkpoint(run: Path, ckpt_path: str | None) -> Path | None:
 
 
 def has_saved(run: Path) -> bool:
-    """Tell whether a run has saved a checkpoint once, as far as is known: it may be gone."""
+    """Tell whether a run has ever saved a checkpoint, which may be gone by now; where nothing is proven, that is assumed."""
     if candidates(run):
         return True
     marker = read_marker(run)
@@ -239,7 +239,7 @@ class RunFolder:
             self._put_right()
 
     def lend_rounds(self) -> None:
-        """Let a process that this command starts hold the round loop's lock."""
+        """Release the round loop's lock, for a process that this command starts."""
         self._rounds.release()
 
     def open(self, options: RunOptions, kind: str, config: str) -> None:

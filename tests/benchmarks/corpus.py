@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.data.shards import Dataset, open_dataset, read_texts
+from nanofed.data.shards import Dataset, all_texts, open_dataset
 from nanofed.data.streams import Batch, DataState
 from tests.benchmarks.machine import ROOT
 from tests.benchmarks.report import progress
@@ -25,9 +26,7 @@ def default_data() -> str:
 
 def texts(dataset: Dataset) -> Iterator[str]:
     """Return the training documents."""
-    for shard in dataset.train:
-        for group in range(len(shard.row_group_rows)):
-            yield from read_texts(shard, group)
+    return chain.from_iterable(map(all_texts, dataset.train))
 
 
 def tokenizer_folder(data: str, vocab_size: int) -> Path:

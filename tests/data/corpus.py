@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nanofed.data.packing import Tokens
-from nanofed.data.shards import Dataset, open_dataset, read_texts
+from nanofed.data.shards import Dataset, all_texts, open_dataset
 from nanofed.data.writing import write_shards
 
 
@@ -36,7 +36,7 @@ def build(folder: Path, documents: Sequence[str], *, shards: int = 3, rows_per_g
 def documents(dataset: Dataset, shard: str) -> list[str]:
     """Return all texts of a training shard."""
     found = next(s for s in dataset.train if s.name == shard)
-    return [text for group in range(len(found.row_group_rows)) for text in read_texts(found, group)]
+    return list(all_texts(found))
 
 
 def fewer(dataset: Dataset, num_shards: int) -> Dataset:

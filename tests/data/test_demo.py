@@ -17,7 +17,7 @@ from nanofed.data import demo
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.demo import build_demo_corpus, prepare_demo
 from nanofed.data.manifest import MANIFEST
-from nanofed.data.shards import open_dataset, read_texts
+from nanofed.data.shards import all_texts, open_dataset
 from nanofed.data.writing import write_shards
 from nanofed.errors import DataError
 from nanofed.files import sha256
@@ -37,7 +37,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def texts(folder: Path) -> list[str]:
     dataset = open_dataset(folder)
     shards = (*dataset.train, dataset.validation)
-    return [text for s in shards for group in range(len(s.row_group_rows)) for text in read_texts(s, group)]
+    return [text for shard in shards for text in all_texts(shard)]
 
 
 @pytest.fixture

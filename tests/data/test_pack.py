@@ -11,7 +11,7 @@ import pytest
 
 from nanofed.data.manifest import read_manifest
 from nanofed.data.pack import pack
-from nanofed.data.shards import Dataset, open_dataset, read_texts
+from nanofed.data.shards import Dataset, all_texts, open_dataset
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
 from nanofed.files import sha256
@@ -19,7 +19,7 @@ from nanofed.files import sha256
 
 def texts(dataset: Dataset) -> list[str]:
     shards = (*dataset.train, dataset.validation)
-    return [text for s in shards for group in range(len(s.row_group_rows)) for text in read_texts(s, group)]
+    return [text for shard in shards for text in all_texts(shard)]
 
 
 def hashes(folder: Path) -> dict[str, str]:

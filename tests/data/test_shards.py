@@ -10,7 +10,7 @@ import pytest
 
 from nanofed.data import shards as shards_module
 from nanofed.data.manifest import MANIFEST, read_manifest
-from nanofed.data.shards import Dataset, Shard, open_dataset, read_shard, read_texts, verify_shard
+from nanofed.data.shards import Dataset, all_texts, open_dataset, read_shard, read_texts, verify_shard
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
 from nanofed.files import sha256
@@ -21,10 +21,6 @@ DOCUMENTS = [f"Document {i}: é ∑ 🙂 " + "words " * (i % 17) for i in range(
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     return write_shards(DOCUMENTS, tmp_path / "corpus", num_shards=3, rows_per_group=8, provenance={"source": "test"})
-
-
-def texts_of(shard: Shard) -> list[str]:
-    return [text for group in range(len(shard.row_group_rows)) for text in read_texts(shard, group)]
 
 
 def write(path: Path, **columns: pa.Array) -> Path:
@@ -41,7 +37,7 @@ def test_what_was_written_is_read(dataset: Dataset) -> None:
     assert [s.name for s in dataset.train] == ["shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet"]
     assert dataset.validation.name == "shard_00003.parquet"
     for index, shard in enumerate((*dataset.train, dataset.validation)):
-        assert texts_of(shard) == DOCUMENTS[index::4]  # dealt in turn
+        assert list(all_texts(shard)) == DOCUMENTS[index::4]  # dealt in turn
         assert shard.row_group_rows == (8, 8, 8, 1)
         assert shard.num_rows == 25
         assert shard.num_bytes == shard.path.stat().st_size
@@ -106,7 +102,7 @@ def test_real_shards(shared_data: Path) -> None:
     dataset = open_dataset(shared_data / "cpp-docs")
     assert (len(dataset.train), dataset.validation.name) == (8, "shard_00008.parquet")
     assert sum(shard.num_rows for shard in (*dataset.train, dataset.validation)) == 9488
-    assert len(texts_of(dataset.validation)) == dataset.validation.num_rows
+    assert len(list(all_texts(dataset.validation))) == dataset.validation.num_rows
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "one", "file"])
@@ -206,7 +202,7 @@ def test_shards_that_are_none(tmp_path: Path, dataset: Dataset) -> None:
 
 def test_other_columns_and_large_strings(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", id=pa.array([1, 2]), text=pa.array(["x", "y"], pa.large_string()))
-    assert texts_of(read_shard(path)) == ["x", "y"]
+    assert list(all_texts(read_shard(path))) == ["x", "y"]
 
 
 KINDS = {
@@ -223,7 +219,7 @@ KINDS = {
 def test_every_type_that_holds_text_is_read(tmp_path: Path, kind: str) -> None:
     """Pandas writes categories as dictionaries, Polars string views, and Spark binary columns for some tables."""
     path = write(tmp_path / "a.parquet", text=pa.array(DOCUMENTS * 9).cast(KINDS[kind]))
-    assert texts_of(read_shard(path)) == DOCUMENTS * 9
+    assert list(all_texts(read_shard(path))) == DOCUMENTS * 9
     assert verify_shard(path) is None
 
 
@@ -231,7 +227,7 @@ def test_a_field_of_a_column_is_read(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.parquet", doc=pa.array([{"id": 1, "text": "x"}, {"id": 2, "text": "y"}]), n=pa.array([1, 2])
     )
-    assert texts_of(read_shard(path, "doc.text")) == ["x", "y"]
+    assert list(all_texts(read_shard(path, "doc.text"))) == ["x", "y"]
     with pytest.raises(DataError, match=r"no `text` column; its columns are doc, doc\.id, doc\.text, n:"):
         read_shard(path)
     with pytest.raises(DataError, match=r"the column `doc\.id` holds int64, not string"):
@@ -363,7 +359,7 @@ def test_only_a_dataset_as_it_was_written_is_replaced(dataset: Dataset, tmp_path
     write(folder / "a.parquet", text=pa.array(["mine"]))
     with pytest.raises(DataError, match=r"mine holds 'a\.parquet', which no dataset\.json lists"):
         write_shards(DOCUMENTS, folder, replace=True)
-    assert texts_of(read_shard(folder / "a.parquet")) == ["mine"]
+    assert list(all_texts(read_shard(folder / "a.parquet"))) == ["mine"]
     unlisted = write(dataset.path / "z.parquet", text=pa.array(["mine"]))
     with pytest.raises(DataError, match=r"holds 'z\.parquet', which no dataset\.json lists"):
         write_shards(DOCUMENTS, dataset.path, replace=True)
@@ -371,7 +367,7 @@ def test_only_a_dataset_as_it_was_written_is_replaced(dataset: Dataset, tmp_path
     changed = write(dataset.path / "shard_00001.parquet", text=pa.array(["mine"]))
     with pytest.raises(DataError, match=r"shard_00001\.parquet is whole but not the shard that dataset\.json lists"):
         write_shards(DOCUMENTS, dataset.path, replace=True)
-    assert texts_of(read_shard(changed)) == ["mine"]
+    assert list(all_texts(read_shard(changed))) == ["mine"]
     changed.write_bytes(b"PAR1")  # damage, and no work
     assert len(write_shards(DOCUMENTS, dataset.path, num_shards=1, replace=True).train) == 1
 

@@ -15,7 +15,7 @@ import torch
 
 from nanofed.data import shards
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.data.shards import Dataset, read_texts
+from nanofed.data.shards import Dataset, all_texts, read_texts
 from nanofed.data.streams import NO_DATA, Batch
 from nanofed.data.validation import FORWARD_TOKENS, ValidationText, rows_at_once, tokens_of_share
 from nanofed.errors import ConfigError, DataError
@@ -42,7 +42,7 @@ def module(dataset: Dataset, **options: Any) -> TokenDataModule:
 def stream(dataset: Dataset) -> list[int]:
     """Return all tokens of the validation shard, in document order."""
     shard = dataset.validation
-    documents = [text for group in range(len(shard.row_group_rows)) for text in read_texts(shard, group)]
+    documents = list(all_texts(shard))
     return [token for text in documents for token in Bytes().encode_document(text).tolist()]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nanofed.data.shards import open_dataset, read_texts
+from nanofed.data.shards import all_texts, open_dataset
 from nanofed.federated.server.ledger import MERGED
 from nanofed.federated.server.scheduling import DEVICE_MARGIN
 from nanofed.tokenizer import load_tokenizer
@@ -29,13 +29,7 @@ def row_lengths(corpus: Path) -> Lengths:
     """Return the tokens of every training row."""
     tokenizer = load_tokenizer(corpus / "tokenizer")
     return {
-        shard.name: np.array(
-            [
-                len(tokenizer.encode_document(text))
-                for group in range(len(shard.row_group_rows))
-                for text in read_texts(shard, group)
-            ]
-        )
+        shard.name: np.array([len(tokenizer.encode_document(text)) for text in all_texts(shard)])
         for shard in open_dataset(corpus / "data").train
     }
 

@@ -19,7 +19,7 @@ from nanofed import cli
 from nanofed.data.download import download
 from nanofed.data.manifest import MANIFEST, read_manifest
 from nanofed.data.rows import RowPlan, RowRange
-from nanofed.data.shards import Dataset, Shard, open_dataset, read_shard, read_texts, verify_shard
+from nanofed.data.shards import Dataset, Shard, all_texts, open_dataset, read_shard, read_texts, verify_shard
 from nanofed.data.transfer import Retry
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def texts_of(shard: Shard) -> list[str]:
-    return [text for group in range(len(shard.row_group_rows)) for text in read_texts(shard, group)]
+    return list(all_texts(shard))
 
 
 # --- damage

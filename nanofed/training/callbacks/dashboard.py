@@ -39,7 +39,7 @@ class RunLogger(TensorBoardLogger):
 
     @property
     def experiment(self) -> Any:
-        """TensorBoard's SummaryWriter on the first rank, and what takes everything and writes nothing elsewhere or before."""
+        """TensorBoard's SummaryWriter on the first rank once `is_open` is set; else a dummy that writes nothing."""
         return super().experiment if self.is_open else _DummyExperiment()
 
     def save(self) -> None:
@@ -80,7 +80,7 @@ class Dashboard(Callback):
 
     @property
     def last_loss(self) -> float | None:
-        """The moving average as of the last reading."""
+        """The moving average of the loss as of the last reading, nats a token; None before the first."""
         return self._smoothed.value
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Dashboard(Callback):
         return {"seconds": self.summary.seconds, "step": self._step, "loss": smoothed, "curve": curve}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; validations that the run's folder knows of up to that step stay."""
+        """Take over a saved state; validations that the run's folder knows of up to that step stay."""
         known = {point.step: point for point in self.summary.curve if point.step <= state_dict["step"]}
         known |= {point[0]: Point(*point) for point in state_dict["curve"]}
         self.summary.curve = [known[step] for step in sorted(known)]
@@ -118,7 +118,7 @@ class Dashboard(Callback):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Let no training time pass in the block."""
+        """Stop the clock of training time for the block."""
         self._count()
         running, self._mark = self._mark is not None, None
         try:
@@ -202,7 +202,7 @@ class Dashboard(Callback):
         self._mark = time.monotonic() if trainer.state.fn == TrainerFn.FITTING else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the last stretch, and look at its losses."""
+        """Read the losses of the last steps, and stop the clock of training time."""
         self.read_losses()
         self._count()
         self._mark = None
@@ -211,10 +211,9 @@ class Dashboard(Callback):
 class TextSamples(Callback):
     """Writes what the model says to a few prompts into TensorBoard, every n optimizer steps."""
 
-    def __init__(self, every: int, prompts: Sequence[str], max_tokens: int = SAMPLE_TOKENS) -> None:
+    def __init__(self, every: int, prompts: Sequence[str]) -> None:
         self._every = every
         self._prompts = tuple(prompts)
-        self._max_tokens = max_tokens
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample after a validation, where the model stands still anyway."""
@@ -224,5 +223,5 @@ class TextSamples(Callback):
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         for prompt in self._prompts:
-            pieces = generate(module.gpt, datamodule.tokenizer, prompt, max_tokens=self._max_tokens, temperature=0.0)
+            pieces = generate(module.gpt, datamodule.tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0)
             writer.add_text(f"sample/{prompt[:40]}", prompt + "".join(pieces), module.clock.step)

@@ -18,8 +18,8 @@ from nanofed.training.summary import Summary
 class Opening(Callback):
     """Opens the run's folder, on the first rank, when nothing is left to be checked.
 
-    A resumed run is opened when the Trainer has loaded its state and made its loader, a new one by the caller before its
-    first validation. At the first full step the run says so in its marker, and a run that it replaces is deleted.
+    A resumed run is opened when the Trainer has loaded its state and made its loader; a new run is opened by the caller of `open`
+    before its first validation. The first full step is noted in the run's marker, and a run that it replaces is deleted then.
 
     Args:
         options: the run's options.

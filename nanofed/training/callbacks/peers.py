@@ -116,7 +116,7 @@ class Peers:
         return None
 
     def announce(self, failure: Failure) -> Failure:
-        """Tell all ranks of a failure, and return the one that was first: whose rank it is `by` is the one to say it."""
+        """Tell all ranks of a failure, and return the failure that was first; the rank that it is `by` reports it."""
         self._mine = failure
         self._wake.set()
         if self._store is not None and self._answered.wait(2.0) and self.rank == 0:
@@ -124,13 +124,13 @@ class Peers:
         return self._heard or failure
 
     def _keep_store(self, seconds: float) -> None:
-        """Let the other ranks hear, or they would find the store gone with this rank and each say so."""
+        """Wait until the other ranks have heard: else they find the store gone with this rank, and each reports that."""
         end = time.monotonic() + seconds
         while self._store.add(HEARD, 0) < self._ranks and time.monotonic() < end:
             time.sleep(0.05)
 
     def take_over(self) -> None:
-        """Relieve Lightning's observer of the children, which would kill this rank whatever it is about to say."""
+        """Take the children from Lightning's observer, which would kill this rank before it reports an error."""
         if self.children:
             for thread in threading.enumerate():
                 if isinstance(thread, _ChildProcessObserver):

@@ -90,7 +90,7 @@ class Watchdog(Callback):
 
     @contextlib.contextmanager
     def over(self, trainer: Trainer) -> Iterator[None]:
-        """Watch what is done inside, and end as one: what fails on one rank fails on all, and is said once."""
+        """Watch the block on every rank: an error of one rank ends all of them, and only one rank reports it."""
         if trainer.world_size == 1:
             yield
             return
@@ -112,7 +112,7 @@ class Watchdog(Callback):
             raise NanofedError(failure.message)
 
     def _fail(self, peers: Peers, error: Exception) -> None:
-        """Raise what this rank is to end with: its own error, or quietly if another one's was first."""
+        """End this rank: by its own error, or without a word where another rank has failed first."""
         lost = isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
         if lost:  # by a rank that has failed and told, or that has died, which shows in a moment
             self._await_news(peers)

@@ -1,8 +1,8 @@
 """A directory on disk that is there whole or not at all, whatever ends the process that writes it.
 
-It is written under a temporary name beside its own, file by file, each hashed on its way and synced; then it takes its
-name in one rename. One that was there before steps aside first, as `.NAME.old`, and goes when the new one is in place: a
-process killed between the two renames leaves the old one, whole, under that name.
+The directory is written under a temporary name beside its own. Every file is hashed while it is written, and synced. Then the
+directory takes its name in one rename. A directory that has the name already is renamed to `.NAME.old` before, and is deleted
+when the new one is in place: a process killed between the two renames leaves the old directory whole under that name.
 
 A save that fails raises SaveError (NoSpaceError where the disk or a quota is full), and what was saved before is as it was.
 """
@@ -27,8 +27,8 @@ from nanofed.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 8 << 20  # hashed and written at a time
-THREADED_BYTES = 1 << 16  # of which on hashing is worth another thread
+CHUNK_BYTES = 8 << 20  # that are hashed and written at a time
+THREADED_BYTES = 1 << 16  # from this size on another thread hashes faster
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -42,7 +42,7 @@ class SaveError(CheckpointError):
 
 
 class NoSpaceError(SaveError):
-    """It could not be saved because the disk, or a quota on it, has too little room."""
+    """A checkpoint could not be saved because the disk, or a quota on it, has too little room."""
 
 
 class HashedFile:
@@ -87,13 +87,13 @@ class HashedFile:
         """Do nothing: nothing is held back."""
 
     def close(self) -> dict[str, Any]:
-        """Return size and SHA-256 of what is now on disk."""
+        """Sync and close the file, and return its size and SHA-256."""
         os.fsync(self._file.fileno())
         self.abandon()
         return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
-        """Close it as it is."""
+        """Close the file without syncing it."""
         self._hashing.shutdown()
         self._file.close()
 
@@ -111,7 +111,7 @@ class Staging:
 
     @contextmanager
     def file(self, name: str) -> Iterator[HashedFile]:
-        """Open a new file; `name` may be within a folder."""
+        """Open a new file of the directory; `name` may stand in a folder, as in `tokenizer/tokenizer.json`."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         file = HashedFile(path)
@@ -126,7 +126,7 @@ class Staging:
             file.abandon()
 
     def sync(self) -> None:
-        """Sync the folders; the files are."""
+        """Sync the folders; every file was synced when it was closed."""
         for folder in (*(path for path in self.folder.iterdir() if path.is_dir()), self.folder):
             sync_folder(folder)
 
@@ -135,7 +135,7 @@ class Staging:
 def written(path: Path, needed_bytes: int) -> Iterator[Staging]:
     """Write the directory `path` anew in the body, and put it in its place when the body is done.
 
-    Before, what killed saves have left beside it is put right (`put_right`), and the free space is looked at.
+    Before the body runs, `put_right` cleans up after killed saves, and the free space is compared with `needed_bytes`.
 
     Args:
         path: the directory; the folder above it is made if only that one is missing.
@@ -170,12 +170,12 @@ def written(path: Path, needed_bytes: int) -> Iterator[Staging]:
 
 
 def hidden_name(name: str) -> str:
-    """Return what a directory is called while another one takes its place."""
+    """Return the name that a directory has while another one takes its place."""
     return f".{name}.old"
 
 
 def discard(path: Path) -> None:
-    """Delete a directory; in one rename it is no longer there, however long the rest takes."""
+    """Delete a directory. One rename takes it out of sight first, however long the deletion takes."""
     gone = path.with_name(f".{path.name.strip('.').removesuffix('.old')}.{os.getpid()}.gone.tmp")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -185,7 +185,7 @@ def discard(path: Path) -> None:
 def put_right(folder: Path, name: str) -> None:
     """Put right what killed saves of `name`, or of any step or round, have left in a folder.
 
-    What was to be replaced and has lost its place gets it back, and temporaries that no process holds are deleted.
+    A directory that was to be replaced and has lost its name gets it back. Temporaries that no process holds are deleted.
     """
     left = re.compile(rf"\.((?:step|round)_\d+|{re.escape(name)})\.(old|\d+\.(?:gone\.)?tmp)")
     for path in sorted(folder.iterdir()):

@@ -41,7 +41,7 @@ def checkpoints(run: Path) -> list[Path]:
 def prune_checkpoints(run: Path, keep: int, every: int = 0) -> None:
     """Delete all but the newest `keep` checkpoints of a run, and those of every `every`-th step or round.
 
-    One that cannot be deleted is logged: that is no reason to take the save before it for a failed one.
+    A checkpoint that cannot be deleted is logged, and does not make the save before it a failed one.
 
     Args:
         run: the run's folder.
@@ -62,8 +62,8 @@ def prune_checkpoints(run: Path, keep: int, every: int = 0) -> None:
 def set_aside_later(path: Path) -> None:
     """Move the checkpoints beside `path` that are of a later step or round into `superseded`.
 
-    They are there when a run goes on from an earlier one: because the later ones are damaged, or by choice. The newest of
-    the run is to be the one that is being saved.
+    Later checkpoints are there when a run has gone on from an earlier one, because the later ones are damaged or by choice. The
+    checkpoint that is being saved is to be the newest of the run.
     """
     for later in path.parent.iterdir() if _NAME.fullmatch(path.name) else ():
         if not _NAME.fullmatch(later.name) or number_of(later) <= number_of(path):
@@ -74,7 +74,7 @@ def set_aside_later(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Move a checkpoint into `superseded` that another one of its step is to replace, in a run that went back before it."""
+    """Move a checkpoint into `superseded` before another one of the same step is saved, in a run that went back."""
     if (path / MANIFEST).is_file():
         logger.warning("%s is saved anew: the one before is moved to %s", path, _move_aside(path))
 

@@ -6,8 +6,8 @@ state.pt            everything else (optimizer, data position, clocks); loads wi
 tokenizer/          the tokenizer, so that a checkpoint can be sampled from and validated anywhere
 manifest.json       format_version, model, progress, size and SHA-256 of every file, and a checksum of itself
 
-Whoever saves catches SaveError: nothing of the new one is left, the checkpoints before it are whole, and a run may say so
-and go on (NoSpaceError, a SaveError, where the disk is full). Any other error of a save is a mistake in the program.
+A save that cannot be written raises SaveError (NoSpaceError where the disk is full): nothing of the new checkpoint is left, the
+older ones are whole, and a run may log the error and go on. Any other error of a save is a mistake in the program.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from nanofed.training.checkpoint.tensors import storage_bytes, write_safetensors
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-CHECKSUM = "checksum"  # of the manifest's other fields
+CHECKSUM = "checksum"  # the field that holds a SHA-256 of the manifest's other fields
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
 TOKENIZER = "tokenizer"
 TOKENIZER_FILE = f"{TOKENIZER}/{TOKENIZER_JSON}"
-SMALL_BYTES = 1 << 20  # of the manifest, and of what is around the tensors
+SMALL_BYTES = 1 << 20  # room for the manifest and for the headers around the tensors
 _FILE_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
@@ -96,14 +96,14 @@ def write_checkpoint(
     metrics: Mapping[str, float] | None = None,
     data: DataIdentity | None = None,
 ) -> None:
-    """Write a checkpoint directory, all of it or nothing; one that is there under that name stays until this one is whole.
+    """Write a checkpoint directory, all of it or nothing; an old one of that name stays until the new one is whole.
 
-    Tensors are written from where they are, one at a time: no second copy of model or optimizer is made in memory. Beside
-    a later step's checkpoint, that one is set aside: the run has gone on from an earlier one.
+    Tensors are written one at a time from where they are: no second copy of model or optimizer is made in memory. Checkpoints of
+    later steps beside it are moved away (`folder.set_aside_later`): they are left from before the run went back.
 
     Raises:
-        NoSpaceError: there is too little space for it, or it ran out.
-        SaveError: its folder is gone or cannot be written; the run's folder itself is never made here.
+        NoSpaceError: the disk has too little space for the checkpoint, or its space ran out.
+        SaveError: the folder is gone or cannot be written; the run's folder itself is never made here.
     """
     vocabulary = _tokenizer_json(tokenizer.vocabulary)
     needed = len(vocabulary) + SMALL_BYTES + storage_bytes(weights) + storage_bytes(state)
@@ -126,7 +126,7 @@ def write_checkpoint(
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     """Read a checkpoint's manifest and, by default, hash every file against it.
 
-    A process hashes a file once for every state of it.
+    A process hashes a file once for every state of the file.
 
     Raises:
         CheckpointError: no manifest, another format version, or a file that is missing, truncated or altered.
