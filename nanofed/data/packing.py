@@ -43,10 +43,13 @@ class Exhausted(Exception):
 
 
 class Packer(Protocol):
-    """Turns one stream of documents into rows of tokens."""
+    """Turns one stream of documents into rows of tokens.
+
+    Attributes:
+        cropped_tokens: tokens that were left out so far.
+    """
 
     cropped_tokens: int
-    delivered_tokens: int
 
     @property
     def state(self) -> StreamState:
@@ -68,7 +71,6 @@ class ContiguousPacker:
 
     def __init__(self, rows: Iterator[Row], read: Read, state: StreamState, sequence_len: int) -> None:
         self.cropped_tokens = 0
-        self.delivered_tokens = 0
         self._rows = rows
         self._read = read
         self._length = sequence_len
@@ -108,7 +110,6 @@ class ContiguousPacker:
             self._offset -= len(self._documents.popleft())
             self._held.popleft()
         self._available -= self._length
-        self.delivered_tokens += self._length
         return out
 
 
@@ -126,7 +127,6 @@ class BestFitPacker:
         self, rows: Iterator[Row], read: Read, state: StreamState, sequence_len: int, *, buffer_size: int = BUFFER_SIZE
     ) -> None:
         self.cropped_tokens = 0
-        self.delivered_tokens = 0
         self._rows = rows
         self._read = read
         self._length = sequence_len
@@ -185,7 +185,6 @@ class BestFitPacker:
             room -= used
             if room:
                 self._refill(room)
-        self.delivered_tokens += self._length
         return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,14 @@ def federated_run(corpus: Corpus) -> Path:
     """A run of `nanofed federate`: 2 rounds of 2 clients."""
     assert cli.main(corpus.start("federate", f"--runs_dir={corpus.folder}/trained")) == 0
     return corpus.folder / "trained" / "federate"
+
+
+@pytest.fixture
+def runs(fit_run: Path, federated_run: Path, tmp_path: Path) -> Path:
+    """A folder with one run of either path, named `fit` and `federate`, of whose files the test may dispose."""
+    shutil.copytree(fit_run, tmp_path / "runs" / "fit")
+    shutil.copytree(federated_run, tmp_path / "runs" / "federate")
+    return tmp_path / "runs"
 
 
 @pytest.fixture(autouse=True)

@@ -116,11 +116,7 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("--data.device_batch_size=6", "use 384 or 576, or data.device_batch_size 4 or 8", ["fit", "federate"]),
     ("--model.depth=100", ": take model.depth ", ["fit", "federate"]),  # some 200 GB of weights and states
     ("--model.depth=5", "depth 5 gives a width of 320, not 3 equal heads; take an even depth", ["fit", "federate"]),
-    ("--model.sequence_len=0", "model.sequence_len must be at least 1, not 0", ["fit"]),
     ("--data.packing=worst", "data.packing='worst' is unknown: choose contiguous or best_fit", ["fit", "federate"]),
-    ("--data.streams=0", "data.streams must be at least 1, not 0", ["fit", "federate"]),
-    ("--data.device_batch_size=0", "data.device_batch_size must be at least 1, not 0", ["fit", "federate"]),
-    ("--eval_every=0", "--eval_every must be at least 1, not 0", ["fit", "federate"]),
     ("--name=a/b", "--name 'a/b' is not a plain folder name", ["fit", "federate"]),
     (f"--name={'n' * 300}", "cannot name a folder everywhere: up to 200 bytes of printable", ["fit", "federate"]),
     ("--name=a\nb", "--name 'a\\nb' cannot name a folder everywhere", ["fit", "federate"]),
@@ -162,12 +158,9 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("--trainer.max_time=nope", "trainer: `Timer(duration='nope')` is not a valid duration", ["fit"]),
     ("--trainer.max_steps=5", "trainer.max_steps is not used: set model.recipe.num_steps", ["fit"]),
     ("--trainer.precision=16-true", "trainer.precision is not used: set model.compute_dtype", ["fit"]),
-    ("--federation.clients=0", "federation.clients must be at least 1, not 0", ["federate"]),
-    ("--federation.availability=2", "federation.availability must be at most 1, not 2.0", ["federate"]),
     ("--federation.client_speeds=[1,2,3]", "client_speeds names 3 speeds for 2 clients", ["federate"]),
     ("--federation.outer_momentum=2", "outer_momentum", ["federate"]),
     ("--federation.global_batch_tokens=513", "global_batch_tokens=513 is no multiple of 2 clients", ["federate"]),
-    ("--fabric.devices=0", "fabric.devices must be at least 1, not 0", ["federate"]),
     ("--fabric.devices=2", "a client trains on one device", ["federate"]),
 ]
 
@@ -352,14 +345,6 @@ def test_a_run_folder_that_cannot_be_made(command: str, corpus: Corpus, tmp_path
 def test_a_run_folder_that_is_read_only(corpus: Corpus, tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
     refused(corpus.start("fit", f"--runs_dir={tmp_path / 'locked'}"), 1, "Permission denied")
-
-
-@pytest.fixture
-def runs(fit_run: Path, federated_run: Path, tmp_path: Path) -> Path:
-    """A folder with one run of either path, named `fit` and `federate`, of whose files the test may dispose."""
-    shutil.copytree(fit_run, tmp_path / "runs" / "fit")
-    shutil.copytree(federated_run, tmp_path / "runs" / "federate")
-    return tmp_path / "runs"
 
 
 def newest(run: Path) -> Path:

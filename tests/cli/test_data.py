@@ -54,16 +54,6 @@ def test_usage_errors(args: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert "usage: nanofed data" in capsys.readouterr().err
 
 
-def test_help_is_fast_because_nothing_heavy_loads() -> None:
-    script = (
-        "import sys, contextlib\nfrom nanofed.cli import main\n"
-        "with contextlib.suppress(SystemExit): main(['data', '--help'])\n"
-        "print(sorted({'torch', 'pyarrow', 'requests', 'tqdm', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 def test_list(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "list", "--data", corpus)
     assert (code, err) == (0, "")

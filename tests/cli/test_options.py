@@ -41,9 +41,8 @@ def test_help(command: str, options: list[str], capsys: pytest.CaptureFixture[st
 def test_print_config_shows_the_resolved_config_and_runs_nothing(
     command: str, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = corpus.federate if command == "federate" else corpus.fit
     runs = f"--runs_dir={tmp_path / 'runs'}"
-    shown = printed([command, "--config", str(config), runs, "--model.depth=3", "--print_config"], capsys)
+    shown = printed(corpus.start(command, runs, "--model.depth=3", "--print_config"), capsys)
     resolved = yaml.safe_load(shown)
     assert resolved["model"]["depth"] == 3
     assert resolved["model"]["recipe"]["num_steps"] == 4

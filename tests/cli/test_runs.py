@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,8 @@ from tests.cli.conftest import Corpus
 COMMANDS = ("fit", "federate")
 
 
-@pytest.fixture
-def runs(fit_run: Path, federated_run: Path, tmp_path: Path) -> Path:
-    """A folder with one run of either path, named `fit` and `federate`, of whose files the test may dispose."""
-    shutil.copytree(fit_run, tmp_path / "runs" / "fit")
-    shutil.copytree(federated_run, tmp_path / "runs" / "federate")
-    return tmp_path / "runs"
-
-
 def command(name: str, corpus: Corpus, runs: Path, *options: str) -> list[str]:
-    config = corpus.fit if name == "fit" else corpus.federate
-    return [name, "--config", str(config), f"--runs_dir={runs}", *options]
+    return corpus.start(name, f"--runs_dir={runs}", *options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -32,7 +32,7 @@ def test_every_second_is_counted_once() -> None:
 def test_a_run_says_it_once_also_when_it_goes_on(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["fit", "--config", str(corpus.fit), f"--runs_dir={tmp_path}"]
+    run = corpus.start("fit", f"--runs_dir={tmp_path}")
     for command, parts in (
         (run, ["imports", "config", "tokenizer", "trainer", "data", "model", "validation", "optimizer", "step"]),
         ([*run, "--ckpt_path=last", "--model.recipe.num_steps=6"], ["imports", "config", "optimizer", "step"]),

@@ -99,7 +99,6 @@ def test_best_fit_rows_begin_with_bos_and_count_what_they_crop(dataset: Dataset)
         pass
     for stream, packer in fresh.packers.items():
         assert packer.cropped_tokens > 0
-        assert packer.delivered_tokens == LENGTH * len(batches)
         assert reads[stream] == (LENGTH + 1) * len(batches) + packer.cropped_tokens
 
 
