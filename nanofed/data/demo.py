@@ -82,11 +82,11 @@ def build_demo_corpus(
     """Build the demo corpus, or return the one that is there and intact, whatever its size, Python or recipe.
 
     Args:
-        output: The folder. A demo corpus in it that is damaged is built anew, as it was asked for then.
-        num_shards: Training shards (8 unless there is a corpus); one more is for validation.
-        max_bytes: Leave out documents beyond so many bytes of UTF-8 (20 MB unless there is a corpus; the library of
+        output: the folder. A demo corpus in it that is damaged is built anew, as it was asked for then.
+        num_shards: training shards (8 unless there is a corpus); one more is for validation.
+        max_bytes: leave out documents beyond so many bytes of UTF-8 (20 MB unless there is a corpus; the library of
             Python 3.11 gives 10.6 MB).
-        force: Replace a demo corpus of other arguments.
+        force: whether a demo corpus of other arguments is replaced.
 
     Raises:
         DataError: `output` holds something else, or without `force` a corpus of other arguments; or this Python has no

@@ -53,12 +53,12 @@ def download(
     announced length and hash and can be read as a shard; when all do, `dataset.json` is written with their hashes.
 
     Args:
-        num_shards: Training shards; -1 for all 1,822.
-        output: The folder; by default nanochat's, `<base>/base_data`.
-        base_url: The address that holds the shards; by default the dataset's at `HF_ENDPOINT`.
-        workers: Files at a time.
-        retry: How often and when to try again.
-        progress: Show a progress bar where stderr is a terminal.
+        num_shards: training shards; -1 for all 1,822.
+        output: the folder; by default nanochat's, `<base>/base_data`.
+        base_url: the address that holds the shards; by default the dataset's at `HF_ENDPOINT`.
+        workers: the files to fetch at a time.
+        retry: how often and when to try again.
+        progress: whether a progress bar is shown where stderr is a terminal.
 
     Raises:
         ConfigError: an argument is out of range.

@@ -48,16 +48,16 @@ def pack(
     All or nothing is written.
 
     Args:
-        paths: Files, and folders to search for files of these kinds (by name). A dataset of nanofed's is packed anew where
+        paths: files, and folders to search for files of these kinds (by name). A dataset of nanofed's is packed anew where
             it is named itself.
-        output: The folder for the shards.
-        num_shards: Training shards, one more is for validation; by default one for every 200 MB, at least 8.
-        rows_per_group: Most documents of a row group.
-        key: The key of jsonl objects, and the column of parquet files, that holds the text; `a.b` is the entry b of a.
-        shuffle_buffer: Documents are drawn at random from a buffer of so many (0: order of the files), so that a
+        output: the folder for the shards.
+        num_shards: training shards, one more is for validation; by default one for every 200 MB, at least 8.
+        rows_per_group: the most documents in a row group.
+        key: the key of jsonl objects, and the column of parquet files, that holds the text; `a.b` is the entry b of a.
+        shuffle_buffer: documents are drawn at random from a buffer of so many (0: order of the files), so that a
             shard is no single file and the validation shard is like the others.
-        seed: Of that draw.
-        force: Replace the shards that an earlier `pack` has written to `output`.
+        seed: the seed of that draw.
+        force: whether the shards that an earlier `pack` has written to `output` are replaced.
 
     Raises:
         DataError: naming file and line: not there, not UTF-8, not JSON, without the key; or `output` is taken.

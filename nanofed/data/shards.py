@@ -91,9 +91,9 @@ def open_dataset(path: Path, *, validation: str | None = None, num_shards: int |
     file that has rows is, and the last by name is for validation.
 
     Args:
-        path: The folder.
-        validation: The shard for validation, instead of the one that the folder names (a resumed run's record).
-        num_shards: Keep only the first so many training shards.
+        path: the folder.
+        validation: the shard for validation, instead of the one that the folder names (a resumed run's record).
+        num_shards: how many of the first training shards to keep; all by default.
 
     Raises:
         DataError: there are no shards, fewer than asked for, or one is missing, damaged or not what was recorded.
@@ -245,8 +245,8 @@ def read_shard(path: Path, column: str = "text") -> Shard:
     """Read a shard's metadata, none of its text.
 
     Args:
-        path: The file.
-        column: The column that holds the text; `a.b` is the field b of the column a. A file without rows needs none.
+        path: the file.
+        column: the column that holds the text; `a.b` is the field b of the column a. A file without rows needs none.
 
     Raises:
         DataError: the file is truncated, not parquet, without text in `column`, or implausibly large.

@@ -37,12 +37,12 @@ def write_shards(
     documents than shards make fewer shards. The folder is built beside `output` and then renamed.
 
     Args:
-        documents: Texts, consumed once; `num_shards * rows_per_group` of them are in memory at a time.
-        output: The folder; it must not exist, be empty, or, with `replace`, hold a dataset of nanofed's and nothing else.
-        num_shards: Training shards; one more is written for validation.
-        rows_per_group: Rows of a row group.
-        provenance: Further fields of `dataset.json`, such as `source`.
-        replace: Take the place of the dataset that is in `output`.
+        documents: texts, consumed once; `num_shards * rows_per_group` of them are in memory at a time.
+        output: the folder; it must not exist, be empty, or, with `replace`, hold a dataset of nanofed's and nothing else.
+        num_shards: training shards; one more is written for validation.
+        rows_per_group: the rows in a row group.
+        provenance: further fields of `dataset.json`, such as `source`.
+        replace: whether a dataset that is in `output` is replaced.
 
     Raises:
         DataError: `output` holds other things or cannot be written, or there are fewer than 2 documents.

@@ -31,10 +31,10 @@ class Tokenizer:
     """Encode text with a byte-level BPE.
 
     Attributes:
-        vocabulary: Tokens, special tokens and split pattern.
-        vocab_size: Number of ids, special tokens included.
-        special_tokens: The id of each special token.
-        bos_token_id: The special token that starts every document, the first of them.
+        vocabulary: tokens, special tokens and split pattern.
+        vocab_size: number of ids, special tokens included.
+        special_tokens: the id of each special token.
+        bos_token_id: the special token that starts every document, the first of them.
         token_bytes: `(vocab_size,)` int32, the bytes of text that a token stands for; 0 for special tokens. Read-only.
         fingerprint: sha256 over tokens, special tokens and split pattern: equal when all ids mean the same.
 

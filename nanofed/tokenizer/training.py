@@ -34,12 +34,12 @@ def train_tokenizer(
     from the tokenizer. The same documents give the same tokenizer.
 
     Args:
-        texts: The documents.
-        vocab_size: Ids wanted, special tokens included.
-        max_chars: Stop after the document that exceeds so many characters in all.
-        doc_cap: Characters used of one document.
-        special_tokens: Their texts; the first starts every document.
-        split_pattern: The regular expression whose matches are merged one by one.
+        texts: the documents.
+        vocab_size: ids wanted, special tokens included.
+        max_chars: stop after the document that exceeds so many characters in all.
+        doc_cap: characters used of one document.
+        special_tokens: the texts of the special tokens; the first starts every document.
+        split_pattern: the regular expression whose matches are merged one by one.
 
     Raises:
         ConfigError: a number is out of range, or special tokens or pattern are not usable.

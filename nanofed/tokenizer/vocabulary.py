@@ -36,9 +36,9 @@ class Vocabulary:
     """Tokens as bytes; a token's id is its place and its merge priority, special tokens follow.
 
     Attributes:
-        tokens: The bytes of every token but the special ones; all 256 single bytes are among them.
-        special_tokens: Their texts; the first marks the beginning of a document.
-        split_pattern: The regular expression whose matches are merged one by one, never across.
+        tokens: the bytes of every token but the special ones; all 256 single bytes are among them.
+        special_tokens: the texts of the special tokens; the first marks the beginning of a document.
+        split_pattern: the regular expression whose matches are merged one by one, never across.
 
     Raises:
         ValueError: a byte is missing, a token occurs twice, or there is no special token.
