@@ -66,7 +66,7 @@ def _software() -> dict[str, str]:
 
 def _machine() -> dict[str, Any]:
     found: dict[str, Any] = {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": runtime.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
     meminfo = Path("/proc/meminfo")

@@ -17,7 +17,7 @@ from nanofed.errors import ConfigError
 from nanofed.ranges import Seed, check_number
 from nanofed.training.callbacks.dashboard import Dashboard, RunLogger, TextSamples
 from nanofed.training.callbacks.opening import Opening
-from nanofed.training.callbacks.progress import FirstStep, Progress
+from nanofed.training.callbacks.progress import Progress
 from nanofed.training.callbacks.saving import SaveCheckpoint
 from nanofed.training.callbacks.stopping import Stopping
 from nanofed.training.callbacks.watchdog import Limits, Watchdog
@@ -159,8 +159,7 @@ class FitCLI(LightningCLI):
             callbacks += [
                 self.opening,
                 self.dashboard,
-                Progress(self.dashboard),
-                FirstStep(self.startup),
+                Progress(self.dashboard, self.startup),
                 TextSamples(options.sample_every, options.sample_prompts),
                 self.saver,
                 Stopping(self.signals, self.saver),

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-import weakref
 
 import pytest
 import torch
@@ -11,7 +8,6 @@ import torch
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
-from nanofed.training.gc_control import FrozenObjects, ManualCollection
 from nanofed.training.losses import LossWindow, NonFiniteError, SmoothedLoss, rows_between
 
 
@@ -68,46 +64,3 @@ def test_rows_of_a_batch() -> None:
     assert rows_between(place(("a", 9), pending=(2, 7)), place(("a", 11))) == "rows 2 to 10 of a"
     assert rows_between(place(("a", 9)), place(("b", 3))) == "row 9 of a to row 2 of b"
     assert rows_between(None, None) == "data unknown"
-
-
-def test_the_collector_rests_and_is_left_as_it_was() -> None:
-    garbage = ManualCollection()
-    assert gc.isenabled() and gc.get_freeze_count() == 0
-    with garbage:
-        with garbage:
-            assert not gc.isenabled() and gc.get_freeze_count() > 0
-            cycle: list[object] = []
-            cycle.append(cycle)
-            del cycle
-            before = gc.get_stats()[2]["collected"]
-            garbage.collect()
-            assert gc.get_stats()[2]["collected"] > before
-        assert not gc.isenabled()
-    assert gc.isenabled() and gc.get_freeze_count() == 0
-    gc.disable()
-    with pytest.raises(ZeroDivisionError), garbage:
-        raise ZeroDivisionError
-    assert not gc.isenabled()
-    gc.enable()
-
-
-class Knot:
-    """Nothing but the cycle collector can tell that it is gone."""
-
-    def __init__(self) -> None:
-        self.knot = self
-
-
-@pytest.mark.parametrize("settled", [False, True])
-def test_what_a_block_or_the_time_between_two_leaves_behind_goes_with_the_next(settled: bool) -> None:
-    """A trainer that lives for weeks is in a block for most of it, and not once as long out of it as Python waits to collect."""
-    garbage, left = ManualCollection(), []
-    with FrozenObjects() if settled else contextlib.nullcontext():
-        for _ in range(3):
-            left.append(weakref.ref(Knot()))
-            with garbage:
-                left.append(weakref.ref(Knot()))
-                with garbage:
-                    left.append(weakref.ref(Knot()))
-            assert [knot for knot in left if knot() is not None] == []
-    assert gc.isenabled() and gc.get_freeze_count() == 0
