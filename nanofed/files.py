@@ -69,7 +69,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-SETTLED_NS = 2 * 10**9  # a file that is older has another time of change when it changes again
+SETTLED_NS = 2 * 10**9  # a file that was changed longer ago has another time of change when it changes again
 
 
 def sha256_once(path: Path) -> str:
@@ -79,7 +79,7 @@ def sha256_once(path: Path) -> str:
         OSError: the file cannot be read.
     """
     status = path.stat()
-    if time.time_ns() - status.st_mtime_ns <= SETTLED_NS:
+    if abs(time.time_ns() - status.st_mtime_ns) <= SETTLED_NS:  # a file server's clock may run ahead
         return sha256(path)
     return _sha256_of_state(path, status.st_ino, status.st_size, status.st_mtime_ns)
 

@@ -1,9 +1,11 @@
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
 
+from nanofed import files
 from nanofed.files import keep_short, sha256, write_atomically
 
 
@@ -40,6 +42,25 @@ def test_a_private_file_is_for_its_user_only(tmp_path: Path) -> None:
 def test_a_hash_is_of_the_content(tmp_path: Path) -> None:
     write_atomically(tmp_path / "empty", "")
     assert sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_file_is_hashed_once_for_every_state_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, now, hour = tmp_path / "shard", list[Path](), time.time_ns(), 3600 * 10**9
+    monkeypatch.setattr(files, "sha256", lambda file: [read.append(file), sha256(file)][1])
+    states = [
+        ("a", -hour, 1),
+        ("a", -hour, 1),
+        ("b", -2 * hour, 2),
+        ("b", hour, 3),
+        ("b", hour, 3),
+        ("b", 0, 4),
+        ("b", 0, 5),
+    ]
+    for content, changed, reads in states:
+        path.write_text(content)
+        os.utime(path, ns=(now + changed, now + changed))
+        assert files.sha256_once(path) == sha256(path)
+        assert len(read) == reads, "a file that has just been changed may change again within the same tick"
 
 
 def test_a_log_is_kept_short_under_the_process_that_writes_it(tmp_path: Path) -> None:
