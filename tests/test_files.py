@@ -46,7 +46,12 @@ def test_a_hash_is_of_the_content(tmp_path: Path) -> None:
 
 def test_a_file_is_hashed_once_for_every_state_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, read, now, hour = tmp_path / "shard", list[Path](), time.time_ns(), 3600 * 10**9
-    monkeypatch.setattr(files, "sha256", lambda file: [read.append(file), sha256(file)][1])
+
+    def counted(file: Path) -> str:
+        read.append(file)
+        return sha256(file)
+
+    monkeypatch.setattr(files, "sha256", counted)
     states = [
         ("a", -hour, 1),
         ("a", -hour, 1),

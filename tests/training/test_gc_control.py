@@ -9,6 +9,12 @@ import pytest
 from nanofed.training.gc_control import FrozenObjects, ManualCollection
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_frozen() -> None:
+    """Undo what a command of another test has left: it freezes what it has imported."""
+    gc.unfreeze()
+
+
 def test_the_collector_rests_and_is_left_as_it_was() -> None:
     garbage = ManualCollection()
     assert gc.isenabled() and gc.get_freeze_count() == 0
