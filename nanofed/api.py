@@ -265,8 +265,7 @@ def join(
     keys: str | Path | None = None,
     devices: int = 1,
     state: str | Path | None = None,
-    trust: str | Path | None = None,
-) -> Path | None:
+) -> None:
     """Take part in a federation with this machine's devices until this process is told to stop.
 
     Args:
@@ -278,11 +277,6 @@ def join(
         keys: the folder that was handed out to the site; without one, loopback only.
         devices: devices of this machine that train together.
         state: folder for what the site keeps; by default `sites/NAME` in the cache folder.
-        trust: public key (`code.pub` of `nanofed server sign`) of who may sign the nanofed that this site runs; without one it
-            runs the installed nanofed only.
-
-    Returns:
-        The folder of a signed nanofed that the server has: the site has ended, to be started again with that first on its path.
 
     Raises:
         ConfigError: a wrong option, an address on the network without keys, the same site running already.
@@ -291,5 +285,5 @@ def join(
     from nanofed.federated.site.options import site_options
     from nanofed.federated.site.supervisor import run_site
 
-    options = site_options(superlink, name, keys=keys, devices=devices, state=state, trust=trust)
-    return run_site(options, [*arguments(config, overrides or {}), *args])
+    options = site_options(superlink, name, keys=keys, devices=devices, state=state)
+    run_site(options, [*arguments(config, overrides or {}), *args])

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.streams import hold_descriptors
@@ -107,12 +104,6 @@ def environment(**changes: str | None) -> dict[str, str]:
     return changed
 
 
-def python_path(first: Path) -> str:
-    """Return PYTHONPATH with `first` in front, in place of another folder beside it."""
-    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join([str(first), *(part for part in path if part and Path(part).parent != first.parent)])
-
-
 def python(*arguments: str) -> list[str]:
     """Return the command of a Python process of this environment: `python("-m", "nanofed", "info")`.
 
@@ -120,28 +111,6 @@ def python(*arguments: str) -> list[str]:
     where a file such as `h11.py` of anybody would be run with this user's keys.
     """
     return [sys.executable, "-P", *arguments]
-
-
-def become(first: Path, command: Sequence[str]) -> NoReturn:
-    """Make this process one of `python -m` with `command`, and with `first` in front of all that Python imports from."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    changed = environment(PYTHONPATH=python_path(first))
-    try:
-        os.execve(sys.executable, python("-m", *command), changed)
-    except OSError as error:
-        raise NanofedError(f"{sys.executable} cannot be started again: {error.strerror}") from error
-
-
-def short_lived_dir() -> Path:
-    """Return the folder for sockets: this user's own `XDG_RUNTIME_DIR` where there is one, else that for temporary files."""
-    configured = os.environ.get("XDG_RUNTIME_DIR", "")
-    if configured.startswith("/") and len(configured) < 40:  # a socket's path has room for about 100 characters
-        with contextlib.suppress(OSError):
-            found = os.lstat(configured)
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
-                return Path(configured)
-    return Path(tempfile.gettempdir())
 
 
 def flower_home() -> Path:

@@ -1,4 +1,4 @@
-"""`nanofed server`, `nanofed server init` and `nanofed server sign`."""
+"""`nanofed server` and `nanofed server init`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from nanofed.cli.numbers import add_number
 from nanofed.ranges import Range
 
 USAGE = """nanofed server --config FILE [--listen HOST:PORT] [--keys KEYS] [options of nanofed federate]
-       nanofed server init KEYS --host HOST [--host …] --site NAME [--site …]
-       nanofed server sign KEYS"""
+       nanofed server init KEYS --host HOST [--host …] --site NAME [--site …]"""
 
 
 def main(argv: list[str]) -> int:
     """Serve a federation of sites, or write the keys that it needs."""
     if argv[1:2] == ["init"]:
         return _init(argv[2:])
-    if argv[1:2] == ["sign"]:
-        return _sign(argv[2:])
     parser = argparse.ArgumentParser(
         prog="nanofed server",
         usage=USAGE,
@@ -69,26 +66,4 @@ def _init(argv: list[str]) -> int:
     for name in keys.names():
         print(f"\nat {name}, with {keys.handout(name)} copied there by a safe way:")
         print(f"  nanofed site --config CONFIG --superlink {host}:{options.port} --name {name} --keys {name}")
-    return 0
-
-
-def _sign(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="nanofed server sign",
-        description="Sign the nanofed that is installed here: sites started with --trust code.pub take it up from the server, in "
-        "place of the one that is installed there. Sign again after each change; an older one is not taken again.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("keys", metavar="KEYS", type=runtime.user_path, help="folder of nanofed server init")
-    options = parser.parse_args(argv)
-    from nanofed.federated.server.signing import KEY, PUBLIC_KEY, sign
-
-    signature = sign(options.keys)
-    folder = options.keys
-    print(f"signed code {signature.digest[:16]} as number {signature.number}; {folder / KEY} is readable by you alone")
-    print(
-        "restart the server to send it; whoever has that key decides what runs at sites that trust it, so keep it elsewhere"
-    )
-    print(f"\nat each site that is to follow, with {folder / PUBLIC_KEY} copied there by a safe way:")
-    print(f"  nanofed site … --trust {PUBLIC_KEY}")
     return 0

@@ -26,25 +26,10 @@ def main(argv: list[str]) -> int:
     devices = Annotated[int, Range(1, 1024)]
     add_number(parser, "--devices", kind=devices, default=1, help="devices of this machine that train together")
     parser.add_argument("--state", help="folder for what the site keeps (default: sites/NAME in the cache folder)")
-    parser.add_argument(
-        "--trust",
-        metavar="KEY",
-        help="code.pub of nanofed server sign: run what this key has signed in place of the installed nanofed",
-    )
     own, rest = parser.parse_known_args(argv[1:])
-    from nanofed import api, runtime
+    from nanofed import api
     from nanofed.cli.output import show_progress
 
-    show_progress(lightning=False)  # its trainer does
-    following = api.join(
-        args=rest,
-        superlink=own.superlink,
-        name=own.name,
-        keys=own.keys,
-        devices=own.devices,
-        state=own.state,
-        trust=own.trust,
-    )
-    if following is not None:
-        runtime.become(following, ["nanofed", *argv])
+    show_progress(lightning=False)  # its worker does
+    api.join(args=rest, superlink=own.superlink, name=own.name, keys=own.keys, devices=own.devices, state=own.state)
     return 0

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import ipaddress
 import json
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 from nanofed import runtime
-from nanofed.errors import NanofedError
 
 
 def toml(value: bool | int | float | str) -> str:
@@ -40,21 +37,6 @@ def flower_environment(home: Path, **changes: str | None) -> dict[str, str]:
             "GLIBC_TUNABLES": ":".join(filter(None, [given.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"])),
             **changes,
         }
-    )
-
-
-def ask_again_soon(module: Any) -> None:
-    """Let one of Flower's modules ask for an object that is not there yet after 50 ms again, and then every second at least.
-
-    A message is there before what is in it; Flower's own waits, for each object, are 1, 2, 4 s and up to 10 s.
-
-    Raises:
-        NanofedError: this version of Flower pulls objects in another way.
-    """
-    if not callable(getattr(module, "pull_objects", None)):
-        raise NanofedError(f"this version of Flower pulls objects in another way: {module.__name__} does not")
-    module.pull_objects = functools.partial(
-        module.pull_objects, initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None
     )
 
 

@@ -17,13 +17,14 @@ from nanofed.errors import ConfigError
 from nanofed.federated.aggregation.outer import OuterNesterov
 from nanofed.federated.arguments import Arguments
 from nanofed.federated.processes import ended_by_signals
-from nanofed.federated.runtimes.app import client_app, server_app
+from nanofed.federated.runtimes.app import server_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.carriage import Carriage
 from nanofed.federated.server.metrics import FederationMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.state import State
+from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.checkpoint import find_checkpoint, read_manifest
 from nanofed.training.config_errors import resolved

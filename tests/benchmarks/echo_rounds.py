@@ -16,9 +16,9 @@ import torch
 
 from nanofed.data.rows import RowPlan
 from nanofed.federated.arguments import Arguments
-from nanofed.federated.site.channel import MemoryRoom
-from nanofed.federated.site.listener import Request
+from nanofed.federated.site.inbox import Task
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
+from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import Hello, Instructions, Report
 from nanofed.model import GPT
 from nanofed.training.recipe import accumulation_steps
@@ -32,12 +32,13 @@ class EchoTrainer:
     """Answers rounds with the weights that came, moved a little.
 
     Args:
-        name: of the site.
         args: of `nanofed federate`.
     """
 
-    def __init__(self, name: str, args: Sequence[str]) -> None:
-        self._name = name
+    task: Task | None = None
+    broken: Exception | None = None
+
+    def __init__(self, args: Sequence[str]) -> None:
         self._module, self._data = Arguments.from_args(args).build()
         with torch.device("meta"):
             shapes = {n: tuple(t.shape) for n, t in GPT(self._module.config).state_dict().items()}
@@ -45,42 +46,47 @@ class EchoTrainer:
         self._random = np.random.default_rng(0)
         self._noise = CHANGE * self._random.standard_normal(NOISE, dtype=np.float32)
 
-    def hello(self) -> dict[str, Any]:
+    def hello(self, client: str) -> Hello:
         """Return what the site says of itself."""
-        return Hello.of(self._name, self._module, self._data).to_config()
+        return Hello.of(client, self._module, self._data)
 
-    def answer(self, request: Request) -> None:
+    def fit(self, arrays: Sequence[Any], instructions: Instructions) -> tuple[list[Any], Report]:
         """Answer one round."""
-        instructions = Instructions.from_config(request.config.get("message"))
-        if hash_arrays(request.arrays) != instructions.base_hash:
+        if hash_arrays(arrays) != instructions.base_hash:
             raise WireError("the weights that arrived do not have the hash that was announced")
         down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
         out = {name: torch.from_numpy(weight) for name, weight in self._weights.items()}
-        down.write_to(out, request.arrays, self._weights)
+        down.write_to(out, arrays, self._weights)
         with marked("train"):
             start = time.monotonic()
             for weight in self._weights.values():
                 self._move(weight)
             state = self._read(instructions)
             seconds = time.monotonic() - start
-        with MemoryRoom() as room:
-            payload = up.pack(self._weights, down.decode_each(request.arrays, self._weights), room)
-            report = Report(
-                run=instructions.run,
-                round=instructions.round,
-                client=self._name,
-                nonce=instructions.nonce,
-                base_hash=instructions.base_hash,
-                payload_hash=hash_arrays(payload),
-                steps=1,
-                tokens=instructions.batch_tokens,
-                seconds=seconds,
-                loss_first=1.0,
-                loss_last=1.0,
-                exhausted=False,
-                data=state,
-            )
-            request.answer(room.packed(payload), report.tokens, report.to_config())
+        payload: list[Any] = up.pack(self._weights, down.decode_each(arrays, self._weights))
+        report = Report(
+            run=instructions.run,
+            round=instructions.round,
+            client=instructions.client,
+            nonce=instructions.nonce,
+            base_hash=instructions.base_hash,
+            payload_hash=hash_arrays(payload),
+            steps=1,
+            tokens=instructions.batch_tokens,
+            seconds=seconds,
+            loss_first=1.0,
+            loss_last=1.0,
+            exhausted=False,
+            data=state,
+        )
+        return payload, report
+
+    def evaluate(self, arrays: Sequence[Any], asked: Evaluate) -> Evaluation:
+        """Refuse to evaluate: a benchmark's server does it."""
+        raise WireError("an echo evaluates nothing")
+
+    def save(self) -> None:
+        """Save nothing."""
 
     def _move(self, weight: Array) -> None:
         flat, at = weight.reshape(-1), -int(self._random.integers(NOISE))

@@ -1,4 +1,4 @@
-"""`nanofed site` with a trainer that trains nothing: the same supervisor, SuperNode and client processes.
+"""`nanofed site` with a worker that trains nothing: the same supervisor and SuperNode.
 
 python -m tests.benchmarks.echo_site --superlink HOST:PORT --name N --state FOLDER [--keys FOLDER] ARGUMENTS OF FEDERATE
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 from nanofed.federated.site.options import site_options
 from nanofed.federated.site.supervisor import run_site
 
-TRAINER = "tests.benchmarks.echo_trainer"
+WORKER = "tests.benchmarks.echo_worker"
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     own, rest = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO)
     options = site_options(own.superlink, own.name, keys=own.keys, state=own.state)
-    run_site(replace(options, trainer=TRAINER), rest)
+    run_site(replace(options, worker=WORKER), rest)
 
 
 if __name__ == "__main__":

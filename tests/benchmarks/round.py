@@ -1,7 +1,7 @@
 """`bin/bench round`: what a round costs beside training, over a real SuperLink and SuperNodes on loopback, in its phases.
 
-A round lasts from the first push of its weights to that of the next. Without --train the sites' trainers train nothing (see
-`echo_trainer`): what is left is the way of the weights. Memory and CPU time are those of all processes, supervisors too; CPU
+A round lasts from the first push of its weights to that of the next. Without --train the sites' workers train nothing (see
+`echo_worker`): what is left is the way of the weights. Memory and CPU time are those of all processes, supervisors too; CPU
 seconds are for busy machines, on which others mean little.
 """
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     add("--data", default=default_data())
     add("--down", choices=("fp32", "bf16"), default="bf16", help="codec of the weights")
     add("--up", choices=("fp32", "bf16"), default="bf16", help="codec of the updates")
-    add("--train", action="store_true", help="with the real trainer, for rounds of --round_seconds")
+    add("--train", action="store_true", help="with the real worker, for rounds of --round_seconds")
     add("--round_seconds", type=float, default=5.0)
     add("--secure", action="store_true", help="TLS and keys, through the proxy")
     add("--against", choices=("stock",), help="then Flower's own FedAvg in fp32, with the same sites and shapes")

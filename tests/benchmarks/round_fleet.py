@@ -42,7 +42,7 @@ class Fleet:
         args: of `nanofed federate`, for server and sites.
         sites: how many.
         rounds: that count; one more is run, whose begin ends the last one.
-        train: with the real trainer; otherwise one that trains nothing.
+        train: with the real worker; otherwise one that trains nothing.
         secure: TLS, keys and the proxy.
         environment: changes to that of all processes.
         seconds: after which a run is given up.

@@ -21,10 +21,9 @@ KINDS = {  # first match in the command line
     "nanofed.federated.site.supernode": "supernode",
     "flower-supernode": "supernode",  # stock
     "flower-superexec": "superexec",
-    "flwr-clientapp": "clientapp",
-    "nanofed.federated.site.bundle": "clientapp",
-    "echo_trainer": "trainer",
-    "nanofed.federated.site.service": "trainer",
+    "flwr-clientapp": "clientapp",  # stock
+    "echo_worker": "worker",
+    "nanofed.federated.site.worker": "worker",
     "nanofed.federated.server.proxy": "proxy",
     "echo_site": "supervisors",
     "nanofed site": "supervisors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ PHASES = (
     "push",  # the server sends the messages
     "SuperNode waits",  # for its next poll
     "download",
-    "client starts",
+    "client starts",  # a worker sees its message
     "client pulls",  # its message, and where these are beside it, the weights
-    "hand-over",  # to the trainer, up to its first step
+    "hand-over",  # up to the first step
     "train",
     "hand-back",
-    "client pushes",  # likewise
+    "client pushes",  # its answer, and where they are beside it, the weights
     "upload",  # what is left of it
     "server pulls",
     "validate",
@@ -100,7 +101,7 @@ class Trace:
         def client(mark: Mark) -> bool:
             return mark.pid == last.pid
 
-        node = self._ancestor(last.pid, "supernode")
+        node = self._node(last.pid)
 
         def supernode(mark: Mark) -> bool:
             return mark.pid == node
@@ -108,7 +109,7 @@ class Trace:
         app = find("app", client)
 
         def trains(mark: Mark) -> bool:
-            return app.start <= mark.start and mark.end <= app.end and self._same_site(mark.pid, last.pid, inside)
+            return app.start <= mark.start and mark.end <= app.end and client(mark)
 
         train = find("train", trains)
         server = [mark for mark in inside if self._kinds[mark.pid] == "serverapp"]
@@ -122,7 +123,7 @@ class Trace:
             ),  # stock pushes no messages to evaluate
             find("download", supernode).start,
             find("download", supernode).end,
-            find("client", client).start,
+            min(mark.start for mark in inside if client(mark) and mark.name in ("client", "client pull")),
             find(["client pull", "fetch"], client).end,
             train.start,
             train.end,
@@ -143,7 +144,7 @@ class Trace:
 
         def moved(*names: str) -> int:
             """Return the bytes of all sites: in messages, and beside them."""
-            ends = ("supernode", "clientapp")
+            ends = ("supernode", "worker", "clientapp")
             at_nodes = [mark for mark in inside if self._kinds[mark.pid] in ends and mark.name in names]
             return sum(m.info for m in at_nodes if self._kinds[m.pid] == "supernode" or m.name in ("fetch", "deliver"))
 
@@ -158,17 +159,14 @@ class Trace:
     def _of(self, where: str, name: str) -> Iterable[Mark]:
         return (mark for mark in self._marks if mark.name == name and self._kinds[mark.pid] == where)
 
-    def _ancestor(self, pid: int, name: str) -> int:
-        while self._kinds[pid] != name:
-            pid = self._parents[pid]
-        return pid
-
-    def _same_site(self, trainer: int, client: int, inside: Sequence[Mark]) -> bool:
-        """Tell whether a trainer is the one that a client called; a stock client trains by itself."""
-        if trainer == client:
-            return True
-        calls = [mark for mark in inside if mark.name == "call" and mark.pid == client]
-        return any(f"--name {call.info[1]} " in self._commands[trainer] for call in calls)
+    def _node(self, client: int) -> int:
+        """Return the SuperNode of a client: a stock client's ancestor, or the one whose port a worker calls."""
+        if port := re.search(r'"supernode": "[^"]*:(\d+)"', self._commands[client]):
+            nodes = (pid for pid, command in self._commands.items() if f"--port {port[1]} " in command)
+            return max(pid for pid in nodes if self._kinds[pid] == "supernode")
+        while self._kinds[client] != "supernode":
+            client = self._parents[client]
+        return client
 
 
 def medians(rounds: Sequence[Round], memory: Sampler) -> dict[str, Any]:

@@ -33,8 +33,7 @@ CALLS = {  # module -> function -> name of its mark
     },
     "flwr.clientapp.client_app": {"ClientApp.__call__": "app"},
     "flwr.serverapp.strategy.fedavg": {"FedAvg.aggregate_train": "outer"},
-    "nanofed.federated.site.channel": {"call": "call"},
-    "nanofed.federated.site.freight": {"Road.fetch": "fetch", "Road.deliver": "deliver"},
+    "nanofed.federated.site.weights_client": {"WeightsClient.fetch": "fetch", "WeightsClient.deliver": "deliver"},
     "nanofed.federated.server.validation": {"check_reply": "validate"},
     "nanofed.federated.aggregation.aggregator": {"Aggregator.fold": "fold"},
     "nanofed.federated.aggregation.outer": {"OuterNesterov.step": "outer"},
@@ -78,7 +77,7 @@ def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         elif name == "push objects":
             args = (_counted(args[0], sizes), *args[1:])
         result = function(*args, **kwargs)
-        if not (name in IF_ANY and not result) and not (name == "call" and args[1] != "fit"):
+        if not (name in IF_ANY and not result):
             record(name, start, time.monotonic(), _info(name, args, result, sizes))
         return result
 
@@ -88,10 +87,8 @@ def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _info(name: str, args: Sequence[Any], result: Any, sizes: Sequence[int]) -> object:
     if name == "push":
         return [[m.metadata.message_type, m.metadata.group_id] for m in args[1][:1]]
-    if name == "call":
-        return [args[1], str(args[2].get("client"))]
     if name in ("fetch", "deliver"):
-        return os.fstat(result[1]).st_size if name == "fetch" else sum(array.nbytes for array in args[2])
+        return sum(array.nbytes for array in (result if name == "fetch" else args[2]))
     return sum(map(len, result.values())) if name == "pull objects" else sum(sizes)
 
 

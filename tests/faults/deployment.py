@@ -19,8 +19,9 @@ import yaml
 
 from nanofed.data.shards import open_dataset
 from nanofed.federated.processes import marked_sessions, members
-from nanofed.federated.site.channel import call
-from nanofed.federated.site.supervisor import socket_path
+
+# from nanofed.federated.site.channel import call
+# from nanofed.federated.site.supervisor import socket_path
 from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_state, read_weights
 from tests.ranks import REPOSITORY, in_time
 
@@ -209,7 +210,7 @@ class Deployment:
         logs = [process.log for process in self.processes.values()]
         logs += [
             *self.folder.glob("runs/*/server/*.log"),
-            *self.folder.glob("*/trainer.log"),
+            *self.folder.glob("*/worker.log"),
             *self.folder.glob("*/supernode.log"),
         ]
         return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs if log.exists())
@@ -270,9 +271,13 @@ class Deployment:
         )
 
     def is_training(self, name: str) -> bool:
-        """Ask a site's trainer."""
-        _, _, state = call(socket_path(self.folder / name), "ping", {}, wait=5.0)
-        return bool(state["state"] == "training")
+        """Look what a site's worker says of itself."""
+        for pid in self.processes[name].pids("site.worker"):
+            with contextlib.suppress(OSError, ValueError, StopIteration):
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                told = json.loads(next(word for word in words if word.startswith("{")))
+                return bool(json.loads(Path(told["progress"]).read_bytes())["state"] == "training")
+        return False
 
     def bits_per_byte(self) -> list[float]:
         return [point["bpb"] for point in json.loads((self.run / "summary.json").read_text())["curve"]]

@@ -11,9 +11,9 @@ from typing import Any
 from flwr.app import Message
 
 from nanofed.federated.run import Federation, client_name
-from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.site.client import client_app
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.training.checkpoint import checkpoints, read_state, read_weights
 from tests.federated.tiny import Site

@@ -30,8 +30,8 @@ SERVER = {
     "flower-superexec": "launcher",
     "federated.server.proxy": "proxy",
 }
-SITE = {"site.service": "trainer", "site.supernode": "SuperNode", "site.bundle": "client"}
-LIVING = {"server": [*SERVER], "site": ["site.service", "site.supernode"]}
+SITE = {"site.worker": "worker", "site.supernode": "SuperNode"}
+LIVING = {"server": [*SERVER], "site": [*SITE]}
 RECOVERY_SECONDS = 240.0
 SAMPLE_SECONDS = 2.0
 
@@ -84,7 +84,7 @@ class Soak:
         before, started = federation.round(), time.monotonic()
         try:
             pid = self._random.choice(federation.processes[name].kill(word))
-        except AssertionError:  # a client lives for a moment
+        except AssertionError:  # it has just ended by itself
             return
         federation.until(
             lambda: self._look(federation.round()) > before, f"round after the end of the {what}", RECOVERY_SECONDS

@@ -14,8 +14,7 @@ import pytest
 from nanofed.federated.flower import flower_environment
 from nanofed.federated.runtimes.superlink import FLWR, LINK, write_app
 from nanofed.federated.server.scheduling import LEARN
-from nanofed.federated.site.bundle import code_hash
-from nanofed.federated.wire.signature import installed
+from nanofed.federated.wire.bundle import code_hash
 from tests.faults.deployment import GRACE, Deployment
 from tests.faults.disks import fill, free, seen_by, small_disk
 from tests.faults.link import CUT, STALLED, Link
@@ -94,7 +93,7 @@ def test_a_slow_link_costs_training_time_and_no_round(federation: Deployment, li
 
 def test_a_site_whose_disk_is_full_trains_on_and_says_so(federation: Deployment, link: Link) -> None:
     since, site = time.time(), federation.processes["lab-c"]
-    place, trainer = seen_by(site.process.pid, federation.folder / "lab-c"), site.pids("site.service")
+    place, worker = seen_by(site.process.pid, federation.folder / "lab-c"), site.pids("site.worker")
     fill(place)
     federation.takes_part("lab-c")
     federation.takes_part("lab-c")
@@ -104,7 +103,7 @@ def test_a_site_whose_disk_is_full_trains_on_and_says_so(federation: Deployment,
     states = place / "state" / "lab-c" / federation.state()["run"]
     newest = max(states.glob("round_*.pt"), default=Path())
     federation.until(lambda: max(states.glob("round_*.pt"), default=Path()) > newest, "state on disk", in_time(60))
-    assert site.pids("site.service") == trainer, "it was started anew"
+    assert site.pids("site.worker") == worker, "it was started anew"
     federation.no_row_is_merged_twice()
 
 
@@ -148,7 +147,7 @@ def test_a_bundle_that_nobody_trusts_is_refused_with_both_hashes(federation: Dep
     answers = json.loads(out.read_text())
     assert len(answers) == len(federation.processes) - 1
     for answer in answers:
-        assert f"this site runs only the nanofed that is installed here, code {code_hash(installed())[:16]}" in answer
+        assert f"this site runs only the nanofed that is installed here, code {code_hash()[:16]}" in answer
         assert "attack.py" in answer
     federation.reach(before + 1)
     federation.no_row_is_merged_twice()

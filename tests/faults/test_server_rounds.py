@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from nanofed.federated.run import Federation
-from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.checkpoint import SaveError, checkpoints, find_checkpoint, read_manifest

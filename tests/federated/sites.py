@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import uvicorn
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import start_client_internal
+from flwr.supernode.main import create_app
+from flwr.supernode.nodestate import NodeStateFactory
 
 from nanofed.data.rows import RowRange
 from nanofed.data.shards import open_dataset
 from nanofed.federated.arguments import Arguments
-from nanofed.federated.site.channel import ChannelError, call
+from nanofed.federated.flower import free_port
+from nanofed.federated.site.options import WorkerOptions
+from nanofed.federated.site.progress import Page
+from nanofed.federated.wire.bundle import installed
 from nanofed.federated.wire.codec import hash_arrays
-from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.evaluation import Evaluate, Evaluation
+from nanofed.federated.wire.flower_arrays import from_flower, to_flower
 from nanofed.federated.wire.messages import Instructions, Report
 from tests.federated.tiny import BATCH, arguments
 from tests.ranks import REPOSITORY, TORCHRUN
 
+RUN, NODE = 1, 7
 NAME = "lab-a"
 Arrays = list[npt.NDArray[np.generic]]
 
@@ -93,32 +111,134 @@ class Rounds:
         return replace(self, weights=list(self.weights), reports=list(self.reports))
 
 
+class RefusedByWorker(Exception):
+    """The worker answered with an error."""
+
+
+class SuperNode:
+    """The runtime API of Flower's SuperNode, its own code in this process, and messages for the worker that calls it.
+
+    Args:
+        secret: what the worker has to know.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self.port = free_port()
+        self._secret = secret
+        bundle = io.BytesIO()
+        with zipfile.ZipFile(bundle, "w") as archive:
+            for name, content in installed().items():
+                archive.writestr(name, content)
+        self.bundle = bundle.getvalue()
+        self._start()
+
+    def _start(self) -> None:
+        store = ObjectStoreFactory()
+        factory = NodeStateFactory(store)
+        self._state = factory.state()
+        self._state.set_node_id(NODE)
+        self._objects = store.store()
+        self._replies: dict[str, Message] = {}
+        app = create_app(factory, self._secret)
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error", ws="none")
+        )
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+    def restart(self) -> None:
+        """Begin anew, knowing nothing of before, as after a kill."""
+        self.close()
+        self._start()
+
+    def send(self, kind: str, content: RecordDict, ttl: float = 3600.0, sent: float | None = None) -> str:
+        """Lay a message down as Flower's own loop does when it has received one, and return its id."""
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN, 1
+        run = Run.create_empty(run_id=RUN)
+        run.fab_hash = hashlib.sha256(self.bundle).hexdigest()
+        self._state.store_run(run)
+        self._state.store_fab(Fab(run.fab_hash, self.bundle, {}))
+        context = Context(run_id=RUN, node_id=NODE, node_config={"name": NAME}, state=RecordDict(), run_config={})
+        self._state.set_run_series_context(run.series_id, context)
+        message = Message(content, NODE, kind, ttl=ttl, group_id="1")
+        if sent is not None:
+            message.metadata.__dict__["_created_at"] = sent
+        self._state.create_task(task_type=TaskType.CLIENT_APP, run_id=RUN, fab_hash=run.fab_hash)
+        start_client_internal._insert_message(message, self._state, self._objects)
+        return message.metadata.message_id
+
+    def reply(self, message_id: str, seconds: float) -> Message:
+        """Wait for the answer to a message.
+
+        Raises:
+            TimeoutError: none came.
+        """
+        end = time.monotonic() + seconds
+        while message_id not in self._replies:
+            if time.monotonic() > end:
+                raise TimeoutError(f"no answer within {seconds} s")
+            for found in self._state.get_messages_legacy(is_reply=True):
+                tree = self._objects.get_object_tree(found.metadata.message_id)
+                whole = pull_and_inflate_object_from_tree(tree, self._piece, lambda name: None, return_type=Message)
+                self._replies[found.metadata.reply_to_message_id] = whole
+            time.sleep(0.01)
+        return self._replies.pop(message_id)
+
+    def _piece(self, name: str) -> bytes:
+        """Wait for a piece of an answer: the answer is there before what is in it."""
+        while not (content := self._objects.get(name)):
+            time.sleep(0.005)
+        return content
+
+
 class Trainer:
-    """A running trainer.
+    """A running worker of a site, and the SuperNode that it takes messages from.
 
     Args:
         args: of `nanofed federate`.
-        state: its state folder.
+        state: the site's folder.
         ranks: under torchrun, if there are several.
-        wrapper: a module of the tests to run in place of the service.
+        module: a module of the tests to run in place of the worker.
     """
 
     def __init__(
-        self, args: Sequence[str], state: Path, *, ranks: int = 1, module: str = "nanofed.federated.site.service"
+        self, args: Sequence[str], state: Path, *, ranks: int = 1, module: str = "nanofed.federated.site.worker"
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="nanofed-")  # the path of a socket must be short
-        self.socket = Path(self._folder.name) / "trainer.sock"
-        self.log = Path(self._folder.name) / "log"
+        state.mkdir(parents=True, exist_ok=True)
+        self.log = state / "worker.log"
+        secret = state / "secret"
+        secret.write_text("a secret")
+        self.supernode = SuperNode(secret.read_bytes())
+        self.page = Page(state)
         launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        own = [f"--name={NAME}", f"--socket={self.socket}", f"--state={state}", f"--supervisor={os.getpid()}"]
-        self._command = [sys.executable, *launcher, "-m", module, *own, *args]
+        self.options = WorkerOptions(
+            name=NAME,
+            folder=str(state),
+            supernode=f"127.0.0.1:{self.supernode.port}",
+            secret=str(secret),
+            server="127.0.0.1:1",
+            progress=self.page.path,
+            supervisor=os.getpid(),
+        )
+        self._command = [sys.executable, *launcher, "-m", module]
+        self._args = args
         self.start()
 
     def start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        self.started = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
+                [*self._command, self.options.to_json(), *self._args],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Trainer:
@@ -126,7 +246,8 @@ class Trainer:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        self._folder.cleanup()
+        self.supernode.close()
+        self.page.close()
 
     def kill(self) -> None:
         """End all of its processes at once."""
@@ -138,28 +259,62 @@ class Trainer:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def ping(self, wait: float = 60.0) -> dict[str, Any]:
-        return call(self.socket, "ping", {}, wait=wait)[2]
+    def figures(self, seconds: float = 60.0) -> Mapping[str, Any]:
+        """Return what the worker says of itself from now on."""
+        asked = time.monotonic()
+        while (found := self.page.read(since=max(self.started, asked))) is None:
+            assert time.monotonic() - asked < seconds, f"the worker says nothing\n{self.output[-4000:]}"
+            time.sleep(0.02)
+        return found
 
     def wait_until(
-        self, condition: Callable[[dict[str, Any]], bool], what: str, seconds: float = 120
-    ) -> dict[str, Any]:
+        self, condition: Callable[[Mapping[str, Any]], bool], what: str, seconds: float = 120
+    ) -> Mapping[str, Any]:
         end = time.monotonic() + seconds
-        while not condition(figures := self.ping()):
+        while not condition(figures := self.figures()):
             assert time.monotonic() < end, f"no {what} after {seconds} s: {figures}\n{self.output[-4000:]}"
-            time.sleep(0.02)
         return figures
 
-    def wait_for_training(self, steps: int = 1) -> dict[str, Any]:
+    def wait_for_training(self, steps: int = 1) -> Mapping[str, Any]:
         return self.wait_until(lambda now: now["state"] == "training" and now["steps"] >= steps, "training")
 
+    def call(
+        self,
+        kind: str,
+        config: dict[str, Any],
+        weights: Sequence[npt.NDArray[Any]] = (),
+        wait: float = 120.0,
+        sent: float | None = None,
+    ) -> tuple[Arrays, dict[str, Any]]:
+        """Send a message as the server does and return the arrays and metrics of the answer.
+
+        Raises:
+            RefusedByWorker: the worker says why.
+        """
+        record = {"train": "fit", "evaluate": "evaluate", "get_properties": "getproperties"}[kind]
+        content = RecordDict({f"{record}ins.config": ConfigRecord(config)})
+        if kind != "get_properties":
+            content[f"{record}ins.parameters"] = ArrayRecord({str(i): to_flower(a) for i, a in enumerate(weights)})
+        reply = self.supernode.reply(self.supernode.send(kind, content, sent=sent), wait)
+        if reply.has_error():
+            raise RefusedByWorker(reply.error.reason)
+        configs, arrays = reply.content.config_records, reply.content.array_records
+        metrics = dict(configs.get(f"{record}res.metrics") or configs.get(f"{record}res.properties") or {})
+        return [from_flower(a) for a in (arrays.get("fitres.parameters") or {}).values()], metrics
+
     def ask(self, instructions: Instructions, weights: Arrays, wait: float = 120.0) -> tuple[Arrays, Report]:
-        """Have a round trained; what the trainer says against it is a ChannelError."""
-        config = {"client": NAME, "message": instructions.to_config()}
-        arrays, examples, metrics = call(self.socket, "fit", config, weights, wait)
+        """Have a round trained.
+
+        Raises:
+            RefusedByWorker: the worker says why.
+        """
+        arrays, metrics = self.call("train", instructions.to_config(), weights, wait)
         report = Report.from_config(metrics)
-        assert examples == report.tokens and hash_arrays(arrays) == report.payload_hash
+        assert hash_arrays(arrays) == report.payload_hash
         return arrays, report
+
+    def evaluate(self, asked: Evaluate, weights: Arrays) -> Evaluation:
+        return Evaluation.from_config(self.call("evaluate", asked.to_config(), weights)[1])
 
     def train(self, rounds: Rounds, **changes: Any) -> Report:
         """Have the next round trained and merged."""
@@ -176,7 +331,7 @@ class Asked:
 
     def __init__(self, trainer: Trainer, rounds: Rounds, changes: dict[str, Any]) -> None:
         self.answer: tuple[Arrays, Report] | None = None
-        self.error: ChannelError | None = None
+        self.error: Exception | None = None
         asked = (trainer, rounds.instructions(**changes), list(rounds.weights))
         self._thread = threading.Thread(target=self._run, args=asked, daemon=True)
         self._thread.start()
@@ -184,7 +339,7 @@ class Asked:
     def _run(self, trainer: Trainer, instructions: Instructions, weights: Arrays) -> None:
         try:
             self.answer = trainer.ask(instructions, weights)
-        except ChannelError as error:
+        except (RefusedByWorker, TimeoutError) as error:
             self.error = error
 
     def wait(self, seconds: float = 60) -> Asked:

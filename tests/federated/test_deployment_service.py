@@ -11,7 +11,7 @@ import pytest
 from nanofed.federated.runtimes import deployment
 from nanofed.federated.runtimes.deployment import ServerOptions, _Service
 from nanofed.federated.server.keys import Keys, init
-from nanofed.federated.wire.signature import installed
+from nanofed.federated.wire.bundle import installed
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_sites_that_come_and_go_are_said_once(service: _Service, keys: Keys, cap
 
 def test_the_bundle_is_written_anew_for_each_run(service: _Service) -> None:
     for _ in range(2):
-        service._write_app(None)
+        service._write_app()
         found = {p.relative_to(service._app).as_posix(): p.read_bytes() for p in service._app.rglob("*.py")}
         assert found == installed()
         assert (

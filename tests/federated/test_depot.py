@@ -36,8 +36,7 @@ from nanofed.federated.server.events import Events
 from nanofed.federated.server.keys import init
 from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.validation import RefusedReply
-from nanofed.federated.site.channel import ChannelError, unpack
-from nanofed.federated.site.freight import Over, Road
+from nanofed.federated.site.weights_client import RoundOver, WeightsClient, WeightsError
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.freight import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, Freight
 from nanofed.federated.wire.messages import Instructions
@@ -94,6 +93,11 @@ def lay(depot: Depot, values: dict[str, Array], seconds: float = 30.0) -> tuple[
     return load, freight
 
 
+def until(freight: Freight) -> float:
+    """Return when the round is over, on the monotonic clock, for a message that has just come."""
+    return time.monotonic() + freight.seconds
+
+
 def call(port: int, path: str, headers: dict[str, str], body: bytes = b"", method: str = "POST") -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.request(method, path, body, HEADERS | headers)
@@ -106,14 +110,10 @@ def call(port: int, path: str, headers: dict[str, str], body: bytes = b"", metho
 def test_weights_go_there_and_back_bit_for_bit(depot: Depot, port: int, tmp_path: Path) -> None:
     values, answer = weights(), BF16.encode(weights(1))
     load, freight = lay(depot, values)
-    road = Road(f"127.0.0.1:{port}")
-    layout, file = road.fetch(freight)
-    assert file is not None
-    arrived = unpack(layout, file)
-    os.close(file)
-    for there, here in zip(arrived, BF16.encode(values), strict=True):
+    road = WeightsClient(f"127.0.0.1:{port}")
+    for there, here in zip(road.fetch(freight, until(freight)), BF16.encode(values), strict=True):
         np.testing.assert_array_equal(there, here)
-    road.deliver(freight, answer)
+    road.deliver(freight, answer, until(freight))
     taken = load.take("lab-a", NO_REPLY, BF16, values)
     for there, here in zip(taken, answer, strict=True):
         np.testing.assert_array_equal(there, here)
@@ -127,10 +127,9 @@ def test_lossless_weights_are_laid_down_as_they_are(depot: Depot, port: int) -> 
     load = depot.load(FP32.encode(values, depot.room), ["lab-a"], 0, 30.0)
     freight = Freight.found_in(load.note("lab-a"))
     assert freight is not None and freight.answer == ""
-    layout, file = Road(f"127.0.0.1:{port}").fetch(freight)
-    for there, here in zip(unpack(layout, file), values.values(), strict=True):
+    arrived = WeightsClient(f"127.0.0.1:{port}").fetch(freight, until(freight))
+    for there, here in zip(arrived, values.values(), strict=True):
         np.testing.assert_array_equal(there, here)
-    os.close(cast(int, file))
     load.close()
 
 
@@ -138,12 +137,12 @@ def test_what_was_taken_up_cannot_be_changed_any_more(depot: Depot, port: int, t
     """Checked first and merged later: between the two nobody may write to it, not even who has the file open."""
     values, answer = weights(), BF16.encode(weights(1))
     load, freight = lay(depot, values)
-    road = Road(f"127.0.0.1:{port}")
-    road.deliver(freight, answer)
+    road = WeightsClient(f"127.0.0.1:{port}")
+    road.deliver(freight, answer, until(freight))
     before = os.open(tmp_path / "depot" / UP / freight.answer, os.O_RDONLY)
     taken = load.take("lab-a", NO_REPLY, BF16, values)
-    with pytest.raises(Over, match="its round is over"):
-        road.deliver(freight, BF16.encode(weights(2)))
+    with pytest.raises(RoundOver, match="its round is over"):
+        road.deliver(freight, BF16.encode(weights(2)), until(freight))
     path = Path(f"/proc/self/fd/{before}")  # opens the file that has no name any more, as who opened it before holds it
     with pytest.raises(depot_calls._Refused, match="its round is over"):
         depot_calls._write(path, 0, b"x" * 100)
@@ -161,24 +160,24 @@ def test_what_was_taken_up_cannot_be_changed_any_more(depot: Depot, port: int, t
 def test_a_round_that_is_over_has_no_files(depot: Depot, port: int) -> None:
     load, freight = lay(depot, weights())
     load.close()
-    road = Road(f"127.0.0.1:{port}")
-    with pytest.raises(Over):
-        road.fetch(freight)
-    with pytest.raises(Over):
-        road.deliver(freight, BF16.encode(weights(1)))
+    road = WeightsClient(f"127.0.0.1:{port}")
+    with pytest.raises(RoundOver):
+        road.fetch(freight, until(freight))
+    with pytest.raises(RoundOver):
+        road.deliver(freight, BF16.encode(weights(1)), until(freight))
 
 
 def test_the_round_loop_that_begins_finds_no_files_of_another(depot: Depot, port: int, tmp_path: Path) -> None:
     _, freight = lay(depot, weights())
     Depot(tmp_path / "depot")
-    with pytest.raises(Over):
-        Road(f"127.0.0.1:{port}").fetch(freight)
+    with pytest.raises(RoundOver):
+        WeightsClient(f"127.0.0.1:{port}").fetch(freight, until(freight))
 
 
 def test_an_answer_of_another_size_is_not_sent(depot: Depot, port: int) -> None:
     load, freight = lay(depot, weights())
-    with pytest.raises(ChannelError, match=r"the answer has 10 bytes, the server expects \d+"):
-        Road(f"127.0.0.1:{port}").deliver(freight, [np.zeros(10, np.uint8)])
+    with pytest.raises(WeightsError, match=r"the answer has 10 bytes, the server expects \d+"):
+        WeightsClient(f"127.0.0.1:{port}").deliver(freight, [np.zeros(10, np.uint8)], until(freight))
     load.close()
 
 
@@ -207,13 +206,13 @@ def test_calls_that_are_none(depot: Depot, port: int, tmp_path: Path) -> None:
 def test_a_link_that_breaks_or_stalls_costs_time_only(
     depot: Depot, port: int, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanofed.federated.site.lane.SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr("nanofed.federated.site.weights_client.SILENCE_SECONDS", 1.0)
     values, answer = weights(), BF16.encode(weights(1))
     load, freight = lay(depot, values)
     link = Link(port)
-    road = Road(f"127.0.0.1:{link.port}")
+    road = WeightsClient(f"127.0.0.1:{link.port}")
     getattr(link, "cut" if fault == CUT else "stall")(after=PIECE_BYTES + PIECE_BYTES // 2)
-    delivery = threading.Thread(target=road.deliver, args=(freight, answer))
+    delivery = threading.Thread(target=road.deliver, args=(freight, answer, until(freight)))
     delivery.start()
     while link.state != fault:
         time.sleep(0.01)
@@ -231,14 +230,14 @@ def test_a_slow_line_carries_a_whole_piece(
     depot: Depot, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A piece takes longer than a silence may, and then its end waits in buffers: neither is a silence."""
-    monkeypatch.setattr("nanofed.federated.site.lane.SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr("nanofed.federated.site.weights_client.SILENCE_SECONDS", 0.5)
     values = {"w": weights()["big"][: PIECE_BYTES // 2 // 64]}
     answer = BF16.encode({"w": values["w"] + 1})
     load, freight = lay(depot, values, seconds=60.0)
     assert freight.answer_bytes == PIECE_BYTES
     link = Link(port)
     link.bytes_per_second = 3e6
-    Road(f"127.0.0.1:{link.port}").deliver(freight, answer)
+    WeightsClient(f"127.0.0.1:{link.port}").deliver(freight, answer, until(freight))
     assert link.sent < 1.1 * PIECE_BYTES, "it went once"
     np.testing.assert_array_equal(load.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
     load.close()
@@ -252,8 +251,8 @@ def test_a_delivery_ends_with_its_round(depot: Depot, port: int) -> None:
     link = Link(port)
     link.bytes_per_second = 1e5
     started = time.monotonic()
-    with pytest.raises(ChannelError, match="did not pass to or from"):
-        Road(f"127.0.0.1:{link.port}").deliver(freight, BF16.encode(values))
+    with pytest.raises(WeightsError, match="did not pass to or from"):
+        WeightsClient(f"127.0.0.1:{link.port}").deliver(freight, BF16.encode(values), until(freight))
     assert time.monotonic() - started < 6
     link.close()
     load.close()
@@ -273,15 +272,15 @@ def test_a_server_that_cannot_is_asked_again_for_a_while(
         return real(*args)
 
     monkeypatch.setattr(os, "pwrite", full)
-    monkeypatch.setattr("nanofed.federated.site.freight.UNABLE_SECONDS", 1.0 if lasting else 10.0)
-    road = Road(f"127.0.0.1:{port}")
+    monkeypatch.setattr("nanofed.federated.site.weights_client.UNABLE_SECONDS", 1.0 if lasting else 10.0)
+    road = WeightsClient(f"127.0.0.1:{port}")
     if lasting:
         started = time.monotonic()
-        with pytest.raises(ChannelError, match="the server's disk: No space left on device"):
-            road.deliver(freight, answer)
+        with pytest.raises(WeightsError, match="the server's disk: No space left on device"):
+            road.deliver(freight, answer, until(freight))
         assert time.monotonic() - started < 6, "its round has 30 s"
     else:
-        road.deliver(freight, answer)
+        road.deliver(freight, answer, until(freight))
         np.testing.assert_array_equal(load.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
     load.close()
 
@@ -294,23 +293,22 @@ def test_weights_take_the_machines_way_out(
     values, answer = weights(), BF16.encode(weights(1))
     load, freight = lay(depot, values)
     with Perimeter(tmp_path, keys, port, plain=True).running() as perimeter, wayout() as (outer, asked):
-        road = Road(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
+        road = WeightsClient(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@127.0.0.1:{outer}")
-        os.close(cast(int, road.fetch(freight)[1]))
-        road.deliver(freight, answer)
+        road.fetch(freight, until(freight))
+        road.deliver(freight, answer, until(freight))
         assert {line for line, _ in asked} == {f"CONNECT 127.0.0.1:{perimeter.port}"}
         assert {words for _, words in asked} == {"Basic " + b64encode(b"me:p@ss").decode()}
         count = len(asked)
-        for around in ("127.0.0.1", f"127.0.0.1:{perimeter.port}", "elsewhere, *"):
-            monkeypatch.setenv("NO_PROXY", around)
-            os.close(cast(int, road.fetch(freight)[1]))
-            assert len(asked) == count
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        road.fetch(freight, until(freight))
+        assert len(asked) == count
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
-        with pytest.raises(ChannelError, match="this machine's is socks5://"):
-            road.fetch(freight)
+        with pytest.raises(WeightsError, match="SOCKS"):
+            road.fetch(freight, until(freight))
     load.close()
 
 
@@ -475,19 +473,20 @@ def test_weights_pass_the_proxy_of_sites_that_it_knows_only(depot: Depot, port: 
     with Perimeter(tmp_path, keys, port, plain=True).running() as proxy:
         server = f"127.0.0.1:{proxy.port}"
         for road, reason in (
-            (Road(server, keys.ca, strangers.private_key("lab-a")), "the operator has not registered this key"),
-            (Road(server, keys.ca), "no SuperNode's signature"),
+            (
+                WeightsClient(server, keys.ca, strangers.private_key("lab-a")),
+                "the operator has not registered this key",
+            ),
+            (WeightsClient(server, keys.ca), "no SuperNode's signature"),
         ):
-            with pytest.raises(ChannelError, match=reason):
-                road.fetch(freight)
-            with pytest.raises(ChannelError, match=reason):
-                road.deliver(freight, answer)
-        road = Road(server, keys.ca, keys.private_key("lab-a"))
-        layout, file = road.fetch(freight)
-        for there, here in zip(unpack(layout, file), BF16.encode(values), strict=True):
+            with pytest.raises(WeightsError, match=reason):
+                road.fetch(freight, until(freight))
+            with pytest.raises(WeightsError, match=reason):
+                road.deliver(freight, answer, until(freight))
+        road = WeightsClient(server, keys.ca, keys.private_key("lab-a"))
+        for there, here in zip(road.fetch(freight, until(freight)), BF16.encode(values), strict=True):
             np.testing.assert_array_equal(there, here)
-        os.close(cast(int, file))
-        road.deliver(freight, answer)
+        road.deliver(freight, answer, until(freight))
         for there, here in zip(load.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
             np.testing.assert_array_equal(there, here)
         proxy.settled()
@@ -502,8 +501,8 @@ def test_a_fetch_that_breaks_off_says_why(depot: Depot, port: int) -> None:
     link.bytes_per_second = 2e6  # in the middle of a piece, with no time for another try
     breaker = threading.Timer(1.0, link.close)
     breaker.start()
-    with pytest.raises(ChannelError, match=r"did not pass to or from 127\.0\.0\.1"):
-        Road(f"127.0.0.1:{link.port}").fetch(freight)
+    with pytest.raises(WeightsError, match=r"did not pass to or from 127\.0\.0\.1"):
+        WeightsClient(f"127.0.0.1:{link.port}").fetch(freight, until(freight))
     breaker.join()
     load.close()
 
@@ -512,8 +511,8 @@ def test_a_server_that_is_not_there_is_given_up_when_the_round_is_over() -> None
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     started = time.monotonic()
-    with pytest.raises(ChannelError, match=rf"did not pass to or from 127.0.0.1:{port} in time: .*refused"):
-        Road(f"127.0.0.1:{port}").fetch(Freight("0" * 32, [["<u2", [8]]], "", 0, 1.0))
+    with pytest.raises(WeightsError, match=rf"did not pass to or from 127.0.0.1:{port} in time: .*refused"):
+        WeightsClient(f"127.0.0.1:{port}").fetch(Freight("0" * 32, [["<u2", [8]]], "", 0, 1.0), started + 1.0)
     assert time.monotonic() - started < 5
 
 

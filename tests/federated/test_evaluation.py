@@ -20,7 +20,6 @@ from nanofed.cli import main
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.run import Federation, client_name
-from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server import evaluation
 from nanofed.federated.server.evaluation import ServerModel
@@ -29,6 +28,7 @@ from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.scheduling import ClientSpeeds
+from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.module import GPTModule

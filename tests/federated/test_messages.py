@@ -7,18 +7,10 @@ from typing import Any
 
 import pytest
 
+from nanofed.federated.wire.bundle import code_hash
 from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import (
-    KEY,
-    MAX_JSON,
-    Hello,
-    Instructions,
-    Report,
-    SiteShard,
-    WireMessage,
-    code_hash,
-)
+from nanofed.federated.wire.messages import KEY, MAX_JSON, Hello, Instructions, Report, SiteShard, WireMessage
 from tests.federated.replies import instructions, report
 
 HELLO = Hello(

@@ -1,9 +1,8 @@
-"""Processes that are kept going: they start again later and later, say why, and find no command of another's."""
+"""Processes that are kept going: they start again later and later, say why."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 import stat
 import time
 from pathlib import Path
@@ -13,8 +12,8 @@ import pytest
 from nanofed import runtime
 from nanofed.federated import processes
 from nanofed.federated.processes import Child, last_error
-from nanofed.federated.site.options import SiteOptions
-from nanofed.federated.site.supervisor import _Site, socket_path
+from nanofed.federated.site.options import SiteOptions, WorkerOptions
+from nanofed.federated.site.supervisor import _Site
 
 
 def test_a_process_that_ends_at_once_is_started_later_each_time_and_its_reason_repeated(
@@ -55,43 +54,17 @@ def test_the_reason_of_an_end_is_looked_for_in_the_end_of_a_log(tmp_path: Path) 
     assert len(last_error(log)) <= 300
 
 
-def test_a_site_starts_no_client_but_its_own(tmp_path: Path) -> None:
+def test_a_site_s_worker_and_its_supernode_share_a_secret_of_their_own(tmp_path: Path) -> None:
     options = SiteOptions("localhost:1", "lab-a", None, None, tmp_path / "a site")
     options.folder.mkdir()
-    site = _Site(options, [])
-    path = site.supernode._environment["PATH"]
-    own = options.folder / "bin" / "flwr-clientapp"
-    assert shutil.which("flwr-clientapp", path=path) == str(own)
-    assert "nanofed.federated.site.bundle" in own.read_text() and " -P " in own.read_text()
-    assert stat.S_IMODE(own.stat().st_mode) == 0o700
-    assert shutil.which("flower-superexec", path=path) == str(own.with_name("flower-superexec"))
-    before = own.read_text()
-    shutil.rmtree(own.parent)
-    assert shutil.which("flwr-clientapp", path=path) is None  # Flower's own would run what a message brings
-    site._write_launchers()
-    own.write_text("torn")
-    site._write_launchers()
-    assert own.read_text() == before and stat.S_IMODE(own.stat().st_mode) == 0o700
-
-
-def test_a_socket_is_in_the_user_s_own_folder_where_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.delenv("XDG_RUNTIME_DIR", raising=False)
-        usual = socket_path(tmp_path)
-    own = Path("/tmp") / f"nf{time.time_ns() % 10**9}"
-    own.mkdir(mode=0o700)
-    try:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(own))
-        assert socket_path(tmp_path).parent.parent == own
-        own.chmod(0o755)
-        assert socket_path(tmp_path) == usual
-        own.chmod(0o700)
-        link = own / "link"
-        link.symlink_to(own)
-        for other in (str(link), "relative", str(own / "missing"), ""):
-            monkeypatch.setenv("XDG_RUNTIME_DIR", other)
-            assert socket_path(tmp_path) == usual
-    finally:
-        shutil.rmtree(own)
+    secrets = []
+    for _ in range(2):
+        site = _Site(options, [])
+        told = next(WorkerOptions.from_json(word) for word in site._worker._command if word.startswith("{"))
+        supernode = site._supernode._command
+        assert supernode[supernode.index("--superexec-auth-secret-file") + 1] == told.secret
+        assert told.supernode == f"127.0.0.1:{supernode[supernode.index('--port') + 1]}"
+        assert stat.S_IMODE(Path(told.secret).stat().st_mode) == 0o600
+        secrets.append(Path(told.secret).read_text())
+        site.stop()
+    assert len(secrets[0]) == 64 and secrets[0] != secrets[1]

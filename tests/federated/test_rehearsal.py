@@ -57,8 +57,7 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
     run, args = tmp_path / "run", options(tiny_corpus, tmp_path, evaluation="sites", eval_every=1, sample_every=0)
     with start([*args, "--federation.round_steps=1000000"], tmp_path / "first.log") as federate:
         federate.wait_until(lambda: "training" in said(run), "round")
-        federate.wait_until(lambda: len(started(federate, "nanofed.federated.site.bundle")) == 2, "clients")
-        names = ("superlink_process", "flwr-serverapp", "site.supernode", "site.service")
+        names = ("superlink_process", "flwr-serverapp", "site.supernode", "site.worker")
         assert [len(started(federate, name)) for name in names] == [1, 1, 2, 2]
         federate.process.send_signal(signal.SIGTERM)
         assert federate.wait(60) == 143
@@ -86,7 +85,7 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
 @pytest.mark.timeout(600)
 def test_ctrl_c_while_it_starts_leaves_no_process_behind(tiny_corpus: Path, tmp_path: Path) -> None:
     with start(options(tiny_corpus, tmp_path), tmp_path / "log") as federate:
-        federate.wait_until(lambda: bool(started(federate, "site.service")), "trainer")
+        federate.wait_until(lambda: bool(started(federate, "site.worker")), "worker")
         federate.process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         federate.process.send_signal(signal.SIGINT)  # impatient

@@ -26,7 +26,7 @@ from nanofed.federated.processes import marked_sessions, members, stop_marked
 from nanofed.federated.run import Federation, run_in_process
 from nanofed.federated.runtimes import simulation, superlink
 from nanofed.federated.runtimes.connections import Resources
-from nanofed.federated.wire.messages import code_hash
+from nanofed.federated.wire.bundle import code_hash
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.summary import Summary
 from tests.federated.tiny import federation, prepare

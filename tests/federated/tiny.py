@@ -12,9 +12,9 @@ import torch
 
 from nanofed.data.writing import write_shards
 from nanofed.federated.run import Federation, client_name
-from nanofed.federated.runtimes.app import client_app
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import Arrays, LocalTrainer
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import Hello, Instructions, Report

@@ -23,8 +23,6 @@ from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, NODES
 from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
 from nanofed.federated.server.keys import Keys, load, read_sites
 from nanofed.federated.server.proxy.service import Options
-from nanofed.federated.server.signing import signature_in
-from nanofed.federated.wire.signature import SIGNATURE, Signature
 from nanofed.files import keep_short
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run_folder import RunFolder, has_saved, is_used
@@ -35,7 +33,7 @@ logger = logging.getLogger(__name__)
 SERVER_APP, SERVER_APP_WITH_KEYS = (
     f"nanofed.federated.runtimes.deployment_app:{n}" for n in ("server", "server_with_keys")
 )
-CLIENT_APP = "nanofed.federated.site.app:client"
+CLIENT_APP = "nanofed.federated.runtimes.flower_app:client"  # named, never loaded: a site runs its own
 WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
@@ -173,9 +171,6 @@ class _Service:
 
     def serve(self) -> None:
         """Run to the end."""
-        signature = signature_in(self._keys.folder) if self._keys is not None else None
-        if signature is not None:
-            logger.info("the code that sites are sent is signed as number %d", signature.number)
         settings = {
             "run_dir": str(self._run),
             "base_dir": str(runtime.base_dir().resolve()),
@@ -185,7 +180,7 @@ class _Service:
         while True:
             try:
                 self._start()
-                self._write_app(signature)
+                self._write_app()
                 run_id, ran = self._link.submit(self._app, settings), True
                 failure = self._watch(run_id)
             except (OSError, NanofedError, subprocess.SubprocessError) as error:
@@ -211,13 +206,11 @@ class _Service:
             end_marked(self._link.marker, "flwr-serverapp")
             time.sleep(pause)
 
-    def _write_app(self, signature: Signature | None) -> None:
+    def _write_app(self) -> None:
         """Write the bundle that Flower runs, of the sources that run here; for each run, since somebody may have changed it."""
         shutil.rmtree(self._app, ignore_errors=True)
         self._app.mkdir(parents=True)
         write_app(self._app, SERVER_APP if self._keys is None else SERVER_APP_WITH_KEYS, CLIENT_APP)
-        if signature is not None:
-            (self._app / SIGNATURE).write_text(signature.to_json())
 
     def _round(self) -> int:
         """Return the number of the last committed round."""

@@ -13,7 +13,7 @@ from flwr.superlink.grid import http_grid
 
 from nanofed import runtime
 from nanofed.errors import NanofedError, in_one_line
-from nanofed.federated.flower import ask_again_soon
+from nanofed.federated.flower_patches import ask_again_soon
 from nanofed.federated.run import Federation
 from nanofed.federated.runtimes.app import server_app
 from nanofed.federated.runtimes.flower_app import show_log
@@ -22,14 +22,12 @@ from nanofed.federated.runtimes.settings import check, to_args
 from nanofed.federated.server.depot import Depot
 from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.rounds import RoundLoop
-from nanofed.federated.site.app import client
 from nanofed.training.run_folder import KILLED_SECONDS, has_saved
 from nanofed.training.run_lock import ROUNDS, RunLock
 
-__all__ = ["client", "server", "server_with_keys"]
-
 logger = logging.getLogger(__name__)
-server, server_with_keys = ServerApp(), ServerApp()
+server = ServerApp()
+server_with_keys = ServerApp()
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from flwr.serverapp import Grid, ServerApp
 from nanofed import runtime
 from nanofed.errors import ConfigError, NanofedError, in_one_line
 from nanofed.federated.run import Federation
-from nanofed.federated.runtimes.app import client_app, server_app
+from nanofed.federated.runtimes.app import server_app
 from nanofed.federated.runtimes.settings import check, lr_note, to_args
 from nanofed.federated.runtimes.superlink import LOG_FORMAT
 from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.run_folder import RunFolder
 from nanofed.training.run_lock import ROUNDS, RunLock

@@ -21,7 +21,7 @@ from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.federated.processes import last_error, stop_marked, undisturbed
 from nanofed.federated.runtimes.settings import DEFAULTS, Value
-from nanofed.federated.wire.signature import installed
+from nanofed.federated.wire.bundle import installed
 
 logger = logging.getLogger(__name__)
 

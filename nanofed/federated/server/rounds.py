@@ -272,7 +272,7 @@ class RoundLoop:
             state.speeds.check(update.report, reply.seconds)
         update = replace(update, report=state.ledger.believed(update.report, asked))
         length = state.norms.measure(update.norms, self.rates(asked, steps), state.weight_norm)
-        if update.unwritten:
+        if update.report.unwritten:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         by_tokens = self._config.weighting == "tokens"
         weight = float(state.speeds.believed([update.report])[0].tokens) if by_tokens else 1.0

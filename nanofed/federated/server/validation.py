@@ -16,7 +16,7 @@ from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import Kind
 from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays, payload_bytes
-from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report, RoundMessage
+from nanofed.federated.wire.messages import Instructions, Report, RoundMessage
 from nanofed.federated.wire.plain import plain
 
 MAX_REASON = 500  # characters: a reply may hold what it likes, the log should not
@@ -45,16 +45,12 @@ class RefusedReply(Exception):
 
 @dataclass(frozen=True)
 class Update:
-    """An accepted reply: arrays in the up-link's codec, and the L2 norm of what they change in every weight.
-
-    `unwritten`: the site's disk has not taken its optimizer state.
-    """
+    """An accepted reply: arrays in the up-link's codec, and the L2 norm of what they change in every weight."""
 
     arrays: Arrays
     report: Report
     payload_bytes: int
     norms: Sequence[float]
-    unwritten: bool = False
 
     @property
     def norm(self) -> float:
@@ -88,9 +84,7 @@ def check_reply(
     if reply.has_error():
         raise RefusedReply("failed", f"the client failed: {reply.error.reason}")
     try:
-        metrics = reply.content.config_records.get("fitres.metrics")
-        report = Report.from_config(metrics)
-        unwritten = metrics is not None and bool(metrics.get(UNWRITTEN))
+        report = Report.from_config(reply.content.config_records.get("fitres.metrics"))
         arrays = take(reply)
         payload = payload_bytes(arrays)
         sent.up.check(arrays, sent.weights)
@@ -105,7 +99,7 @@ def check_reply(
     norms = sent.update_norms(arrays)
     if not all(map(math.isfinite, norms)):
         raise RefusedReply("not_finite", f"{_not_finite(arrays, sent)} is not finite")
-    return Update(arrays, report, payload, norms, unwritten)
+    return Update(arrays, report, payload, norms)
 
 
 def check_repeated(said: RoundMessage, asked: RoundMessage, kind: Kind | None = None) -> None:

@@ -1,16 +1,26 @@
-"""What a site exposes to Flower: one NumPyClient over a LocalTrainer."""
+"""What a site exposes to Flower: one NumPyClient over a LocalTrainer, the same in every runtime."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Context
-from flwr.client import NumPyClient
+from flwr.app import Context, Message, MessageType
+from flwr.client import Client, NumPyClient
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 
+from nanofed.errors import NanofedError
 from nanofed.federated.site.trainer import LocalTrainer
+from nanofed.federated.site.weights_client import RoundOver, WeightsClient
 from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.freight import Freight
+from nanofed.federated.wire.lateness import is_over
 from nanofed.federated.wire.messages import Instructions
 from nanofed.federated.wire.names import SAFE_NAME
 
@@ -30,12 +40,50 @@ def client_name(context: Context) -> str:
     return name
 
 
-class TrainerClient(NumPyClient):
-    """Hands each message to the trainer and its answer back."""
+def client_app(trainer: Callable[[Context], LocalTrainer], weights: WeightsClient | None = None) -> ClientApp:
+    """Return a ClientApp whose NumPyClient drives `trainer(context)`.
 
-    def __init__(self, trainer: LocalTrainer, name: str) -> None:
+    Args:
+        trainer: called for every message.
+        weights: fetches and delivers the weights that a message only names.
+    """
+
+    def client_fn(context: Context) -> Client:
+        return TrainerClient(trainer(context), client_name(context), weights).to_client()
+
+    return ClientApp(client_fn=client_fn, mods=[refuse_late])
+
+
+def refuse_late(message: Message, context: Context, handle: ClientAppCallable) -> Message:
+    """Refuse a round that was over when its message arrived: trained in vain, it would hold up the next one.
+
+    The age is the difference of two machines' clocks. Where they disagree by more than a round, the deadline in the
+    instructions, which counts from the arrival, is what is left.
+
+    Raises:
+        NanofedError: the round is over.
+    """
+    metadata = message.metadata
+    age = time.time() - metadata.created_at
+    if metadata.message_type.partition(".")[0] == MessageType.TRAIN and is_over(age, metadata.ttl):
+        raise NanofedError(f"round {metadata.group_id} arrived {age:.0f} s after it was sent: it is over")
+    return handle(message, context)
+
+
+class TrainerClient(NumPyClient):
+    """Hands each message to the trainer and its answer back.
+
+    Args:
+        trainer: trains and evaluates.
+        name: the client's; instructions for another are refused.
+        weights: client of the server's weights, for messages that only name them.
+    """
+
+    def __init__(self, trainer: LocalTrainer, name: str, weights: WeightsClient | None = None) -> None:
         self._trainer = trainer
         self._name = name
+        self._weights_client = weights
+        self._arrived = time.monotonic()
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
         """Answer the server's hello."""
@@ -46,26 +94,45 @@ class TrainerClient(NumPyClient):
     ) -> tuple[list[npt.NDArray[np.generic]], int, dict[str, Any]]:
         """Train one round; the tokens stand where Flower expects the number of examples.
 
-        Where the weights that came are to be measured as well, that is done first, and is none of the training's time.
+        Where the weights that came are to be evaluated as well, that is done first, and is none of the training's time.
         """
         instructions = Instructions.from_config(config)
         self._check_name(instructions.client)
         asked = Evaluate.asked_in(config)
-        measured = self._evaluate(parameters, asked)[2] if asked else {}
-        arrays, report = self._trainer.fit(parameters, instructions)
-        return arrays, report.tokens, report.to_config() | measured
+        freight = Freight.found_in(config)
+        arrays = self._weights(parameters, freight)
+        measured: dict[str, Any] = {}
+        if asked is not None:
+            began = time.monotonic()
+            measured = self._evaluate(arrays, asked)[2]
+            if (deadline := instructions.deadline_seconds) is not None:
+                instructions = replace(instructions, deadline_seconds=deadline - (time.monotonic() - began))
+        trained, report = self._trainer.fit(arrays, instructions)
+        if freight is not None and self._weights_client is not None:
+            with suppress(RoundOver):  # then the answer is late, and the server will say so
+                self._weights_client.deliver(freight, trained, self._arrived + freight.seconds)
+            trained = []
+        return trained, report.tokens, report.to_config() | measured
 
     def evaluate(
         self, parameters: list[npt.NDArray[np.generic]], config: dict[str, Any]
     ) -> tuple[float, int, dict[str, Any]]:
-        """Measure weights: the answer is in the metrics."""
-        return self._evaluate(parameters, Evaluate.from_config(config))
+        """Evaluate weights: the answer is in the metrics."""
+        return self._evaluate(self._weights(parameters, Freight.found_in(config)), Evaluate.from_config(config))
 
-    def _evaluate(
-        self, parameters: list[npt.NDArray[np.generic]], asked: Evaluate
-    ) -> tuple[float, int, dict[str, Any]]:
+    def _weights(
+        self, parameters: list[npt.NDArray[np.generic]], freight: Freight | None
+    ) -> list[npt.NDArray[np.generic]]:
+        """Return the weights that came in the message, or those that it names."""
+        if freight is None:
+            return parameters
+        if self._weights_client is None:
+            raise NanofedError("the message names weights at a server, and this client has no way there")
+        return self._weights_client.fetch(freight, self._arrived + freight.seconds)
+
+    def _evaluate(self, arrays: list[npt.NDArray[np.generic]], asked: Evaluate) -> tuple[float, int, dict[str, Any]]:
         self._check_name(asked.client)
-        evaluation = self._trainer.evaluate(parameters, asked)
+        evaluation = self._trainer.evaluate(arrays, asked)
         return evaluation.nats, evaluation.bytes, evaluation.to_config()
 
     def _check_name(self, client: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.flower import is_loopback
 from nanofed.federated.wire.names import SAFE_NAME
-from nanofed.federated.wire.signature import read_trusted
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,11 @@ class SiteOptions:
         name: of the site, the same as long as it takes part.
         authority: certificate of the server's CA; without one plain HTTP, on loopback only.
         key: the site's private key; the server knows the public one.
-        folder: what the site keeps: optimizer state, logs, its lock, signed bundles.
+        folder: what the site keeps: optimizer state, logs, its lock.
         devices: devices of this machine that train together.
-        stall_seconds: longest time without a step, while training, before the trainer is started anew.
-        trainer: module that is run as the trainer.
+        stall_seconds: longest time without a step, while training, before the worker is started anew.
+        worker: module that is run as the worker.
         threads: CPU threads of each device's process; None as PyTorch chooses.
-        trust: public key of who may sign the nanofed that it runs; None: it runs the installed one only.
     """
 
     superlink: str
@@ -36,9 +36,51 @@ class SiteOptions:
     folder: Path
     devices: int = 1
     stall_seconds: float = 600.0
-    trainer: str = "nanofed.federated.site.service"
+    worker: str = "nanofed.federated.site.worker"
     threads: int | None = None
-    trust: Path | None = None
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What the supervisor tells its worker.
+
+    Attributes:
+        name: of the site.
+        folder: the site's; optimizer states are kept in it.
+        supernode: `host:port` of the SuperNode's runtime API.
+        secret: file with what the SuperNode wants to know of who takes messages.
+        server: `host:port` of the server, for weights.
+        authority: certificate of the server's CA; None for plain HTTP.
+        key: the site's private key; None where the server knows none.
+        progress: path of the supervisor's `Page`.
+        supervisor: its process; the worker ends with it.
+    """
+
+    name: str
+    folder: str
+    supernode: str
+    secret: str
+    server: str
+    authority: str | None = None
+    key: str | None = None
+    progress: str | None = None
+    supervisor: int = 0
+
+    def to_json(self) -> str:
+        """Return the options as one argument of a command line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read them.
+
+        Raises:
+            ConfigError: they are none.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the options of a site's worker cannot be read: {error}") from error
 
 
 def site_options(
@@ -48,7 +90,6 @@ def site_options(
     keys: str | Path | None = None,
     devices: int = 1,
     state: str | Path | None = None,
-    trust: str | Path | None = None,
 ) -> SiteOptions:
     """Return checked options.
 
@@ -58,7 +99,6 @@ def site_options(
         keys: the folder that `nanofed server init` hands out for a site.
         devices: of this machine.
         state: the site's folder; by default `sites/NAME` in the cache folder.
-        trust: `code.pub` of `nanofed server sign`.
 
     Raises:
         ConfigError: what is no address or name, keys that are not there, or an address on the network without any.
@@ -84,7 +124,4 @@ def site_options(
             f"--superlink {superlink} is reached over the network: that needs --keys, the folder that the server handed out"
         )
     folder = runtime.user_path(state) if state is not None else runtime.base_dir() / "sites" / name
-    if trust is not None:
-        trust = runtime.user_path(trust).resolve()
-        read_trusted(trust)
-    return SiteOptions(superlink, name, authority, key, folder, devices, trust=trust)
+    return SiteOptions(superlink, name, authority, key, folder, devices)

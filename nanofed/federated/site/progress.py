@@ -1,48 +1,44 @@
-"""How far the trainer is, and what its socket answers at once, whatever the main thread does."""
+"""How far a site's worker is: written by the worker every second, read by the supervisor that watches it."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from nanofed.federated.site.channel import ChannelError
-from nanofed.federated.site.listener import Quick
+logger = logging.getLogger(__name__)
+
+WRITE_SECONDS = 0.5
+PAGE_BYTES = 4096
 
 
 class Progress:
-    """Written by the main thread and read by those of the socket.
-
-    `ping` answers:
+    """Figures of the worker's main thread, which another thread writes into the supervisor's page.
 
     - `state`: `starting`, `idle`, `evaluating` or `training`.
-    - `name`, `pid`, `ranks`.
-    - `run`, `round`: under way, or the last one; "" and 0 before the first.
-    - `steps`: full optimizer steps of it.
+    - `pid` and `ranks`.
+    - `run` and `round`: under way, or the last one; "" and 0 before the first.
+    - `steps`: full optimizer steps of the round.
     - `quiet_seconds`: since something last happened while not idle; 0 when idle. The first step of a process may
       compile for minutes: `warm` says whether there has been one.
     - `tokens_per_second`: of the last round that was trained, 0 before.
-    - `rounds`: answered with weights so far; `unwritten`: states that the disk did not take.
+    - `rounds`: answered with weights so far; `unwritten`: optimizer states that the disk did not take.
+    - `at`: when this was written, in seconds of the machine's monotonic clock.
 
     Args:
-        name: of the site.
-
-    Attributes:
-        abort: cancels the round that is under way with a reason, and tells whether there is one.
+        page: file of `Page`; None for nobody who watches.
     """
 
-    def __init__(self, name: str) -> None:
-        self.abort: Callable[[str], bool] = lambda reason: False
-        self._name = name
-        self._hello: Callable[[], dict[str, Any]] | None = None
-        self._is_ready = threading.Event()
+    def __init__(self, page: str | None) -> None:
         self._last = time.monotonic()
         self._accumulation = 1
         self._figures: dict[str, Any] = {
             "state": "starting",
-            "name": name,
             "pid": os.getpid(),
             "ranks": 0,
             "run": "",
@@ -53,42 +49,24 @@ class Progress:
             "rounds": 0,
             "unwritten": 0,
         }
+        if page is not None:
+            file = os.open(page, os.O_WRONLY | os.O_CLOEXEC)
+            threading.Thread(target=self._write, args=(file,), name="nanofed-progress", daemon=True).start()
 
-    def answers(self) -> dict[str, Quick]:
-        """Return what is answered at once, by kind of request."""
-        return {"ping": self._ping, "abort": self._abort, "get_properties": self._properties}
-
-    def check_name(self, config: dict[str, Any]) -> None:
-        """Refuse a request that was meant for another site."""
-        if config.get("client") != self._name:
-            raise ChannelError(f"this is the trainer of site {self._name}, not of {str(config.get('client'))[:80]!r}")
-
-    # The main thread
-
-    def ready(self, hello: Callable[[], dict[str, Any]], ranks: int) -> None:
-        """Say that the trainer is built."""
-        self._hello = hello
-        self._figures |= {"state": "idle", "ranks": ranks}
-        self._is_ready.set()
-
-    def begin(self, run: str, number: int, accumulation: int) -> None:
-        """Say that a round has begun."""
+    def say(self, **figures: Any) -> None:
+        """Change figures."""
         self._last = time.monotonic()
+        self._figures |= figures
+
+    def begin(self, state: str, run: str, number: int, accumulation: int = 1) -> None:
+        """Say that a round begins to be trained, or weights to be evaluated, with so many micro-batches a step."""
         self._accumulation = accumulation
-        self._figures |= {"state": "training", "run": run, "round": number, "steps": 0}
-
-    def evaluating(self, run: str, number: int) -> None:
-        """Say that weights are being measured, before a round or for themselves."""
-        self._last = time.monotonic()
-        self._figures |= {"state": "evaluating", "run": run, "round": number, "steps": 0}
+        self.say(state=state, run=run, round=number, steps=0)
 
     def micro_batch(self, begun: int) -> None:
         """Say that so many micro-batches of the round have begun."""
-        self._last = time.monotonic()
         steps = (begun - 1) // self._accumulation
-        self._figures["steps"] = steps
-        if steps:
-            self._figures["warm"] = True
+        self.say(steps=steps, warm=self._figures["warm"] or steps > 0)
 
     def alive(self) -> None:
         """Say that something happened that is no micro-batch."""
@@ -96,30 +74,43 @@ class Progress:
 
     def trained(self, steps: int, tokens_per_second: float) -> None:
         """Say what a round came to."""
-        rounds = self._figures["rounds"] + 1
-        self._figures |= {"steps": steps, "warm": True, "rounds": rounds}
-        self._figures["tokens_per_second"] = tokens_per_second
+        self.say(steps=steps, warm=True, rounds=self._figures["rounds"] + 1, tokens_per_second=tokens_per_second)
 
-    def saved(self, unwritten: int) -> None:
-        """Say how many optimizer states the disk has not taken so far."""
-        self._figures["unwritten"] = unwritten
+    def _write(self, file: int) -> None:
+        while True:
+            figures, now = dict(self._figures), time.monotonic()
+            quiet = 0.0 if figures["state"] == "idle" else now - self._last
+            text = json.dumps({**figures, "quiet_seconds": round(quiet, 3), "at": now})
+            os.pwrite(file, text.encode().ljust(PAGE_BYTES), 0)
+            time.sleep(WRITE_SECONDS)
 
-    def idle(self) -> None:
-        """Say that the trainer waits for the next round."""
-        self._figures["state"] = "idle"
 
-    # The socket's threads
+class Page:
+    """Where a worker writes how far it is: memory with a path, so that a full disk does not make it look dead.
 
-    def _ping(self, config: dict[str, Any]) -> dict[str, Any]:
-        figures = dict(self._figures)
-        quiet = 0.0 if figures["state"] == "idle" else time.monotonic() - self._last
-        return {**figures, "quiet_seconds": round(quiet, 3)}
+    Args:
+        folder: of the site, for a machine without files in memory.
 
-    def _abort(self, config: dict[str, Any]) -> dict[str, Any]:
-        return {"aborted": self.abort(str(config.get("reason") or "it was told to stop")[:500])}
+    Attributes:
+        path: for the worker.
+    """
 
-    def _properties(self, config: dict[str, Any]) -> dict[str, Any]:
-        self.check_name(config)
-        self._is_ready.wait()
-        assert self._hello is not None
-        return self._hello()
+    def __init__(self, folder: Path) -> None:
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("nanofed-progress")
+            self.path = f"/proc/{os.getpid()}/fd/{self._file}"
+        else:
+            self.path = str(folder / "progress.json")
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def read(self, since: float = 0.0) -> Mapping[str, Any] | None:
+        """Return the last figures, None where none have been written since a time of the monotonic clock."""
+        try:
+            figures: dict[str, Any] = json.loads(os.pread(self._file, PAGE_BYTES, 0))
+        except ValueError:  # nothing yet, or just being written
+            return None
+        return figures if figures["at"] >= since else None
+
+    def close(self) -> None:
+        """Let the memory go."""
+        os.close(self._file)

@@ -24,7 +24,7 @@ from nanofed.federated.site.evaluating import measure
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
 from nanofed.federated.site.states import Saved, StateFolder
 from nanofed.federated.wire.blocks import all_finite, flat
-from nanofed.federated.wire.codec import CODECS, Room, WireError, hash_arrays
+from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
 from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
 from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
@@ -109,6 +109,7 @@ class FabricTrainer:
         self._pinned: dict[str, Tensor] | None = None
         self._kept: dict[str, ClientState] = {}
         self._pace: dict[str, float] = {}
+        self._unwritten = 0  # states, when the last report was made
 
     def hello(self, client: str) -> Hello:
         """Say who the client is and what it runs."""
@@ -116,24 +117,27 @@ class FabricTrainer:
             client, self._module, self._data, devices=self.ranks.size, tokens_per_second=self._pace.get(client)
         )
 
-    def fit(
-        self,
-        arrays: Sequence[npt.NDArray[np.generic]],
-        instructions: Instructions,
-        turn: Turn | None = None,
-        room: Room | None = None,
-        answer: Callable[[Arrays, Report], None] | None = None,
-    ) -> tuple[Arrays, Report]:
-        """Train one round and return the local weights and the report.
+    def is_sound(self, error: Exception) -> bool:
+        """Tell whether the device is of use after an error: one of its own stays with it."""
+        return self._fabric.device.type == "cpu" or isinstance(error, torch.OutOfMemoryError)
 
-        The optimizer state is saved last: the server need not wait for this machine's disk.
+    def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
+        """Train one round and save the optimizer state; arguments, result and errors are those of `train`."""
+        answer = self.train(arrays, instructions)
+        self.save(instructions)
+        return answer
+
+    def train(
+        self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions, turn: Turn | None = None
+    ) -> tuple[Arrays, Report]:
+        """Train one round and return the local weights and the report; `save` keeps the optimizer state on disk.
+
+        They are two steps so that the server need not wait for this machine's disk.
 
         Args:
             arrays: the weights, on the first rank; the others take them from it, and return none.
             instructions: what to do; equal on all ranks.
             turn: lets whoever asked follow the round and end it.
-            room: where the local weights are to be written; anywhere by default.
-            answer: called with what is returned, before the optimizer state is saved.
 
         Raises:
             WireError: the weights are not the ones that the instructions describe.
@@ -186,12 +190,14 @@ class FabricTrainer:
                 step = int(np.argmin(np.isfinite(losses)))
                 raise NanofedError(f"the training loss is {losses[step]} at step {step + 1} of the round")
             if ranks.first:
-                payload = self._local_weights(arrays, instructions, room)
+                payload = self._local_weights(arrays, instructions)
                 turn.check()
         self._kept[instructions.client] = ClientState(instructions.run, instructions.round, self._optimizer.state)
         seconds = result.seconds - before
         self._pace[instructions.client] = result.tokens / seconds if seconds > 0 else 0.0
-        report = Report(
+        unwritten, before = self.states.unwritten, self._unwritten
+        self._unwritten = unwritten
+        return payload, Report(
             run=instructions.run,
             round=instructions.round,
             client=instructions.client,
@@ -205,13 +211,14 @@ class FabricTrainer:
             loss_last=losses[-1],
             exhausted=result.exhausted,
             data=DataState.merge(ranks.gather(module.data_state)),
+            unwritten=unwritten > before,
         )
-        try:
-            if answer is not None:
-                answer(payload, report)
-        finally:
-            self._save(instructions)
-        return payload, report
+
+    def save(self, instructions: Instructions) -> None:
+        """Save the optimizer state that `train` ended with: on the first rank, to which the others send their shards."""
+        state = self._optimizer.state_dict()
+        if self.ranks.first:
+            self.states.save(instructions.client, instructions.run, instructions.round, state)
 
     def evaluate(
         self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate, turn: Turn | None = None
@@ -275,9 +282,7 @@ class FabricTrainer:
             if staged[name] is not parameter:
                 parameter.detach().copy_(staged[name], non_blocking=True)
 
-    def _local_weights(
-        self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions, room: Room | None
-    ) -> Arrays:
+    def _local_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> Arrays:
         down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
         staged = self._staged()
         for name, parameter in self._parameters.items():
@@ -285,11 +290,11 @@ class FabricTrainer:
                 staged[name].copy_(parameter.detach(), non_blocking=True)
         if self._fabric.device.type == "cuda":
             torch.cuda.current_stream(self._fabric.device).synchronize()
-        copy = up.lossless and room is None  # else they are written somewhere else
-        local = {name: (t.detach().clone() if copy else t.detach()).numpy() for name, t in staged.items()}
+        # A lossless codec sends the weights themselves, which the next round changes.
+        local = {name: (t.detach().clone() if up.lossless else t.detach()).numpy() for name, t in staged.items()}
         if not all(all_finite(flat(array)) for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
-        return up.pack(local, {} if up.lossless else down.decode_each(arrays, self._like), room)
+        return up.pack(local, {} if up.lossless else down.decode_each(arrays, self._like))
 
     def _staged(self) -> dict[str, Tensor]:
         """Return memory of this machine for each weight: on a CPU the weight itself, else page-locked memory that stays.
@@ -345,8 +350,3 @@ class FabricTrainer:
             return None
         indices = self.ranks.from_first(list(saved["state"]) if saved else [])
         return {**rest, "state": {i: self.ranks.from_first(saved["state"][i] if saved else None) for i in indices}}
-
-    def _save(self, instructions: Instructions) -> None:
-        state = self._optimizer.state_dict()  # all ranks: it is collected on the first
-        if self.ranks.first:
-            self.states.save(instructions.client, instructions.run, instructions.round, state)

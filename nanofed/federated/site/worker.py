@@ -1,38 +1,53 @@
-"""The rounds of a site's trainer: the first rank takes them from the socket, the others follow it."""
+"""A site's worker: it takes messages from the SuperNode, trains and answers, and keeps model, optimizer state and data at hand.
+
+    python -m nanofed.federated.site.worker OPTIONS ARGUMENTS OF FEDERATE
+
+OPTIONS are a WorkerOptions as JSON. Under `torchrun --nproc_per_node N` for N devices every rank is such a process: the first
+one takes the messages, the others follow it.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
+import httpx
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from lightning import Fabric
 
-from nanofed import runtime
-from nanofed.errors import ConfigError, NanofedError
+from nanofed import runtime, streams
+from nanofed.errors import NanofedError, in_one_line
 from nanofed.federated.arguments import Arguments
-from nanofed.federated.site.channel import ChannelError, MemoryRoom
-from nanofed.federated.site.listener import Listener, Request
+from nanofed.federated.site.client import client_app
+from nanofed.federated.site.inbox import Inbox, Task
+from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
-from nanofed.federated.site.trainer import Arrays, FabricTrainer
+from nanofed.federated.site.trainer import Arrays, FabricTrainer, LocalTrainer
+from nanofed.federated.site.weights_client import WeightsClient
+from nanofed.federated.wire.bundle import check_bundle
 from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import UNWRITTEN, Instructions, Report
-from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.federated.wire.messages import Hello, Instructions, Report
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.recipe import accumulation_steps
 from nanofed.training.strategy import FabricShardedStrategy, cluster_environment
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nanofed.federated.site.worker")  # the module itself is __main__
 
-
-class Refused(NanofedError):
-    """A request that no rank has heard of yet."""
+LAUNCHER_POLL = 1.0  # seconds between two looks for the processes without which this one is an orphan
+LOG_FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
 
 
 class RoundAborted(NanofedError):
@@ -40,22 +55,19 @@ class RoundAborted(NanofedError):
 
 
 class _Turn(Turn):
-    """A round that came over the socket.
+    """A round that a task asks for; `deadline` seconds after its start its answer is worth nothing."""
 
-    It has a hard end: `deadline` seconds after it arrived its answer is worth nothing.
-    """
-
-    def __init__(self, request: Request, progress: Progress, deadline: float | None) -> None:
-        self.arrived: float = request.arrived
-        self._request = request
+    def __init__(self, task: Task | None, progress: Progress, deadline: float | None = None) -> None:
+        self.arrived: float = time.monotonic()
+        self._task = task
         self._progress = progress
         self._deadline = deadline
 
     def check(self) -> None:
         self._progress.alive()
-        if self._request.cancelled is not None:
-            raise RoundAborted(f"the round was aborted: {self._request.cancelled}")
-        if self._deadline is not None and time.monotonic() - self._request.arrived > self._deadline:
+        if self._task is not None and self._task.cancelled is not None:
+            raise RoundAborted(f"the round was aborted: {self._task.cancelled}")
+        if self._deadline is not None and time.monotonic() - self.arrived > self._deadline:
             raise RoundAborted(
                 f"the round was aborted: it is over at the server, {self._deadline:g} s after it arrived"
             )
@@ -64,129 +76,52 @@ class _Turn(Turn):
         self._progress.micro_batch(micro_batches)
 
 
-class Worker:
-    """One rank of a site's trainer.
+class WorkerTrainer(LocalTrainer, Protocol):
+    """A LocalTrainer that hears which message it works for.
 
-    Args:
-        name: of the site.
-        state: folder of what is kept between rounds.
-        args: of `nanofed federate`.
-
-    Raises:
-        ConfigError: the arguments or devices are wrong, or a batch does not divide into these devices'.
-        DataError: shards or tokenizer are.
+    Attributes:
+        task: the message that is worked on.
+        broken: an error that leaves ranks or a device in an unknown state: the process has to be started anew.
     """
 
-    def __init__(self, name: str, state: Path, args: Sequence[str]) -> None:
-        if not SAFE_NAME.fullmatch(name):
-            raise ConfigError(f"--name {name!r} is no plain word of letters, digits, '.', '_' and '-'")
-        self._name = name
-        arguments = Arguments.from_args(args)
-        self._module, self._data = arguments.build()
-        self._fabric = _fabric(arguments)
-        self._fabric.launch()
-        if arguments.federation.global_batch_tokens is None:  # else it depends on who else is there
-            accumulation_steps(
-                self._module.recipe.batch_tokens,
-                device_batch_size=self._data.device_batch_size,
-                sequence_len=self._data.sequence_len,
-                world_size=self._fabric.world_size,
-            )
-        self._trainer = FabricTrainer(self._module, self._data, self._fabric, state, durable=True)
-        self._unwritten = 0  # states, after the last round
+    task: Task | None
+    broken: Exception | None
 
-    @property
-    def ranks(self) -> int:
-        """How many ranks train together."""
-        return self._trainer.ranks.size
+    def save(self) -> None:
+        """Save what the last round has left, once its answer is on its way."""
 
-    def hello(self) -> dict[str, Any]:
-        """Return what the site says of itself."""
-        return self._trainer.hello(self._name).to_config()
 
-    @FrozenObjects()
-    def follow(self) -> None:
-        """Do what the first rank does, round after round."""
-        while True:
-            instructions, asked = _read(*self._trainer.ranks.from_first(("", {})))
-            try:
-                if asked is not None:
-                    self._trainer.evaluate([], asked)
-                if instructions is not None:
-                    self._trainer.fit([], instructions)
-            except Agreed as error:  # the first rank tells
-                logger.debug("%s", error)
+class SiteTrainer:
+    """The trainer of a site's client on the first rank: what it is asked to do, all ranks do together.
 
-    @FrozenObjects()
-    def lead(self, listener: Listener, progress: Progress) -> None:
-        """Train round after round from the socket.
+    Args:
+        trainer: this rank's.
+        progress: hears how far the trainer is.
+        micro_batch_tokens: of a micro-batch on all ranks.
+    """
 
-        Raises:
-            Exception: one that leaves ranks or a device in an unknown state: the process has to be started anew.
-        """
-        while True:
-            request = listener.next()
-            try:
-                self._round(request, progress)
-            except (Agreed, Refused) as error:
-                logger.warning("%s", error)
-                request.refuse(str(error))
-            except Exception as error:
-                for_people = isinstance(error, (NanofedError, WireError))
-                logger.warning("the round failed: %s", error, exc_info=not for_people)
-                request.refuse(str(error) if for_people else f"{type(error).__name__}: {error}")
-                if self.ranks > 1 or not (for_people or self._is_sound(error)):
-                    raise
-            progress.idle()
+    def __init__(self, trainer: FabricTrainer, progress: Progress, micro_batch_tokens: int) -> None:
+        self.task: Task | None = None
+        self.broken: Exception | None = None
+        self._trainer = trainer
+        self._progress = progress
+        self._micro_batch_tokens = micro_batch_tokens
+        self._unsaved: Instructions | None = None
 
-    def _is_sound(self, error: Exception) -> bool:
-        """Tell whether the device is of use after an error: one of its own stays with it."""
-        return self._fabric.device.type == "cpu" or isinstance(error, torch.OutOfMemoryError)
+    def hello(self, client: str) -> Hello:
+        """Say who the client is and what it runs."""
+        return self._trainer.hello(client)
 
-    def _round(self, request: Request, progress: Progress) -> None:
-        message = request.config.get("message")
-        try:
-            progress.check_name(request.config)
-            instructions, asked = _read(request.kind, message)
-        except (ChannelError, WireError) as error:
-            raise Refused(str(error)) from error
-        for part in (instructions, asked):
-            if part is not None and part.client != self._name:
-                raise Refused(f"instructions for {part.client!r} reached site {self._name!r}")
-        turn = _Turn(request, progress, instructions.deadline_seconds if instructions else None)
-        self._trainer.ranks.from_first((request.kind, message))
-        metrics: dict[str, Any] = {}
-        evaluation: Evaluation | None = None
-        if asked is not None:
-            progress.evaluating(asked.run, asked.round)
-            evaluation = self._trainer.evaluate(request.arrays, asked, turn)
-            turn.arrived += evaluation.seconds  # the training's budget runs from here on
-            metrics = evaluation.to_config()
-
-        def answer(payload: Arrays, report: Report | None = None) -> None:
-            sent, count = dict(metrics), evaluation.bytes if evaluation else 0
-            if report is not None:
-                sent, count = sent | report.to_config(), report.tokens
-                self._say(report, progress)
-            unwritten, before = self._trainer.states.unwritten, self._unwritten
-            self._unwritten = unwritten
-            if unwritten > before:  # since the last answer
-                sent[UNWRITTEN] = True
-            progress.idle()
-            request.answer(room.packed(payload), count, sent)
-
-        with MemoryRoom() as room:
-            if instructions is None:
-                answer([])
-                return
-            micro_batch = self._data.device_batch_size * self._data.sequence_len * self.ranks
-            progress.begin(instructions.run, instructions.round, max(1, instructions.batch_tokens // micro_batch))
-            self._trainer.fit(request.arrays, instructions, turn, room, answer)
-            progress.saved(self._trainer.states.unwritten)
-
-    def _say(self, report: Report, progress: Progress) -> None:
+    def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
+        """Train one round on all ranks; `save` has to follow."""
+        with self._on_all_ranks(instructions):
+            accumulation = max(1, instructions.batch_tokens // self._micro_batch_tokens)
+            self._progress.begin("training", instructions.run, instructions.round, accumulation)
+            turn = _Turn(self.task, self._progress, instructions.deadline_seconds)
+            payload, report = self._trainer.train(arrays, instructions, turn)
+        self._unsaved = instructions
         speed = report.tokens / report.seconds if report.seconds > 0 else 0.0
-        progress.trained(report.steps, speed)
+        self._progress.trained(report.steps, speed)
         logger.info(
             "round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s",
             report.round,
@@ -195,30 +130,175 @@ class Worker:
             report.loss_last,
             speed,
         )
+        return payload, report
+
+    def evaluate(self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate) -> Evaluation:
+        """Evaluate weights on all ranks."""
+        with self._on_all_ranks(asked):
+            self._progress.begin("evaluating", asked.run, asked.round)
+            return self._trainer.evaluate(arrays, asked, _Turn(self.task, self._progress))
+
+    def save(self) -> None:
+        """Save the optimizer state of the round that was trained last, on all ranks, where that is not done yet."""
+        instructions, self._unsaved = self._unsaved, None
+        if instructions is not None:
+            self._trainer.ranks.from_first(None)
+            self._trainer.save(instructions)
+            self._progress.say(unwritten=self._trainer.states.unwritten)
+
+    @contextmanager
+    def _on_all_ranks(self, asked: Instructions | Evaluate) -> Iterator[None]:
+        self._trainer.ranks.from_first(asked)
+        try:
+            yield
+        except Agreed:
+            raise
+        except Exception as error:
+            for_people = isinstance(error, (NanofedError, WireError))
+            logger.warning("the round failed: %s", error, exc_info=not for_people)
+            if self._trainer.ranks.size > 1 or not (for_people or self._trainer.is_sound(error)):
+                self.broken = error
+            raise
 
 
-def _read(kind: str, message: Any) -> tuple[Instructions | None, Evaluate | None]:
-    """Return what a message asks for: a round, perhaps with an evaluation before it, or an evaluation alone.
+@FrozenObjects()
+def follow(trainer: FabricTrainer) -> None:
+    """Do on another rank what the first one does, round after round."""
+    nothing: Instructions | Evaluate | None = None
+    trained: Instructions | None = None
+    while True:
+        asked = trainer.ranks.from_first(nothing)
+        try:
+            if isinstance(asked, Evaluate):
+                trainer.evaluate([], asked)
+            elif asked is not None:
+                trainer.train([], trained := asked)
+            elif trained is not None:
+                trainer.save(trained)
+        except Agreed as error:  # the first rank tells
+            logger.debug("%s", error)
+
+
+@FrozenObjects()
+def lead(options: WorkerOptions, inbox: Inbox, trainer: WorkerTrainer, progress: Progress) -> None:
+    """Take messages and answer them, one after another.
 
     Raises:
-        WireError: it is no such message.
+        Exception: one that leaves ranks or a device in an unknown state.
     """
-    if kind == "evaluate":
-        return None, Evaluate.from_config(message)
-    return Instructions.from_config(message), Evaluate.asked_in(message)
+    key, authority = (None if path is None else Path(path) for path in (options.key, options.authority))
+    app = client_app(lambda context: trainer, WeightsClient(options.server, authority, key))
+    while True:
+        trainer.task = task = inbox.next()
+        try:
+            message, context, bundle = task.receive()
+        except Exception as error:
+            logger.warning("a message could not be taken: %s", error)
+            continue
+        try:
+            check_bundle(bundle)
+            reply = app(message, context)
+        except Exception as error:
+            reason = str(error) if isinstance(error, (NanofedError, WireError)) else f"{type(error).__name__}: {error}"
+            logger.warning("%s is refused: %s", message.metadata.message_type, reason)
+            reply = Message(
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"site {options.name}: {reason}"), reply_to=message
+            )
+        progress.say(state="idle")
+        try:
+            task.answer(reply, context)
+        except httpx.HTTPError as error:
+            logger.warning("an answer cannot be handed over: %s", error)
+        del message, reply
+        if trainer.broken is not None:
+            raise trainer.broken
+        trainer.save()
 
 
-def _fabric(arguments: Arguments) -> Fabric:
-    """Return the Fabric of this site's devices: torchrun's ranks, or as many as `fabric.devices` says."""
+def main(args: Sequence[str]) -> int:
+    """Work until the process is ended; return an exit code if it cannot."""
+    streams.secure(lasting=True)
+    logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
+    logging.getLogger("nanofed").setLevel(logging.INFO)
+    try:
+        options = WorkerOptions.from_json(args[0])
+        threading.Thread(target=_end_with, args=(options.supervisor,), name="nanofed-orphan", daemon=True).start()
+        first = runtime.is_first_rank()
+        progress = Progress(options.progress if first else None)
+        trainer, micro_batch = build(args[1:], Path(options.folder) / "state")
+        if not first:
+            follow(trainer)
+        progress.say(state="idle", ranks=trainer.ranks.size)
+        logger.info("the worker of %s is ready: %d devices", options.name, trainer.ranks.size)
+        inbox = Inbox(options.supernode, Path(options.secret).read_bytes())
+        lead(options, inbox, SiteTrainer(trainer, progress, micro_batch), progress)
+    except Exception as error:
+        time.sleep(runtime.seconds_to_hold_back())
+        code = getattr(error, "exit_code", NanofedError.exit_code)
+        logger.error("exit %d: %s", code, in_one_line(error), exc_info=not isinstance(error, NanofedError))
+        return int(code)
+    return 0
+
+
+def build(args: Sequence[str], states: Path) -> tuple[FabricTrainer, int]:
+    """Return this rank's trainer, and the tokens of a micro-batch on all ranks.
+
+    Args:
+        args: of `nanofed federate`.
+        states: folder of the optimizer states.
+
+    Raises:
+        ConfigError: the arguments or devices are wrong, or a batch does not divide into these devices'.
+        DataError: shards or tokenizer are.
+    """
+    arguments = Arguments.from_args(args)
+    module, data = arguments.build()
     options = arguments.fabric_options
     devices, machines = runtime.launched_ranks() or (options.devices, 1)
-    several = devices * machines > 1
     runtime.warn_of_unused_gpu(options.accelerator)
     with lightning_errors("fabric", building=True):  # devices that are not there
-        return Fabric(
+        fabric = Fabric(
             accelerator=options.accelerator,
             devices=devices,
             num_nodes=machines,
-            strategy=FabricShardedStrategy(timeout=PATIENCE) if several else "auto",
+            strategy=FabricShardedStrategy(timeout=PATIENCE) if devices * machines > 1 else "auto",
             plugins=[cluster_environment()],
         )
+    fabric.launch()
+    if arguments.federation.global_batch_tokens is None:  # else it depends on who else is there
+        accumulation_steps(
+            module.recipe.batch_tokens,
+            device_batch_size=data.device_batch_size,
+            sequence_len=data.sequence_len,
+            world_size=fabric.world_size,
+        )
+    trainer = FabricTrainer(module, data, fabric, states, durable=True)
+    return trainer, data.device_batch_size * data.sequence_len * trainer.ranks.size
+
+
+def _end_with(supervisor: int) -> None:
+    """End this rank when torchrun's agent, the first rank, or the process that watches the worker is gone."""
+    while not runtime.launcher_is_gone() and _lives(supervisor):
+        time.sleep(LAUNCHER_POLL)
+    logger.error("the process that started this worker is gone: it ends")
+    os._exit(1)  # the main thread may stand in a collective
+
+
+def _lives(pid: int) -> bool:
+    try:
+        if pid:
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def run() -> Any:
+    """Run the command line's worker."""
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run())

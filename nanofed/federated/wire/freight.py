@@ -3,17 +3,18 @@
 Inside a message, weights are taken apart, copied and put together again by each of five processes. In a deployment the server
 lays them into a depot, the message names them, and the site fetches and delivers them piece by piece, over the same address and
 proxy and with the same key: a piece that was lost on the way is sent again, and nothing is held in memory between.
-
-Nothing but the standard library: a site's client process, started anew for every message, reads it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 FREIGHT = "freight"  # of the note, in Flower's config dictionaries
 PULL, PUSH = "/v1/fleet/nanofed-pull", "/v1/fleet/nanofed-push"  # the calls: a piece down, a piece up
@@ -21,12 +22,47 @@ OBJECT, OFFSET = "nanofed-object", "nanofed-offset"  # their headers: a ticket, 
 LENGTH = "nanofed-length"  # bytes of a piece that is pulled
 OCTETS = "application/octet-stream"
 PIECE_BYTES = 16 << 20  # of one call
+MAX_ARRAYS = 1 << 16
 TICKET = re.compile(r"[0-9a-f]{32}")  # 128 random bits: who has it may make the call, once the proxy knows the site
 
 
 def layout_of(arrays: Iterable[Any]) -> list[list[Any]]:
     """Return dtype and shape of each of some NumPy arrays, as JSON can say them."""
     return [[array.dtype.str, list(array.shape)] for array in arrays]
+
+
+def shapes_of(layout: list[Any]) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Return dtype and shape of each array of a layout.
+
+    Raises:
+        ValueError: it describes no arrays of numbers.
+    """
+    if len(layout) > MAX_ARRAYS:
+        raise ValueError(f"{len(layout)} arrays are announced, and {MAX_ARRAYS} are allowed")
+    found = []
+    for entry in layout:
+        try:
+            name, shape = entry
+            dtype = np.dtype(name)
+            # Numbers only: whatever else NumPy can describe would be made of foreign bytes. Its own limit is 64 dimensions.
+            right = (
+                dtype.kind in "biuf" and len(shape) <= 32 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+            )
+        except (TypeError, ValueError, SyntaxError):  # NumPy parses descriptions of dtypes
+            right = False
+        if not right:
+            raise ValueError(f"{repr(entry)[:80]} describes no array of numbers")
+        found.append((dtype, tuple(shape)))
+    return found
+
+
+def bytes_of(layout: list[Any]) -> int:
+    """Return how many bytes the arrays of a layout have together.
+
+    Raises:
+        ValueError: it describes no arrays of numbers.
+    """
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes_of(layout))
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args, get_origin, get_type_hints
 
@@ -18,6 +15,7 @@ import nanofed
 from nanofed.data.identity import DataIdentity
 from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
+from nanofed.federated.wire.bundle import code_hash
 from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.names import SAFE_NAME
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 # In a client's failure: its next lease is longer.
 LEASE_TOO_SHORT = "the leased rows hold too little text for one optimizer step"
 KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries, where a message has no key of its own
-UNWRITTEN = "unwritten"  # beside it where the site's disk did not take the optimizer state of the round
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 MAX_TEXT = 200  # characters of a version or a shard's name
 MAX_SHARDS = 4096  # of one site: the server looks at each of them for every lease
@@ -36,17 +33,6 @@ MAX_ROWS = 1 << 28  # of all shards of one site: the ledger takes a byte of memo
 MAX_TEXT_BYTES = 1 << 50  # of one shard
 MAX_SPEED = 1e12  # tokens a second of one site
 SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
-
-
-@cache
-def code_hash() -> str:
-    """Return the SHA-256 over the sources of the nanofed package that is running: both sides must run the same code."""
-    root = Path(nanofed.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -320,6 +306,7 @@ class Report(RoundMessage):
         loss_last: training loss of the last step, nats a token.
         exhausted: the lease ended before the budget did.
         data: where every stream stands.
+        unwritten: the site's disk did not take the optimizer state of the round before.
     """
 
     payload_hash: str
@@ -330,3 +317,4 @@ class Report(RoundMessage):
     loss_last: float
     exhausted: bool
     data: DataState
+    unwritten: bool = False

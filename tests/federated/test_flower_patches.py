@@ -1,53 +1,55 @@
-"""A site's SuperNode: Flower's main loop with shorter waits."""
+"""What nanofed changes in Flower, with Flower's own loops and stores: each of these tests fails without its patch."""
 
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime, timedelta
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.constant import TaskType
+from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.grid import http_grid
 from flwr.supernode import start_client_internal
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from nanofed.errors import NanofedError
-from nanofed.federated.flower import ask_again_soon
-from nanofed.federated.site import supernode
+from nanofed.federated import flower_patches
 
 
 def test_waits_grow_to_flowers_and_begin_anew_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    clock = supernode.Clock()
+    clock = flower_patches.Waits()
     for _ in range(40):
         clock.sleep(3)
     assert waits == sorted(waits)
-    assert (waits[0], waits[-1]) == (supernode.FIRST_WAIT, 3)
+    assert (waits[0], waits[-1]) == (flower_patches.FIRST_WAIT, 3)
     assert sum(waits) > 60  # who waits for minutes asks as rarely as Flower
     clock.sleep(0.5)
     clock.sleep(3)
-    assert waits[-2:] == [supernode.FIRST_WAIT] * 2
+    assert waits[-2:] == [flower_patches.FIRST_WAIT] * 2
     assert clock.monotonic() > 0
 
 
 def test_flowers_loop_is_the_one_that_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start_client_internal, "time", time)
-    supernode.quicken(start_client_internal)
-    assert isinstance(vars(start_client_internal)["time"], supernode.Clock)
+    flower_patches.look_sooner(start_client_internal)
+    assert isinstance(vars(start_client_internal)["time"], flower_patches.Waits)
     with pytest.raises(NanofedError, match="another way"):
-        supernode.quicken(ModuleType("another"))
+        flower_patches.look_sooner(ModuleType("another"))
 
 
 def test_an_answer_whose_rest_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's own loop over its own store: of two pieces, one never comes, and what is sent next goes through."""
     monkeypatch.setattr(start_client_internal, "_push_messages", start_client_internal._push_messages)
-    monkeypatch.setattr(start_client_internal, "time", supernode.Clock())
-    monkeypatch.setattr(supernode, "REST_SECONDS", 0.5)
-    supernode.give_up_unfinished(start_client_internal)
+    monkeypatch.setattr(start_client_internal, "time", flower_patches.Waits())
+    monkeypatch.setattr(flower_patches, "REST_SECONDS", 0.5)
+    flower_patches.give_up_unfinished_answers(start_client_internal)
     with pytest.raises(NanofedError, match="another way"):
-        supernode.give_up_unfinished(ModuleType("another"))
+        flower_patches.give_up_unfinished_answers(ModuleType("another"))
     store, sent, over = InMemoryObjectStore(verify=False), [], []
 
     def push(name: str, pieces: list[str]) -> None:
@@ -79,56 +81,23 @@ def test_an_answer_whose_rest_does_not_come_is_given_up(monkeypatch: pytest.Monk
     assert sorted(sent) == ["b", "c", "d"] and over == ["a", "d"]
 
 
-def test_an_answer_too_many_does_not_hold_up_those_of_later_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's own loop and store of messages: a client answers after Flower has answered for it."""
-    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
-
-    store, sent, pulled = InMemoryObjectStore(verify=False), list[str](), list[str]()
-    state = InMemoryNodeState(store)
-
-    def answer(name: str) -> None:
-        metadata = SimpleNamespace(
-            message_id=name * 64, reply_to_message_id=name, group_id="1", run_id=7, message_type="train"
-        )
-        state.store_message(SimpleNamespace(metadata=metadata))  # type: ignore[arg-type]
-        store.preregister(7, ObjectTree(object_id=name * 64))
-
-    def pull(state: Any) -> int | None:
-        return 7 if pulled and pulled.pop() else None
-
-    def push(state: Any, object_store: Any) -> None:
-        while not (found := state.get_messages_legacy(is_reply=True)):
-            raise AssertionError("Flower's would wait here")
-        sent.extend(message.metadata.message_id[0] for message in found)
-
-    module = SimpleNamespace(_pull_and_store_message=pull, _push_messages=push)
-    supernode.answer_at_any_time(module)
-
-    def look() -> None:
-        """One turn of Flower's main loop."""
-        if module._pull_and_store_message(state=state) is not None:
-            module._push_messages(state=state, object_store=store)
-
-    look()
-    assert sent == []
-    answer("a")
-    pulled.append("b")
-    look()  # the message of the next round finds the answer that is too many
-    assert sent == ["a"]
-    look()
-    answer("b")
-    look()  # its own is sent when it is there, without another message
-    assert sent == ["a", "b"]
-    with pytest.raises(NanofedError, match="another way"):
-        supernode.answer_at_any_time(ModuleType("another"))
-    supernode.answer_at_any_time(vars_of(monkeypatch))
-
-
-def vars_of(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return Flower's module, which is as it was when the test ends."""
-    for name in ("_pull_and_store_message", "_push_messages"):
-        monkeypatch.setattr(start_client_internal, name, getattr(start_client_internal, name))
-    return start_client_internal
+def test_a_task_without_heartbeats_is_answered_for_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own store of a SuperNode: a worker took a message and died."""
+    for name in ("HEARTBEAT_DEFAULT_INTERVAL", "HEARTBEAT_PATIENCE"):
+        monkeypatch.setattr(in_memory_corestate, name, getattr(in_memory_corestate, name))
+    flower_patches.notice_dead_workers_sooner(in_memory_corestate)
+    state = InMemoryNodeState(InMemoryObjectStore(verify=False))
+    task = state.create_task(task_type=TaskType.CLIENT_APP, run_id=1, fab_hash="a" * 64)
+    assert task is not None
+    token = state.claim_task(task)
+    assert token is not None and state.activate_task(task) and state.acknowledge_task_heartbeat(task)
+    begin = datetime.now(UTC)
+    monkeypatch.setattr(in_memory_corestate, "now", lambda: begin + timedelta(seconds=9))
+    assert state.get_task_by_token(token) is not None
+    monkeypatch.setattr(in_memory_corestate, "now", lambda: begin + timedelta(seconds=11))
+    assert state.get_task_by_token(token) is None
+    with pytest.raises(NanofedError, match="watches tasks in another way"):
+        flower_patches.notice_dead_workers_sooner(ModuleType("another"))
 
 
 @pytest.mark.parametrize("module", [start_client_internal, http_grid])
@@ -136,7 +105,7 @@ def test_an_object_that_is_late_is_asked_for_again_soon(module: ModuleType, monk
     from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
     monkeypatch.setattr(module, "pull_objects", module.pull_objects)
-    ask_again_soon(module)
+    flower_patches.ask_again_soon(module)
     start = time.monotonic()
 
     def pull(name: str) -> bytes:
@@ -147,4 +116,4 @@ def test_an_object_that_is_late_is_asked_for_again_soon(module: ModuleType, monk
     assert module.pull_objects(["a", "b"], pull_object_fn=pull) == {"a": b"a", "b": b"b"}
     assert time.monotonic() - start < 0.8  # Flower's first wait is 0.8 s at least
     with pytest.raises(NanofedError, match="another way"):
-        ask_again_soon(ModuleType("another"))
+        flower_patches.ask_again_soon(ModuleType("another"))

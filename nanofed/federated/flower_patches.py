@@ -1,0 +1,135 @@
+"""Every change that nanofed makes to Flower while it runs, with its reason and the test that fails without it.
+
+Made for flwr 1.41 and 1.42. Each patch looks whether what it replaces is there, and fails in one line where it is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from types import ModuleType
+from typing import Any
+
+from nanofed.errors import NanofedError
+
+FIRST_WAIT = 0.1  # seconds
+GROWTH = 1.2  # of the wait from one look to the next: 3 s after 19 looks in 17 s
+REST_SECONDS = 30.0  # that the next piece of an answer may take, on one machine
+HEARTBEAT_SECONDS = 5.0  # a task is given up after two of them without a word; the worker sends one a second
+
+
+def _need(holds: bool, what: str) -> None:
+    if not holds:
+        from flwr.supercore.version import package_version
+
+        raise NanofedError(f"flwr {package_version} {what}: nanofed knows 1.41 and 1.42")
+
+
+class Waits:
+    """Python's `time` for a SuperNode's main loop, whose `sleep` waits no longer than it needs to.
+
+    Flower's loop sleeps 3 s between two looks for a message at the SuperLink, and half a second between two looks for its
+    worker's answer: of a short round they are most of what is no training. Here it looks at once, then less and less often,
+    so a site that waits through a night for a server's quorum costs the server no more than with Flower's own waits.
+    """
+
+    def __init__(self) -> None:
+        self._idle = 0  # looks in a row that found nothing at the SuperLink
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, at most as long as Flower would."""
+        if seconds >= 1.0:  # between two looks at the SuperLink
+            time.sleep(min(seconds, FIRST_WAIT * GROWTH ** min(self._idle, 100)))
+            self._idle += 1
+        else:  # for the worker, which has a message
+            time.sleep(min(seconds, FIRST_WAIT))
+            self._idle = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+def look_sooner(start_client_internal: ModuleType) -> None:
+    """Give a SuperNode's main loop shorter waits; see `Waits`.
+
+    Test: `tests/federated/test_flower_patches.py::test_waits_grow_to_flowers_and_begin_anew_with_a_message`.
+
+    Raises:
+        NanofedError: this version of Flower waits in another way.
+    """
+    _need(getattr(start_client_internal, "time", None) is time, "waits for messages in another way")
+    vars(start_client_internal)["time"] = Waits()
+
+
+class _Impatient:
+    """A SuperNode's object store as the sender of an answer reads it: a piece that does not come is an error."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._missing = ""
+        self._since = 0.0
+
+    def get(self, object_id: str) -> Any:
+        content = self._store.get(object_id)
+        if content != b"":
+            return content
+        if object_id != self._missing:
+            self._missing, self._since = object_id, time.monotonic()
+        if time.monotonic() - self._since > REST_SECONDS:
+            raise NanofedError(f"the worker has not finished its answer: no more came for {REST_SECONDS:.0f} s")
+        return content
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def give_up_unfinished_answers(start_client_internal: ModuleType) -> None:
+    """Let a SuperNode go on without an answer whose rest does not come.
+
+    Flower waits for it for ever: a worker that is killed while it hands an answer over would end the site's part in the
+    federation, while everything seems to be well.
+    Test: `tests/federated/test_flower_patches.py::test_an_answer_whose_rest_does_not_come_is_given_up`.
+
+    Raises:
+        NanofedError: this version of Flower sends answers in another way.
+    """
+    push = getattr(start_client_internal, "_push_messages", None)
+    _need(push is not None and "object_store" in inspect.signature(push).parameters, "sends answers in another way")
+    assert push is not None
+
+    @functools.wraps(push)
+    def push_messages(*, object_store: Any, **others: Any) -> None:
+        push(object_store=_Impatient(object_store), **others)
+
+    vars(start_client_internal)["_push_messages"] = push_messages
+
+
+def notice_dead_workers_sooner(in_memory_corestate: ModuleType) -> None:
+    """Let a SuperNode answer for a worker that is dead after 10 s without a heartbeat, not after 60.
+
+    Test: `tests/federated/test_flower_patches.py::test_a_task_without_heartbeats_is_answered_for_soon`.
+
+    Raises:
+        NanofedError: this version of Flower watches tasks in another way.
+    """
+    names = vars(in_memory_corestate)
+    _need({"HEARTBEAT_DEFAULT_INTERVAL", "HEARTBEAT_PATIENCE"} <= names.keys(), "watches tasks in another way")
+    names["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS
+
+
+def ask_again_soon(module: ModuleType) -> None:
+    """Let one of Flower's modules ask for an object that is not there yet after 50 ms again, and then every second at least.
+
+    A message is there before what is in it; Flower's own waits, for each object, are 1, 2, 4 s and up to 10 s.
+    Test: `tests/federated/test_flower_patches.py::test_an_object_that_is_late_is_asked_for_again_soon`.
+
+    Raises:
+        NanofedError: this version of Flower pulls objects in another way.
+    """
+    pull = getattr(module, "pull_objects", None)
+    _need(callable(pull), f"pulls objects in another way: {module.__name__} does not")
+    assert pull is not None
+    vars(module)["pull_objects"] = functools.partial(
+        pull, initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None
+    )

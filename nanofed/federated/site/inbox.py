@@ -1,0 +1,138 @@
+"""How a site's worker takes messages from its SuperNode and hands its answers back.
+
+The SuperNode runs with `--isolation process`: a message that reaches it waits there as a task, at an HTTP interface on
+loopback, until a process that knows the site's secret takes it. Flower's own taker starts a process for every message; here
+the process that trains takes them itself, one after another.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import httpx
+from flwr.app import Context, Message
+from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+logger = logging.getLogger(__name__)
+
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+IDLE_PAUSE = 0.1  # seconds between two looks for a message
+BUSY_PAUSE = 1.0  # seconds between two heartbeats, and looks for a newer message, while one is worked on
+
+
+class Task:
+    """A message that this process has taken, from its arrival to its answer.
+
+    Attributes:
+        cancelled: why nobody wants the answer any more; None as long as somebody does.
+    """
+
+    def __init__(self, client: RuntimeHttpClient) -> None:
+        self._client = client
+        self.cancelled: str | None = None
+
+    def cancel(self, reason: str) -> None:
+        """Say that the answer is not wanted any more; the first reason stays."""
+        self.cancelled = self.cancelled or reason
+
+    def receive(self) -> tuple[Message, Context, bytes]:
+        """Return the message, the run's context and the app's bundle.
+
+        Raises:
+            httpx.HTTPError: the SuperNode is gone, or has given the task to nobody any more.
+        """
+        message, context, _, bundle = pull_task_input(self._client)
+        return message, context, bundle.content
+
+    def heartbeat(self) -> None:
+        """Tell the SuperNode that the task is worked on; cancel it where the SuperNode is gone or knows it no more."""
+        try:
+            if not self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success:
+                self.cancel("the SuperNode has given it up")
+        except (httpx.ConnectError, httpx.HTTPStatusError):
+            self.cancel("its SuperNode is gone")
+        except (httpx.HTTPError, RuntimeError) as error:  # it is slow, or the task has just been closed
+            logger.debug("a heartbeat failed: %s", error)
+
+    def answer(self, reply: Message, context: Context) -> None:
+        """Hand the answer over and end the task.
+
+        Raises:
+            httpx.HTTPError: the SuperNode is gone, or has answered for this process.
+        """
+        push_message(self._client, reply, context)
+        push_task_output(self._client, None, SubStatus.COMPLETED, "")
+
+    def close(self) -> None:
+        """Close the connection to the SuperNode."""
+        self._client.close()
+
+
+class Inbox:
+    """Takes a site's messages; a newer one cancels the one that is worked on.
+
+    A thread looks for messages and keeps the SuperNode informed that the one taken is worked on, so that a long round does not
+    look like a dead process, and a dead process is noticed within seconds.
+
+    Args:
+        address: `host:port` of the SuperNode's runtime API.
+        secret: shared with the SuperNode; nobody else on this machine can take messages.
+    """
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        self._address = address
+        auth = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
+        self._supernode = self._connect(auth)
+        self._changed = threading.Condition()
+        self._waiting: Task | None = None
+        self._current: Task | None = None
+        self._said = ""
+        threading.Thread(target=self._look, name="nanofed-inbox", daemon=True).start()
+
+    def _connect(self, auth: SuperExecAuthHttpInterceptor | RuntimeTokenHttpInterceptor) -> RuntimeHttpClient:
+        interceptors = [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), auth]
+        return RuntimeHttpClient.from_server_address(self._address, True, None, interceptors)
+
+    def next(self) -> Task:
+        """Wait for the next message; the task before it is over."""
+        with self._changed:
+            if self._current is not None:
+                self._current.close()
+            self._current = None
+            while self._waiting is None:
+                self._changed.wait()
+            self._current, self._waiting = self._waiting, None
+            return self._current
+
+    def _look(self) -> None:
+        while True:
+            try:
+                found = self._supernode.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+                self._said = ""
+            except httpx.HTTPError as error:  # it starts, or is started again
+                if str(error) != self._said:
+                    logger.info("no SuperNode at %s: %s", self._address, error)
+                self._said, found = str(error), None
+            with self._changed:
+                if found is not None and found.token:
+                    if self._current is not None:
+                        self._current.cancel("a newer message arrived")
+                    if self._waiting is not None:
+                        self._waiting.close()
+                    self._waiting = Task(self._connect(RuntimeTokenHttpInterceptor(found.token)))
+                    self._changed.notify()
+                open_tasks = [task for task in (self._current, self._waiting) if task is not None]
+            for task in open_tasks:
+                task.heartbeat()
+            time.sleep(BUSY_PAUSE if open_tasks else IDLE_PAUSE)

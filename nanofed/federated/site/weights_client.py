@@ -1,0 +1,269 @@
+"""How a site fetches a round's weights from its server and delivers its own: piece by piece, whatever the link does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import requests
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from urllib3.exceptions import HTTPError
+
+from nanofed.errors import NanofedError
+from nanofed.federated.wire.freight import (
+    LENGTH,
+    OBJECT,
+    OCTETS,
+    OFFSET,
+    PIECE_BYTES,
+    PULL,
+    PUSH,
+    Freight,
+    bytes_of,
+    shapes_of,
+)
+
+CONNECTIONS = 2  # pieces under way at a time: one fills the pause in which the other is answered
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries
+SILENCE_SECONDS = 30.0  # without a byte, after which a connection is given up
+ANSWER_SECONDS = (
+    90.0  # the same once all is sent: some of it waits in buffers on its way, and the server takes its time
+)
+BLOCK_BYTES = 64 << 10  # a time limit counts for all of what is sent at once
+UNABLE_SECONDS = (
+    15.0  # a server that says that it cannot is believed then: the site still tells it why the round failed
+)
+UNABLE = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE)
+AGAIN = (
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
+
+Arrays = list[npt.NDArray[np.generic]]
+Piece = tuple[int, list[memoryview]]  # the first byte of it, and its bytes
+
+
+class WeightsError(NanofedError):
+    """Weights could not be fetched or delivered."""
+
+
+class RoundOver(WeightsError):
+    """What was asked for is not at the server any more: the round is over."""
+
+
+class _NotNow(Exception):
+    """The server asks to be asked again; `unable` says that it cannot at all."""
+
+    def __init__(self, reason: str, *, unable: bool) -> None:
+        super().__init__(reason)
+        self.unable = unable
+
+
+class WeightsClient:
+    """Fetches and delivers weights.
+
+    Args:
+        server: `host:port`.
+        authority: certificate of the server's CA; None for plain HTTP.
+        key: the site's private key, where the server knows the public one.
+    """
+
+    def __init__(self, server: str, authority: Path | None = None, key: Path | None = None) -> None:
+        self._server = server
+        self._url = f"{'http' if authority is None else 'https'}://{server}"
+        self._authority = authority
+        self._key: Any = None if key is None else load_ssh_private_key(key.read_bytes(), None)
+
+    def fetch(self, freight: Freight, end: float) -> Arrays:
+        """Return the weights of a round, until `end` on the monotonic clock.
+
+        Raises:
+            RoundOver: they are not there any more.
+            WeightsError: the server cannot be reached in the round's time, or refuses.
+            ValueError: the layout describes no arrays of numbers.
+        """
+        whole = np.empty(bytes_of(freight.layout), np.uint8)
+        into: Any = whole
+        self._move(_pieces([memoryview(into)]), freight, self._pull, end)
+        arrays: Arrays = []
+        for dtype, shape in shapes_of(freight.layout):
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            arrays.append(whole[:size].view(dtype).reshape(shape))
+            whole = whole[size:]
+        return arrays
+
+    def deliver(self, freight: Freight, arrays: Sequence[npt.NDArray[np.generic]], end: float) -> None:
+        """Bring the answer to a round, until `end` on the monotonic clock.
+
+        Raises:
+            RoundOver: nobody waits for it any more.
+            WeightsError: it is not of the size that is expected, or the server cannot be reached in time, or refuses.
+        """
+        size = sum(array.nbytes for array in arrays)
+        if size != freight.answer_bytes:
+            raise WeightsError(f"the answer has {size} bytes, the server expects {freight.answer_bytes}")
+        views = [memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) for array in arrays]  # type: ignore[arg-type]
+        self._move(_pieces(views), freight, self._push, end)
+
+    def _move(
+        self,
+        pieces: Iterator[Piece],
+        freight: Freight,
+        move: Callable[[requests.Session, Freight, Piece, float], None],
+        end: float,
+    ) -> None:
+        """Move all pieces, several at a time, each again until it is there or the time is over."""
+        lock, failed = threading.Lock(), threading.Event()
+
+        def connection() -> None:
+            with requests.Session() as session:
+                while not failed.is_set():
+                    with lock:
+                        piece = next(pieces, None)
+                    if piece is None:
+                        return
+                    try:
+                        self._persist(lambda piece=piece: move(session, freight, piece, end), end, failed)  # type: ignore[misc]
+                    except BaseException:
+                        failed.set()
+                        raise
+
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            for done in [pool.submit(connection) for _ in range(CONNECTIONS)]:
+                done.result()
+
+    def _persist(self, attempt: Callable[[], None], end: float, failed: threading.Event) -> None:
+        pause = FIRST_PAUSE
+        while not failed.is_set():
+            try:
+                attempt()
+                return
+            except (OSError, HTTPError, _NotNow) as error:  # requests' own are OSErrors
+                if isinstance(error, ValueError):  # a proxy of a kind that requests does not know, or no address at all
+                    raise WeightsError(f"{self._server} cannot be called: {error}") from error
+                if isinstance(error, requests.exceptions.ProxyError) or getattr(error, "unable", False):
+                    end = min(end, time.monotonic() + UNABLE_SECONDS)
+                if end - time.monotonic() < pause:
+                    reason = str(error) or type(error).__name__
+                    raise WeightsError(
+                        f"the weights did not pass to or from {self._server} in time: {reason}"
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _pull(self, session: requests.Session, freight: Freight, piece: Piece, end: float) -> None:
+        offset, (into,) = piece
+        headers = self._headers(freight.ticket, offset) | {LENGTH: str(len(into))}
+        with self._post(session, PULL, headers, b"", end) as answer:
+            announced = answer.headers.get("Content-Length")
+            if announced != str(len(into)):
+                raise WeightsError(f"{self._server} answers with {announced} bytes, not with {len(into)}")
+            done = 0
+            for block in answer.iter_content(1 << 20):
+                _check_time(end)
+                into[done : done + len(block)] = block
+                done += len(block)
+            if done < len(into):
+                raise OSError(f"{self._server} ended after {done} of {len(into)} bytes")
+
+    def _push(self, session: requests.Session, freight: Freight, piece: Piece, end: float) -> None:
+        offset, views = piece
+        self._post(session, PUSH, self._headers(freight.answer, offset), _Body(views, end), end).close()
+
+    def _post(
+        self, session: requests.Session, path: str, headers: dict[str, str], body: Any, end: float
+    ) -> requests.Response:
+        """Make a call and return its answer, whose body is still to be read.
+
+        Raises:
+            RoundOver: the server has nothing of that name.
+            WeightsError: the server refuses.
+            _NotNow: the server may do it later.
+        """
+        _check_time(end)
+        answer = session.post(
+            self._url + path,
+            data=body,
+            headers=headers,
+            timeout=(SILENCE_SECONDS, min(ANSWER_SECONDS, max(1.0, end - time.monotonic()))),
+            verify=str(self._authority) if self._authority else True,
+            allow_redirects=False,
+            stream=True,
+        )
+        if answer.status_code == HTTPStatus.OK:
+            return answer
+        with answer:
+            try:
+                detail = str(answer.json()["detail"])[:300]
+            except (ValueError, KeyError, TypeError):
+                detail = f"HTTP status {answer.status_code}"
+        if answer.status_code in (*UNABLE, *AGAIN):
+            raise _NotNow(detail, unable=answer.status_code in UNABLE)
+        kind = RoundOver if answer.status_code == HTTPStatus.NOT_FOUND else WeightsError
+        raise kind(f"{self._server} refuses weights: {detail}")
+
+    def _headers(self, ticket: str, offset: int) -> dict[str, str]:
+        """Return the headers of a call: what it is about, and who makes it, signed as Flower's SuperNode signs its own."""
+        headers = {OBJECT: ticket, OFFSET: str(offset), "Content-Type": OCTETS, "Accept-Encoding": "identity"}
+        if self._key is None:
+            return headers
+        timestamp = now().isoformat()
+        signature = sign_message(self._key, timestamp.encode("ascii"))
+        return headers | {
+            FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(self._key.public_key())).decode("ascii"),
+            TIMESTAMP_HEADER: timestamp,
+            FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
+        }
+
+
+class _Body:
+    """The bytes of a piece, as requests streams them: with a length, in blocks."""
+
+    def __init__(self, views: Sequence[memoryview], end: float) -> None:
+        self._views = views
+        self._end = end
+
+    def __len__(self) -> int:
+        return sum(map(len, self._views))
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for view in self._views:
+            for start in range(0, len(view), BLOCK_BYTES):
+                _check_time(self._end)
+                yield view[start : start + BLOCK_BYTES]
+
+
+def _check_time(end: float) -> None:
+    if time.monotonic() > end:
+        raise TimeoutError("the round is over")
+
+
+def _pieces(views: Sequence[memoryview]) -> Iterator[Piece]:
+    """Cut bytes that follow each other into pieces."""
+    offset, size, piece = 0, 0, list[memoryview]()
+    for view in views:
+        rest = view
+        while len(rest):
+            part = rest[: PIECE_BYTES - size]
+            rest = rest[len(part) :]
+            piece.append(part)
+            size += len(part)
+            if size == PIECE_BYTES:
+                yield offset, piece
+                offset, size, piece = offset + size, 0, []
+    if piece:
+        yield offset, piece
