@@ -106,8 +106,8 @@ def test_every_python_process_is_started_with_safe_paths() -> None:
                     naming.add(name_of(path))
             elif isinstance(node, ast.Call) and ast.unparse(node).startswith(("runtime.python(", "python(")):
                 starting.add(name_of(path))
-    # flower.py puts the folder of Flower's commands on PATH, and PYTHONSAFEPATH beside; supervisor.py names one of them.
-    assert using == {"runtime.py", "federated/flower.py", "federated/site/supervisor.py"}
+    # flower.py puts the folder of Flower's commands on PATH, and PYTHONSAFEPATH beside.
+    assert using == {"runtime.py", "federated/flower.py"}
     assert naming == set()
     assert {"cli/data.py", "federated/runtimes/superlink.py", "federated/server/proxy/service.py"} <= starting
     assert flower_environment(ROOT)["PYTHONSAFEPATH"] == "1"
