@@ -18,7 +18,7 @@ import torch
 from nanofed.federated.site.ranks import Turn
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.evaluation import Evaluation
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Report
+from nanofed.federated.wire.messages import Report
 from tests.faults import children
 from tests.federated.conftest import one_thread, tiny_corpus
 from tests.federated.sites import NAME, RefusedByWorker, Rounds, Trainer, initial_weights, same, tiny_args
@@ -253,7 +253,7 @@ def test_two_ranks_abort_and_refuse_together(rounds: Rounds, args: list[str], pa
         trainer.train(clean)
     trainer.train(rounds)
     for changes, reason in (
-        ({"lease": ()}, LEASE_TOO_SHORT),
+        ({"lease": ()}, "lease: the leased rows hold too little text"),
         ({"base_hash": "0" * 64}, "do not have the hash"),
         ({**LONG, "deadline_seconds": 1.0}, "over at the server"),
         ({"client": "lab-b"}, "reached client 'lab-a'"),

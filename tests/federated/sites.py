@@ -41,7 +41,7 @@ from nanofed.federated.wire.bundle import installed
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.flower_arrays import from_flower, to_flower
-from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.federated.wire.messages import Failure, Instructions, Report
 from tests.federated.tiny import BATCH, arguments
 from tests.ranks import REPOSITORY, TORCHRUN
 
@@ -309,6 +309,9 @@ class Trainer:
             RefusedByWorker: the worker says why.
         """
         arrays, metrics = self.call("train", instructions.to_config(), weights, wait)
+        if Failure.key in metrics:
+            failure = Failure.from_config(metrics)
+            raise RefusedByWorker(f"site {failure.client}: {failure.kind}: {failure.reason}")
         report = Report.from_config(metrics)
         assert hash_arrays(arrays) == report.payload_hash
         return arrays, report

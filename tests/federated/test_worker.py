@@ -29,7 +29,7 @@ from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import CODECS
 from nanofed.federated.wire.evaluation import Evaluation
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Report
+from nanofed.federated.wire.messages import Hello, Report
 from tests.federated.sites import NAME, RefusedByWorker, Rounds, Trainer, initial_weights, same, tiny_args
 from tests.ranks import in_time
 
@@ -109,7 +109,7 @@ def test_a_lossy_answer_is_an_update_of_what_arrived(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"lease": ()}, LEASE_TOO_SHORT),
+        ({"lease": ()}, "lease: the leased rows hold too little text"),
         ({"base_hash": "0" * 64}, "do not have the hash that was announced"),
         ({"run": "../elsewhere"}, "the run is '../elsewhere', no plain word"),
         ({"client": "lab-b"}, "instructions for 'lab-b' reached client 'lab-a'"),

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from nanofed.federated.server.metrics import FederationMetrics
 from nanofed.federated.server.policy import ClientPolicy
 from nanofed.federated.server.scheduling import CLOCK_SLACK
 from nanofed.federated.server.state import State
-from nanofed.federated.server.validation import REPEATED, RefusedReply, check_repeated
+from nanofed.federated.server.validation import RefusedReply, check_repeated
 from nanofed.federated.wire.codec import CODECS, Weights, WireError, hash_arrays
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import Instructions
@@ -329,10 +330,10 @@ class SiteEvaluator(RoundEvaluator):
 
     def requests(self, instructions: Mapping[str, Instructions]) -> Mapping[str, Evaluate]:
         """Return what goes with the instructions of a round, by client: nothing where no figure is wanted."""
-        told = {name: {key: getattr(asked, key) for key in REPEATED} for name, asked in instructions.items()}
+        told = {client: asked.repeated() for client, asked in instructions.items()}
         return self._begin_requests(told if self._waiting else {})
 
-    def _begin_requests(self, told: Mapping[str, Mapping[str, str | int]]) -> Mapping[str, Evaluate]:
+    def _begin_requests(self, told: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Evaluate]:
         # Text that only a site has is evaluated whole by that site. The pinned shard is divided: the sums of all shares are
         # the server's own figure, to the last bit on the same hardware and in the same dtype, at 1/n of the work each.
         # A site that does not answer leaves its share out of the figure, which is then of a little less text, and says so.
@@ -340,7 +341,7 @@ class SiteEvaluator(RoundEvaluator):
         self._sums = {}
         self._asked = {
             client: Evaluate(
-                **told[client],  # type: ignore[arg-type]
+                **told[client],
                 down_codec=self._config.down_codec,
                 eval_tokens=self._data.eval_tokens,
                 share=0 if own_text else index,
@@ -422,7 +423,7 @@ class SiteEvaluator(RoundEvaluator):
         except NanofedError as error:  # the disk on which they are kept is full
             self._none(state, str(error))
             return
-        told: dict[str, str | int] = {"run": state.run_id, "round": number, "base_hash": hash_arrays(payload)}
+        told = {"run": state.run_id, "round": number, "base_hash": hash_arrays(payload)}
         self._begin_requests({name: {**told, "client": name, "nonce": secrets.token_hex(16)} for name in nodes})
         seconds = self._policy.time_limit(self._config.grace_seconds, len(nodes))
         for reply in self._messenger.evaluation(nodes, self._asked, payload, seconds=seconds):

@@ -32,7 +32,7 @@ from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
 from nanofed.federated.wire.codec import CODECS, hash_arrays
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions
+from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.training.checkpoint import SaveError, prune_checkpoints
 from nanofed.training.event_files import cut_events
 from nanofed.training.gc_control import FrozenObjects
@@ -319,7 +319,7 @@ class RoundLoop:
         self.clients.refused[client] = str(refusal)
         self.state.events.add(refusal.kind, client, refusal, figures.round)
         self.state.ledger.release(client)
-        if LEASE_TOO_SHORT in str(refusal):
+        if refusal.kind == "lease":
             self.state.speeds.widen(client)
 
     # --- from updates to the next global weights

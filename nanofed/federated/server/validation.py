@@ -16,7 +16,7 @@ from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import Kind
 from nanofed.federated.wire.blocks import norm_of
 from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays, payload_bytes
-from nanofed.federated.wire.messages import Instructions, Report, RoundMessage
+from nanofed.federated.wire.messages import Failure, Instructions, Report, RoundMessage
 from nanofed.federated.wire.plain import plain
 
 MAX_REASON = 500  # characters: a reply may hold what it likes, the log should not
@@ -84,10 +84,17 @@ def check_reply(
     if reply.has_error():
         raise RefusedReply("failed", f"the client failed: {reply.error.reason}")
     try:
-        report = Report.from_config(reply.content.config_records.get("fitres.metrics"))
+        metrics = reply.content.config_records.get("fitres.metrics")
+        if metrics is not None and Failure.key in metrics:
+            failure = Failure.from_config(metrics)
+            check_repeated(failure, instructions)
+            raise RefusedReply(failure.kind, failure.reason)
+        report = Report.from_config(metrics)
         arrays = take(reply)
         payload = payload_bytes(arrays)
         sent.up.check(arrays, sent.weights)
+    except RefusedReply:
+        raise
     except Exception as error:  # foreign bytes: NumPy's reader raises a dozen kinds
         reason = str(error) if isinstance(error, WireError) else f"it cannot be read: {error!r}"
         raise RefusedReply("malformed", reason) from error

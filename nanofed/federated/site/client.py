@@ -16,12 +16,12 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from nanofed.errors import NanofedError
-from nanofed.federated.site.trainer import LocalTrainer
+from nanofed.federated.site.trainer import LeaseTooShort, LocalTrainer
 from nanofed.federated.site.weights_client import RoundOver, WeightsClient
 from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.freight import Freight
 from nanofed.federated.wire.lateness import is_over
-from nanofed.federated.wire.messages import Instructions
+from nanofed.federated.wire.messages import Failure, Instructions
 from nanofed.federated.wire.names import SAFE_NAME
 
 
@@ -107,7 +107,12 @@ class TrainerClient(NumPyClient):
             measured = self._evaluate(arrays, asked)[2]
             if (deadline := instructions.deadline_seconds) is not None:
                 instructions = replace(instructions, deadline_seconds=deadline - (time.monotonic() - began))
-        trained, report = self._trainer.fit(arrays, instructions)
+        try:
+            trained, report = self._trainer.fit(arrays, instructions)
+        except NanofedError as error:
+            if not isinstance(error, LeaseTooShort) and not isinstance(error.__cause__, LeaseTooShort):
+                raise
+            return [], 0, Failure(**instructions.repeated(), kind="lease", reason=str(error)).to_config()
         if freight is not None and self._weights_client is not None:
             with suppress(RoundOver):  # then the answer is late, and the server will say so
                 self._weights_client.deliver(freight, trained, self._arrived + freight.seconds)

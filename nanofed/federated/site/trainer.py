@@ -26,7 +26,7 @@ from nanofed.federated.site.states import Saved, StateFolder
 from nanofed.federated.wire.blocks import all_finite, flat
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
 from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
-from nanofed.federated.wire.messages import LEASE_TOO_SHORT, Hello, Instructions, Report
+from nanofed.federated.wire.messages import Hello, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
@@ -36,6 +36,10 @@ from nanofed.training.strategy import send_weights
 logger = logging.getLogger(__name__)
 
 Arrays = list[npt.NDArray[np.generic]]
+
+
+class LeaseTooShort(NanofedError):
+    """The leased rows ended before the first optimizer step; a longer lease would help."""
 
 
 class LocalTrainer(Protocol):
@@ -185,7 +189,7 @@ class FabricTrainer:
         payload: Arrays = []
         with ranks.together():
             if result.steps == 0 or module.data_state is None:
-                raise NanofedError(LEASE_TOO_SHORT)
+                raise LeaseTooShort("the leased rows hold too little text for one optimizer step")
             if not np.isfinite(losses).all():
                 step = int(np.argmin(np.isfinite(losses)))
                 raise NanofedError(f"the training loss is {losses[step]} at step {step + 1} of the round")
@@ -198,11 +202,7 @@ class FabricTrainer:
         unwritten, before = self.states.unwritten, self._unwritten
         self._unwritten = unwritten
         return payload, Report(
-            run=instructions.run,
-            round=instructions.round,
-            client=instructions.client,
-            nonce=instructions.nonce,
-            base_hash=instructions.base_hash,
+            **instructions.repeated(),
             payload_hash=hash_arrays(payload),
             steps=result.steps,
             tokens=result.tokens,

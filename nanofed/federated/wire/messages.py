@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 import nanofed
 from nanofed.data.identity import DataIdentity
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from nanofed.data.datamodule import TokenDataModule
     from nanofed.training.module import GPTModule
 
-# In a client's failure: its next lease is longer.
-LEASE_TOO_SHORT = "the leased rows hold too little text for one optimizer step"
 KEY = "nanofed"  # of the JSON string in Flower's config and metrics dictionaries, where a message has no key of its own
 MAX_JSON = 16 << 20  # bytes; a best-fit data state of 64 streams stays far below
 MAX_TEXT = 200  # characters of a version or a shard's name
@@ -121,6 +119,10 @@ def _value(kind: Any, name: str, plain: Any) -> Any:
     args = get_args(kind) if origin else ()
     if origin is UnionType:  # X | None
         return None if plain is None else _value(args[0], name, plain)
+    if origin is Literal:
+        if plain not in args:
+            raise ValueError(f"{name} is {repr(plain)[:80]}, not {' or '.join(args)}")
+        return plain
     if kind in (SiteShard, RowRange):
         return _object(kind, name, plain)
     known = JSON_KINDS.get(origin or kind, (origin or kind,))
@@ -258,6 +260,10 @@ class RoundMessage(WireMessage):
     nonce: str
     base_hash: str
 
+    def repeated(self) -> dict[str, Any]:
+        """Return what the answer to this message repeats, by field."""
+        return {field.name: getattr(self, field.name) for field in fields(RoundMessage)}
+
 
 @dataclass(frozen=True)
 class Instructions(RoundMessage):
@@ -319,3 +325,18 @@ class Report(RoundMessage):
     exhausted: bool
     data: DataState
     unwritten: bool = False
+
+
+@dataclass(frozen=True)
+class Failure(RoundMessage):
+    """Why a client sends no update, where the server can do something about it; any other failure is an error of Flower's.
+
+    Attributes:
+        kind: `lease`: the leased rows hold too little text for one optimizer step, and the next lease should be longer.
+        reason: the failure in words.
+    """
+
+    key: ClassVar[str] = "nanofed.failure"
+
+    kind: Literal["lease"]
+    reason: str
