@@ -5,7 +5,7 @@ import json
 import random
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +16,8 @@ from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
 from nanofed.federated.server.carriage import arrays_in
 from nanofed.federated.server.validation import RefusedReply, Update, check_reply
+from nanofed.federated.site.client import TrainerClient
+from nanofed.federated.site.trainer import LeaseTooShort
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY
 from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, sent, weights, with_json
@@ -315,3 +317,16 @@ def test_no_corruption_reaches_the_model_and_none_raises_anything_else(count: Ca
             assert getattr(update.report, field) == getattr(honest, field), (seed, field)
             assert type(getattr(update.report, field)) is type(getattr(honest, field))
     assert harmless < number / 5, f"{harmless} of {number}"
+
+
+def test_a_lease_that_was_too_short_is_told_from_other_failures() -> None:
+    class Trainer:
+        def fit(self, arrays: Any, asked: Any) -> Any:
+            raise LeaseTooShort("no text")
+
+    asked = instructions()
+    client = TrainerClient(cast(Any, Trainer()), asked.client)
+    _, _, metrics = client.fit([], asked.to_config())
+    with pytest.raises(RefusedReply, match="no text") as refused:
+        check(reply(metrics=metrics))
+    assert refused.value.kind == "lease"
