@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -192,8 +193,9 @@ def evaluate(
         module.eval_tokens = eval_tokens
     check_data_options(module)
     metric = BitsPerByte(torch.tensor(loaded.tokenizer.token_bytes)).to(device)
-    batches = ((batch.inputs, batch.targets) for batch in module.validation_loader())
-    return evaluate_bits_per_byte(loaded.model, batches, metric, device)
+    with closing(iter(module.validation_loader())) as text:
+        batches = ((batch.inputs, batch.targets) for batch in text)
+        return evaluate_bits_per_byte(loaded.model, batches, metric, device)
 
 
 def federate(

@@ -7,7 +7,8 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,13 +174,15 @@ class ServerModel:
 
     def bits_per_byte(self) -> float:
         """Return bits per byte of the loaded weights on the validation shard."""
-        return evaluate_bits_per_byte(self._gpt, self._batches(), self._metric, self._device)
+        with closing(self._batches()) as batches:
+            return evaluate_bits_per_byte(self._gpt, batches, self._metric, self._device)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._data.validation_loader():
-            if self.stopped.is_set():
-                raise InterruptedError("the run has ended: the figure is not needed")
-            yield batch.inputs, batch.targets
+    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        with closing(iter(self._data.validation_loader())) as text:  # an error leaves no thread that reads ahead
+            for batch in text:
+                if self.stopped.is_set():
+                    raise InterruptedError("the run has ended: the figure is not needed")
+                yield batch.inputs, batch.targets
 
     def sample(self, prompt: str, max_tokens: int = SAMPLE_TOKENS) -> str:
         """Return what the loaded weights say after a prompt, the likeliest token each time."""
