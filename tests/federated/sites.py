@@ -300,7 +300,8 @@ class Trainer:
             raise RefusedByWorker(reply.error.reason)
         configs, arrays = reply.content.config_records, reply.content.array_records
         metrics = dict(configs.get(f"{record}res.metrics") or configs.get(f"{record}res.properties") or {})
-        return [from_flower(a) for a in (arrays.get("fitres.parameters") or {}).values()], metrics
+        found = (arrays.get("fitres.parameters") or {}).values()
+        return [from_flower(a) for a in found if a.data], metrics  # Flower sends an empty one in the place of none
 
     def ask(self, instructions: Instructions, weights: Arrays, wait: float = 120.0) -> tuple[Arrays, Report]:
         """Have a round trained.
