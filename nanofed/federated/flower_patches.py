@@ -15,7 +15,7 @@ from nanofed.errors import NanofedError
 
 FIRST_WAIT = 0.1  # seconds
 GROWTH = 1.2  # of the wait from one look to the next: 3 s after 19 looks in 17 s
-REST_SECONDS = 30.0  # that the next piece of an answer may take, on one machine
+REST_SECONDS = 10.0  # that the next piece of an answer may take, on one machine
 HEARTBEAT_SECONDS = 5.0  # a task is given up after two of them without a word; the worker sends one a second
 
 
@@ -105,6 +105,55 @@ def give_up_unfinished_answers(start_client_internal: ModuleType) -> None:
     vars(start_client_internal)["_push_messages"] = push_messages
 
 
+class _Found:
+    """A SuperNode's state as the sender of answers reads it: answers that were found before come first."""
+
+    def __init__(self, state: Any, found: list[Any]) -> None:
+        self._state = state
+        self._found = found
+
+    def get_messages_legacy(self, **which: Any) -> list[Any]:
+        found = self._found.copy()
+        self._found.clear()
+        return found or list(self._state.get_messages_legacy(**which))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def answer_at_any_time(start_client_internal: ModuleType) -> None:
+    """Let a SuperNode send an answer also where no message was received just before it.
+
+    Flower sends one answer for each message, the next that is there. Where it has answered for a message of an earlier run, the
+    answer to the message that is worked on would wait for the next round's message, and so would every later one.
+    Test: `tests/federated/test_flower_patches.py::test_an_answer_too_many_does_not_hold_up_those_of_later_rounds`.
+
+    Raises:
+        NanofedError: this version of Flower sends answers in another way.
+    """
+    pull = getattr(start_client_internal, "_pull_and_store_message", None)
+    push = getattr(start_client_internal, "_push_messages", None)
+    same = all(call is not None and "state" in inspect.signature(call).parameters for call in (pull, push))
+    _need(same, "sends answers in another way")
+    assert pull is not None and push is not None
+    found: list[Any] = []
+
+    @functools.wraps(pull)
+    def pull_message(*, state: Any, **others: Any) -> int | None:
+        run_id: int | None = pull(state=state, **others)
+        if run_id is None:
+            found.extend(state.get_messages_legacy(is_reply=True))
+            run_id = int(found[0].metadata.run_id) if found else None
+        return run_id  # None: there is nothing to send
+
+    @functools.wraps(push)
+    def push_messages(*, state: Any, **others: Any) -> None:
+        push(state=_Found(state, found), **others)
+
+    vars(start_client_internal)["_pull_and_store_message"] = pull_message
+    vars(start_client_internal)["_push_messages"] = push_messages
+
+
 def notice_dead_workers_sooner(in_memory_corestate: ModuleType) -> None:
     """Let a SuperNode answer for a worker that is dead after 10 s without a heartbeat, not after 60.
 
@@ -118,8 +167,12 @@ def notice_dead_workers_sooner(in_memory_corestate: ModuleType) -> None:
     names["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS
 
 
-def ask_again_soon(module: ModuleType) -> None:
+def ask_again_soon(module: ModuleType, name: str = "pull_objects") -> None:
     """Let one of Flower's modules ask for an object that is not there yet after 50 ms again, and then every second at least.
+
+    Args:
+        module: Flower's.
+        name: of the function in it that pulls objects.
 
     A message is there before what is in it; Flower's own waits, for each object, are 1, 2, 4 s and up to 10 s.
     Test: `tests/federated/test_flower_patches.py::test_an_object_that_is_late_is_asked_for_again_soon`.
@@ -127,9 +180,7 @@ def ask_again_soon(module: ModuleType) -> None:
     Raises:
         NanofedError: this version of Flower pulls objects in another way.
     """
-    pull = getattr(module, "pull_objects", None)
+    pull = getattr(module, name, None)
     _need(callable(pull), f"pulls objects in another way: {module.__name__} does not")
     assert pull is not None
-    vars(module)["pull_objects"] = functools.partial(
-        pull, initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None
-    )
+    vars(module)[name] = functools.partial(pull, initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None)

@@ -160,11 +160,11 @@ def test_round_counts_every_second_and_byte(corpus: str, capsys: pytest.CaptureF
     payload = 2 * result["parameters"]
     for way in ("bytes_down", "bytes_up"):
         assert payload < result[way] < 1.1 * payload + 1e5
-    seen = {"superlink", "serverapp", "supernode", "superexec", "clientapp", "trainer"}
+    seen = {"superlink", "serverapp", "supernode", "superexec", "worker"}
     assert seen <= result["peak_rss_mb"].keys()
     assert max(result["peak_rss_mb"].values()) < result["peak_rss_mb_together"]
     assert all(
-        result["cpu_seconds"][name] > 0 for name in ("superlink", "serverapp", "clientapp")
+        result["cpu_seconds"][name] > 0 for name in ("superlink", "serverapp", "worker")
     )  # others wait most of it
 
 

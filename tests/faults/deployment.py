@@ -20,7 +20,6 @@ import yaml
 from nanofed.data.shards import open_dataset
 from nanofed.federated.processes import marked_sessions, members
 
-# from nanofed.federated.site.channel import call
 # from nanofed.federated.site.supervisor import socket_path
 from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_state, read_weights
 from tests.ranks import REPOSITORY, in_time

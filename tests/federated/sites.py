@@ -23,6 +23,7 @@ import uvicorn
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
@@ -155,8 +156,13 @@ class SuperNode:
         self.close()
         self._start()
 
-    def send(self, kind: str, content: RecordDict, ttl: float = 3600.0, sent: float | None = None) -> str:
-        """Lay a message down as Flower's own loop does when it has received one, and return its id."""
+    def send(
+        self, kind: str, content: RecordDict, ttl: float = 3600.0, sent: float | None = None, *, whole: bool = True
+    ) -> str:
+        """Lay a message down as Flower's own loop does when it has received one, and return its id.
+
+        One that is not whole is what is left of a message whose run has ended while it was received.
+        """
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN, 1
         run = Run.create_empty(run_id=RUN)
         run.fab_hash = hashlib.sha256(self.bundle).hexdigest()
@@ -168,7 +174,12 @@ class SuperNode:
         if sent is not None:
             message.metadata.__dict__["_created_at"] = sent
         self._state.create_task(task_type=TaskType.CLIENT_APP, run_id=RUN, fab_hash=run.fab_hash)
-        start_client_internal._insert_message(message, self._state, self._objects)
+        if whole:
+            start_client_internal._insert_message(message, self._state, self._objects)
+        else:
+            message.metadata.__dict__["_message_id"] = message.object_id
+            self._state.store_message(message)
+            self._objects.preregister(RUN, get_object_tree(message))
         return message.metadata.message_id
 
     def reply(self, message_id: str, seconds: float) -> Message:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime, timedelta
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from flwr.proto.message_pb2 import ObjectTree
@@ -98,6 +99,56 @@ def test_a_task_without_heartbeats_is_answered_for_soon(monkeypatch: pytest.Monk
     assert state.get_task_by_token(token) is None
     with pytest.raises(NanofedError, match="watches tasks in another way"):
         flower_patches.notice_dead_workers_sooner(ModuleType("another"))
+
+
+def test_an_answer_too_many_does_not_hold_up_those_of_later_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own loop and store of messages: a client answers after Flower has answered for it."""
+    store, sent, pulled = InMemoryObjectStore(verify=False), list[str](), list[str]()
+    state = InMemoryNodeState(store)
+
+    def answer(name: str) -> None:
+        metadata = SimpleNamespace(
+            message_id=name * 64, reply_to_message_id=name, group_id="1", run_id=7, message_type="train"
+        )
+        state.store_message(SimpleNamespace(metadata=metadata))  # type: ignore[arg-type]
+        store.preregister(7, ObjectTree(object_id=name * 64))
+
+    def pull(state: Any) -> int | None:
+        return 7 if pulled and pulled.pop() else None
+
+    def push(state: Any, object_store: Any) -> None:
+        while not (found := state.get_messages_legacy(is_reply=True)):
+            raise AssertionError("Flower's would wait here")
+        sent.extend(message.metadata.message_id[0] for message in found)
+
+    module: Any = SimpleNamespace(_pull_and_store_message=pull, _push_messages=push)
+    flower_patches.answer_at_any_time(module)
+
+    def look() -> None:
+        """One turn of Flower's main loop."""
+        if module._pull_and_store_message(state=state) is not None:
+            module._push_messages(state=state, object_store=store)
+
+    look()
+    assert sent == []
+    answer("a")
+    pulled.append("b")
+    look()  # the message of the next round finds the answer that is too many
+    assert sent == ["a"]
+    look()
+    answer("b")
+    look()  # its own is sent when it is there, without another message
+    assert sent == ["a", "b"]
+    with pytest.raises(NanofedError, match="another way"):
+        flower_patches.answer_at_any_time(ModuleType("another"))
+    flower_patches.answer_at_any_time(vars_of(monkeypatch))
+
+
+def vars_of(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return Flower's module, which is as it was when the test ends."""
+    for name in ("_pull_and_store_message", "_push_messages"):
+        monkeypatch.setattr(start_client_internal, name, getattr(start_client_internal, name))
+    return start_client_internal
 
 
 @pytest.mark.parametrize("module", [start_client_internal, http_grid])

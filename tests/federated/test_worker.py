@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from flwr.app import ConfigRecord, RecordDict
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
@@ -168,6 +169,16 @@ def test_an_aborted_round_leaves_no_trace(
     if how == "newer":
         assert "the round was aborted: a newer message arrived" in str(old.wait().error)
     assert same(rounds.weights, expected.weights) and rounds.data == expected.data
+
+
+def test_a_message_whose_content_never_comes_holds_up_no_later_one(trainer: Trainer, rounds: Rounds) -> None:
+    """Of a run that ended while the SuperNode received it."""
+    trainer.supernode.send(
+        "get_properties", RecordDict({"getpropertiesins.config": ConfigRecord({"a": 1})}), whole=False
+    )
+    time.sleep(1.0)
+    trainer.train(rounds)
+    assert "a message could not be taken" in trainer.output
 
 
 @pytest.mark.parametrize("secret", [None, b"another"], ids=["without", "wrong"])

@@ -203,8 +203,10 @@ class _Service:
                 )
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (crashes - 1))
             logger.warning("the run ended (%s); it goes on from round %d in %.0f s", failure, now, pause)
-            end_marked(self._link.marker, "flwr-serverapp")
             time.sleep(pause)
+            end_marked(
+                self._link.marker, "flwr-serverapp"
+            )  # now: one that was being started when the run ended has its name
 
     def _write_app(self) -> None:
         """Write the bundle that Flower runs, of the sources that run here; for each run, since somebody may have changed it."""

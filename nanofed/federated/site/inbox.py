@@ -14,6 +14,7 @@ import time
 import httpx
 from flwr.app import Context, Message
 from flwr.common.constant import SubStatus
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import (
@@ -22,9 +23,13 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supernode.runtime import run_clientapp
+
+from nanofed.errors import NanofedError
+from nanofed.federated.flower_patches import ask_again_soon
 
 logger = logging.getLogger(__name__)
+ask_again_soon(run_clientapp, "pull_and_inflate_object_from_tree")
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 IDLE_PAUSE = 0.1  # seconds between two looks for a message
@@ -40,7 +45,15 @@ class Task:
 
     def __init__(self, client: RuntimeHttpClient) -> None:
         self._client = client
+        self._pull = client.PullObject
+        client.PullObject = self._pull_object  # type: ignore[method-assign]
         self.cancelled: str | None = None
+
+    def _pull_object(self, request: PullObjectRequest) -> PullObjectResponse:
+        """Pull a part of the message; what a run that has ended left behind never comes, and would be waited for for ever."""
+        if self.cancelled is not None:
+            raise NanofedError(f"the message is given up: {self.cancelled}")
+        return self._pull(request)
 
     def cancel(self, reason: str) -> None:
         """Say that the answer is not wanted any more; the first reason stays."""
@@ -50,9 +63,10 @@ class Task:
         """Return the message, the run's context and the app's bundle.
 
         Raises:
+            NanofedError: the task was cancelled before all of the message was there.
             httpx.HTTPError: the SuperNode is gone, or has given the task to nobody any more.
         """
-        message, context, _, bundle = pull_task_input(self._client)
+        message, context, _, bundle = run_clientapp.pull_task_input(self._client)
         return message, context, bundle.content
 
     def heartbeat(self) -> None:
@@ -71,8 +85,12 @@ class Task:
         Raises:
             httpx.HTTPError: the SuperNode is gone, or has answered for this process.
         """
-        push_message(self._client, reply, context)
-        push_task_output(self._client, None, SubStatus.COMPLETED, "")
+        run_clientapp.push_message(self._client, reply, context)
+        run_clientapp.push_task_output(self._client, None, SubStatus.COMPLETED, "")
+
+    def give_up(self) -> None:
+        """End the task without an answer."""
+        run_clientapp.push_task_output(self._client, None, SubStatus.FAILED, "the message could not be taken")
 
     def close(self) -> None:
         """Close the connection to the SuperNode."""

@@ -194,6 +194,7 @@ def lead(options: WorkerOptions, inbox: Inbox, trainer: WorkerTrainer, progress:
             message, context, bundle = task.receive()
         except Exception as error:
             logger.warning("a message could not be taken: %s", error)
+            task.give_up()
             continue
         try:
             check_bundle(bundle)
