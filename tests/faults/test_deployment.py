@@ -47,12 +47,11 @@ def test_a_worker_is_killed(federation: Deployment, moment: str) -> None:
         time.sleep(1.0)
     since, before, merged = time.time(), federation.round(), federation.merged("lab-a")
     (killed,) = lab.kill("site.worker")
-    seconds = federation.until(
-        lambda: bool(set(lab.pids("site.worker")) - {killed}), "worker in place of the killed one", in_time(10)
-    )
-    assert seconds < in_time(5)
     if moment == "in its upload":
         lab.kill("site.supernode", signal.SIGCONT)
+    federation.until(  # one that dies often is started later each time
+        lambda: bool(set(lab.pids("site.worker")) - {killed}), "worker in place of the killed one", in_time(20)
+    )
     federation.reach(before + 1, in_time(45))  # with the other site's update
     if moment == "while it trains":  # the SuperNode answers for it after ten seconds
         federation.until(
