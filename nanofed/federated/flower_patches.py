@@ -170,12 +170,12 @@ def notice_dead_workers_sooner(in_memory_corestate: ModuleType) -> None:
 def ask_again_soon(module: ModuleType, name: str = "pull_objects") -> None:
     """Let one of Flower's modules ask for an object that is not there yet after 50 ms again, and then every second at least.
 
-    Args:
-        module: Flower's.
-        name: of the function in it that pulls objects.
-
     A message is there before what is in it; Flower's own waits, for each object, are 1, 2, 4 s and up to 10 s.
     Test: `tests/federated/test_flower_patches.py::test_an_object_that_is_late_is_asked_for_again_soon`.
+
+    Args:
+        module: a module of Flower that pulls objects.
+        name: name of the function in that module which pulls objects.
 
     Raises:
         NanofedError: this version of Flower pulls objects in another way.

@@ -7,6 +7,7 @@ import math
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Measurement:
         return Point(self.round, self.tokens, round(self.train_seconds, 3), bpb)
 
 
-class RoundEvaluator:
+class RoundEvaluator(ABC):
     """Has the weights after a round evaluated, and writes the figure under that round whenever it comes.
 
     Args:
@@ -97,19 +98,19 @@ class RoundEvaluator:
         elif number % self._options.eval_every == 0:
             self.start(state)
 
+    @abstractmethod
     def start(self, state: State, *, last: bool = False) -> None:
         """Have the weights evaluated as they are; the last ones of a run at once."""
-        raise NotImplementedError
 
     def end(self, state: State) -> None:
         """Evaluate the last weights of a run, if they have no figure yet: its last round was an empty one."""
         if self.round != state.clock.round:
             self.start(state, last=True)
 
-    def collect(self, state: State, *, wait: bool = False) -> None:
+    def collect(self, state: State, *, wait: bool = False) -> None:  # noqa: B027  a kind overrides the hooks that it needs
         """Write a figure that is ready; with `wait`, also one that is under way."""
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027
         """End what is under way."""
 
     def requests(self, instructions: Mapping[str, Instructions]) -> Mapping[str, Evaluate]:
@@ -120,7 +121,7 @@ class RoundEvaluator:
         """Take what a client's reply says of its evaluation, and return the seconds that the client spent on it."""
         return 0.0
 
-    def end_round(self, state: State, *, merged: bool) -> None:
+    def end_round(self, state: State, *, merged: bool) -> None:  # noqa: B027
         """Write what the clients of a round have measured, now that no more replies come.
 
         Args:

@@ -19,7 +19,7 @@ class SiteOptions:
 
     Attributes:
         superlink: `host:port` of the server.
-        name: of the site, the same as long as it takes part.
+        name: name of the site, the same as long as it takes part.
         authority: certificate of the server's CA; without one plain HTTP, on loopback only.
         key: the site's private key; the server knows the public one.
         folder: what the site keeps: optimizer state, logs, its lock.
@@ -45,15 +45,15 @@ class WorkerOptions:
     """What the supervisor tells its worker.
 
     Attributes:
-        name: of the site.
-        folder: the site's; optimizer states are kept in it.
+        name: name of the site.
+        folder: folder of the site, which keeps its optimizer states in it.
         supernode: `host:port` of the SuperNode's runtime API.
         secret: file with what the SuperNode wants to know of who takes messages.
         server: `host:port` of the server, for weights.
         authority: certificate of the server's CA; None for plain HTTP.
         key: the site's private key; None where the server knows none.
         progress: path of the supervisor's `Page`.
-        supervisor: its process; the worker ends with it.
+        supervisor: process id of the supervisor, with which the worker ends; 0 for none.
     """
 
     name: str
@@ -95,7 +95,7 @@ def site_options(
 
     Args:
         superlink: `host:port`.
-        name: of the site.
+        name: name of the site.
         keys: the folder that `nanofed server init` hands out for a site.
         devices: of this machine.
         state: the site's folder; by default `sites/NAME` in the cache folder.

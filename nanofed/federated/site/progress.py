@@ -31,7 +31,7 @@ class Progress:
     - `at`: when this was written, in seconds of the machine's monotonic clock.
 
     Args:
-        page: file of `Page`; None for nobody who watches.
+        page: path of the supervisor's `Page`; None where nobody watches.
     """
 
     def __init__(self, page: str | None) -> None:
@@ -89,10 +89,10 @@ class Page:
     """Where a worker writes how far it is: memory with a path, so that a full disk does not make it look dead.
 
     Args:
-        folder: of the site, for a machine without files in memory.
+        folder: folder of the site, used on a machine that has no files in memory.
 
     Attributes:
-        path: for the worker.
+        path: path under which the worker opens the page.
     """
 
     def __init__(self, folder: Path) -> None:
