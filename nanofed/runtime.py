@@ -321,6 +321,17 @@ def seconds_to_hold_back() -> float:
     return 10.0 + launched.local_rank
 
 
+def process_lives(pid: int) -> bool:
+    """Tell whether a process of this machine is there, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's, but there
+        return True
+    return True
+
+
 def launcher_is_gone() -> bool:
     """Tell whether this process is a rank whose launcher has ended: torchrun's agent, or the first rank of the node.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
+from collections import deque
 
 import httpx
 from flwr.app import Context, Message
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 ask_again_soon(run_clientapp, "pull_and_inflate_object_from_tree")
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+ACQUIRE_ANY = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
 IDLE_PAUSE = 0.1  # seconds between two looks for a message
 BUSY_PAUSE = 1.0  # seconds between two heartbeats, and looks for a newer message, while one is worked on
 
@@ -76,7 +77,7 @@ class Task:
                 self.cancel("the SuperNode has given it up")
         except (httpx.ConnectError, httpx.HTTPStatusError):
             self.cancel("its SuperNode is gone")
-        except (httpx.HTTPError, RuntimeError) as error:  # it is slow, or the task has just been closed
+        except Exception as error:  # it is slow, or the task has just been closed
             logger.debug("a heartbeat failed: %s", error)
 
     def answer(self, reply: Message, context: Context) -> None:
@@ -113,7 +114,7 @@ class Inbox:
         auth = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
         self._supernode = self._connect(auth)
         self._changed = threading.Condition()
-        self._waiting: Task | None = None
+        self._waiting: deque[Task] = deque()
         self._current: Task | None = None
         self._said = ""
         threading.Thread(target=self._look, name="nanofed-inbox", daemon=True).start()
@@ -128,29 +129,32 @@ class Inbox:
             if self._current is not None:
                 self._current.close()
             self._current = None
-            while self._waiting is None:
+            self._changed.notify_all()  # the thread looks more often now
+            while not self._waiting:
                 self._changed.wait()
-            self._current, self._waiting = self._waiting, None
+            self._current = self._waiting.popleft()
             return self._current
 
     def _look(self) -> None:
         while True:
             try:
-                found = self._supernode.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+                token = self._supernode.AcquireTask(ACQUIRE_ANY).token
                 self._said = ""
-            except httpx.HTTPError as error:  # it starts, or is started again
+            except (
+                Exception
+            ) as error:  # no SuperNode yet, or none any more: this thread must outlive all that it is answered
                 if str(error) != self._said:
-                    logger.info("no SuperNode at %s: %s", self._address, error)
-                self._said, found = str(error), None
+                    logger.info("no message can be taken from the SuperNode at %s: %s", self._address, error)
+                self._said, token = str(error), ""
             with self._changed:
-                if found is not None and found.token:
-                    if self._current is not None:
-                        self._current.cancel("a newer message arrived")
-                    if self._waiting is not None:
-                        self._waiting.close()
-                    self._waiting = Task(self._connect(RuntimeTokenHttpInterceptor(found.token)))
-                    self._changed.notify()
-                open_tasks = [task for task in (self._current, self._waiting) if task is not None]
-            for task in open_tasks:
+                tasks = [*([] if self._current is None else [self._current]), *self._waiting]
+                if token:
+                    for task in tasks:
+                        task.cancel("a newer message arrived")
+                    self._waiting.append(Task(self._connect(RuntimeTokenHttpInterceptor(token))))
+                    tasks.append(self._waiting[-1])
+                    self._changed.notify_all()
+            for task in tasks:
                 task.heartbeat()
-            time.sleep(BUSY_PAUSE if open_tasks else IDLE_PAUSE)
+            with self._changed:
+                self._changed.wait(IDLE_PAUSE if self._current is None else BUSY_PAUSE)

@@ -279,21 +279,10 @@ def build(args: Sequence[str], states: Path) -> tuple[FabricTrainer, int]:
 
 def _end_with(supervisor: int) -> None:
     """End this rank when torchrun's agent, the first rank, or the process that watches the worker is gone."""
-    while not runtime.launcher_is_gone() and _lives(supervisor):
+    while not runtime.launcher_is_gone() and (not supervisor or runtime.process_lives(supervisor)):
         time.sleep(LAUNCHER_POLL)
     logger.error("the process that started this worker is gone: it ends")
     os._exit(1)  # the main thread may stand in a collective
-
-
-def _lives(pid: int) -> bool:
-    try:
-        if pid:
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def run() -> Any:

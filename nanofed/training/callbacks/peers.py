@@ -18,6 +18,8 @@ import torch.distributed as dist
 from lightning import Trainer
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
+from nanofed import runtime
+
 # In the ranks' store:
 FAILED = "nanofed/failed"  # the first failure, by which all of them end
 HEARD = "nanofed/heard"  # how many ranks know of it
@@ -107,12 +109,8 @@ class Peers:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 return Failure(self.rank, max(code, 1), f"rank {self.rank + local_rank} {how}")
         for rank, pid in self._pids.items() if not children else ():
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
+            if not runtime.process_lives(pid):
                 return Failure(self.rank, 1, f"rank {rank} (process {pid}) has died")
-            except PermissionError:  # another user's, but there
-                continue
         return None
 
     def announce(self, failure: Failure) -> Failure:
