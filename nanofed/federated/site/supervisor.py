@@ -32,7 +32,7 @@ def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[],
 
     Args:
         options: who the site is, and where its server is.
-        arguments: of `nanofed federate`, for the worker.
+        arguments: command-line arguments of `nanofed federate`, which the worker parses.
         alive: asked every second; False ends the site.
 
     Raises:

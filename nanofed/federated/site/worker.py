@@ -16,9 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import httpx
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Error, Message
@@ -148,8 +147,8 @@ class SiteTrainer:
 
     @contextmanager
     def _on_all_ranks(self, asked: Instructions | Evaluate) -> Iterator[None]:
-        self._trainer.ranks.from_first(asked)
         try:
+            self._trainer.ranks.from_first(asked)
             yield
         except Agreed:
             raise
@@ -208,7 +207,7 @@ def lead(options: WorkerOptions, inbox: Inbox, trainer: WorkerTrainer, progress:
         progress.say(state="idle")
         try:
             task.answer(reply, context)
-        except httpx.HTTPError as error:
+        except Exception as error:  # the SuperNode is gone, or has answered for this process
             logger.warning("an answer cannot be handed over: %s", error)
         del message, reply
         if trainer.broken is not None:
@@ -222,7 +221,7 @@ def main(args: Sequence[str]) -> int:
     logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
     logging.getLogger("nanofed").setLevel(logging.INFO)
     try:
-        options = WorkerOptions.from_json(args[0])
+        options = WorkerOptions.from_json(args[0] if args else "")
         threading.Thread(target=_end_with, args=(options.supervisor,), name="nanofed-orphan", daemon=True).start()
         first = runtime.is_first_rank()
         progress = Progress(options.progress if first else None)
@@ -245,7 +244,7 @@ def build(args: Sequence[str], states: Path) -> tuple[FabricTrainer, int]:
     """Return this rank's trainer, and the tokens of a micro-batch on all ranks.
 
     Args:
-        args: of `nanofed federate`.
+        args: command-line arguments of `nanofed federate`.
         states: folder of the optimizer states.
 
     Raises:
@@ -285,10 +284,5 @@ def _end_with(supervisor: int) -> None:
     os._exit(1)  # the main thread may stand in a collective
 
 
-def run() -> Any:
-    """Run the command line's worker."""
-    return main(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main(sys.argv[1:]))
