@@ -212,7 +212,8 @@ def federate(
         ConfigError: a wrong option, or a run of that name is there already.
         DataError: no shards or no tokenizer.
     """
-    from nanofed.federated.run import Federation, run_in_process
+    from nanofed.federated.federation import Federation
+    from nanofed.federated.runtimes.in_process import run_in_process
 
     if config is None and not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args):
         config = runtime.config_file("tiny_federated.yaml")
@@ -222,7 +223,7 @@ def federate(
 
         return run_simulation(federation)
     if federation.config.runtime == "deployment":
-        from nanofed.federated.runtimes.rehearsal import run_deployment
+        from nanofed.federated.deploy.local_deployment import run_deployment
 
         return run_deployment(federation)
     return run_in_process(federation)
@@ -250,8 +251,8 @@ def serve(
         DataError: no shards or no tokenizer.
         NanofedError: the run crashed again and again.
     """
-    from nanofed.federated.run import Federation
-    from nanofed.federated.runtimes.deployment import ServerOptions, run_server
+    from nanofed.federated.deploy.server import ServerOptions, run_server
+    from nanofed.federated.federation import Federation
 
     federation = Federation.from_args([*arguments(config, overrides or {}), *args])
     return run_server(federation, ServerOptions(listen, None if keys is None else str(keys)))
@@ -284,8 +285,8 @@ def join(
         ConfigError: a wrong option, an address on the network without keys, the same site running already.
         DataError: no shards or no tokenizer.
     """
+    from nanofed.federated.deploy.site import run_site
     from nanofed.federated.site.options import site_options
-    from nanofed.federated.site.supervisor import run_site
 
     options = site_options(superlink, name, keys=keys, devices=devices, state=state)
     run_site(options, [*arguments(config, overrides or {}), *args])

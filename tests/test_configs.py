@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanofed.federated.arguments import Arguments
-from nanofed.federated.config import FederationConfig
+from nanofed.federated.config import Arguments, FederationConfig
 from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe, accumulation_steps

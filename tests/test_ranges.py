@@ -15,8 +15,7 @@ import nanofed
 from nanofed import cli
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
-from nanofed.federated.arguments import FabricOptions, build_parser
-from nanofed.federated.config import FederationConfig
+from nanofed.federated.config import FabricOptions, FederationConfig, build_parser
 from nanofed.ranges import Count, Range, Seed, check_number, ranged
 from nanofed.training.callbacks.watchdog import Limits
 from nanofed.training.config_errors import parse

@@ -56,7 +56,7 @@ def _init(argv: list[str]) -> int:
         help="issue these sites' keys anew, and with --host or without --site the server's certificate; a running server goes on",
     )
     options = parser.parse_args(argv)
-    from nanofed.federated.server.keys import init
+    from nanofed.federated.deploy.keys import init
 
     keys = init(options.keys, options.host, options.site, days=options.days, force=options.force)
     host = keys.hosts()[0]

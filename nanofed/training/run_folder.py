@@ -172,7 +172,7 @@ def _check_replaceable(run: Path, marker: Marker | None) -> None:
             f"{run} is no run of this nanofed (it has no {MARKER}), and --overwrite true replaces nothing else: move it away "
             "yourself, or choose another --name"
         )
-    for name in (*_OWN_FOLDERS, "server/depot"):
+    for name in (*_OWN_FOLDERS, "server/weights"):
         if (run / name).is_symlink():
             raise ConfigError(
                 f"{run / name} is a link to {(run / name).readlink()}: --overwrite true does not follow it; remove it "
@@ -181,13 +181,13 @@ def _check_replaceable(run: Path, marker: Marker | None) -> None:
 
 
 def _taken(run: Path) -> str | None:
-    """Return what lies in a folder under a name that nanofed writes to; `server/depot` may be made before (README)."""
+    """Return what lies in a folder under a name that nanofed writes to; `server/weights` may be made before (README)."""
     for path in sorted(run.iterdir()):
         if _OURS.fullmatch(path.name):
             return path.name
         if path.name in _OWN_FOLDERS and not path.is_dir():
             return f"{path.name}, which is no folder"
-        if path.name in _OWN_FOLDERS and any(below.name != "depot" for below in path.iterdir()):
+        if path.name in _OWN_FOLDERS and any(below.name != "weights" for below in path.iterdir()):
             return path.name
     return None
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nanofed.data.rows import RowPlan
-from nanofed.federated.arguments import Arguments
+from nanofed.federated.config import Arguments
 from nanofed.federated.site.inbox import Task
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation

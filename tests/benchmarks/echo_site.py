@@ -9,8 +9,8 @@ import argparse
 import logging
 from dataclasses import replace
 
+from nanofed.federated.deploy.site import run_site
 from nanofed.federated.site.options import site_options
-from nanofed.federated.site.supervisor import run_site
 
 WORKER = "tests.benchmarks.echo_worker"
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.processes import ended_by_signals
+from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.summary import Summary
 from tests.benchmarks.corpus import default_data, tokenizer_folder

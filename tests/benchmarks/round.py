@@ -18,7 +18,7 @@ import torch
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.processes import ended_by_signals
+from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.model import GPTConfig
 from nanofed.tokenizer import load_tokenizer
 from tests.benchmarks import machine

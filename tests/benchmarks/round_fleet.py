@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from nanofed.federated.deploy.keys import init
+from nanofed.federated.deploy.superlink import SuperLink
 from nanofed.federated.flower import flower_environment, free_port
-from nanofed.federated.runtimes.settings import Value
-from nanofed.federated.runtimes.superlink import SuperLink
-from nanofed.federated.server.keys import init
+from nanofed.federated.flower_settings import Value
 from nanofed.model import GPT, GPTConfig
 from nanofed.training.checkpoint import checkpoints
 from tests.benchmarks import round_probe, stock_app

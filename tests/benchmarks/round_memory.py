@@ -16,15 +16,15 @@ PROC = Path("/proc")
 INTERVAL = 0.2
 TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {  # first match in the command line
-    "nanofed.federated.runtimes.superlink_process": "superlink",
+    "nanofed.federated.deploy.superlink_process": "superlink",
     "flwr-serverapp": "serverapp",
-    "nanofed.federated.site.supernode": "supernode",
+    "nanofed.federated.deploy.supernode": "supernode",
     "flower-supernode": "supernode",  # stock
     "flower-superexec": "superexec",
     "flwr-clientapp": "clientapp",  # stock
     "echo_worker": "worker",
     "nanofed.federated.site.worker": "worker",
-    "nanofed.federated.server.proxy": "proxy",
+    "nanofed.federated.deploy.proxy": "proxy",
     "echo_site": "supervisors",
     "nanofed site": "supervisors",
     "nanofed server": "supervisors",

@@ -33,7 +33,7 @@ CALLS = {  # module -> function -> name of its mark
     },
     "flwr.clientapp.client_app": {"ClientApp.__call__": "app"},
     "flwr.serverapp.strategy.fedavg": {"FedAvg.aggregate_train": "outer"},
-    "nanofed.federated.site.weights_client": {"WeightsClient.fetch": "fetch", "WeightsClient.deliver": "deliver"},
+    "nanofed.federated.wire.weights_client": {"WeightsClient.fetch": "fetch", "WeightsClient.deliver": "deliver"},
     "nanofed.federated.server.validation": {"check_reply": "validate"},
     "nanofed.federated.aggregation.aggregator": {"Aggregator.fold": "fold"},
     "nanofed.federated.aggregation.outer": {"OuterNesterov.step": "outer"},

@@ -14,7 +14,7 @@ import yaml
 
 from nanofed import cli
 from nanofed.errors import ConfigError
-from nanofed.federated.arguments import build_parser
+from nanofed.federated.config import build_parser
 from nanofed.training.config_errors import parse, resolved
 from nanofed.training.lightning_cli import KINDS, FitCLI
 from nanofed.training.run_options import START

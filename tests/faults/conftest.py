@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nanofed.federated.server.keys import init
+from nanofed.federated.deploy.keys import init
 from tests.faults.deployment import Deployment, config, deployment
 from tests.federated.tiny import make_corpus
 

@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from nanofed.data.shards import open_dataset
-from nanofed.federated.processes import marked_sessions, members
+from nanofed.federated.deploy.process import marked_sessions, members
 
-# from nanofed.federated.site.supervisor import socket_path
+# from nanofed.federated.deploy.site import socket_path
 from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_state, read_weights
 from tests.ranks import REPOSITORY, in_time
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from nanofed.federated.run import Federation, client_name
+from nanofed.federated.federation import Federation, client_name
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app

@@ -23,10 +23,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from nanofed import runtime
-from nanofed.federated.processes import stop_marked
-from nanofed.federated.server.keys import Keys
-from nanofed.federated.server.proxy.guard import Limits
-from nanofed.federated.server.proxy.service import Options
+from nanofed.federated.deploy.keys import Keys
+from nanofed.federated.deploy.process import stop_marked
+from nanofed.federated.deploy.proxy.guard import Limits
+from nanofed.federated.deploy.proxy.service import Options
 
 HOST = "127.0.0.1"
 LINK = "perimeter"

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanofed.federated.server.keys import init
+from nanofed.federated.deploy.keys import init
 from tests.faults.chain import check_chain, row_lengths
 from tests.faults.deployment import Deployment, config, deployment
 from tests.faults.growth import Growth, Watch

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nanofed.federated.run import run_in_process
+from nanofed.federated.runtimes.in_process import run_in_process
 from nanofed.training.checkpoint import checkpoints, read_state
 from tests.faults import chain
 from tests.faults.chain import check_chain, row_lengths

@@ -174,7 +174,7 @@ def test_what_the_server_keeps_beside_its_checkpoints_is_lost_and_made_anew(fede
     assert federation.keys is not None
     kept, rubbish = federation.run / "server", federation.keys / "sites" / "lab-x.pub"
     rubbish.write_text("no key")  # keeps nobody out
-    shutil.rmtree(kept / "depot")
+    shutil.rmtree(kept / "weights")
     (kept / "nodes.json").write_text('{"lab-a"')
     for name in ("lab-a", "lab-b"):
         federation.takes_part(name)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nanofed.federated.deploy.superlink import FLWR, LINK, write_app
 from nanofed.federated.flower import flower_environment
-from nanofed.federated.runtimes.superlink import FLWR, LINK, write_app
 from nanofed.federated.server.scheduling import LEARN
 from nanofed.federated.wire.bundle import code_hash
 from tests.faults.deployment import GRACE, Deployment
@@ -169,7 +169,7 @@ def test_a_server_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(fede
     # Whoever is the first to need room: a checkpoint, the round's weights, or the SuperLink, whose run ends then.
     words = (
         (f"{outside / 'checkpoints'}/round_", "is not saved, the run goes on"),
-        (f"the round's weights cannot be kept in {outside}/server/depot",),
+        (f"the round's weights cannot be kept in {outside}/server/weights",),
         (f"{outside}/server is full",),
     )
     federation.until(

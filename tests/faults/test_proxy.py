@@ -19,7 +19,7 @@ from flwr.proto.control_pb2 import ListRunsRequest
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.node_pb2 import Node
 
-from nanofed.federated.server.keys import Keys, init
+from nanofed.federated.deploy.keys import Keys, init
 from tests.faults.perimeter import HOST, Flower, Perimeter, Site, free_port, head, read_reply, wait_until
 
 pytestmark = pytest.mark.slow
@@ -423,7 +423,7 @@ def test_a_client_that_trusts_another_authority_does_not_connect(
 
 def test_an_ended_certificate_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=400)
-    monkeypatch.setattr("nanofed.federated.server.keys._now", lambda: past)
+    monkeypatch.setattr("nanofed.federated.deploy.keys._now", lambda: past)
     keys = init(tmp_path / "keys", [], ["lab-a"])
     command = Perimeter(tmp_path, keys, 1).options.command()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
@@ -434,7 +434,7 @@ def test_an_ended_certificate_is_said_at_the_start(tmp_path: Path, monkeypatch: 
 
 def test_the_proxy_starts_without_torch_and_flower() -> None:
     code = (
-        "import sys, nanofed.federated.server.proxy.__main__; "
+        "import sys, nanofed.federated.deploy.proxy.__main__; "
         "assert not {'torch', 'lightning', 'flwr', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from nanofed.federated.server.keys import Keys, init
-from nanofed.federated.server.proxy.guard import Bucket, Guard, Limits
-from nanofed.federated.server.proxy.http import CALLS, PASSED
+from nanofed.federated.deploy.keys import Keys, init
+from nanofed.federated.deploy.proxy.guard import Bucket, Guard, Limits
+from nanofed.federated.deploy.proxy.http import CALLS, PASSED
 from tests.faults.perimeter import HOST, Perimeter, Recorder, Site, read_reply, wait_until
 
 pytestmark = pytest.mark.slow
@@ -440,7 +440,7 @@ def test_a_bucket_gives_what_its_rate_allows(monkeypatch: pytest.MonkeyPatch) ->
 def test_addresses_without_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr("nanofed.federated.server.proxy.guard.ADDRESSES", 100)
+    monkeypatch.setattr("nanofed.federated.deploy.proxy.guard.ADDRESSES", 100)
     guard = Guard(Limits())
     for n in range(2000):
         now[0] += 0.1

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanofed.federated.run import Federation
+from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.rounds import RoundLoop

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanofed.federated.processes import ended_by_signals
+from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest
 from nanofed.training.signals import Signals
 from tests.faults.fits import STEPS, arguments, curve, fit, launched, losses, probe, processes_with, state

@@ -34,7 +34,7 @@ from flwr.supernode.nodestate import NodeStateFactory
 
 from nanofed.data.rows import RowRange
 from nanofed.data.shards import open_dataset
-from nanofed.federated.arguments import Arguments
+from nanofed.federated.config import Arguments
 from nanofed.federated.flower import free_port
 from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.progress import Page

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from nanofed.federated.runtimes.deployment import CLIENT_APP, SERVER_APP
-from nanofed.federated.runtimes.superlink import write_app
+from nanofed.federated.deploy.server import CLIENT_APP, SERVER_APP
+from nanofed.federated.deploy.superlink import write_app
 from nanofed.federated.wire.bundle import BundleError, check_bundle, code_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's

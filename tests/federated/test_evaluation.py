@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanofed.cli import main
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.federated.run import Federation, client_name
+from nanofed.federated.federation import Federation, client_name
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server import evaluation
 from nanofed.federated.server.evaluation import ServerModel
@@ -181,10 +181,10 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a client's seconds of training nor what its messages are thought to take grow by it."""
-    from nanofed.federated.site import evaluating
+    from nanofed.federated.site import evaluation
     from nanofed.federated.site import trainer as module
 
-    real, learned = evaluating.measure, []
+    real, learned = evaluation.measure, []
 
     def slowly(*args: Any, **options: Any) -> Any:
         time.sleep(0.5)

@@ -36,11 +36,10 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy import select
 
 from nanofed.errors import NanofedError
-from nanofed.federated.runtimes import superlink_process
-from nanofed.federated.runtimes.superlink_process import keep_objects_in_memory
-from nanofed.federated.server import fleet_rules
-from nanofed.federated.server.fleet_rules import Answer, Asked, FleetRules, Refused, TooMany, bind
-from nanofed.federated.server.keys import init
+from nanofed.federated.deploy import fleet_rules, superlink_process
+from nanofed.federated.deploy.fleet_rules import Answer, Asked, FleetRules, Refused, TooMany, bind
+from nanofed.federated.deploy.keys import init
+from nanofed.federated.deploy.superlink_process import keep_objects_in_memory
 from tests.faults.perimeter import Site as SignedCalls
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.federated.server import keys as keys_module
-from nanofed.federated.server.keys import Keys, init, load, read_sites
+from nanofed.federated.deploy import keys as keys_module
+from nanofed.federated.deploy.keys import Keys, init, load, read_sites
 
 HOSTS = ["fed.example.org", "10.1.2.3", "2001:db8::7"]
 
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 def test_keys_are_made_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from nanofed.federated.server.keys import init; "
+        "import sys; from pathlib import Path; from nanofed.federated.deploy.keys import init; "
         f"init(Path({str(tmp_path)!r}), ['a.org'], ['lab-a']); "
         "assert not {'torch', 'lightning', 'flwr', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )

@@ -14,10 +14,10 @@ from flwr.superlink import config_loader
 from flwr.superlink.federation import NoOpFederationManager
 
 from nanofed.errors import NanofedError
-from nanofed.federated.runtimes.nodes import FOLDER, NODES, owners
-from nanofed.federated.runtimes.superlink_process import set_aside_damaged
-from nanofed.federated.server.keys import Keys, init, read_sites
-from nanofed.federated.server.registration import Registration, keep_registered, read_nodes
+from nanofed.federated.deploy.keys import Keys, init, read_sites
+from nanofed.federated.deploy.nodes import FOLDER, NODES, owners
+from nanofed.federated.deploy.registration import Registration, keep_registered, read_nodes
+from nanofed.federated.deploy.superlink_process import set_aside_damaged
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's
 

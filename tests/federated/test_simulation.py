@@ -22,10 +22,12 @@ from flwr.cli.build import build_fab_from_disk
 from safetensors.torch import load_file
 
 from nanofed.errors import ConfigError, DataError, NanofedError
-from nanofed.federated.processes import marked_sessions, members, stop_marked
-from nanofed.federated.run import Federation, run_in_process
-from nanofed.federated.runtimes import simulation, superlink
+from nanofed.federated.deploy import superlink
+from nanofed.federated.deploy.process import marked_sessions, members, stop_marked
+from nanofed.federated.federation import Federation
+from nanofed.federated.runtimes import simulation
 from nanofed.federated.runtimes.connections import Resources
+from nanofed.federated.runtimes.in_process import run_in_process
 from nanofed.federated.wire.bundle import code_hash
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.summary import Summary

@@ -23,7 +23,7 @@ from flwr.superlink import config_loader
 from flwr.superlink.federation import NoOpFederationManager
 
 from nanofed.errors import NanofedError
-from nanofed.federated.runtimes.superlink_process import BUSY_SECONDS, hold_back_unfinished, keep_objects_in_memory
+from nanofed.federated.deploy.superlink_process import BUSY_SECONDS, hold_back_unfinished, keep_objects_in_memory
 
 
 @pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's configuration

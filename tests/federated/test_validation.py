@@ -14,12 +14,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
-from nanofed.federated.server.carriage import arrays_in
 from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.site.client import TrainerClient
 from nanofed.federated.site.trainer import LeaseTooShort
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY
+from nanofed.federated.wire.weight_transport import arrays_in
 from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, sent, weights, with_json
 
 SHARD = "shard_00000.parquet"

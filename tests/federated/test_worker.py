@@ -23,7 +23,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from lightning import Fabric
 
 from nanofed.errors import ConfigError
-from nanofed.federated.arguments import Arguments
+from nanofed.federated.config import Arguments
 from nanofed.federated.site import worker
 from nanofed.federated.site.inbox import ACQUIRE
 from nanofed.federated.site.options import WorkerOptions

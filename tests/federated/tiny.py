@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nanofed.data.writing import write_shards
-from nanofed.federated.run import Federation, client_name
+from nanofed.federated.federation import Federation, client_name
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nanofed import api
 from nanofed.data.writing import write_shards
-from nanofed.federated.run import Federation, run_in_process
+from nanofed.federated.federation import Federation
+from nanofed.federated.runtimes.in_process import run_in_process
 from nanofed.tokenizer import train_tokenizer
 from nanofed.training.checkpoint import find_checkpoint, read_weights
 from nanofed.training.lightning_cli import FitCLI

@@ -79,10 +79,10 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path, there: str, ov
 def test_a_folder_that_was_made_for_the_run_is_taken(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "server").mkdir(parents=True)
-    (tmp_path / "run" / "server" / "depot").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / "server" / "weights").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     run = opened(tmp_path)
-    assert listed(run) == [CONFIG, MARKER, "notes.txt", "server/depot"]
+    assert listed(run) == [CONFIG, MARKER, "notes.txt", "server/weights"]
 
 
 class TestOverwriting:

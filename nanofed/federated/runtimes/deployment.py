@@ -1,378 +1,75 @@
-"""The service around a SuperLink: `nanofed server` starts it and what faces the network, and keeps a run going."""
+"""The app of a deployment: `nanofed server` submits it, anew after every crash; a site answers with a trainer of its own."""
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
-import shlex
-import shutil
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import http_grid
 
 from nanofed import runtime
-from nanofed.errors import ConfigError, DataError, NanofedError
-from nanofed.federated.flower import is_loopback
-from nanofed.federated.processes import LOG_BYTES, Child, end_marked, ended_by_signals, started_as, undisturbed
-from nanofed.federated.run import Federation
-from nanofed.federated.runtimes.nodes import DEPOT, FOLDER, NODES
-from nanofed.federated.runtimes.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
-from nanofed.federated.server.keys import Keys, load, read_sites
-from nanofed.federated.server.proxy.service import Options
-from nanofed.files import keep_short
-from nanofed.training.checkpoint import checkpoints
-from nanofed.training.run_folder import RunFolder, has_saved, is_used
-from nanofed.training.summary import Summary
+from nanofed.errors import NanofedError, in_one_line
+from nanofed.federated.deploy.nodes import FOLDER, WEIGHTS, owners
+from nanofed.federated.federation import Federation
+from nanofed.federated.flower_patches import ask_again_soon
+from nanofed.federated.flower_settings import check, to_args
+from nanofed.federated.runtimes.app import server_app
+from nanofed.federated.runtimes.flower_app import show_log
+from nanofed.federated.server.policy import SITES
+from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.wire.weight_store import WeightStore
+from nanofed.training.run_folder import KILLED_SECONDS, has_saved
+from nanofed.training.run_lock import ROUNDS, RunLock
 
 logger = logging.getLogger(__name__)
-
-SERVER_APP, SERVER_APP_WITH_KEYS = (
-    f"nanofed.federated.runtimes.deployment_app:{n}" for n in ("server", "server_with_keys")
-)
-CLIENT_APP = "nanofed.federated.runtimes.flower_app:client"  # named, never loaded: a site runs its own
-WATCH_SECONDS = 0.5
-GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
-LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its end
-MARK = "NANOFED_PROXY"
-CRASHES = 8  # in a row without a committed round, after which the run is given up
+server = ServerApp()
+server_with_keys = ServerApp()
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """Where sites reach the server.
-
-    Attributes:
-        listen: `host:port`; without keys on loopback only.
-        keys: folder that `nanofed server init` wrote: then sites come by TLS, each with its key.
-    """
-
-    listen: str = "127.0.0.1:9092"
-    keys: str | None = None
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port.
-
-        Raises:
-            ConfigError: it is no `host:port`.
-        """
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-            raise ConfigError(f"--listen must be host:port, not {self.listen!r}")
-        return host.strip("[]"), int(port)
-
-    def check(self) -> Keys | None:
-        """Return the keys.
-
-        Raises:
-            ConfigError: sites would come from the network without TLS; keys that cannot be used.
-        """
-        host, _ = self.address
-        if self.keys is not None:
-            keys = load(runtime.user_path(self.keys).resolve())
-            if warning := keys.warning():
-                logger.warning("%s", warning)
-            return keys
-        if not is_loopback(host):
-            raise ConfigError(
-                f"--listen {self.listen} is reached from the network: that needs TLS and keys. Write them with "
-                f"`nanofed server init KEYS --host {host} --site NAME …` and pass --keys KEYS, or listen on 127.0.0.1"
-            )
-        return None
-
-
-def _alone(run: Path) -> AbstractContextManager[Callable[[], None]]:
-    return nullcontext(lambda: None)
-
-
-def run_server(
-    federation: Federation,
-    options: ServerOptions,
-    beside: Callable[[Path], AbstractContextManager[Callable[[], None]]] = _alone,
-) -> Summary:
-    """Serve a federation until its end, through crashes of the SuperLink and of the round loop.
-
-    Started again after it was killed itself, it goes on from the run's last checkpoint.
+@contextmanager
+def round_loop(grid: Grid, context: Context, *, keys: bool = False) -> Iterator[RoundLoop]:
+    """Hold the run's rounds, and yield the server's round loop, from the run's last checkpoint where it has saved one.
 
     Args:
-        federation: what to train.
-        options: of the server.
-        beside: what to do meanwhile: gets the run's folder once it is there, and yields what is called twice a second and may
-            raise to end the run.
-
-    Raises:
-        ConfigError: a wrong option; another server works on the run.
-        DataError: no shards or no tokenizer.
-        NanofedError: the run crashed again and again.
+        grid: Flower's connection to the nodes.
+        context: Flower's of the run.
+        keys: sites have keys, and a client's name must be that of its node's key.
     """
-    keys = options.check()
-    federation.config.runtime = "deployment"
-    federation.anchor()
-    folder = federation.folder / FOLDER
-    leftovers = f"FLWR_HOME={folder / 'home'}"
-    with ended_by_signals(), RunFolder(federation.folder, lambda: end_marked(leftovers)) as hold:
-        run = _open(federation)
-        hold.lend_rounds()
-        folder.mkdir(exist_ok=True)
-        with beside(run) as check:
-            service = _Service(run, folder, options, keys, check, federation.start_options)
-            try:
-                service.serve()
-            finally:
-                service.stop()
-    return Summary.read(run)
-
-
-def _open(federation: Federation) -> Path:
-    """Open the run: a new one, or one that goes on, from its last checkpoint or, where it has none yet, from its beginning."""
-    options = federation.options
-    if is_used(options.folder) and not options.overwrite and (has_saved(options.folder) or not options.ckpt_path):
+    settings = check(context.run_config)
+    runtime.use_base_dir(str(settings["base_dir"]))
+    federation = Federation.from_args(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
+    run = federation.folder
+    if has_saved(run):
         federation.config.ckpt_path = "last"
-        logger.info("%s is there already: going on from its last checkpoint", options.folder)
-    return federation.open()
+    known = (lambda: owners(run)) if keys else None
+    with RunLock(run, ROUNDS, patience=KILLED_SECONDS):
+        loop = federation.loop(grid, run, policy=SITES, owners=known, transport=WeightStore(run / FOLDER / WEIGHTS))
+        runtime.return_freed_memory()  # its model, which only evaluates, has just asked for the contrary
+        yield loop
 
 
-class _Service:
-    """A SuperLink, the proxy in front of it, and one run after another until one completes."""
-
-    def __init__(
-        self,
-        run: Path,
-        folder: Path,
-        options: ServerOptions,
-        keys: Keys | None,
-        check: Callable[[], None],
-        start_options: Sequence[str],
-    ) -> None:
-        self._run = run
-        self._start_options = start_options
-        self._folder = folder
-        self._options = options
-        self._keys = keys
-        self._check = check
-        self._log = folder / "flower.log"
-        self._link = SuperLink(folder, self._log, authority=keys.ca if keys else None)
-        self._app = folder / "app"
-        self._database = folder / "superlink.db"
-        self._proxy: Child | None = None
-        self._database_file = 0  # of the SuperLink that runs, and
-        self._authority = b""
-        self._said: tuple[dict[bytes, str], list[str]] = ({}, [])  # of the sites' keys
-        self._launcher = self._watched_launcher()
-
-    def _watched_launcher(self) -> _Watched:
-        """Watch a SuperLink's launcher of round loops, over all its runs: it may die between two of them."""
-        return _Watched(self._link.marker, "flower-superexec")
-
-    def serve(self) -> None:
-        """Run to the end."""
-        settings = {
-            "run_dir": str(self._run),
-            "base_dir": str(runtime.base_dir().resolve()),
-            "overrides": shlex.join(self._start_options),
-        }
-        crashes, before, ran = 0, self._round(), False
-        while True:
-            try:
-                self._start()
-                self._write_app()
-                run_id, ran = self._link.submit(self._app, settings), True
-                failure = self._watch(run_id)
-            except (OSError, NanofedError, subprocess.SubprocessError) as error:
-                if not ran or isinstance(error, (ConfigError, DataError)):
-                    raise
-                failure = " ".join(str(error).split())
-            if failure is None:
-                return
-            if (match := EXIT.fullmatch(failure)) and int(match[1]) in (ConfigError.exit_code, DataError.exit_code):
-                raise_failure(failure, failure)
-            with suppress(OSError):  # somebody has removed the folder
-                if (free := shutil.disk_usage(self._folder).free) < LEAST_FREE:  # it may have room again
-                    failure = f"{failure}; the disk of {self._folder} is full: {free:,} bytes are left"
-            now = self._round()
-            crashes = 1 if now > before else crashes + 1
-            before = now
-            if crashes >= CRASHES:
-                raise_failure(
-                    failure, f"the run ended {crashes} times without a round between ({failure}); see {self._log}"
-                )
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (crashes - 1))
-            logger.warning("the run ended (%s); it goes on from round %d in %.0f s", failure, now, pause)
-            time.sleep(pause)
-            end_marked(
-                self._link.marker, "flwr-serverapp"
-            )  # now: one that was being started when the run ended has its name
-
-    def _write_app(self) -> None:
-        """Write the bundle that Flower runs, of the sources that run here; for each run, since somebody may have changed it."""
-        shutil.rmtree(self._app, ignore_errors=True)
-        self._app.mkdir(parents=True)
-        write_app(self._app, SERVER_APP if self._keys is None else SERVER_APP_WITH_KEYS, CLIENT_APP)
-
-    def _round(self) -> int:
-        """Return the number of the last committed round."""
-        found = checkpoints(self._run)
-        return int(found[-1].name.removeprefix("round_")) if found else 0
-
-    def _start(self) -> None:
-        """Start what is not there of SuperLink and proxy."""
-        self._folder.mkdir(exist_ok=True)
-        if not self._link.alive:
-            self._link.stop()
-            self._stop_proxy()  # it would go on calling the old port
-            self._launcher = self._watched_launcher()
-            options = ["--depot", self._folder / DEPOT, "--database", self._database]
-            options += ["--disable-runtime-dependency-installation"]
-            if self._keys is None:
-                self._link.start([*map(str, options), "--insecure"], port=self._options.address[1])
-            else:
-                keys = self._checked(self._keys)
-                options += ["--ssl-ca-certfile", keys.ca, "--ssl-certfile", keys.certificate, "--ssl-keyfile", keys.key]
-                options += ["--enable-supernode-auth", "--sites", keys.sites, "--nodes", self._folder / NODES]
-                self._link.start([*map(str, options)])
-            self._database_file, self._authority = _identity(self._database), _content(self._keys)
-        if self._keys is not None and self._proxy is None:
-            self._proxy = self._new_proxy(self._keys)
-            self._proxy.keep()
-        self._say_sites()
-        logger.info("serving sites on %s; Flower's own log is %s", self._options.listen, self._log)
-
-    @staticmethod
-    def _checked(keys: Keys) -> Keys:
-        """Return the keys as they are now; what is wrong with them ends no run that has begun, since it may be mended."""
-        try:
-            return load(keys.folder)
-        except ConfigError as error:
-            raise NanofedError(str(error)) from error
-
-    def _lost(self) -> str | None:
-        """Return why the SuperLink cannot go on though its process lives, None where it can."""
-        if _identity(self._database) != self._database_file:
-            return f"{self._database}, which the SuperLink was using, was removed or replaced"
-        if self._keys is not None and _content(self._keys) not in (b"", self._authority):
-            try:
-                load(self._keys.folder)
-            except ConfigError:  # not all of it is there yet
-                return None
-            return f"the authority {self._keys.ca} was replaced"
-        return None
-
-    def _new_proxy(self, keys: Keys) -> Child:
-        options = Options(
-            self._options.listen,
-            f"127.0.0.1:{self._link.port}",
-            keys.certificate,
-            keys.key,
-            keys.sites,
-            keys.ca,
-            self._folder / "proxy.json",
-            self._folder / "proxy.addresses.json",
-            os.getpid(),
-        )
-        mark = str(self._folder)
-        environment = runtime.environment(**{MARK: mark})
-        return Child("proxy", options.command(), environment, self._folder / "proxy.log", f"{MARK}={mark}")
-
-    def _stop_proxy(self) -> None:
-        if self._proxy is not None:
-            self._proxy.stop(0.0)  # it keeps nothing
-            self._proxy = None
-
-    def _say_sites(self) -> None:
-        """Say which sites may take part from now on, which may not any more, and which keys cannot be used."""
-        if self._keys is None:
-            return
-        now = read_sites(self._keys.sites)
-        (before, unusable), self._said = self._said, now
-        for reason in now[1]:
-            if reason not in unusable:
-                logger.warning("passed over: %s", reason)
-        for public in before.keys() - now[0].keys():
-            renewed = before[public] in now[0].values()
-            logger.warning("the %skey of site %s is refused from now on", "old " if renewed else "", before[public])
-        for public in now[0].keys() - before.keys():
-            logger.info("site %s may take part", now[0][public])
-
-    def _watch(self, run_id: int) -> str | None:
-        """Wait until a run ends and return why it failed, None if it completed; restarts the proxy meanwhile."""
-        said: list[str] = []
-        follower = threading.Thread(target=lambda: said.append(self._link.follow(run_id)), daemon=True)
-        follower.start()
-        # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
-        loop = _Watched(self._link.marker, "flwr-serverapp")
-        while follower.is_alive():
-            follower.join(WATCH_SECONDS)
-            self._check()
-            if not self._link.alive:
-                return "the SuperLink died"
-            if lost := self._lost():
-                self._link.stop()
-                return lost
-            if self._proxy is not None:
-                self._proxy.keep()
-            self._say_sites()
-            keep_short(self._log, LOG_BYTES)
-            if self._launcher.is_gone():
-                self._link.stop()
-                return "the SuperLink's launcher died"
-            if loop.is_gone():
-                self._link.command("stop", str(run_id), LINK, check=False)
-                return "the round loop died"
-        try:
-            status, details = self._link.status(run_id)
-        except NanofedError:
-            if self._link.alive:
-                raise
-            return "the SuperLink died"
-        if status == "finished:completed":
-            return None
-        return (said[0] if said else "") or f"{status}: {details or 'no reason given'}"
-
-    def stop(self) -> None:
-        """Stop everything."""
-        with undisturbed():
-            self._stop_proxy()
-            self._link.stop()
-            end_marked(self._link.marker)
+@server.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Run the rounds with clients that say who they are."""
+    _serve(grid, context, keys=False)
 
 
-def _identity(path: Path) -> int:
-    """Return which file a path names, 0 where there is none."""
+@server_with_keys.main()
+def serve_with_keys(grid: Grid, context: Context) -> None:
+    """Run the rounds with clients whose keys say who they are."""
+    _serve(grid, context, keys=True)
+
+
+def _serve(grid: Grid, context: Context, *, keys: bool) -> None:
+    """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
+    show_log()
+    ask_again_soon(http_grid)
     try:
-        return path.stat().st_ino
-    except OSError:
-        return 0
-
-
-def _content(keys: Keys | None) -> bytes:
-    """Return the authority's certificate, nothing where it cannot be read or there are no keys."""
-    try:
-        return keys.ca.read_bytes() if keys else b""
-    except OSError:
-        return b""
-
-
-class _Watched:
-    """A process that was there and may be gone.
-
-    Args:
-        marker: of the sessions in which to look for it.
-        name: in its command line.
-    """
-
-    def __init__(self, marker: str, name: str) -> None:
-        self._marker = marker
-        self._name = name
-        self._seen: float | None = None  # when it was there last
-
-    def is_gone(self) -> bool:
-        """Look, and tell whether it was there once and has not been for `GONE_SECONDS`."""
-        now = time.monotonic()
-        if started_as(self._marker, self._name):
-            self._seen = now
-        return self._seen is not None and now - self._seen >= GONE_SECONDS
+        server_app(functools.partial(round_loop, keys=keys))(grid, context)
+    except Exception as error:
+        logger.error("exit %d: %s", getattr(error, "exit_code", NanofedError.exit_code), in_one_line(error))
+        raise

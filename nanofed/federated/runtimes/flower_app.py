@@ -14,10 +14,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, NanofedError, in_one_line
-from nanofed.federated.run import Federation
+from nanofed.federated.deploy.superlink import LOG_FORMAT
+from nanofed.federated.federation import Federation
+from nanofed.federated.flower_settings import check, lr_note, to_args
 from nanofed.federated.runtimes.app import server_app
-from nanofed.federated.runtimes.settings import check, lr_note, to_args
-from nanofed.federated.runtimes.superlink import LOG_FORMAT
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import FabricTrainer

@@ -6,12 +6,20 @@ import logging
 import traceback
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from nanofed.federated.deploy.process import ended_by_signals
+from nanofed.federated.federation import Federation, client_name
+from nanofed.federated.runtimes.app import server_app
+from nanofed.federated.site.client import client_app
+from nanofed.training.run_folder import RunFolder
+from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
@@ -88,3 +96,21 @@ class InProcessGrid(Grid):
         except Exception as error:  # as on a real site, a client's failure is a reply
             logger.debug("client %s: %s", context.node_config["name"], traceback.format_exc())
             return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
+
+
+def run_in_process(federation: Federation) -> Summary:
+    """Run clients and server in this process, clients one after another, and return what the run came to.
+
+    Raises:
+        ConfigError: another process uses the run.
+    """
+    with ended_by_signals(), RunFolder(federation.folder):
+        federation.check()
+        trainer = federation.trainer()
+        names = [client_name(index) for index in range(federation.federation.clients)]
+        grid = InProcessGrid(client_app(lambda context: trainer), names)
+        loop = federation.loop(grid, federation.folder)
+        federation.write()
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
+        server_app(lambda grid, context: nullcontext(loop))(grid, context)
+        return loop.metrics.summary

@@ -13,11 +13,11 @@ import torch
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.processes import ended_by_signals
-from nanofed.federated.run import Federation
+from nanofed.federated.deploy.process import ended_by_signals
+from nanofed.federated.deploy.superlink import SuperLink, raise_failure, write_app
+from nanofed.federated.federation import Federation
+from nanofed.federated.flower_settings import Value
 from nanofed.federated.runtimes.connections import Resources, write_connections
-from nanofed.federated.runtimes.settings import Value
-from nanofed.federated.runtimes.superlink import SuperLink, raise_failure, write_app
 from nanofed.training.run_folder import RunFolder
 from nanofed.training.summary import Summary
 

@@ -13,13 +13,13 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from nanofed.federated.aggregation.update import SentWeights
-from nanofed.federated.server.carriage import Carriage, InMessages, Load
 from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.wire.codec import Arrays, Codec, Weights
 from nanofed.federated.wire.evaluation import Evaluate
 from nanofed.federated.wire.lateness import LIFE
 from nanofed.federated.wire.messages import Instructions
+from nanofed.federated.wire.weight_transport import InMessages, RoundWeights, WeightTransport
 
 POLL_SECONDS = 0.1
 MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them, less often
@@ -54,16 +54,16 @@ class Messenger:
     Args:
         grid: the connection to the nodes.
         events: counts the replies that nobody waits for.
-        carriage: moves the weights; by default they are in the messages.
+        transport: moves the weights; by default they are in the messages.
 
     Attributes:
         late: clients whose replies came too late since somebody emptied this set.
     """
 
-    def __init__(self, grid: Grid, events: Events, carriage: Carriage | None = None) -> None:
+    def __init__(self, grid: Grid, events: Events, transport: WeightTransport | None = None) -> None:
         self._grid = grid
         self._events = events
-        self._carriage = carriage or InMessages()
+        self._transport = transport or InMessages()
         self.late: set[str] = set()
         self._given_up: OrderedDict[str, tuple[str, int]] = OrderedDict()  # message -> client and round
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
@@ -74,7 +74,7 @@ class Messenger:
         Raises:
             NanofedError: there is no room for them.
         """
-        return codec.encode(weights, self._carriage.room)
+        return codec.encode(weights, self._transport.room)
 
     def round(
         self,
@@ -102,16 +102,16 @@ class Messenger:
         for client, request in (requests or {}).items():
             configs[client] |= request.to_config()
 
-        def check(client: str, reply: Message, load: Load) -> tuple[Update, ReplyMetrics]:
+        def check(client: str, reply: Message, round_weights: RoundWeights) -> tuple[Update, ReplyMetrics]:
             def take(reply: Message) -> Arrays:
-                return load.take(client, reply, sent.up, sent.weights)
+                return round_weights.take(client, reply, sent.up, sent.weights)
 
             update = check_reply(reply, instructions[client], sent, streams, take, most_pending=most_pending)
             return update, reply.content.config_records["fitres.metrics"]
 
         number = next(iter(instructions.values())).round
-        load = self._carriage.load(sent.payload, list(nodes), sent.up.nbytes(sent.weights), seconds)
-        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, load, number, seconds, check)
+        round_weights = self._transport.offer(sent.payload, list(nodes), sent.up.nbytes(sent.weights), seconds)
+        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, round_weights, number, seconds, check)
 
     def evaluation(
         self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
@@ -125,15 +125,17 @@ class Messenger:
             seconds: until a client is given up.
         """
 
-        def check(client: str, reply: Message, _: Load) -> tuple[None, ReplyMetrics]:
+        def check(client: str, reply: Message, _: RoundWeights) -> tuple[None, ReplyMetrics]:
             if reply.has_error():
                 raise RefusedReply("evaluation", f"the client failed: {reply.error.reason}")
             return None, reply.content.config_records.get("evaluateres.metrics", {})
 
         configs = {client: requests[client].to_config() for client in nodes}
         number = next(iter(requests.values())).round
-        load = self._carriage.load(payload, list(nodes), 0, seconds)
-        return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, load, number, seconds, check)
+        round_weights = self._transport.offer(payload, list(nodes), 0, seconds)
+        return self._exchange(
+            MessageType.EVALUATE, "evaluateins", nodes, configs, round_weights, number, seconds, check
+        )
 
     def _exchange(
         self,
@@ -141,10 +143,10 @@ class Messenger:
         record: str,
         nodes: Mapping[str, int],
         configs: Mapping[str, dict[str, Any]],
-        load: Load,
+        round_weights: RoundWeights,
         number: int,
         seconds: float,
-        check: Callable[[str, Message, Load], tuple[T, ReplyMetrics]],
+        check: Callable[[str, Message, RoundWeights], tuple[T, ReplyMetrics]],
     ) -> Iterator[ClientReply[T]]:
         """Send one message to each client and yield what `check` makes of its reply, or why it refuses it."""
         started = time.monotonic()
@@ -152,13 +154,13 @@ class Messenger:
         waiting: dict[str, str] = {}  # message id -> client
         try:
             for client, node in nodes.items():
-                config = ConfigRecord(configs[client] | load.note(client))
-                content = RecordDict({f"{record}.parameters": load.record, f"{record}.config": config})
+                config = ConfigRecord(configs[client] | round_weights.note(client))
+                content = RecordDict({f"{record}.parameters": round_weights.record, f"{record}.config": config})
                 message = Message(content, node, kind, ttl=LIFE * seconds, group_id=str(number))
                 waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
                 del content, message
-            load.sent()
-            if load.aboard > WASTE_BYTES:
+            round_weights.sent()
+            if round_weights.message_bytes > WASTE_BYTES:
                 gc.collect()
             while waiting and time.monotonic() < deadline:
                 idle = True
@@ -174,19 +176,19 @@ class Messenger:
                     result: T | RefusedReply
                     metrics: ReplyMetrics = {}
                     try:
-                        result, metrics = check(client, reply, load)
+                        result, metrics = check(client, reply, round_weights)
                     except RefusedReply as refusal:
                         result = RefusedReply(refusal.kind, str(refusal))  # the other one's traceback holds the weights
                     del reply
                     yield ClientReply(client, result, time.monotonic() - started, metrics)
                     del result, metrics
-                    load.drop(client)
+                    round_weights.drop(client)
                 if idle and waiting:
                     time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * len(waiting)))
             for client in waiting.values():
                 yield ClientReply(client, RefusedReply("silent", f"no answer within {seconds:.0f} s"), seconds, {})
         finally:
-            load.close()
+            round_weights.close()
             gc.collect()  # a cycle would hold the round's files and memory, and Python hardly looks here: see `FrozenObjects`
             for message_id, client in waiting.items():
                 _remember(self._given_up, message_id, (client, number))

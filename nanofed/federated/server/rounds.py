@@ -20,7 +20,6 @@ from nanofed.federated.aggregation.aggregator import Aggregator
 from nanofed.federated.aggregation.norm_guard import Steps, UnusualNorm
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
-from nanofed.federated.server.carriage import Carriage
 from nanofed.federated.server.clients import Clients
 from nanofed.federated.server.evaluation import RoundEvaluator, ServerEvaluator, ServerModel, SiteEvaluator
 from nanofed.federated.server.events import SERVER
@@ -33,6 +32,7 @@ from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
 from nanofed.federated.wire.codec import CODECS, hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions
+from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.checkpoint import SaveError, prune_checkpoints
 from nanofed.training.event_files import cut_events
 from nanofed.training.gc_control import FrozenObjects
@@ -58,7 +58,7 @@ class RoundLoop:
         device: where the server evaluates.
         policy: whether the clients share this machine or are sites with machines of their own.
         owners: returns node -> the client whose key the node has; None where nodes have no keys.
-        carriage: moves the weights; by default they are in the messages.
+        transport: moves the weights; by default they are in the messages.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RoundLoop:
         *,
         policy: ClientPolicy = ONE_MACHINE,
         owners: Callable[[], Mapping[int, str]] | None = None,
-        carriage: Carriage | None = None,
+        transport: WeightTransport | None = None,
     ) -> None:
         if policy.waits_in_vain and config.quorum > config.clients:
             raise ConfigError(f"federation.quorum={config.quorum} is more than the {config.clients} clients there are")
@@ -94,7 +94,7 @@ class RoundLoop:
         self.state = State.new(module, data, config, run)
         model.release()  # the state has the weights
         events = self.state.events
-        self._messenger = Messenger(grid, events, carriage)
+        self._messenger = Messenger(grid, events, transport)
         hello = Hello.of("", module, data)
         self.clients = Clients(grid, hello, config, events, policy, seed=module.seed, admit=self._admit, owners=owners)
         self._evaluator: RoundEvaluator

@@ -17,12 +17,12 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from nanofed.errors import NanofedError
 from nanofed.federated.site.trainer import LeaseTooShort, LocalTrainer
-from nanofed.federated.site.weights_client import RoundOver, WeightsClient
 from nanofed.federated.wire.evaluation import Evaluate
-from nanofed.federated.wire.freight import Freight
 from nanofed.federated.wire.lateness import is_over
 from nanofed.federated.wire.messages import Failure, Instructions
 from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.federated.wire.stored_weights import StoredWeights
+from nanofed.federated.wire.weights_client import RoundOver, WeightsClient
 
 
 def client_name(context: Context) -> str:
@@ -99,8 +99,8 @@ class TrainerClient(NumPyClient):
         instructions = Instructions.from_config(config)
         self._check_name(instructions.client)
         asked = Evaluate.asked_in(config)
-        freight = Freight.found_in(config)
-        arrays = self._weights(parameters, freight)
+        stored = StoredWeights.found_in(config)
+        arrays = self._weights(parameters, stored)
         measured: dict[str, Any] = {}
         if asked is not None:
             began = time.monotonic()
@@ -113,9 +113,9 @@ class TrainerClient(NumPyClient):
             if not isinstance(error, LeaseTooShort) and not isinstance(error.__cause__, LeaseTooShort):
                 raise
             return [], 0, Failure(**instructions.repeated(), kind="lease", reason=str(error)).to_config()
-        if freight is not None and self._weights_client is not None:
+        if stored is not None and self._weights_client is not None:
             with suppress(RoundOver):  # then the answer is late, and the server will say so
-                self._weights_client.deliver(freight, trained, self._arrived + freight.seconds)
+                self._weights_client.deliver(stored, trained, self._arrived + stored.seconds)
             trained = []
         return trained, report.tokens, report.to_config() | measured
 
@@ -123,17 +123,17 @@ class TrainerClient(NumPyClient):
         self, parameters: list[npt.NDArray[np.generic]], config: dict[str, Any]
     ) -> tuple[float, int, dict[str, Any]]:
         """Evaluate weights: the answer is in the metrics."""
-        return self._evaluate(self._weights(parameters, Freight.found_in(config)), Evaluate.from_config(config))
+        return self._evaluate(self._weights(parameters, StoredWeights.found_in(config)), Evaluate.from_config(config))
 
     def _weights(
-        self, parameters: list[npt.NDArray[np.generic]], freight: Freight | None
+        self, parameters: list[npt.NDArray[np.generic]], stored: StoredWeights | None
     ) -> list[npt.NDArray[np.generic]]:
         """Return the weights that came in the message, or those that it names."""
-        if freight is None:
+        if stored is None:
             return parameters
         if self._weights_client is None:
             raise NanofedError("the message names weights at a server, and this client has no way there")
-        return self._weights_client.fetch(freight, self._arrived + freight.seconds)
+        return self._weights_client.fetch(stored, self._arrived + stored.seconds)
 
     def _evaluate(self, arrays: list[npt.NDArray[np.generic]], asked: Evaluate) -> tuple[float, int, dict[str, Any]]:
         self._check_name(asked.client)

@@ -20,9 +20,9 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
-from nanofed.federated.site.evaluating import measure
+from nanofed.federated.site.evaluation import measure
+from nanofed.federated.site.optimizer_states import Saved, StateFolder
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
-from nanofed.federated.site.states import Saved, StateFolder
 from nanofed.federated.wire.blocks import all_finite, flat
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
 from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation

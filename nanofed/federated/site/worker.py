@@ -26,18 +26,18 @@ from lightning import Fabric
 
 from nanofed import runtime, streams
 from nanofed.errors import NanofedError, in_one_line
-from nanofed.federated.arguments import Arguments
+from nanofed.federated.config import Arguments
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.inbox import Inbox, Task
 from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import Arrays, FabricTrainer, LocalTrainer
-from nanofed.federated.site.weights_client import WeightsClient
 from nanofed.federated.wire.bundle import check_bundle
 from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.evaluation import Evaluate, Evaluation
 from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.federated.wire.weights_client import WeightsClient
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.recipe import accumulation_steps

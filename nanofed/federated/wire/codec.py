@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, over_blocks
-from nanofed.federated.wire.freight import layout_of
+from nanofed.federated.wire.stored_weights import layout_of
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides

@@ -2,7 +2,7 @@
 
 A SuperLink answers three APIs on one port: Fleet (the sites'), Control (submit a run: have code run on every site) and Runtime
 (the ServerApp's). It parses bodies before it knows who sent them, and takes a signature again within 310 seconds. So it binds
-loopback, and this process stands in front: `python -m nanofed.federated.server.proxy --help`.
+loopback, and this process stands in front: `python -m nanofed.federated.deploy.proxy --help`.
 
 What is covered, and by what:
 

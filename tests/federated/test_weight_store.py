@@ -1,4 +1,4 @@
-"""Weights through a depot: real files, a real web server and the site's own end of the way."""
+"""Weights through a store: real files, a real web server and the site's own end of the way."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ from flwr.superlink import main as superlink
 
 from nanofed.errors import NanofedError
 from nanofed.federated.aggregation.update import SentWeights
-from nanofed.federated.server import depot_calls
-from nanofed.federated.server.depot import DOWN, UP, Depot
-from nanofed.federated.server.depot_calls import DepotCalls, answer_depot_calls
+from nanofed.federated.deploy.keys import init
 from nanofed.federated.server.events import Events
-from nanofed.federated.server.keys import init
 from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.validation import RefusedReply
-from nanofed.federated.site.weights_client import RoundOver, WeightsClient, WeightsError
+from nanofed.federated.wire import weights_server
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
-from nanofed.federated.wire.freight import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, Freight
 from nanofed.federated.wire.messages import Instructions
+from nanofed.federated.wire.stored_weights import StoredWeights
+from nanofed.federated.wire.weight_store import DOWN, UP, WeightStore
+from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH
+from nanofed.federated.wire.weights_client import RoundOver, WeightsClient, WeightsError
+from nanofed.federated.wire.weights_server import WeightsServer, serve_weights
 from nanofed.training.gc_control import FrozenObjects
 from tests.faults.link import CUT, STALLED, Link
 from tests.faults.perimeter import Perimeter
@@ -61,7 +62,7 @@ def weights(seed: int = 0) -> dict[str, Array]:
 
 
 async def behind(scope: Any, receive: Any, send: Any) -> None:
-    """Flower's application, which the depot's calls never reach."""
+    """Flower's application, which the weights' calls never reach."""
     if scope["type"] == "http":
         await send({"type": "http.response.start", "status": 418, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
@@ -69,9 +70,9 @@ async def behind(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:
-    """A web server with the depot of `tmp_path / "depot"`."""
+    """A web server with the store of `tmp_path / "weights"`."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = DepotCalls(behind, tmp_path / "depot")
+        app = WeightsServer(behind, tmp_path / "weights")
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -81,21 +82,21 @@ def port(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def depot(tmp_path: Path) -> Depot:
-    return Depot(tmp_path / "depot")
+def store(tmp_path: Path) -> WeightStore:
+    return WeightStore(tmp_path / "weights")
 
 
-def lay(depot: Depot, values: dict[str, Array], seconds: float = 30.0) -> tuple[Any, Freight]:
+def lay(store: WeightStore, values: dict[str, Array], seconds: float = 30.0) -> tuple[Any, StoredWeights]:
     """Lay weights down for one client and return what its message says."""
-    load = depot.load(BF16.encode(values, depot.room), ["lab-a"], BF16.nbytes(values), seconds)
-    freight = Freight.found_in(load.note("lab-a"))
-    assert freight is not None and load.aboard == 0
-    return load, freight
+    round_weights = store.offer(BF16.encode(values, store.room), ["lab-a"], BF16.nbytes(values), seconds)
+    stored = StoredWeights.found_in(round_weights.note("lab-a"))
+    assert stored is not None and round_weights.message_bytes == 0
+    return round_weights, stored
 
 
-def until(freight: Freight) -> float:
+def until(stored: StoredWeights) -> float:
     """Return when the round is over, on the monotonic clock, for a message that has just come."""
-    return time.monotonic() + freight.seconds
+    return time.monotonic() + stored.seconds
 
 
 def call(port: int, path: str, headers: dict[str, str], body: bytes = b"", method: str = "POST") -> tuple[int, bytes]:
@@ -107,112 +108,112 @@ def call(port: int, path: str, headers: dict[str, str], body: bytes = b"", metho
     return answer.status, content
 
 
-def test_weights_go_there_and_back_bit_for_bit(depot: Depot, port: int, tmp_path: Path) -> None:
+def test_weights_go_there_and_back_bit_for_bit(store: WeightStore, port: int, tmp_path: Path) -> None:
     values, answer = weights(), BF16.encode(weights(1))
-    load, freight = lay(depot, values)
+    round_weights, stored = lay(store, values)
     road = WeightsClient(f"127.0.0.1:{port}")
-    for there, here in zip(road.fetch(freight, until(freight)), BF16.encode(values), strict=True):
+    for there, here in zip(road.fetch(stored, until(stored)), BF16.encode(values), strict=True):
         np.testing.assert_array_equal(there, here)
-    road.deliver(freight, answer, until(freight))
-    taken = load.take("lab-a", NO_REPLY, BF16, values)
+    road.deliver(stored, answer, until(stored))
+    taken = round_weights.take("lab-a", NO_REPLY, BF16, values)
     for there, here in zip(taken, answer, strict=True):
         np.testing.assert_array_equal(there, here)
-    load.drop("lab-a")
-    load.close()
-    assert not [path for name in (DOWN, UP) for path in (tmp_path / "depot" / name).iterdir()]
+    round_weights.drop("lab-a")
+    round_weights.close()
+    assert not [path for name in (DOWN, UP) for path in (tmp_path / "weights" / name).iterdir()]
 
 
-def test_lossless_weights_are_laid_down_as_they_are(depot: Depot, port: int) -> None:
+def test_lossless_weights_are_laid_down_as_they_are(store: WeightStore, port: int) -> None:
     values = weights()
-    load = depot.load(FP32.encode(values, depot.room), ["lab-a"], 0, 30.0)
-    freight = Freight.found_in(load.note("lab-a"))
-    assert freight is not None and freight.answer == ""
-    arrived = WeightsClient(f"127.0.0.1:{port}").fetch(freight, until(freight))
+    round_weights = store.offer(FP32.encode(values, store.room), ["lab-a"], 0, 30.0)
+    stored = StoredWeights.found_in(round_weights.note("lab-a"))
+    assert stored is not None and stored.answer == ""
+    arrived = WeightsClient(f"127.0.0.1:{port}").fetch(stored, until(stored))
     for there, here in zip(arrived, values.values(), strict=True):
         np.testing.assert_array_equal(there, here)
-    load.close()
+    round_weights.close()
 
 
-def test_what_was_taken_up_cannot_be_changed_any_more(depot: Depot, port: int, tmp_path: Path) -> None:
+def test_what_was_taken_up_cannot_be_changed_any_more(store: WeightStore, port: int, tmp_path: Path) -> None:
     """Checked first and merged later: between the two nobody may write to it, not even who has the file open."""
     values, answer = weights(), BF16.encode(weights(1))
-    load, freight = lay(depot, values)
+    round_weights, stored = lay(store, values)
     road = WeightsClient(f"127.0.0.1:{port}")
-    road.deliver(freight, answer, until(freight))
-    before = os.open(tmp_path / "depot" / UP / freight.answer, os.O_RDONLY)
-    taken = load.take("lab-a", NO_REPLY, BF16, values)
+    road.deliver(stored, answer, until(stored))
+    before = os.open(tmp_path / "weights" / UP / stored.answer, os.O_RDONLY)
+    taken = round_weights.take("lab-a", NO_REPLY, BF16, values)
     with pytest.raises(RoundOver, match="its round is over"):
-        road.deliver(freight, BF16.encode(weights(2)), until(freight))
+        road.deliver(stored, BF16.encode(weights(2)), until(stored))
     path = Path(f"/proc/self/fd/{before}")  # opens the file that has no name any more, as who opened it before holds it
-    with pytest.raises(depot_calls._Refused, match="its round is over"):
-        depot_calls._write(path, 0, b"x" * 100)
+    with pytest.raises(weights_server._Refused, match="its round is over"):
+        weights_server._write(path, 0, b"x" * 100)
     for there, here in zip(taken, answer, strict=True):
         np.testing.assert_array_equal(there, here)
-    load.drop("lab-a")
-    with pytest.raises(depot_calls._Refused, match="its round is over"):
-        depot_calls._write(path, 0, b"x" * 100)
+    round_weights.drop("lab-a")
+    with pytest.raises(weights_server._Refused, match="its round is over"):
+        weights_server._write(path, 0, b"x" * 100)
     os.close(before)
     with pytest.raises(WireError, match="no room for its answer"):
-        load.take("lab-a", NO_REPLY, BF16, values)
-    load.close()
+        round_weights.take("lab-a", NO_REPLY, BF16, values)
+    round_weights.close()
 
 
-def test_a_round_that_is_over_has_no_files(depot: Depot, port: int) -> None:
-    load, freight = lay(depot, weights())
-    load.close()
+def test_a_round_that_is_over_has_no_files(store: WeightStore, port: int) -> None:
+    round_weights, stored = lay(store, weights())
+    round_weights.close()
     road = WeightsClient(f"127.0.0.1:{port}")
     with pytest.raises(RoundOver):
-        road.fetch(freight, until(freight))
+        road.fetch(stored, until(stored))
     with pytest.raises(RoundOver):
-        road.deliver(freight, BF16.encode(weights(1)), until(freight))
+        road.deliver(stored, BF16.encode(weights(1)), until(stored))
 
 
-def test_the_round_loop_that_begins_finds_no_files_of_another(depot: Depot, port: int, tmp_path: Path) -> None:
-    _, freight = lay(depot, weights())
-    Depot(tmp_path / "depot")
+def test_the_round_loop_that_begins_finds_no_files_of_another(store: WeightStore, port: int, tmp_path: Path) -> None:
+    _, stored = lay(store, weights())
+    WeightStore(tmp_path / "weights")
     with pytest.raises(RoundOver):
-        WeightsClient(f"127.0.0.1:{port}").fetch(freight, until(freight))
+        WeightsClient(f"127.0.0.1:{port}").fetch(stored, until(stored))
 
 
-def test_an_answer_of_another_size_is_not_sent(depot: Depot, port: int) -> None:
-    load, freight = lay(depot, weights())
+def test_an_answer_of_another_size_is_not_sent(store: WeightStore, port: int) -> None:
+    round_weights, stored = lay(store, weights())
     with pytest.raises(WeightsError, match=r"the answer has 10 bytes, the server expects \d+"):
-        WeightsClient(f"127.0.0.1:{port}").deliver(freight, [np.zeros(10, np.uint8)], until(freight))
-    load.close()
+        WeightsClient(f"127.0.0.1:{port}").deliver(stored, [np.zeros(10, np.uint8)], until(stored))
+    round_weights.close()
 
 
-def test_calls_that_are_none(depot: Depot, port: int, tmp_path: Path) -> None:
-    load, freight = lay(depot, weights())
-    size = (tmp_path / "depot" / UP / freight.answer).stat().st_size
-    at = {OBJECT: freight.answer, OFFSET: "0"}
-    down = {OBJECT: freight.ticket, OFFSET: "0", LENGTH: "10"}
+def test_calls_that_are_none(store: WeightStore, port: int, tmp_path: Path) -> None:
+    round_weights, stored = lay(store, weights())
+    size = (tmp_path / "weights" / UP / stored.answer).stat().st_size
+    at = {OBJECT: stored.answer, OFFSET: "0"}
+    down = {OBJECT: stored.ticket, OFFSET: "0", LENGTH: "10"}
     assert call(port, "/v1/fleet/get-run", {})[0] == 418
     assert call(port, PULL, down)[0] == 200
     assert call(port, PULL, down, method="GET")[0] == 405
-    for wrong in ("", "../up", freight.ticket.upper() + "x", f"{freight.ticket}/"):
+    for wrong in ("", "../up", stored.ticket.upper() + "x", f"{stored.ticket}/"):
         assert call(port, PULL, down | {OBJECT: wrong})[0] == 400
-    assert call(port, PULL, down | {OBJECT: freight.answer})[0] == 404  # what others deliver cannot be fetched
-    assert call(port, PUSH, at | {OBJECT: freight.ticket}, b"x")[0] == 404  # nor the weights be changed
+    assert call(port, PULL, down | {OBJECT: stored.answer})[0] == 404  # what others deliver cannot be fetched
+    assert call(port, PUSH, at | {OBJECT: stored.ticket}, b"x")[0] == 404  # nor the weights be changed
     for name, text in ((OFFSET, "-1"), (OFFSET, ""), (LENGTH, "ten"), (LENGTH, "1" * 16)):
         assert call(port, PULL, down | {name: text})[0] == 400
     assert call(port, PULL, down | {OFFSET: str(size), LENGTH: "1"})[0] == 416
     assert call(port, PUSH, at | {OFFSET: str(size - 1)}, b"xy")[0] == 413
     assert call(port, PUSH, at, b"x" * (PIECE_BYTES + 1))[0] == 413
-    assert (tmp_path / "depot" / UP / freight.answer).stat().st_size == size
-    load.close()
+    assert (tmp_path / "weights" / UP / stored.answer).stat().st_size == size
+    round_weights.close()
 
 
 @pytest.mark.parametrize("fault", [CUT, STALLED])
 def test_a_link_that_breaks_or_stalls_costs_time_only(
-    depot: Depot, port: int, fault: str, monkeypatch: pytest.MonkeyPatch
+    store: WeightStore, port: int, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanofed.federated.site.weights_client.SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr("nanofed.federated.wire.weights_client.SILENCE_SECONDS", 1.0)
     values, answer = weights(), BF16.encode(weights(1))
-    load, freight = lay(depot, values)
+    round_weights, stored = lay(store, values)
     link = Link(port)
     road = WeightsClient(f"127.0.0.1:{link.port}")
     getattr(link, "cut" if fault == CUT else "stall")(after=PIECE_BYTES + PIECE_BYTES // 2)
-    delivery = threading.Thread(target=road.deliver, args=(freight, answer, until(freight)))
+    delivery = threading.Thread(target=road.deliver, args=(stored, answer, until(stored)))
     delivery.start()
     while link.state != fault:
         time.sleep(0.01)
@@ -220,50 +221,50 @@ def test_a_link_that_breaks_or_stalls_costs_time_only(
     link.heal()
     delivery.join(20)
     assert not delivery.is_alive()
-    for there, here in zip(load.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
+    for there, here in zip(round_weights.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
         np.testing.assert_array_equal(there, here)
-    load.close()
+    round_weights.close()
     link.close()
 
 
 def test_a_slow_line_carries_a_whole_piece(
-    depot: Depot, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store: WeightStore, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A piece takes longer than a silence may, and then its end waits in buffers: neither is a silence."""
-    monkeypatch.setattr("nanofed.federated.site.weights_client.SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr("nanofed.federated.wire.weights_client.SILENCE_SECONDS", 0.5)
     values = {"w": weights()["big"][: PIECE_BYTES // 2 // 64]}
     answer = BF16.encode({"w": values["w"] + 1})
-    load, freight = lay(depot, values, seconds=60.0)
-    assert freight.answer_bytes == PIECE_BYTES
+    round_weights, stored = lay(store, values, seconds=60.0)
+    assert stored.answer_bytes == PIECE_BYTES
     link = Link(port)
     link.bytes_per_second = 3e6
-    WeightsClient(f"127.0.0.1:{link.port}").deliver(freight, answer, until(freight))
+    WeightsClient(f"127.0.0.1:{link.port}").deliver(stored, answer, until(stored))
     assert link.sent < 1.1 * PIECE_BYTES, "it went once"
-    np.testing.assert_array_equal(load.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
-    load.close()
+    np.testing.assert_array_equal(round_weights.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
+    round_weights.close()
     link.close()
 
 
-def test_a_delivery_ends_with_its_round(depot: Depot, port: int) -> None:
+def test_a_delivery_ends_with_its_round(store: WeightStore, port: int) -> None:
     """A line too slow for its piece is not sent to until the piece is through: the next round is waiting."""
     values = weights()
-    load, freight = lay(depot, values, seconds=2.0)
+    round_weights, stored = lay(store, values, seconds=2.0)
     link = Link(port)
     link.bytes_per_second = 1e5
     started = time.monotonic()
     with pytest.raises(WeightsError, match="did not pass to or from"):
-        WeightsClient(f"127.0.0.1:{link.port}").deliver(freight, BF16.encode(values), until(freight))
+        WeightsClient(f"127.0.0.1:{link.port}").deliver(stored, BF16.encode(values), until(stored))
     assert time.monotonic() - started < 6
     link.close()
-    load.close()
+    round_weights.close()
 
 
 @pytest.mark.parametrize("lasting", [False, True])
 def test_a_server_that_cannot_is_asked_again_for_a_while(
-    lasting: bool, depot: Depot, port: int, monkeypatch: pytest.MonkeyPatch
+    lasting: bool, store: WeightStore, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, answer = weights(), BF16.encode(weights(1))
-    load, freight = lay(depot, values)
+    round_weights, stored = lay(store, values)
     tries, real = itertools.count(), os.pwrite
 
     def full(*args: Any) -> int:
@@ -272,44 +273,44 @@ def test_a_server_that_cannot_is_asked_again_for_a_while(
         return real(*args)
 
     monkeypatch.setattr(os, "pwrite", full)
-    monkeypatch.setattr("nanofed.federated.site.weights_client.UNABLE_SECONDS", 1.0 if lasting else 10.0)
+    monkeypatch.setattr("nanofed.federated.wire.weights_client.UNABLE_SECONDS", 1.0 if lasting else 10.0)
     road = WeightsClient(f"127.0.0.1:{port}")
     if lasting:
         started = time.monotonic()
         with pytest.raises(WeightsError, match="the server's disk: No space left on device"):
-            road.deliver(freight, answer, until(freight))
+            road.deliver(stored, answer, until(stored))
         assert time.monotonic() - started < 6, "its round has 30 s"
     else:
-        road.deliver(freight, answer, until(freight))
-        np.testing.assert_array_equal(load.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
-    load.close()
+        road.deliver(stored, answer, until(stored))
+        np.testing.assert_array_equal(round_weights.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
+    round_weights.close()
 
 
 def test_weights_take_the_machines_way_out(
-    depot: Depot, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: WeightStore, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where others are reached through an HTTP proxy, as Flower's own calls are."""
     keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
     values, answer = weights(), BF16.encode(weights(1))
-    load, freight = lay(depot, values)
+    round_weights, stored = lay(store, values)
     with Perimeter(tmp_path, keys, port, plain=True).running() as perimeter, wayout() as (outer, asked):
         road = WeightsClient(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@127.0.0.1:{outer}")
-        road.fetch(freight, until(freight))
-        road.deliver(freight, answer, until(freight))
+        road.fetch(stored, until(stored))
+        road.deliver(stored, answer, until(stored))
         assert {line for line, _ in asked} == {f"CONNECT 127.0.0.1:{perimeter.port}"}
         assert {words for _, words in asked} == {"Basic " + b64encode(b"me:p@ss").decode()}
         count = len(asked)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        road.fetch(freight, until(freight))
+        road.fetch(stored, until(stored))
         assert len(asked) == count
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
         with pytest.raises(WeightsError, match="SOCKS"):
-            road.fetch(freight, until(freight))
-    load.close()
+            road.fetch(stored, until(stored))
+    round_weights.close()
 
 
 @contextlib.contextmanager
@@ -342,35 +343,35 @@ def pass_on(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
 
 
-def test_writers_cannot_hold_up_who_takes_an_answer(depot: Depot, port: int, tmp_path: Path) -> None:
+def test_writers_cannot_hold_up_who_takes_an_answer(store: WeightStore, port: int, tmp_path: Path) -> None:
     """A site that goes on sending, as fast as it can, does not keep the round loop from its other answers."""
     values = weights()
-    load, freight = lay(depot, values)
-    path, over = tmp_path / "depot" / UP / freight.answer, threading.Event()
+    round_weights, stored = lay(store, values)
+    path, over = tmp_path / "weights" / UP / stored.answer, threading.Event()
 
     def write() -> None:
-        with pytest.raises(depot_calls._Refused, match="its round is over"):
+        with pytest.raises(weights_server._Refused, match="its round is over"):
             while True:
-                depot_calls._write(path, 0, bytes(PIECE_BYTES))
+                weights_server._write(path, 0, bytes(PIECE_BYTES))
         over.set()
 
     writers = [threading.Thread(target=write) for _ in range(6)]
     for writer in writers:
         writer.start()
     time.sleep(0.2)
-    taking = threading.Thread(target=load.take, args=("lab-a", NO_REPLY, BF16, values), daemon=True)
+    taking = threading.Thread(target=round_weights.take, args=("lab-a", NO_REPLY, BF16, values), daemon=True)
     taking.start()
     taking.join(10)
     assert not taking.is_alive() and over.is_set()
     for writer in writers:
         writer.join(10)
-    load.close()
+    round_weights.close()
 
 
-def test_refused_answers_leave_neither_files_nor_memory(depot: Depot, tmp_path: Path) -> None:
+def test_refused_answers_leave_neither_files_nor_memory(store: WeightStore, tmp_path: Path) -> None:
     """Nothing of a round may hang on a refusal: it would be unseen space on the disk, for as long as the process lives."""
     grid = Answering()
-    exchange, events = Messenger(cast(Grid, grid), Events(), depot), Events()
+    exchange, events = Messenger(cast(Grid, grid), Events(), store), Events()
     replies.request()  # Message() reads what it sets
     with FrozenObjects():
         for number in range(1, 5):
@@ -420,56 +421,58 @@ class Answering:
 
 
 def gone() -> list[str]:
-    """Return files of a depot that this process maps or has open, and that have no name any more."""
+    """Return files of a weight store that this process maps or has open, and that have no name any more."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return [line for line in maps + links if "/depot/" in line and "(deleted)" in line]
+    return [line for line in maps + links if "/weights/" in line and "(deleted)" in line]
 
 
 def test_the_folder_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    (tmp_path / "depot").symlink_to(tmp_path / "disk")
+    (tmp_path / "weights").symlink_to(tmp_path / "disk")
     for _ in range(2):
-        depot = Depot(tmp_path / "depot")
-        lay(depot, weights())
+        store = WeightStore(tmp_path / "weights")
+        lay(store, weights())
     assert len(list((tmp_path / "disk" / DOWN).iterdir())) == 1
 
 
-def test_a_depot_that_somebody_removes_is_made_anew_for_the_next_round(depot: Depot, port: int, tmp_path: Path) -> None:
-    load, first = lay(depot, weights())
-    shutil.rmtree(tmp_path / "depot")
+def test_a_depot_that_somebody_removes_is_made_anew_for_the_next_round(
+    store: WeightStore, port: int, tmp_path: Path
+) -> None:
+    round_weights, first = lay(store, weights())
+    shutil.rmtree(tmp_path / "weights")
     with pytest.raises(WireError, match="no room for its answer, or it was changed here"):
-        load.take("lab-a", NO_REPLY, BF16, weights())
-    load.drop("lab-a")
-    load.close()
-    load, second = lay(depot, weights())
-    assert second.ticket != first.ticket and (tmp_path / "depot" / DOWN / second.ticket).exists()
-    for folder in (tmp_path / "depot", tmp_path / "depot" / DOWN, tmp_path / "depot" / UP):
+        round_weights.take("lab-a", NO_REPLY, BF16, weights())
+    round_weights.drop("lab-a")
+    round_weights.close()
+    round_weights, second = lay(store, weights())
+    assert second.ticket != first.ticket and (tmp_path / "weights" / DOWN / second.ticket).exists()
+    for folder in (tmp_path / "weights", tmp_path / "weights" / DOWN, tmp_path / "weights" / UP):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    os.truncate(tmp_path / "depot" / UP / second.answer, 10)
+    os.truncate(tmp_path / "weights" / UP / second.answer, 10)
     with pytest.raises(WireError, match="no room for its answer, or it was changed here"):
-        load.take("lab-a", NO_REPLY, BF16, weights())
-    load.close()
+        round_weights.take("lab-a", NO_REPLY, BF16, weights())
+    round_weights.close()
 
 
 def test_a_depot_on_a_disk_that_is_not_mounted_is_named_and_used_again_when_it_is(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    (tmp_path / "depot").symlink_to(tmp_path / "disk")
-    depot = Depot(tmp_path / "depot")
-    lay(depot, weights())
+    (tmp_path / "weights").symlink_to(tmp_path / "disk")
+    store = WeightStore(tmp_path / "weights")
+    lay(store, weights())
     (tmp_path / "disk").rename(tmp_path / "away")
-    for again in (lambda: depot.room(10), lambda: Depot(tmp_path / "depot")):
+    for again in (lambda: store.room(10), lambda: WeightStore(tmp_path / "weights")):
         with pytest.raises(NanofedError, match=r"a link to .*disk, which is not there: is its disk mounted\?"):
             again()
     (tmp_path / "away").rename(tmp_path / "disk")
-    lay(depot, weights())
+    lay(store, weights())
 
 
-def test_weights_pass_the_proxy_of_sites_that_it_knows_only(depot: Depot, port: int, tmp_path: Path) -> None:
+def test_weights_pass_the_proxy_of_sites_that_it_knows_only(store: WeightStore, port: int, tmp_path: Path) -> None:
     keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
     strangers = init(tmp_path / "strangers", ["127.0.0.1"], ["lab-a"])
     values, answer = weights(), BF16.encode(weights(1))
-    load, freight = lay(depot, values)
+    round_weights, stored = lay(store, values)
     with Perimeter(tmp_path, keys, port, plain=True).running() as proxy:
         server = f"127.0.0.1:{proxy.port}"
         for road, reason in (
@@ -480,31 +483,31 @@ def test_weights_pass_the_proxy_of_sites_that_it_knows_only(depot: Depot, port: 
             (WeightsClient(server, keys.ca), "no SuperNode's signature"),
         ):
             with pytest.raises(WeightsError, match=reason):
-                road.fetch(freight, until(freight))
+                road.fetch(stored, until(stored))
             with pytest.raises(WeightsError, match=reason):
-                road.deliver(freight, answer, until(freight))
+                road.deliver(stored, answer, until(stored))
         road = WeightsClient(server, keys.ca, keys.private_key("lab-a"))
-        for there, here in zip(road.fetch(freight, until(freight)), BF16.encode(values), strict=True):
+        for there, here in zip(road.fetch(stored, until(stored)), BF16.encode(values), strict=True):
             np.testing.assert_array_equal(there, here)
-        road.deliver(freight, answer, until(freight))
-        for there, here in zip(load.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
+        road.deliver(stored, answer, until(stored))
+        for there, here in zip(round_weights.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
             np.testing.assert_array_equal(there, here)
         proxy.settled()
         site = proxy.figures()["sites"]["lab-a"]
-        assert site["bytes_up"] == site["bytes_down"] == freight.answer_bytes
-    load.close()
+        assert site["bytes_up"] == site["bytes_down"] == stored.answer_bytes
+    round_weights.close()
 
 
-def test_a_fetch_that_breaks_off_says_why(depot: Depot, port: int) -> None:
-    load, freight = lay(depot, weights(), seconds=1.05)
+def test_a_fetch_that_breaks_off_says_why(store: WeightStore, port: int) -> None:
+    round_weights, stored = lay(store, weights(), seconds=1.05)
     link = Link(port)
     link.bytes_per_second = 2e6  # in the middle of a piece, with no time for another try
     breaker = threading.Timer(1.0, link.close)
     breaker.start()
     with pytest.raises(WeightsError, match=r"did not pass to or from 127\.0\.0\.1"):
-        WeightsClient(f"127.0.0.1:{link.port}").fetch(freight, until(freight))
+        WeightsClient(f"127.0.0.1:{link.port}").fetch(stored, until(stored))
     breaker.join()
-    load.close()
+    round_weights.close()
 
 
 def test_a_server_that_is_not_there_is_given_up_when_the_round_is_over() -> None:
@@ -512,17 +515,17 @@ def test_a_server_that_is_not_there_is_given_up_when_the_round_is_over() -> None
         port = listener.getsockname()[1]
     started = time.monotonic()
     with pytest.raises(WeightsError, match=rf"did not pass to or from 127.0.0.1:{port} in time: .*refused"):
-        WeightsClient(f"127.0.0.1:{port}").fetch(Freight("0" * 32, [["<u2", [8]]], "", 0, 1.0), started + 1.0)
+        WeightsClient(f"127.0.0.1:{port}").fetch(StoredWeights("0" * 32, [["<u2", [8]]], "", 0, 1.0), started + 1.0)
     assert time.monotonic() - started < 5
 
 
-def test_no_room_for_the_weights(depot: Depot, tmp_path: Path) -> None:
-    with pytest.raises(NanofedError, match=r"the round's weights cannot be kept in .*depot"):
-        depot.room(1 << 50)
-    assert not list((tmp_path / "depot" / DOWN).iterdir())
+def test_no_room_for_the_weights(store: WeightStore, tmp_path: Path) -> None:
+    with pytest.raises(NanofedError, match=r"the round's weights cannot be kept in .*weights"):
+        store.room(1 << 50)
+    assert not list((tmp_path / "weights" / DOWN).iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(NanofedError, match="cannot be kept in"):
-        Depot(tmp_path / "file" / "depot")
+        WeightStore(tmp_path / "file" / "weights")
 
 
 @pytest.mark.parametrize(
@@ -530,14 +533,14 @@ def test_no_room_for_the_weights(depot: Depot, tmp_path: Path) -> None:
 )
 def test_a_note_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="the note of the round's weights cannot be read"):
-        Freight.found_in({"freight": text})
-    assert Freight.found_in({}) is None
+        StoredWeights.found_in({"stored": text})
+    assert StoredWeights.found_in({}) is None
 
 
 def test_flowers_superlink_has_the_calls_outermost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(superlink, "create_app", superlink.create_app)
-    answer_depot_calls(superlink, tmp_path)
+    serve_weights(superlink, tmp_path)
     outermost: object = superlink.create_app().user_middleware[0].cls
-    assert outermost is DepotCalls
+    assert outermost is WeightsServer
     with pytest.raises(NanofedError, match="another way"):
-        answer_depot_calls(ModuleType("another"), tmp_path)
+        serve_weights(ModuleType("another"), tmp_path)

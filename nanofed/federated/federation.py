@@ -1,13 +1,11 @@
-"""A federated run from a config: parse, build what is missing of the demo data, and run it in one process."""
+"""A federation: from parsed options to the objects that every runtime needs, and the checks before it begins."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 from lightning import Fabric
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -15,17 +13,13 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.aggregation.outer import OuterNesterov
-from nanofed.federated.arguments import Arguments
-from nanofed.federated.processes import ended_by_signals
-from nanofed.federated.runtimes.app import server_app
-from nanofed.federated.runtimes.in_process import InProcessGrid
-from nanofed.federated.server.carriage import Carriage
+from nanofed.federated.config import Arguments
 from nanofed.federated.server.metrics import FederationMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.state import State
-from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import FabricTrainer
+from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.checkpoint import find_checkpoint, read_manifest
 from nanofed.training.config_errors import resolved
 from nanofed.training.lightning_errors import lightning_errors
@@ -139,7 +133,7 @@ class Federation(Arguments):
         *,
         policy: ClientPolicy = ONE_MACHINE,
         owners: Callable[[], Mapping[int, str]] | None = None,
-        carriage: Carriage | None = None,
+        transport: WeightTransport | None = None,
     ) -> RoundLoop:
         """Return the server's round loop, resumed or started from other weights where that is asked for.
 
@@ -148,7 +142,7 @@ class Federation(Arguments):
             run: the run's folder.
             policy: whether the clients share this machine.
             owners: returns node -> the client whose key it has; None where nodes have no keys.
-            carriage: of the weights; in the messages by default.
+            transport: of the weights; in the messages by default.
         """
         module, data = self.build()
         options = self.options
@@ -167,7 +161,7 @@ class Federation(Arguments):
             device,
             policy=policy,
             owners=owners,
-            carriage=carriage,
+            transport=transport,
         )
         if resume is not None:
             loop.state.load(resume, module, data, metrics.summary, force=options.force)
@@ -185,21 +179,3 @@ def _absolute(path: str) -> str:
 def client_name(index: int) -> str:
     """Return the name of the n-th client in one process, from 0: that of the n-th partition in a simulation."""
     return f"client-{index}"
-
-
-def run_in_process(federation: Federation) -> Summary:
-    """Run clients and server in this process, clients one after another, and return what the run came to.
-
-    Raises:
-        ConfigError: another process uses the run.
-    """
-    with ended_by_signals(), RunFolder(federation.folder):
-        federation.check()
-        trainer = federation.trainer()
-        names = [client_name(index) for index in range(federation.federation.clients)]
-        grid = InProcessGrid(client_app(lambda context: trainer), names)
-        loop = federation.loop(grid, federation.folder)
-        federation.write()
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        server_app(lambda grid, context: nullcontext(loop))(grid, context)
-        return loop.metrics.summary

@@ -1,4 +1,4 @@
-"""The process of a SuperLink: Flower's own, which hands over no reply before it is whole, and has a depot for weights.
+"""The process of a SuperLink: Flower's own, which hands over no reply before it is whole, and has a store for weights.
 
 Flower's puts every object of every message into SQLite. There they hold up each other and the SuperLink's own book-keeping: with
 weights in them, a call found the database locked and the run failed. They are of no use there: after a crash of the SuperLink
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanofed.errors import NanofedError
-from nanofed.federated.server.depot_calls import answer_depot_calls
-from nanofed.federated.server.fleet_rules import FleetRules, Refused, TooMany, bind
-from nanofed.federated.server.registration import keep_registered, read_nodes
+from nanofed.federated.deploy.fleet_rules import FleetRules, Refused, TooMany, bind
+from nanofed.federated.deploy.registration import keep_registered, read_nodes
+from nanofed.federated.wire.weights_server import serve_weights
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _named(nodes: Path | None, node: int) -> str:
 def main() -> None:
     """Run `flower-superlink` with the same arguments, and some of our own.
 
-    These are --depot FOLDER, and with keys --sites, the folder of the sites' public keys, and --nodes, the file to which the
+    These are --weights FOLDER, and with keys --sites, the folder of the sites' public keys, and --nodes, the file to which the
     node of each site is written.
     """
     from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
@@ -148,14 +148,14 @@ def main() -> None:
     keep_objects_in_memory(config_loader, sql_mixin)
     hold_back_unfinished(sql_linkstate, sql_corestate)
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for option in ("--depot", "--database", "--sites", "--nodes"):
+    for option in ("--weights", "--database", "--sites", "--nodes"):
         parser.add_argument(option, type=Path)
     own, rest = parser.parse_known_args()
     if own.database is not None:
         set_aside_damaged(own.database)
         rest += ["--database", str(own.database)]
-    if own.depot is not None:
-        answer_depot_calls(application, own.depot)
+    if own.weights is not None:
+        serve_weights(application, own.weights)
     bind(fleet_handlers, FleetRules(SUPERLINK_NODE_ID), refuse, functools.partial(_named, own.nodes))
     if own.sites is not None:
         keep_registered(application, sql_linkstate, (NOOP_FLWR_AID, NOOP_ACCOUNT_NAME), own.sites, own.nodes)

@@ -1,4 +1,4 @@
-"""How the weights of a round get to its clients and back: in Flower's messages, or beside them (`depot.py`)."""
+"""How the weights of a round get to its clients and back: in Flower's messages, or beside them (`weight_store.py`)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from nanofed.federated.wire.codec import Arrays, Codec, Room, Weights, WireError
 from nanofed.federated.wire.flower_arrays import from_flower, to_flower
 
 
-class Load(Protocol):
+class RoundWeights(Protocol):
     """One round's weights on their way.
 
     Attributes:
         record: what each message holds of them.
-        aboard: its bytes.
+        message_bytes: its bytes.
     """
 
     record: ArrayRecord
-    aboard: int
+    message_bytes: int
 
     def note(self, client: str) -> dict[str, Any]:
         """Return what a client's message says of them."""
@@ -42,14 +42,14 @@ class Load(Protocol):
         """Let everything go; whatever comes later has no place."""
 
 
-class Carriage(Protocol):
+class WeightTransport(Protocol):
     """Carries weights, round after round."""
 
     @property
     def room(self) -> Room | None:
         """Where weights are to be encoded; None for anywhere."""
 
-    def load(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> Load:
+    def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
         """Take up the weights of a round.
 
         Args:
@@ -68,15 +68,15 @@ class InMessages:
 
     room: Room | None = None
 
-    def load(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> Load:
+    def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
         """Put them into a record that all messages share."""
-        return _Aboard(payload)
+        return _RoundInMessages(payload)
 
 
-class _Aboard:
+class _RoundInMessages:
     def __init__(self, payload: Arrays) -> None:
         self.record = ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
-        self.aboard = payload_bytes(payload)
+        self.message_bytes = payload_bytes(payload)
 
     def note(self, client: str) -> dict[str, Any]:
         return {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanofed.errors import NanofedError
-from nanofed.federated.server.keys import read_sites
+from nanofed.federated.deploy.keys import read_sites
 from nanofed.files import write_atomically
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
-"""The depot of a deployment: files through which weights go to the sites and come back, beside Flower's messages.
+"""The store of a deployment: files through which weights go to the sites and come back, beside Flower's messages.
 
-The round loop lays files down and takes them up; the SuperLink's process reads and writes them for the sites (`depot_calls.py`).
-A file's name is its ticket, 128 random bits: that of the weights is in all messages of the round, that of an answer only in the
-message to its site.
+The round loop makes the files and takes them up; the SuperLink's process reads and writes them for the sites
+(`weights_server.py`). A file's name is its ticket, 128 random bits: that of the weights is in all messages of the round, that of
+an answer only in the message to its site.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 
 from nanofed.errors import NanofedError
-from nanofed.federated.server.carriage import Load
 from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError
-from nanofed.federated.wire.freight import Freight, layout_of
+from nanofed.federated.wire.stored_weights import StoredWeights, layout_of
+from nanofed.federated.wire.weight_transport import RoundWeights
 
 DOWN, UP = "down", "up"  # folders: of weights to be fetched, and of room for answers
 
 
-class Depot:
+class WeightStore:
     """Carries weights through files.
 
     Args:
@@ -58,7 +58,7 @@ class Depot:
         self._ticket, mapped = self._file(DOWN, size)
         return mapped
 
-    def load(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> Load:
+    def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
         """Make room for the answers to the weights that `room` was given for."""
         layout = layout_of(payload)
         tickets: dict[str, str] = {}
@@ -70,10 +70,11 @@ class Depot:
                 with contextlib.suppress(OSError):
                     (self._folder / UP / ticket).unlink()
             raise
-        freights = {
-            client: Freight(self._ticket, layout, tickets.get(client, ""), answer_bytes, seconds) for client in clients
+        stored = {
+            client: StoredWeights(self._ticket, layout, tickets.get(client, ""), answer_bytes, seconds)
+            for client in clients
         }
-        return _Laid(self, self._folder / UP, freights)
+        return _StoredRound(self, self._folder / UP, stored)
 
     def remove(self) -> None:
         """Remove the weights: nobody fetches them any more."""
@@ -116,19 +117,19 @@ class Depot:
         return NanofedError(f"the round's weights cannot be kept in {self._folder}: {reason}")
 
 
-class _Laid:
+class _StoredRound:
     """The files of one round."""
 
-    def __init__(self, depot: Depot, folder: Path, freights: dict[str, Freight]) -> None:
+    def __init__(self, store: WeightStore, folder: Path, stored: dict[str, StoredWeights]) -> None:
         self.record = ArrayRecord()
-        self.aboard = 0
-        self._depot = depot
+        self.message_bytes = 0
+        self._store = store
         self._folder = folder
-        self._freights = freights
+        self._stored = stored
         self._held: dict[str, int] = {}
 
     def note(self, client: str) -> dict[str, Any]:
-        return self._freights[client].to_config()
+        return self._stored[client].to_config()
 
     def sent(self) -> None: ...
 
@@ -138,13 +139,13 @@ class _Laid:
         It is read more than once, first to be checked and then to be merged: whoever still wrote to it meanwhile could have
         something merged that was not checked.
         """
-        freight = self._freights[client]
-        path = self._folder / freight.answer
+        stored = self._stored[client]
+        path = self._folder / stored.answer
         try:
             file = self._held[client] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             path.unlink()  # first: whoever comes now finds nothing, and the lock waits for what is being written only
             fcntl.flock(file, fcntl.LOCK_EX)
-            mapped = mmap.mmap(file, freight.answer_bytes, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file, stored.answer_bytes, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: it is shorter
             reason = getattr(error, "strerror", None) or error
             raise WireError(f"there is no room for its answer, or it was changed here: {reason}") from error
@@ -155,9 +156,9 @@ class _Laid:
             os.close(self._held.pop(client))  # the lock goes with the last array
 
     def close(self) -> None:
-        self._depot.remove()
-        for client, freight in self._freights.items():
+        self._store.remove()
+        for client, stored in self._stored.items():
             self.drop(client)
-            if freight.answer:
+            if stored.answer:
                 with contextlib.suppress(OSError):
-                    (self._folder / freight.answer).unlink()
+                    (self._folder / stored.answer).unlink()

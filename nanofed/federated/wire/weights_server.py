@@ -1,4 +1,4 @@
-"""The two calls of a depot, answered in the SuperLink's process: a site fetches weights and delivers its own, piece by piece.
+"""The two calls of `weights_calls.py`, answered in the SuperLink's process from the files of a weight store.
 
 They stand before Flower's application: who calls has been checked by the proxy, like every site's call (without keys the port
 is on loopback), and has to know a file's name, which is 128 random bits.
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nanofed.errors import NanofedError
-from nanofed.federated.server.depot import DOWN, UP
-from nanofed.federated.wire.freight import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH, TICKET
+from nanofed.federated.wire.weight_store import DOWN, UP
+from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH, TICKET
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -35,12 +35,12 @@ def _over() -> _Refused:
     return _Refused(HTTPStatus.NOT_FOUND, "there is no such file: its round is over")
 
 
-class DepotCalls:
-    """ASGI middleware: answers the depot's calls, and passes on all others.
+class WeightsServer:
+    """ASGI middleware: answers the weights' calls, and passes on all others.
 
     Args:
         app: what is behind it.
-        folder: of the depot.
+        folder: of the store.
     """
 
     def __init__(self, app: Application, folder: Path) -> None:
@@ -55,7 +55,7 @@ class DepotCalls:
         status, content = HTTPStatus.OK, b""
         try:
             if scope["method"] != "POST":
-                raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "the depot's calls are POST")
+                raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "the weights' calls are POST")
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             body = await _body(headers, receive)
             if body is None:
@@ -146,12 +146,12 @@ def _write(path: Path, offset: int, body: bytes) -> None:
         os.close(file)
 
 
-def answer_depot_calls(main: Any, folder: Path) -> None:
-    """Let Flower's application of a SuperLink answer a depot's calls too.
+def serve_weights(main: Any, folder: Path) -> None:
+    """Let Flower's application of a SuperLink answer a store's calls too.
 
     Args:
         main: Flower's module that creates the application.
-        folder: of the depot.
+        folder: of the store.
 
     Raises:
         NanofedError: this Flower is another one than was made for.
@@ -162,7 +162,7 @@ def answer_depot_calls(main: Any, folder: Path) -> None:
 
     def create_app(*args: Any, **kwargs: Any) -> Any:
         app = create(*args, **kwargs)
-        app.add_middleware(DepotCalls, folder=folder)  # the last added is the outermost
+        app.add_middleware(WeightsServer, folder=folder)  # the last added is the outermost
         return app
 
     main.create_app = create_app

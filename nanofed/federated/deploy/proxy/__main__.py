@@ -1,4 +1,4 @@
-"""`python -m nanofed.federated.server.proxy`: the proxy as a process of its own; it starts without torch."""
+"""`python -m nanofed.federated.deploy.proxy`: the proxy as a process of its own; it starts without torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from nanofed.errors import NanofedError
-from nanofed.federated.server.proxy.guard import Limits
-from nanofed.federated.server.proxy.service import Options, serve
+from nanofed.federated.deploy.proxy.guard import Limits
+from nanofed.federated.deploy.proxy.service import Options, serve
 
-logger = logging.getLogger("nanofed.federated.server.proxy")
+logger = logging.getLogger("nanofed.federated.deploy.proxy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> Options:
-    parser = argparse.ArgumentParser(prog="python -m nanofed.federated.server.proxy", description="nanofed's TLS proxy")
+    parser = argparse.ArgumentParser(prog="python -m nanofed.federated.deploy.proxy", description="nanofed's TLS proxy")
     parser.add_argument("--listen", required=True, help="host:port that faces the network")
     parser.add_argument("--upstream", required=True, help="host:port of the SuperLink, on loopback")
     parser.add_argument("--certificate", required=True, type=Path, help="of the server")

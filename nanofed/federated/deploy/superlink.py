@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import nanofed
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
+from nanofed.federated.deploy.process import last_error, stop_marked, undisturbed
 from nanofed.federated.flower import flower_environment, free_port, toml
-from nanofed.federated.processes import last_error, stop_marked, undisturbed
-from nanofed.federated.runtimes.settings import DEFAULTS, Value
+from nanofed.federated.flower_settings import DEFAULTS, Value
 from nanofed.federated.wire.bundle import installed
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class SuperLink:
         address = ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(self.port)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                runtime.python("-m", "nanofed.federated.runtimes.superlink_process", *address, *options),
+                runtime.python("-m", "nanofed.federated.deploy.superlink_process", *address, *options),
                 cwd=self._nowhere,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

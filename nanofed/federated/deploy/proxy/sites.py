@@ -16,8 +16,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from nanofed.federated.server.keys import read_sites
-from nanofed.federated.server.proxy.http import Refused
+from nanofed.federated.deploy.keys import read_sites
+from nanofed.federated.deploy.proxy.http import Refused
 
 logger = logging.getLogger(__name__)
 

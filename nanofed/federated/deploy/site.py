@@ -12,8 +12,8 @@ from filelock import FileLock, Timeout
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError
+from nanofed.federated.deploy.process import Child, end_marked, ended_by_signals, last_error, undisturbed
 from nanofed.federated.flower import flower_environment, free_port, toml
-from nanofed.federated.processes import Child, end_marked, ended_by_signals, last_error, undisturbed
 from nanofed.federated.site.options import SiteOptions, WorkerOptions
 from nanofed.federated.site.progress import Page
 from nanofed.files import write_atomically
@@ -116,7 +116,7 @@ class _Site:
         where = ["--superlink", options.superlink, "--host", "127.0.0.1", "--port", str(self._port)]
         worker = ["--isolation", "process", "--superexec-auth-secret-file", str(self._secret)]
         name = ["--node-config", f"name={toml(options.name)}"]
-        return runtime.python("-m", "nanofed.federated.site.supernode", *where, *worker, *secure, *name)
+        return runtime.python("-m", "nanofed.federated.deploy.supernode", *where, *worker, *secure, *name)
 
     def watch(self) -> None:
         """Start what is not there, and replace a worker that hangs."""

@@ -14,8 +14,8 @@ import pytest
 from filelock import FileLock
 
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.federated.run import Federation
-from nanofed.federated.runtimes import rehearsal
+from nanofed.federated.deploy import local_deployment
+from nanofed.federated.federation import Federation
 from nanofed.federated.site.options import site_options
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
 from nanofed.training.summary import Summary
@@ -40,8 +40,8 @@ def test_whatever_ends_a_site_is_said_with_its_name(monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "state")
 
-    monkeypatch.setattr(rehearsal, "run_site", full)
-    site = rehearsal._Site(site_options("127.0.0.1:1", "lab-a", state=tmp_path), [], threading.Event())
+    monkeypatch.setattr(local_deployment, "run_site", full)
+    site = local_deployment._Site(site_options("127.0.0.1:1", "lab-a", state=tmp_path), [], threading.Event())
     site.start()
     site.join()
     with pytest.raises(NanofedError, match="site lab-a: state: No space left on device"):
@@ -77,7 +77,7 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
     assert curve[2].bpb < curve[1].bpb < curve[0].bpb, "measured by the sites"
     assert set(state["evaluations"]) == {"client-0", "client-1"}
     with pytest.raises(ConfigError, match="already holds a run: go on with --ckpt_path last"):
-        rehearsal.run_deployment(Federation.from_args(args))
+        local_deployment.run_deployment(Federation.from_args(args))
 
 
 @needs_proc
@@ -97,12 +97,12 @@ def test_ctrl_c_while_it_starts_leaves_no_process_behind(tiny_corpus: Path, tmp_
 def test_a_site_that_cannot_start_ends_the_run(tiny_corpus: Path, tmp_path: Path) -> None:
     config = Federation.from_args(options(tiny_corpus, tmp_path, clients=1, quorum=1))
     run = config.open()
-    folder = run / rehearsal.CLIENTS / "client-0"
+    folder = run / local_deployment.CLIENTS / "client-0"
     folder.mkdir(parents=True)
     said = r"^site client-0: the site 'client-0' is running already"
     with (
         FileLock(folder / ".lock"),
-        rehearsal._sites(config, run, "127.0.0.1:1") as check,
+        local_deployment._sites(config, run, "127.0.0.1:1") as check,
         pytest.raises(ConfigError, match=said),
     ):
         for _ in range(100):

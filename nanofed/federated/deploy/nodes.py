@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanofed.federated.server.registration import read_nodes
+from nanofed.federated.deploy.registration import read_nodes
 
-FOLDER = "server"  # of the run's folder: Flower's home and database, the log, the depot, and this
+FOLDER = "server"  # of the run's folder: Flower's home and database, the log, the store, and this
 NODES = "nodes.json"
-DEPOT = "depot"
+WEIGHTS = "weights"
 
 
 def owners(run: Path) -> dict[int, str]:

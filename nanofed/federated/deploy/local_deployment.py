@@ -10,12 +10,12 @@ from pathlib import Path
 
 from nanofed import runtime
 from nanofed.errors import NanofedError, in_one_line
+from nanofed.federated.deploy.process import ended_by_signals, undisturbed
+from nanofed.federated.deploy.server import ServerOptions, run_server
+from nanofed.federated.deploy.site import run_site
+from nanofed.federated.federation import Federation, client_name
 from nanofed.federated.flower import free_port
-from nanofed.federated.processes import ended_by_signals, undisturbed
-from nanofed.federated.run import Federation, client_name
-from nanofed.federated.runtimes.deployment import ServerOptions, run_server
 from nanofed.federated.site.options import SiteOptions, site_options
-from nanofed.federated.site.supervisor import run_site
 from nanofed.training.run_folder import check_usable
 from nanofed.training.summary import CONFIG, Summary
 

@@ -13,7 +13,7 @@ from http import HTTPStatus
 
 import h11
 
-from nanofed.federated.wire.freight import LENGTH, OBJECT, OCTETS, OFFSET, PULL, PUSH
+from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PULL, PUSH
 
 LARGE, SMALL = "large", "small"
 # What FleetHttpClient of Flower calls with a key that the operator has registered (`register-node` and `unregister-node` are for

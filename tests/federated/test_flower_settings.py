@@ -7,9 +7,9 @@ import pytest
 from flwr.common.config import parse_config_args
 
 from nanofed.errors import ConfigError
+from nanofed.federated.federation import Federation
 from nanofed.federated.flower import toml
-from nanofed.federated.run import Federation
-from nanofed.federated.runtimes.settings import DEFAULTS, Value, lr_note, to_args
+from nanofed.federated.flower_settings import DEFAULTS, Value, lr_note, to_args
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path("/somewhere/runs")

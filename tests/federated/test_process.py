@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from nanofed import runtime
-from nanofed.federated import processes
-from nanofed.federated.processes import Child, last_error
+from nanofed.federated.deploy import process
+from nanofed.federated.deploy.process import Child, last_error
+from nanofed.federated.deploy.site import _Site
 from nanofed.federated.site.options import SiteOptions, WorkerOptions
-from nanofed.federated.site.supervisor import _Site
 
 
 def test_a_process_that_ends_at_once_is_started_later_each_time_and_its_reason_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(processes, "LONGEST_PAUSE", 8.0)
+    monkeypatch.setattr(process, "LONGEST_PAUSE", 8.0)
     mark = {"NANOFED_TEST_CHILD": str(tmp_path)}
     code = "print('2026-01-01 proxy ERROR: the key of \\x1b[2J is gone'); raise SystemExit(3)"
     child = Child(

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Collection
 from http import HTTPStatus
 
-from nanofed.federated.server.proxy.guard import Guard, Limits, Visitor
-from nanofed.federated.server.proxy.http import BadAnswer, Refused, Request, parse, parse_answer, refusal
-from nanofed.federated.server.proxy.sites import Sites
-from nanofed.federated.server.proxy.stream import Closed, HeadTooLarge, Stream
+from nanofed.federated.deploy.proxy.guard import Guard, Limits, Visitor
+from nanofed.federated.deploy.proxy.http import BadAnswer, Refused, Request, parse, parse_answer, refusal
+from nanofed.federated.deploy.proxy.sites import Sites
+from nanofed.federated.deploy.proxy.stream import Closed, HeadTooLarge, Stream
 
 KEEP_SECONDS = 3.0  # the SuperLink's uvicorn ends an idle connection after 5
 CONNECT_SECONDS = 10.0

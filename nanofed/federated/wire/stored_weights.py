@@ -1,7 +1,7 @@
-"""Weights that travel beside Flower's messages: what a message says of them, and the two calls that move them.
+"""What a message says of weights that travel beside it.
 
 Inside a message, weights are taken apart, copied and put together again by each of five processes. In a deployment the server
-lays them into a depot, the message names them, and the site fetches and delivers them piece by piece, over the same address and
+lays them into a store, the message names them, and the site fetches and delivers them piece by piece, over the same address and
 proxy and with the same key: a piece that was lost on the way is sent again, and nothing is held in memory between.
 """
 
@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-FREIGHT = "freight"  # of the note, in Flower's config dictionaries
-PULL, PUSH = "/v1/fleet/nanofed-pull", "/v1/fleet/nanofed-push"  # the calls: a piece down, a piece up
-OBJECT, OFFSET = "nanofed-object", "nanofed-offset"  # their headers: a ticket, and the first byte of the piece
-LENGTH = "nanofed-length"  # bytes of a piece that is pulled
-OCTETS = "application/octet-stream"
-PIECE_BYTES = 16 << 20  # of one call
+from nanofed.federated.wire.weights_calls import TICKET
+
+STORED_WEIGHTS = "stored"  # of the note, in Flower's config dictionaries
 MAX_ARRAYS = 1 << 16
-TICKET = re.compile(r"[0-9a-f]{32}")  # 128 random bits: who has it may make the call, once the proxy knows the site
 
 
 def layout_of(arrays: Iterable[Any]) -> list[list[Any]]:
@@ -66,7 +61,7 @@ def bytes_of(layout: list[Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Freight:
+class StoredWeights:
     """Weights that wait for a site, and room for its answer.
 
     Attributes:
@@ -85,24 +80,24 @@ class Freight:
 
     def to_config(self) -> dict[str, Any]:
         """Return the entry in Flower's dictionary."""
-        return {FREIGHT: json.dumps(asdict(self))}
+        return {STORED_WEIGHTS: json.dumps(asdict(self))}
 
     @classmethod
-    def found_in(cls, config: Mapping[str, Any]) -> Freight | None:
+    def found_in(cls, config: Mapping[str, Any]) -> StoredWeights | None:
         """Return the note of a message, None where its weights are in the message itself.
 
         Raises:
             ValueError: it is none that this nanofed understands.
         """
-        text = config.get(FREIGHT)
+        text = config.get(STORED_WEIGHTS)
         if text is None:
             return None
         try:
-            freight = cls(**json.loads(text))
-            tickets = [freight.ticket, *([freight.answer] if freight.answer else [])]
-            right = all(TICKET.fullmatch(ticket) for ticket in tickets) and isinstance(freight.layout, list)
-            if not right or freight.answer_bytes < 0 or not 0 < freight.seconds < 1e9:
+            stored = cls(**json.loads(text))
+            tickets = [stored.ticket, *([stored.answer] if stored.answer else [])]
+            right = all(TICKET.fullmatch(ticket) for ticket in tickets) and isinstance(stored.layout, list)
+            if not right or stored.answer_bytes < 0 or not 0 < stored.seconds < 1e9:
                 raise ValueError("a field is of the wrong kind")
         except (TypeError, ValueError) as error:
             raise ValueError(f"the note of the round's weights cannot be read: {error}") from error
-        return freight
+        return stored

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.federated.server.keys import expiry_warning, read_certificate
-from nanofed.federated.server.proxy.guard import Guard, Limits, Visitor
-from nanofed.federated.server.proxy.relay import Relay, Upstream
-from nanofed.federated.server.proxy.sites import Sites
-from nanofed.federated.server.proxy.stream import Stream
+from nanofed.federated.deploy.keys import expiry_warning, read_certificate
+from nanofed.federated.deploy.proxy.guard import Guard, Limits, Visitor
+from nanofed.federated.deploy.proxy.relay import Relay, Upstream
+from nanofed.federated.deploy.proxy.sites import Sites
+from nanofed.federated.deploy.proxy.stream import Stream
 from nanofed.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Options:
             value = getattr(self.limits, limit.name)
             if value != limit.default:
                 options += [f"--{limit.name}", str(value)]
-        return runtime.python("-m", "nanofed.federated.server.proxy", *options)
+        return runtime.python("-m", "nanofed.federated.deploy.proxy", *options)
 
 
 class Proxy:

@@ -22,18 +22,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from urllib3.exceptions import HTTPError
 
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.freight import (
-    LENGTH,
-    OBJECT,
-    OCTETS,
-    OFFSET,
-    PIECE_BYTES,
-    PULL,
-    PUSH,
-    Freight,
-    bytes_of,
-    shapes_of,
-)
+from nanofed.federated.wire.stored_weights import StoredWeights, bytes_of, shapes_of
+from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH
 
 CONNECTIONS = 2  # pieces under way at a time: one fills the pause in which the other is answered
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries
@@ -88,7 +78,7 @@ class WeightsClient:
         self._authority = authority
         self._key: Any = None if key is None else load_ssh_private_key(key.read_bytes(), None)
 
-    def fetch(self, freight: Freight, end: float) -> Arrays:
+    def fetch(self, stored: StoredWeights, end: float) -> Arrays:
         """Return the weights of a round, until `end` on the monotonic clock.
 
         Raises:
@@ -96,17 +86,17 @@ class WeightsClient:
             WeightsError: the server cannot be reached in the round's time, or refuses.
             ValueError: the layout describes no arrays of numbers.
         """
-        whole = np.empty(bytes_of(freight.layout), np.uint8)
+        whole = np.empty(bytes_of(stored.layout), np.uint8)
         into: Any = whole
-        self._move(_pieces([memoryview(into)]), freight, self._pull, end)
+        self._move(_pieces([memoryview(into)]), stored, self._pull, end)
         arrays: Arrays = []
-        for dtype, shape in shapes_of(freight.layout):
+        for dtype, shape in shapes_of(stored.layout):
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             arrays.append(whole[:size].view(dtype).reshape(shape))
             whole = whole[size:]
         return arrays
 
-    def deliver(self, freight: Freight, arrays: Sequence[npt.NDArray[np.generic]], end: float) -> None:
+    def deliver(self, stored: StoredWeights, arrays: Sequence[npt.NDArray[np.generic]], end: float) -> None:
         """Bring the answer to a round, until `end` on the monotonic clock.
 
         Raises:
@@ -114,16 +104,16 @@ class WeightsClient:
             WeightsError: it is not of the size that is expected, or the server cannot be reached in time, or refuses.
         """
         size = sum(array.nbytes for array in arrays)
-        if size != freight.answer_bytes:
-            raise WeightsError(f"the answer has {size} bytes, the server expects {freight.answer_bytes}")
+        if size != stored.answer_bytes:
+            raise WeightsError(f"the answer has {size} bytes, the server expects {stored.answer_bytes}")
         views = [memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) for array in arrays]  # type: ignore[arg-type]
-        self._move(_pieces(views), freight, self._push, end)
+        self._move(_pieces(views), stored, self._push, end)
 
     def _move(
         self,
         pieces: Iterator[Piece],
-        freight: Freight,
-        move: Callable[[requests.Session, Freight, Piece, float], None],
+        stored: StoredWeights,
+        move: Callable[[requests.Session, StoredWeights, Piece, float], None],
         end: float,
     ) -> None:
         """Move all pieces, several at a time, each again until it is there or the time is over."""
@@ -137,7 +127,7 @@ class WeightsClient:
                     if piece is None:
                         return
                     try:
-                        self._persist(lambda piece=piece: move(session, freight, piece, end), end, failed)  # type: ignore[misc]
+                        self._persist(lambda piece=piece: move(session, stored, piece, end), end, failed)  # type: ignore[misc]
                     except BaseException:
                         failed.set()
                         raise
@@ -165,9 +155,9 @@ class WeightsClient:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _pull(self, session: requests.Session, freight: Freight, piece: Piece, end: float) -> None:
+    def _pull(self, session: requests.Session, stored: StoredWeights, piece: Piece, end: float) -> None:
         offset, (into,) = piece
-        headers = self._headers(freight.ticket, offset) | {LENGTH: str(len(into))}
+        headers = self._headers(stored.ticket, offset) | {LENGTH: str(len(into))}
         with self._post(session, PULL, headers, b"", end) as answer:
             announced = answer.headers.get("Content-Length")
             if announced != str(len(into)):
@@ -180,9 +170,9 @@ class WeightsClient:
             if done < len(into):
                 raise OSError(f"{self._server} ended after {done} of {len(into)} bytes")
 
-    def _push(self, session: requests.Session, freight: Freight, piece: Piece, end: float) -> None:
+    def _push(self, session: requests.Session, stored: StoredWeights, piece: Piece, end: float) -> None:
         offset, views = piece
-        self._post(session, PUSH, self._headers(freight.answer, offset), _Body(views, end), end).close()
+        self._post(session, PUSH, self._headers(stored.answer, offset), _Body(views, end), end).close()
 
     def _post(
         self, session: requests.Session, path: str, headers: dict[str, str], body: Any, end: float

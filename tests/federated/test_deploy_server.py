@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nanofed.federated.runtimes import deployment
-from nanofed.federated.runtimes.deployment import ServerOptions, _Service
-from nanofed.federated.server.keys import Keys, init
+from nanofed.federated.deploy import server
+from nanofed.federated.deploy.keys import Keys, init
+from nanofed.federated.deploy.server import ServerOptions, _Service
 from nanofed.federated.wire.bundle import installed
 
 
@@ -26,8 +26,8 @@ def service(tmp_path: Path, keys: Keys) -> _Service:
     folder.mkdir(parents=True)
     service = _Service(folder.parent, folder, ServerOptions(keys=str(keys.folder)), keys, lambda: None, [])
     service._database.write_bytes(b"of Flower")
-    service._database_file = deployment._identity(service._database)
-    service._authority = deployment._content(keys)
+    service._database_file = server._identity(service._database)
+    service._authority = server._content(keys)
     return service
 
 
@@ -82,7 +82,7 @@ def test_the_bundle_is_written_anew_for_each_run(service: _Service) -> None:
         found = {p.relative_to(service._app).as_posix(): p.read_bytes() for p in service._app.rglob("*.py")}
         assert found == installed()
         assert (
-            'serverapp = "nanofed.federated.runtimes.deployment_app:server_with_keys"'
+            'serverapp = "nanofed.federated.runtimes.deployment:server_with_keys"'
             in (service._app / "pyproject.toml").read_text()
         )
         (service._app / "nanofed" / "errors.py").write_text("torn")
