@@ -28,9 +28,9 @@ SERVER = {
     "flwr-serverapp": "round loop",
     "superlink_process": "SuperLink",
     "flower-superexec": "launcher",
-    "federated.server.proxy": "proxy",
+    "deploy.proxy": "proxy",
 }
-SITE = {"site.worker": "worker", "site.supernode": "SuperNode"}
+SITE = {"site.worker": "worker", "deploy.supernode": "SuperNode"}
 LIVING = {"server": [*SERVER], "site": [*SITE]}
 RECOVERY_SECONDS = 240.0
 SAMPLE_SECONDS = 2.0

@@ -41,14 +41,14 @@ def test_a_worker_is_killed(federation: Deployment, moment: str) -> None:
     lab = federation.processes["lab-a"]
     federation.until(lambda: federation.is_training("lab-a"), "round that lab-a trains", in_time(60))
     if moment == "in its upload":
-        lab.kill("site.supernode", signal.SIGSTOP)  # what the answer goes to waits for its end
+        lab.kill("deploy.supernode", signal.SIGSTOP)  # what the answer goes to waits for its end
     if moment != "while it trains":
         federation.until(lambda: not federation.is_training("lab-a"), "end of the training", in_time(60))
         time.sleep(1.0)
     since, before, merged = time.time(), federation.round(), federation.merged("lab-a")
     (killed,) = lab.kill("site.worker")
     if moment == "in its upload":
-        lab.kill("site.supernode", signal.SIGCONT)
+        lab.kill("deploy.supernode", signal.SIGCONT)
     federation.until(  # one that dies often is started later each time
         lambda: bool(set(lab.pids("site.worker")) - {killed}), "worker in place of the killed one", in_time(20)
     )
@@ -84,7 +84,7 @@ def test_a_worker_hangs(federation: Deployment) -> None:
 
 def test_a_supernode_is_killed(federation: Deployment) -> None:
     lab = federation.processes["lab-a"]
-    lab.kill("site.supernode")
+    lab.kill("deploy.supernode")
     federation.more(1)  # the other site goes on
     federation.takes_part("lab-a", 240)  # its key is refused for a minute
 
@@ -234,7 +234,7 @@ def test_soak_of_rounds_with_random_kills(
     logger.warning("seed %d", seed)  # shown where it fails
     rounds = count(4, 500)
     # What takes a minute to come back, by Flower's own clocks, has its tests above.
-    quick = ["site.worker", "flwr-serverapp", "federated.server.proxy"]
+    quick = ["site.worker", "flwr-serverapp", "deploy.proxy"]
     soak = Soak(federation, seed, None if rounds > 100 else quick)
     soak.run(rounds, every=2 if rounds < 100 else 10)
     record_property("kills", dict(soak.kills))

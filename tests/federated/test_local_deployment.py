@@ -57,7 +57,7 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
     run, args = tmp_path / "run", options(tiny_corpus, tmp_path, evaluation="sites", eval_every=1, sample_every=0)
     with start([*args, "--federation.round_steps=1000000"], tmp_path / "first.log") as federate:
         federate.wait_until(lambda: "training" in said(run), "round")
-        names = ("superlink_process", "flwr-serverapp", "site.supernode", "site.worker")
+        names = ("superlink_process", "flwr-serverapp", "deploy.supernode", "site.worker")
         assert [len(started(federate, name)) for name in names] == [1, 1, 2, 2]
         federate.process.send_signal(signal.SIGTERM)
         assert federate.wait(60) == 143
