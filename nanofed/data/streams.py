@@ -59,17 +59,20 @@ class DataState:
         """Rebuild a state from `to_plain`'s output, which may have come from elsewhere.
 
         Raises:
-            ValueError: it is not of that form (as do TypeError and KeyError).
+            ValueError: it is not of that form.
         """
-        streams = {
-            _count(stream): StreamState(
-                None if position is None else _row(position), tuple(map(_row, pending)), _count(offset)
-            )
-            for stream, position, pending, offset in plain["streams"]
-        }
-        if len(streams) != len(plain["streams"]):
-            raise ValueError("a stream is named twice")
-        return cls(_count(plain["rows"]), streams)
+        try:
+            streams = {
+                _count(stream): StreamState(
+                    None if position is None else _row(position), tuple(map(_row, pending)), _count(offset)
+                )
+                for stream, position, pending, offset in plain["streams"]
+            }
+            if len(streams) != len(plain["streams"]):
+                raise ValueError("a stream is named twice")
+            return cls(_count(plain["rows"]), streams)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{str(plain)[:80]} is no data position: {error!r:.80}") from error
 
     @classmethod
     def merge(cls, parts: Sequence[DataState]) -> DataState:

@@ -77,6 +77,7 @@ class EchoTrainer:
             loss_first=1.0,
             loss_last=1.0,
             exhausted=False,
+            unwritten=False,
             data=state,
         )
         return payload, report

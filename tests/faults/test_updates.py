@@ -449,7 +449,7 @@ def untrained(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arr
         "loss_last": 4.0,
     }
     hashed = hash_arrays(payload)
-    return payload, Report(**common, **figures, payload_hash=hashed, exhausted=False, data=data)
+    return payload, Report(**common, **figures, payload_hash=hashed, exhausted=False, data=data, unwritten=False)
 
 
 def test_no_fuzzed_update_reaches_the_model_or_stops_the_run(

@@ -79,6 +79,7 @@ def report(**changes: Any) -> Report:
         "loss_first": 5.5,
         "loss_last": 5.0,
         "exhausted": False,
+        "unwritten": False,
         "data": state(13),
     }
     return Report(**{**values, **changes})

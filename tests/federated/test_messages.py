@@ -49,9 +49,9 @@ def test_every_field_is_needed_and_no_other_is_taken(note: WireMessage) -> None:
     plain = json.loads(note.to_config()[note.key])
     for field in fields(note):
         less = {name: value for name, value in plain.items() if name != field.name}
-        with pytest.raises(WireError, match=rf"a {type(note).__name__} lacks the fields \['{field.name}'\]"):
+        with pytest.raises(WireError, match=f"a {type(note).__name__} cannot be read: it lacks the field {field.name}"):
             type(note).from_config({note.key: json.dumps(less)})
-    with pytest.raises(WireError, match=r"unknown \['admin'\]"):
+    with pytest.raises(WireError, match="it has the unknown field admin"):
         type(note).from_config({note.key: json.dumps({**plain, "admin": True})})
 
 
@@ -63,7 +63,7 @@ def test_a_value_of_another_kind_is_refused_by_name(note: WireMessage) -> None:
     for field in fields(note):
         kinds = {
             "str": (str,),
-            "int": (int,),
+            "Int": (int,),
             "bool": (bool,),
             "float": (int, float),
             "float | None": (int, float),
@@ -85,7 +85,7 @@ def test_a_value_of_another_kind_is_refused_by_name(note: WireMessage) -> None:
                         ("dict", "model", {"a": 1}),
                     ]
                     assert got == (tuple(value) if kind == "list" else value)
-            elif type(value) not in kinds or value == 10**30:
+            elif type(value) not in kinds or (kinds == (int,) and value == 10**30):
                 with pytest.raises(WireError, match=f"{type(note).__name__}.* {field.name} is ") as refused:
                     type(note).from_config(config)
                 assert len(str(refused.value)) < 300
@@ -105,26 +105,26 @@ def test_a_value_of_another_kind_is_refused_by_name(note: WireMessage) -> None:
 )
 def test_a_lease_of_garbage_is_refused(lease: Any) -> None:
     plain = json.loads(instructions().to_config()[KEY])
-    with pytest.raises(WireError, match="Instructions has a field of the wrong kind"):
+    with pytest.raises(WireError, match=r"Instructions cannot be read: .*lease"):
         Instructions.from_config({KEY: json.dumps({**plain, "lease": lease})})
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "is no JSON"),
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ('{"a":' * 100_000, "is no JSON"),
-        ("null", "not a NoneType"),
-        ("[]", "not a list"),
-        ('"text"', "not a str"),
-        ("9" * 5000, "is no JSON"),
+        ("", "Invalid JSON"),
+        ("{", "Invalid JSON"),
+        ("[" * 100_000, "Invalid JSON"),
+        ('{"a":' * 100_000, "Invalid JSON"),
+        ("null", "is None"),
+        ("[]", r"is \[\]"),
+        ('"text"', "is 'text'"),
+        ("9" * 5000, "Invalid JSON"),
         (" " * (MAX_JSON + 1), "at most"),
         (b"{}", "one JSON string"),
         (None, "one JSON string"),
         (3, "one JSON string"),
-        ("\ud800", "is no JSON"),
+        ("\ud800", "Invalid JSON"),
     ],
     ids=lambda value: str(value)[:12],
 )
@@ -144,7 +144,7 @@ def test_another_dictionary_is_refused(config: Any) -> None:
 def test_numbers_that_are_none_are_refused(name: str, value: str) -> None:
     text = report().to_config()[KEY]
     number = json.loads(text)[name]
-    changed = text.replace(f'"{name}": {number}', f'"{name}": {value}')
+    changed = text.replace(f'"{name}":{number}', f'"{name}":{value}')
     assert changed != text
     with pytest.raises(WireError):
         Report.from_config({KEY: changed})
@@ -159,7 +159,7 @@ def test_a_client_has_a_plain_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"training": {"packing": 3}}, "training packing is 3, not str"),
+        ({"training": {"packing": 3}}, "training.packing is 3: Input should be a valid string"),
         ({"versions": {"torch": "2.11\x1b[31m"}}, "versions 'torch' is no plain text"),
         ({"versions": {"x" * 1000: "1"}}, "is no plain text"),
         ({"devices": 0}, "0 devices"),
@@ -167,7 +167,7 @@ def test_a_client_has_a_plain_name(name: str) -> None:
         ({"shards": [{"name": "a", "num_rows": 1, "text_bytes": 9}]}, "fingerprint"),
         ({"shards": [{"name": "a\nb", "num_rows": 1, "text_bytes": 9, "fingerprint": "f"}]}, "no plain name"),
         ({"shards": [{"name": "a", "num_rows": 0, "text_bytes": 9, "fingerprint": "f"}]}, "has 0 rows"),
-        ({"shards": [{"name": "a", "num_rows": 1.5, "text_bytes": 9, "fingerprint": "f"}]}, "num_rows is 1.5"),
+        ({"shards": [{"name": "a", "num_rows": 1.5, "text_bytes": 9, "fingerprint": "f"}]}, "shards.0.num_rows is 1.5"),
         ({"shards": [{"name": "a", "num_rows": 1, "text_bytes": 9, "fingerprint": "f"}] * 2}, "named twice"),
     ],
 )
@@ -192,6 +192,6 @@ def test_the_code_hash_is_of_the_sources() -> None:
 @pytest.mark.parametrize("changes", [{"share": 2}, {"share": -1}, {"eval_tokens": 0}, {"seconds": 0.0}])
 def test_a_request_to_evaluate_is_of_text_that_there_is(changes: dict[str, Any]) -> None:
     asked = Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 36, 1, 2, 150.0)
-    with pytest.raises(WireError, match="a Evaluate has a field of the wrong kind: share "):
+    with pytest.raises(WireError, match="a Evaluate has a value out of range: share "):
         Evaluate.asked_in(replace(asked, **changes).to_config())
     assert Evaluate.asked_in({KEY: "{}"}) is None

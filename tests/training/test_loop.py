@@ -20,7 +20,7 @@ LENGTH, ROWS = 8, 2
 MICRO_TOKENS = LENGTH * ROWS
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # as fixtures of a module need it too: bits may depend on threads
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from nanofed.federated.wire.messages import RoundMessage
+from nanofed.federated.wire.messages import Int, RoundMessage
 
 MAX_FAILURE = 500  # characters
 
@@ -35,9 +35,9 @@ class Evaluate(RoundMessage):
     key: ClassVar[str] = "nanofed.evaluate"
 
     down_codec: str
-    eval_tokens: int
-    share: int
-    shares: int
+    eval_tokens: Int
+    share: Int
+    shares: Int
     seconds: float
 
     @classmethod
@@ -71,7 +71,7 @@ class Evaluation(RoundMessage):
     key: ClassVar[str] = "nanofed.evaluation"
 
     nats: float
-    bytes: int
+    bytes: Int
     seconds: float
     failure: str
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from functools import cache
+from dataclasses import dataclass, fields
 from importlib.metadata import version
-from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 import nanofed
 from nanofed.data.identity import DataIdentity
@@ -19,6 +16,7 @@ from nanofed.data.streams import DataState
 from nanofed.federated.wire.bundle import code_hash
 from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.federated.wire.plain import plain
 
 if TYPE_CHECKING:
     from nanofed.data.datamodule import TokenDataModule
@@ -34,38 +32,44 @@ MAX_SPEED = 1e12  # tokens a second of one site
 SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
 
 
+Int = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Position = Annotated[
+    DataState, PlainValidator(DataState.from_plain), PlainSerializer(DataState.to_plain, return_type=dict[str, Any])
+]
+
+
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+
+
 @dataclass(frozen=True)
 class WireMessage:
     """A dataclass that travels as JSON; unknown and missing fields, and values of another kind, are refused by name."""
 
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     key: ClassVar[str] = KEY  # in Flower's dictionaries
 
     def to_config(self) -> dict[str, Any]:
         """Return the dictionary that Flower carries."""
-        return {self.key: json.dumps(vars(self), default=_plain)}
+        return {self.key: _adapter(type(self)).dump_json(self).decode()}
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
         """Rebuild from what Flower carried.
 
         Raises:
-            WireError: no JSON, too much of it, or other fields than this nanofed has.
+            WireError: no JSON, too much of it, or other fields or values than this nanofed sends.
         """
         text = config.get(cls.key) if hasattr(config, "get") else None
         if not isinstance(text, str) or len(text) > MAX_JSON:
             raise WireError(f"a {cls.__name__} must be one JSON string of at most {MAX_JSON} bytes under {cls.key!r}")
         try:
-            plain = json.loads(text, parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
-            raise WireError(f"a {cls.__name__} is no JSON: {error}") from error
-        if not isinstance(plain, dict):
-            raise WireError(f"a {cls.__name__} is a JSON object, not a {type(plain).__name__}")
-        if wrong := _other_fields(cls, plain):
-            raise WireError(f"a {cls.__name__} {wrong}")
-        try:
-            return cast(Self, _object(cls, "", plain))
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise WireError(f"a {cls.__name__} has a field of the wrong kind: {error}") from error
+            message: Self = _adapter(cls).validate_json(text.encode("utf-8", "replace"))
+            message.check()
+        except ValidationError as error:
+            raise WireError(f"a {cls.__name__} cannot be read: {_first(error)}") from error
+        except ValueError as error:
+            raise WireError(f"a {cls.__name__} has a value out of range: {error}") from error
+        return message
 
     def check(self) -> None:
         """Refuse values that no sender of this nanofed gives.
@@ -75,65 +79,21 @@ class WireMessage:
         """
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold of a field that is a dataclass."""
-    return value.to_plain() if isinstance(value, DataState) else vars(value)
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    if cls not in _ADAPTERS:  # making one takes milliseconds
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
-def _no_number(constant: str) -> float:
-    raise ValueError(f"{constant} is no number")
-
-
-JSON_KINDS: dict[Any, tuple[type, ...]] = {float: (int, float), tuple: (list,), DataState: (dict,)}
-
-
-@cache
-def _kinds(cls: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields by name."""
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
-
-
-def _other_fields(cls: type, plain: Mapping[str, Any]) -> str:
-    kinds = _kinds(cls).keys()
-    if kinds == plain.keys():
-        return ""
-    return f"lacks the fields {sorted(kinds - plain.keys())}, has the unknown {sorted(plain.keys() - kinds)!s:.200}"
-
-
-def _object(cls: type, name: str, plain: Any) -> Any:
-    """Build a dataclass from a JSON object, and check it."""
-    if not isinstance(plain, dict):
-        raise ValueError(f"{name} is {repr(plain)[:80]}, not {cls.__name__}")
-    if wrong := _other_fields(cls, plain):
-        raise ValueError(f"{name} {wrong}")
-    built = cls(**{field: _value(kind, f"{name} {field}".strip(), plain[field]) for field, kind in _kinds(cls).items()})
-    if isinstance(built, WireMessage | SiteShard):
-        built.check()
-    return built
-
-
-def _value(kind: Any, name: str, plain: Any) -> Any:
-    """Return a value as it came out of JSON as the type of its field."""
-    origin = get_origin(kind)
-    args = get_args(kind) if origin else ()
-    if origin is UnionType:  # X | None
-        return None if plain is None else _value(args[0], name, plain)
-    if origin is Literal:
-        if plain not in args:
-            raise ValueError(f"{name} is {repr(plain)[:80]}, not {' or '.join(args)}")
-        return plain
-    if kind in (SiteShard, RowRange):
-        return _object(kind, name, plain)
-    known = JSON_KINDS.get(origin or kind, (origin or kind,))
-    too_large = isinstance(plain, int) and abs(plain) >= 1 << 63
-    if type(plain) not in known or too_large or (isinstance(plain, float) and not math.isfinite(plain)):
-        raise ValueError(f"{name} is {repr(plain)[:80]}, not {getattr(kind, '__name__', kind)}")
-    if origin is tuple:
-        return tuple(_value(args[0], name, part) for part in plain)
-    if origin is dict:
-        return {key: _value(args[1], f"{name} {key:.40}", value) for key, value in plain.items()}
-    return DataState.from_plain(plain) if kind is DataState else plain
+def _first(error: ValidationError) -> str:
+    """Return the first thing that is wrong, in a few plain words: what was sent may be of any size."""
+    first = error.errors(include_url=False)[0]
+    where = plain(".".join(map(str, first["loc"])), 80)
+    if first["type"] == "missing":
+        return f"it lacks the field {where}"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"it has the unknown field {where}"
+    return f"{where} is {plain(repr(first['input']), 80)}: {plain(first['msg'])}"
 
 
 @dataclass(frozen=True)
@@ -141,8 +101,8 @@ class SiteShard:
     """A shard as a site describes it: its name, how much is in it, and a fingerprint; nothing of its text."""
 
     name: str
-    num_rows: int
-    text_bytes: int
+    num_rows: Int
+    text_bytes: Int
     fingerprint: str
 
     def check(self) -> None:
@@ -176,15 +136,15 @@ class Hello(WireMessage):
 
     name: str
     code: str
-    model: dict[str, int]
+    model: dict[str, Int]
     tokenizer: str
     dataset: str
-    streams: int
-    training: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    devices: int = 1
-    tokens_per_second: float | None = None
-    shards: tuple[SiteShard, ...] = ()
+    streams: Int
+    training: dict[str, str]
+    versions: dict[str, str]
+    devices: Int
+    tokens_per_second: float | None
+    shards: tuple[SiteShard, ...]
 
     @classmethod
     def of(
@@ -234,6 +194,8 @@ class Hello(WireMessage):
             raise ValueError(f"{self.devices} devices at {self.tokens_per_second} tokens a second")
         if self.devices > self.streams:  # every device reads streams of its own
             raise ValueError(f"{self.devices} devices read {self.streams} streams: each needs one of its own")
+        for shard in self.shards:
+            shard.check()
         if len(self.shards) > MAX_SHARDS:
             raise ValueError(f"{len(self.shards)} shards, of {MAX_SHARDS} at most: pack the text into larger ones")
         if (rows := sum(shard.num_rows for shard in self.shards)) > MAX_ROWS:
@@ -255,7 +217,7 @@ class RoundMessage(WireMessage):
     """
 
     run: str
-    round: int
+    round: Int
     client: str
     nonce: str
     base_hash: str
@@ -288,16 +250,16 @@ class Instructions(RoundMessage):
 
     down_codec: str
     up_codec: str
-    max_steps: int
+    max_steps: Int
     seconds: float | None
     deadline_seconds: float | None
-    participants: int
-    batch_tokens: int
-    clock_step: int
-    clock_tokens: int
-    horizon_tokens: int
+    participants: Int
+    batch_tokens: Int
+    clock_step: Int
+    clock_tokens: Int
+    horizon_tokens: Int
     lease: tuple[RowRange, ...]
-    data: DataState | None = None
+    data: Position | None
 
 
 @dataclass(frozen=True)
@@ -317,14 +279,14 @@ class Report(RoundMessage):
     """
 
     payload_hash: str
-    steps: int
-    tokens: int
+    steps: Int
+    tokens: Int
     seconds: float
     loss_first: float
     loss_last: float
     exhausted: bool
-    data: DataState
-    unwritten: bool = False
+    data: Position
+    unwritten: bool
 
 
 @dataclass(frozen=True)
