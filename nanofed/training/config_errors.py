@@ -236,7 +236,8 @@ def explain(message: str, known: set[str]) -> tuple[str | None, str]:
         key = f"{prefix}.{found[1]}" if prefix else found[1]
         return key, _no_such(key, known)
     if found := re.search(r"argument (\S+) --> (\S+):", text):
-        return found[2], f"{found[2]} follows {found[1]} and cannot be set by itself"
+        source = found[1] if found[1] in known else found[1].partition(".")[0] + ".*"  # a property is no option
+        return found[2], f"{found[2]} follows {source} and cannot be set by itself"
     if found := re.search(r'Linked "([^"]+)" must be given via "([^"]+)"', text):
         return found[1], f"{found[1]} follows {found[2]}: set that"
     if found := re.search(r"Call to compute_fn of link .* failed: (.+)", text):

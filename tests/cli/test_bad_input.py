@@ -109,7 +109,7 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("--data.path", "argument --data.path: expected one argument", ["fit"]),
     ("--seed_everything=true", "seed_everything must be", ["fit", "federate"]),
     ("--data.sequence_len=64", "data.sequence_len follows model.sequence_len", ["fit", "federate"]),
-    ("--model.vocab_size=7", "model.vocab_size follows data.vocab_size", ["fit"]),
+    ("--model.vocab_size=7", "model.vocab_size follows data.* and cannot be set", ["fit"]),
     ("--model.recipe.horizon_tokens=5", "the horizon 2 times (num_steps, horizon_tokens)", ["fit", "federate"]),
     ("--model.recipe.num_steps=0", "model.recipe.num_steps must be at least 1, not 0", ["fit", "federate"]),
     ("--model.recipe.batch_tokens=700", "use 512 or 768", ["fit", "federate"]),
