@@ -532,7 +532,7 @@ def test_no_room_for_the_weights(store: WeightStore, tmp_path: Path) -> None:
     "text", ["no JSON", "[]", "{}", '{"ticket": "../x", "layout": [], "answer": "", "answer_bytes": 0, "seconds": 1}']
 )
 def test_a_note_that_cannot_be_read_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="the note of the round's weights cannot be read"):
+    with pytest.raises(ValueError, match="what the message says of the round's weights cannot be read"):
         StoredWeights.found_in({"stored": text})
     assert StoredWeights.found_in({}) is None
 

@@ -40,13 +40,13 @@ def measure(
     """Return the sums of nats and of bytes over all ranks; the model's mode is left as it was.
 
     Args:
-        gpt: with the weights, the same on all ranks.
-        data: this site's shards and tokenizer.
-        asked: which share of which text.
-        device: of the model.
-        ranks: all make this call.
-        turn: lets whoever asked end it, between batches.
-        watch: the same on all ranks, started.
+        gpt: The model with the weights to be measured, the same on all ranks.
+        data: The site's shards and tokenizer.
+        asked: The share of the validation text to be measured.
+        device: The device of the model.
+        ranks: The ranks, all of which make this call.
+        turn: The caller's view, which may end the evaluation between batches.
+        watch: A running stopwatch that reads the same on all ranks.
 
     Raises:
         NanofedError: it took too long, or the loss is not finite: a part of the text would be another text's figure.

@@ -1,4 +1,4 @@
-"""What clients keep between rounds, in files that are there whole or not at all."""
+"""The optimizer states that clients keep between rounds, in files that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StateFolder:
     only a restart loses it.
 
     Args:
-        folder: where.
+        folder: The folder of all states.
         durable: have the disk itself take every state before it counts as saved: it survives a power cut then.
 
     Attributes:

@@ -72,10 +72,10 @@ class WorkerOptions:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read them.
+        """Read options from their JSON.
 
         Raises:
-            ConfigError: they are none.
+            ConfigError: The text is no such JSON.
         """
         try:
             return cls(**json.loads(text))
@@ -97,7 +97,7 @@ def site_options(
         superlink: `host:port`.
         name: name of the site.
         keys: the folder that `nanofed server init` hands out for a site.
-        devices: of this machine.
+        devices: The number of this machine's devices that train together.
         state: the site's folder; by default `sites/NAME` in the cache folder.
 
     Raises:

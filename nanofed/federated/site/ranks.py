@@ -105,7 +105,7 @@ class Ranks:
 
 
 class SharedStopwatch(Stopwatch):
-    """The first rank's stopwatch, on all ranks: they read it at the same points, so they decide alike."""
+    """The first rank's stopwatch on all ranks, which read it at the same points and so decide alike."""
 
     def __init__(self, ranks: Ranks, watch: Stopwatch) -> None:
         self._ranks = ranks
@@ -117,19 +117,19 @@ class SharedStopwatch(Stopwatch):
 
 
 class Turn:
-    """A round under way, as whoever asked for it sees it.
+    """A round under way, as the caller that asked for it sees it.
 
     Attributes:
-        arrived: when its message arrived, in seconds of the monotonic clock; None counts from the first step.
+        arrived: The monotonic time in seconds at which the round's message arrived; None counts from the first step.
     """
 
     arrived: float | None = None
 
     def check(self) -> None:
-        """Raise if the round is not wanted any more: between micro-batches, on the first rank."""
+        """Raise if the round is not wanted any more; called between micro-batches, on the first rank."""
 
     def progress(self, micro_batches: int) -> None:
-        """Hear how many micro-batches have begun."""
+        """Take note that so many micro-batches of the round have begun."""
 
 
 class _Next(IntEnum):
@@ -139,7 +139,7 @@ class _Next(IntEnum):
 
 
 class SharedBatches(Iterator[Batch]):
-    """This rank's micro-batches, as long as every rank has one and the round is wanted: it ends on all ranks at the same one."""
+    """Yields this rank's micro-batches until a rank has none or the round is not wanted; all ranks stop at the same one."""
 
     def __init__(self, batches: Iterable[Batch], turn: Turn, ranks: Ranks) -> None:
         self._batches = iter(batches)

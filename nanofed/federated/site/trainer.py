@@ -57,7 +57,7 @@ class LocalTrainer(Protocol):
 
 @dataclass(frozen=True)
 class ClientState:
-    """What a client keeps between rounds: its optimizer state after round `round` of a run."""
+    """The optimizer state of a client after round `round` of a run."""
 
     run: str
     round: int
@@ -78,12 +78,12 @@ class FabricTrainer:
         data: the shards and tokenizer.
         fabric: launched; with several devices under FabricShardedStrategy.
         folder: where the clients' states are kept.
-        speed: client name -> its speed; 1 is this machine.
-        durable: whether a state counts as saved only when the disk has it.
+        speed: A function from a client's name to its speed; 1 is this machine's own.
+        durable: Whether a state counts as saved only when the disk has confirmed it.
 
     Attributes:
-        ranks: all of this trainer's.
-        states: what is kept, on the first rank.
+        ranks: The ranks that train together.
+        states: The saved optimizer states, which the first rank writes and reads.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class FabricTrainer:
         Args:
             arrays: the weights, on the first rank; the others take them from it, and return none.
             instructions: what to do; equal on all ranks.
-            turn: lets whoever asked follow the round and end it.
+            turn: The caller's view of the round: it follows the progress and may end it.
 
         Raises:
             WireError: the weights are not the ones that the instructions describe.
@@ -230,7 +230,7 @@ class FabricTrainer:
         Args:
             arrays: the weights, on the first rank; the others take them from it.
             asked: what to measure; equal on all ranks.
-            turn: lets whoever asked end it.
+            turn: The caller's view of the evaluation: it may end it.
 
         Raises:
             WireError: the weights are not the ones that the request describes.

@@ -1,4 +1,4 @@
-"""What a message says of weights that travel beside it.
+"""Where the weights of a round are stored, as a message tells a site.
 
 Inside a message, weights are taken apart, copied and put together again by each of five processes. In a deployment the server
 lays them into a store, the message names them, and the site fetches and delivers them piece by piece, over the same address and
@@ -17,7 +17,7 @@ import numpy as np
 
 from nanofed.federated.wire.weights_calls import TICKET
 
-STORED_WEIGHTS = "stored"  # of the note, in Flower's config dictionaries
+STORED_WEIGHTS = "stored_weights"  # the key of the entry in the config of a message
 MAX_ARRAYS = 1 << 16
 
 
@@ -62,14 +62,14 @@ def bytes_of(layout: list[Any]) -> int:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Weights that wait for a site, and room for its answer.
+    """The file of a round's weights at the server, and the file that takes one site's answer.
 
     Attributes:
-        ticket: of the weights.
-        layout: dtype and shape of each of their arrays, whose bytes follow each other.
-        answer: ticket of the room; empty where no weights are to be sent back.
-        answer_bytes: its size.
-        seconds: after which both are gone.
+        ticket: The name of the file that holds the weights.
+        layout: The dtype and shape of each array in it; their bytes follow each other.
+        answer: The name of the file for the answer; empty where no weights are to be sent back.
+        answer_bytes: The size of the answer.
+        seconds: The seconds, from the arrival of the message, for which both files exist.
     """
 
     ticket: str
@@ -79,15 +79,15 @@ class StoredWeights:
     seconds: float
 
     def to_config(self) -> dict[str, Any]:
-        """Return the entry in Flower's dictionary."""
+        """Return the entry that carries this in the config of a message."""
         return {STORED_WEIGHTS: json.dumps(asdict(self))}
 
     @classmethod
     def found_in(cls, config: Mapping[str, Any]) -> StoredWeights | None:
-        """Return the note of a message, None where its weights are in the message itself.
+        """Return what a message's config says, or None where its weights are in the message itself.
 
         Raises:
-            ValueError: it is none that this nanofed understands.
+            ValueError: The entry cannot be read.
         """
         text = config.get(STORED_WEIGHTS)
         if text is None:
@@ -99,5 +99,5 @@ class StoredWeights:
             if not right or stored.answer_bytes < 0 or not 0 < stored.seconds < 1e9:
                 raise ValueError("a field is of the wrong kind")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the note of the round's weights cannot be read: {error}") from error
+            raise ValueError(f"what the message says of the round's weights cannot be read: {error}") from error
         return stored

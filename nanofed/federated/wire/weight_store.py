@@ -24,17 +24,17 @@ from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError
 from nanofed.federated.wire.stored_weights import StoredWeights, layout_of
 from nanofed.federated.wire.weight_transport import RoundWeights
 
-DOWN, UP = "down", "up"  # folders: of weights to be fetched, and of room for answers
+DOWN, UP = "down", "up"  # the folders of weights to be fetched, and of files that take answers
 
 
 class WeightStore:
-    """Carries weights through files.
+    """A WeightTransport through files that the server's and the SuperLink's process share.
 
     Args:
-        folder: of nobody else; what an earlier round loop left there is removed.
+        folder: A folder that nothing else uses; what an earlier round loop left in it is removed.
 
     Raises:
-        NanofedError: it cannot be used.
+        NanofedError: The folder cannot be used.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,17 +49,17 @@ class WeightStore:
             raise self._failed(error) from error
 
     def room(self, size: int) -> mmap.mmap:
-        """Return so many bytes of a new file, for the weights of a round; that of the round before is gone.
+        """Make the file for the weights of a round, `size` bytes, and return it mapped; that of the round before is removed.
 
         Raises:
-            NanofedError: the disk has no room for it.
+            NanofedError: The disk has no room for it.
         """
         self.remove()
         self._ticket, mapped = self._file(DOWN, size)
         return mapped
 
     def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
-        """Make room for the answers to the weights that `room` was given for."""
+        """Make a file for each client's answer."""
         layout = layout_of(payload)
         tickets: dict[str, str] = {}
         try:
@@ -77,7 +77,7 @@ class WeightStore:
         return _StoredRound(self, self._folder / UP, stored)
 
     def remove(self) -> None:
-        """Remove the weights: nobody fetches them any more."""
+        """Remove the file of the weights: no site fetches them any more."""
         if self._ticket:
             with contextlib.suppress(OSError):
                 (self._folder / DOWN / self._ticket).unlink()

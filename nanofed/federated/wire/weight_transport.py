@@ -12,64 +12,70 @@ from nanofed.federated.wire.flower_arrays import from_flower, to_flower
 
 
 class RoundWeights(Protocol):
-    """One round's weights on their way.
+    """The weights of one round on their way to the clients and back.
 
     Attributes:
-        record: what each message holds of them.
-        message_bytes: its bytes.
+        record: The arrays that every message of the round holds; empty where the weights travel beside the messages.
+        message_bytes: The size of these arrays.
     """
 
     record: ArrayRecord
     message_bytes: int
 
     def note(self, client: str) -> dict[str, Any]:
-        """Return what a client's message says of them."""
+        """Return the entries that tell a client, in the config of its message, where its weights are."""
 
     def sent(self) -> None:
-        """Let go what only the sending needed."""
+        """Free what was needed only until all messages were sent."""
 
     def take(self, client: str, reply: Message, codec: Codec, like: Weights) -> Arrays:
-        """Return what a client sent back, which from now on nobody else can change.
+        """Return the arrays of a client's reply; nobody else can change them from now on.
+
+        Args:
+            client: The name of the client.
+            reply: Its message.
+            codec: The codec that its arrays are encoded with.
+            like: Weights whose names and shapes the arrays have to fit.
 
         Raises:
-            WireError: nothing came, or no arrays.
+            WireError: The reply has no arrays.
         """
 
     def drop(self, client: str) -> None:
-        """Let what a client sent back go: its arrays are not read any more."""
+        """Free the arrays of a client's reply, which are not read any more."""
 
     def close(self) -> None:
-        """Let everything go; whatever comes later has no place."""
+        """Free everything; a reply that comes later has nowhere to go."""
 
 
 class WeightTransport(Protocol):
-    """Carries weights, round after round."""
+    """Moves weights between the server and its clients, round after round."""
 
     @property
     def room(self) -> Room | None:
-        """Where weights are to be encoded; None for anywhere."""
+        """A function that makes the buffer into which weights are encoded; None where any memory will do."""
 
     def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
-        """Take up the weights of a round.
+        """Offer the weights of a round to its clients.
 
         Args:
-            payload: the weights, encoded in `room` just before.
-            clients: whom they go to.
-            answer_bytes: of what each sends back; 0 where these are no weights.
-            seconds: that it may take.
+            payload: The encoded weights, in the buffer that `room` returned last.
+            clients: The names of the clients that may fetch them.
+            answer_bytes: The size of the weights that each client sends back; 0 where it sends none.
+            seconds: The seconds within which the weights are fetched and the answers delivered.
 
         Raises:
-            NanofedError: there is no room for them.
+            NanofedError: There is no room for the weights or for the answers.
         """
 
 
 class InMessages:
-    """Weights travel in the messages: all clients are in this process, or in one simulation with it."""
+    """Puts weights into Flower's messages, for clients in this process or in one simulation with it."""
 
     room: Room | None = None
 
     def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
-        """Put them into a record that all messages share."""
+        """Put the weights into a record that all messages share."""
         return _RoundInMessages(payload)
 
 
@@ -93,10 +99,10 @@ class _RoundInMessages:
 
 
 def arrays_in(reply: Message) -> Arrays:
-    """Return the arrays of a reply, and leave it without them.
+    """Take the arrays out of a reply, so that its memory is freed with them.
 
     Raises:
-        WireError: there are none.
+        WireError: The reply holds no arrays.
     """
     record = reply.content.array_records.get("fitres.parameters")
     if record is None:

@@ -36,11 +36,11 @@ def _over() -> _Refused:
 
 
 class WeightsServer:
-    """ASGI middleware: answers the weights' calls, and passes on all others.
+    """ASGI middleware that answers the two calls for weights and passes on all others.
 
     Args:
-        app: what is behind it.
-        folder: of the store.
+        app: The application that answers all other calls.
+        folder: The folder of the weight store.
     """
 
     def __init__(self, app: Application, folder: Path) -> None:
@@ -55,7 +55,7 @@ class WeightsServer:
         status, content = HTTPStatus.OK, b""
         try:
             if scope["method"] != "POST":
-                raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "the weights' calls are POST")
+                raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "calls for weights are POST")
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             body = await _body(headers, receive)
             if body is None:
@@ -147,14 +147,14 @@ def _write(path: Path, offset: int, body: bytes) -> None:
 
 
 def serve_weights(main: Any, folder: Path) -> None:
-    """Let Flower's application of a SuperLink answer a store's calls too.
+    """Let the application of Flower's SuperLink answer the two calls for weights too.
 
     Args:
         main: Flower's module that creates the application.
-        folder: of the store.
+        folder: The folder of the weight store.
 
     Raises:
-        NanofedError: this Flower is another one than was made for.
+        NanofedError: This version of Flower creates its application in another way.
     """
     create = getattr(main, "create_app", None)
     if not callable(create):
