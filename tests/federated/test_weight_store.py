@@ -36,7 +36,7 @@ from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire import weights_server
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.messages import Instructions
-from nanofed.federated.wire.stored_weights import StoredWeights
+from nanofed.federated.wire.stored_weights import STORED_WEIGHTS, StoredWeights
 from nanofed.federated.wire.weight_store import DOWN, UP, WeightStore
 from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient, WeightsError
@@ -533,7 +533,7 @@ def test_no_room_for_the_weights(store: WeightStore, tmp_path: Path) -> None:
 )
 def test_a_note_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="what the message says of the round's weights cannot be read"):
-        StoredWeights.found_in({"stored": text})
+        StoredWeights.found_in({STORED_WEIGHTS: text})
     assert StoredWeights.found_in({}) is None
 
 
