@@ -11,8 +11,9 @@ import pytest
 
 from nanofed import runtime
 from nanofed.federated.deploy import process
-from nanofed.federated.deploy.process import Child, last_error
+from nanofed.federated.deploy.process import Child, last_line
 from nanofed.federated.deploy.site import _Site
+from nanofed.federated.outcome import Outcome
 from nanofed.federated.site.options import SiteOptions, WorkerOptions
 
 
@@ -33,7 +34,7 @@ def test_a_process_that_ends_at_once_is_started_later_each_time_and_its_reason_r
         assert child.keep() is None
         assert child._process is not None
         child._process.wait(60)
-        assert child.keep() == 3
+        assert child.keep() == Outcome(3, r"2026-01-01 proxy ERROR: the key of \x1b[2J is gone")
         assert child.keep() is None and not child.running  # not yet
         pauses.append(child._due - now[0])
         now[0] = child._due
@@ -45,13 +46,13 @@ def test_a_process_that_ends_at_once_is_started_later_each_time_and_its_reason_r
 
 def test_the_reason_of_an_end_is_looked_for_in_the_end_of_a_log(tmp_path: Path) -> None:
     log = tmp_path / "trainer.log"
-    assert last_error(log) == "its log cannot be read: No such file or directory"
+    assert last_line(log) == "its log cannot be read: No such file or directory"
     log.write_text("")
-    assert last_error(log) == "it said nothing"
-    log.write_text("x" * 10_000_000 + "\nnanofed ERROR: exit 2: the data is gone\nbye\n")
-    assert last_error(log) == "the data is gone"
+    assert last_line(log) == "it said nothing"
+    log.write_text("x" * 10_000_000 + "\nthe data is gone\n\n")
+    assert last_line(log) == "the data is gone"
     log.write_text("x" * 10_000_000)
-    assert len(last_error(log)) <= 300
+    assert len(last_line(log)) <= 300
 
 
 def test_a_site_s_worker_and_its_supernode_share_a_secret_of_their_own(tmp_path: Path) -> None:

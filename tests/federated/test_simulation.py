@@ -132,15 +132,6 @@ def test_without_ray_it_says_what_to_install(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_the_server_keeps_its_exit_code() -> None:
-    for said, kind in (("exit 2: a", ConfigError), ("exit 3: b", DataError), ("exit 1: c", NanofedError)):
-        with pytest.raises(NanofedError, match=rf"^{said[-1]}$") as raised:
-            superlink.raise_failure(said, "otherwise")
-        assert type(raised.value) is kind
-    with pytest.raises(NanofedError, match=r"^otherwise$"):
-        superlink.raise_failure("", "otherwise")
-
-
 @needs_proc
 def test_processes_that_left_their_parent_are_stopped_too(tmp_path: Path) -> None:
     mark = f"NANOFED_TEST={tmp_path}"

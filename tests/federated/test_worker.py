@@ -263,7 +263,7 @@ def test_whatever_ends_the_worker_is_one_line_of_its_log(
     monkeypatch.setattr(WorkerOptions, "from_json", broken)
     assert worker.main([""]) == 1
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("nanofed")]
-    assert ours == ["exit 1: the device is lost"]
+    assert ours == ["the device is lost"]
 
 
 def test_a_worker_ends_with_its_supervisor(args: list[str], tmp_path: Path) -> None:

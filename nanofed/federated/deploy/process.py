@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from nanofed.federated.outcome import Outcome
 from nanofed.federated.wire.plain import plain
 from nanofed.files import keep_short
 from nanofed.training.signals import ending_signals
@@ -153,23 +154,31 @@ class Child:
         environment: all of it; `marker` is in it.
         log: file to which all that it prints is appended; see `keep_short`.
         marker: `NAME=value`, which only this process and what it starts have in their environment.
+        outcomes: folder into which it writes how it ended; None where it does not.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, marker: str
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        marker: str,
+        outcomes: Path | None = None,
     ) -> None:
         self.name = name
         self._command = command
         self._environment = environment
         self._log = log
         self._marker = marker
+        self._outcomes = outcomes
         self._process: subprocess.Popen[bytes] | None = None
         self._pause = FIRST_PAUSE
         self._due = 0.0
         self.started = 0.0
 
-    def keep(self) -> int | None:
-        """Start it where it is not there and its pause is over; return the exit code of one that has just ended."""
+    def keep(self) -> Outcome | None:
+        """Start it where it is not there and its pause is over; return how it ended where it has just ended."""
         if self._process is not None:
             code = self._process.poll()
             if code is None:
@@ -179,17 +188,21 @@ class Child:
             self._pause = FIRST_PAUSE if lived > STEADY_SECONDS else min(LONGEST_PAUSE, 2 * self._pause)
             self.stop()  # what it has started may still be there
             self._due = time.monotonic() + self._pause
+            said = None if self._outcomes is None else Outcome.read(self._outcomes)
+            outcome = said or Outcome(code, last_line(self._log))
             logger.warning(
-                "the %s ended with exit code %d after %.0f s; it is started again in %.0f s; the end of %s: %s",
-                self.name, code, lived, self._pause, self._log, last_error(self._log),
+                "the %s ended with exit code %d after %.0f s; it is started again in %.0f s; %s says: %s",
+                self.name, code, lived, self._pause, self._log, plain(outcome.reason),
             )  # fmt: skip
-            return code
+            return outcome
         if time.monotonic() >= self._due:
             self._start()
         return None
 
     def _start(self) -> None:
         self.started = time.monotonic()
+        if self._outcomes is not None:
+            Outcome.clear(self._outcomes)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -219,14 +232,12 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
 
-def last_error(log: Path) -> str:
-    """Return the last error in the end of a log, cut and escaped: what a process of ours said of its end, or its last line."""
+def last_line(log: Path) -> str:
+    """Return the last line of a log, cut and escaped, for a person: what a process said before its end."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError as error:
         return f"its log cannot be read: {error.strerror}"
-    lines = [line for line in text.splitlines() if line.strip()]
-    said = [line.partition(": exit ")[2].partition(": ")[2] for line in lines if " ERROR: exit " in line]
-    return plain((said or lines or ["it said nothing"])[-1])
+    return plain(([line for line in text.splitlines() if line.strip()] or ["it said nothing"])[-1])

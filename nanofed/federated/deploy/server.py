@@ -20,9 +20,10 @@ from nanofed.federated.deploy.keys import Keys, load, read_sites
 from nanofed.federated.deploy.nodes import FOLDER, NODES, WEIGHTS
 from nanofed.federated.deploy.process import LOG_BYTES, Child, end_marked, ended_by_signals, started_as, undisturbed
 from nanofed.federated.deploy.proxy.service import Options
-from nanofed.federated.deploy.superlink import EXIT, LINK, SuperLink, raise_failure, write_app
+from nanofed.federated.deploy.superlink import LINK, SuperLink, write_app
 from nanofed.federated.federation import Federation
 from nanofed.federated.flower import is_loopback
+from nanofed.federated.outcome import Outcome
 from nanofed.files import keep_short
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run_folder import RunFolder, has_saved, is_used
@@ -186,23 +187,22 @@ class _Service:
             except (OSError, NanofedError, subprocess.SubprocessError) as error:
                 if not ran or isinstance(error, (ConfigError, DataError)):
                     raise
-                failure = " ".join(str(error).split())
+                failure = Outcome.of(error)
             if failure is None:
                 return
-            if (match := EXIT.fullmatch(failure)) and int(match[1]) in (ConfigError.exit_code, DataError.exit_code):
-                raise_failure(failure, failure)
+            if failure.exit_code in (ConfigError.exit_code, DataError.exit_code):
+                raise failure.error()
+            reason = failure.reason
             with suppress(OSError):  # somebody has removed the folder
                 if (free := shutil.disk_usage(self._folder).free) < LEAST_FREE:  # it may have room again
-                    failure = f"{failure}; the disk of {self._folder} is full: {free:,} bytes are left"
+                    reason += f"; the disk of {self._folder} is full: {free:,} bytes are left"
             now = self._round()
             crashes = 1 if now > before else crashes + 1
             before = now
             if crashes >= CRASHES:
-                raise_failure(
-                    failure, f"the run ended {crashes} times without a round between ({failure}); see {self._log}"
-                )
+                raise NanofedError(f"the run ended {crashes} times without a round between ({reason}); see {self._log}")
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (crashes - 1))
-            logger.warning("the run ended (%s); it goes on from round %d in %.0f s", failure, now, pause)
+            logger.warning("the run ended (%s); it goes on from round %d in %.0f s", reason, now, pause)
             time.sleep(pause)
             end_marked(
                 self._link.marker, "flwr-serverapp"
@@ -298,10 +298,9 @@ class _Service:
         for public in now[0].keys() - before.keys():
             logger.info("site %s may take part", now[0][public])
 
-    def _watch(self, run_id: int) -> str | None:
+    def _watch(self, run_id: int) -> Outcome | None:
         """Wait until a run ends and return why it failed, None if it completed; restarts the proxy meanwhile."""
-        said: list[str] = []
-        follower = threading.Thread(target=lambda: said.append(self._link.follow(run_id)), daemon=True)
+        follower = threading.Thread(target=self._link.follow, args=(run_id,), daemon=True)
         follower.start()
         # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
         loop = _Watched(self._link.marker, "flwr-serverapp")
@@ -309,29 +308,26 @@ class _Service:
             follower.join(WATCH_SECONDS)
             self._check()
             if not self._link.alive:
-                return "the SuperLink died"
+                return _crash("the SuperLink died")
             if lost := self._lost():
                 self._link.stop()
-                return lost
+                return _crash(lost)
             if self._proxy is not None:
                 self._proxy.keep()
             self._say_sites()
             keep_short(self._log, LOG_BYTES)
             if self._launcher.is_gone():
                 self._link.stop()
-                return "the SuperLink's launcher died"
+                return _crash("the SuperLink's launcher died")
             if loop.is_gone():
                 self._link.command("stop", str(run_id), LINK, check=False)
-                return "the round loop died"
+                return _crash("the round loop died")
         try:
-            status, details = self._link.status(run_id)
+            return self._link.outcome(run_id)
         except NanofedError:
             if self._link.alive:
                 raise
-            return "the SuperLink died"
-        if status == "finished:completed":
-            return None
-        return (said[0] if said else "") or f"{status}: {details or 'no reason given'}"
+            return _crash("the SuperLink died")
 
     def stop(self) -> None:
         """Stop everything."""
@@ -339,6 +335,10 @@ class _Service:
             self._stop_proxy()
             self._link.stop()
             end_marked(self._link.marker)
+
+
+def _crash(reason: str) -> Outcome:
+    return Outcome(NanofedError.exit_code, reason)
 
 
 def _identity(path: Path) -> int:

@@ -7,12 +7,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from filelock import FileLock, Timeout
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError
-from nanofed.federated.deploy.process import Child, end_marked, ended_by_signals, last_error, undisturbed
+from nanofed.federated.deploy.process import Child, end_marked, ended_by_signals, undisturbed
 from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.federated.site.options import SiteOptions, WorkerOptions
 from nanofed.federated.site.progress import Page
@@ -81,6 +82,7 @@ class _Site:
             flower_environment(home, **{MARK: marks["worker"]}, PYTHONSAFEPATH="1", **cores),
             self._folder / "worker.log",
             f"{MARK}={marks['worker']}",
+            outcomes=self._folder,
         )
         self._supernode = Child(
             f"SuperNode of {options.name}",
@@ -120,12 +122,11 @@ class _Site:
 
     def watch(self) -> None:
         """Start what is not there, and replace a worker that hangs."""
-        code = self._worker.keep()
-        if code is not None:
+        ended = self._worker.keep()
+        if ended is not None:
             self._ready = False
-            if code in (ConfigError.exit_code, DataError.exit_code):
-                kind = ConfigError if code == ConfigError.exit_code else DataError
-                raise kind(f"the worker cannot start: {last_error(self._folder / 'worker.log')}")
+            if ended.exit_code in (ConfigError.exit_code, DataError.exit_code):
+                raise replace(ended, reason=f"the worker cannot start: {ended.reason}").error()
         self._supernode.keep()
         if self._worker.running:
             self._check_worker()

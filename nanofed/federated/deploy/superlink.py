@@ -13,14 +13,15 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import nanofed
 from nanofed import runtime
-from nanofed.errors import ConfigError, DataError, NanofedError
-from nanofed.federated.deploy.process import last_error, stop_marked, undisturbed
+from nanofed.errors import NanofedError
+from nanofed.federated.deploy.process import last_line, stop_marked, undisturbed
 from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.federated.flower_settings import DEFAULTS, Value
+from nanofed.federated.outcome import Outcome
 from nanofed.federated.wire.bundle import installed
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ END_SECONDS = 30.0  # between the last line of a run's log and its final status
 STOP_SECONDS = 5.0
 LOG_FORMAT = "nanofed %(levelname)s: %(message)s"  # our lines among Flower's and Ray's
 LINE = re.compile(r"nanofed (DEBUG|INFO|WARNING|ERROR|CRITICAL): (.*)")
-EXIT = re.compile(r"exit (\d+): (.*)")
 
 
 def write_app(folder: Path, server: str, client: str) -> None:
@@ -56,14 +56,6 @@ def write_app(folder: Path, server: str, client: str) -> None:
         f"[tool.flwr.app.config]\n{settings}\n",
         encoding="utf-8",
     )
-
-
-def raise_failure(failure: str, otherwise: str) -> NoReturn:
-    """Raise what the server said of its end, as the error that it was there."""
-    if match := EXIT.fullmatch(failure):
-        kinds = {kind.exit_code: kind for kind in (NanofedError, ConfigError, DataError)}
-        raise kinds.get(int(match[1]), NanofedError)(match[2])
-    raise NanofedError(otherwise)
 
 
 class SuperLink:
@@ -130,7 +122,7 @@ class SuperLink:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise NanofedError(
-                    f"Flower's SuperLink did not start on port {self.port}: {last_error(self._log)}; see {self._log}"
+                    f"Flower's SuperLink did not start on port {self.port}: {last_line(self._log)}; see {self._log}"
                 )
             time.sleep(0.2)
 
@@ -153,6 +145,7 @@ class SuperLink:
 
     def submit(self, app: Path, settings: Mapping[str, Value], *options: str) -> int:
         """Submit a run with settings over those of its app, and return its id."""
+        Outcome.clear(self.home)
         path = self.home / "settings.toml"
         content = "".join(f"{key} = {toml(value)}\n" for key, value in settings.items())
         path.write_text(content, encoding="utf-8")
@@ -161,9 +154,8 @@ class SuperLink:
             raise NanofedError(f"Flower did not take the run: {answer.get('error-message', answer)}")
         return int(answer["run-id"])
 
-    def follow(self, run_id: int) -> str:
-        """Pass on our lines of the run's log until it ends, and return the last error among them."""
-        failure = ""
+    def follow(self, run_id: int) -> None:
+        """Pass on our lines of the run's log until it ends."""
         with subprocess.Popen(
             [*FLWR, "log", str(run_id), LINK, "--stream"],
             env=self._environment,
@@ -181,13 +173,21 @@ class SuperLink:
                     with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
                         log.write(line)
                     if match := LINE.search(line):
-                        if EXIT.fullmatch(match[2]):
-                            failure = match[2]
-                        else:
-                            logger.log(logging.getLevelNamesMapping()[match[1]], "%s", match[2])
+                        logger.log(logging.getLevelNamesMapping()[match[1]], "%s", match[2])
             finally:
                 process.kill()
-        return failure
+
+    def outcome(self, run_id: int) -> Outcome | None:
+        """Return why a run failed, None where it completed: in the words of its ServerApp, else in Flower's.
+
+        Raises:
+            NanofedError: The SuperLink does not know what became of the run.
+        """
+        status, details = self.status(run_id)
+        if status == "finished:completed":
+            return None
+        otherwise = Outcome(NanofedError.exit_code, f"it ended as {status}: {details or 'no reason given'}", run_id)
+        return Outcome.read(self.home, run_id) or otherwise
 
     def status(self, run_id: int) -> tuple[str, str]:
         """Return what became of a run, and Flower's reason; waits while it is still ending.

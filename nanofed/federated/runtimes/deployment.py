@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from flwr.superlink.grid import http_grid
 
 from nanofed import runtime
-from nanofed.errors import NanofedError, in_one_line
 from nanofed.federated.deploy.nodes import FOLDER, WEIGHTS, owners
 from nanofed.federated.federation import Federation
 from nanofed.federated.flower_patches import ask_again_soon
 from nanofed.federated.flower_settings import check, to_args
-from nanofed.federated.runtimes.app import server_app
-from nanofed.federated.runtimes.flower_app import show_log
+from nanofed.federated.runtimes.app import flower_server_app
 from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.wire.weight_store import WeightStore
 from nanofed.training.run_folder import KILLED_SECONDS, has_saved
 from nanofed.training.run_lock import ROUNDS, RunLock
 
-logger = logging.getLogger(__name__)
-server = ServerApp()
-server_with_keys = ServerApp()
+ask_again_soon(http_grid)
 
 
 @contextmanager
@@ -52,24 +47,5 @@ def round_loop(grid: Grid, context: Context, *, keys: bool = False) -> Iterator[
         yield loop
 
 
-@server.main()
-def serve(grid: Grid, context: Context) -> None:
-    """Run the rounds with clients that say who they are."""
-    _serve(grid, context, keys=False)
-
-
-@server_with_keys.main()
-def serve_with_keys(grid: Grid, context: Context) -> None:
-    """Run the rounds with clients whose keys say who they are."""
-    _serve(grid, context, keys=True)
-
-
-def _serve(grid: Grid, context: Context, *, keys: bool) -> None:
-    """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
-    show_log()
-    ask_again_soon(http_grid)
-    try:
-        server_app(functools.partial(round_loop, keys=keys))(grid, context)
-    except Exception as error:
-        logger.error("exit %d: %s", getattr(error, "exit_code", NanofedError.exit_code), in_one_line(error))
-        raise
+server = flower_server_app(round_loop)
+server_with_keys = flower_server_app(functools.partial(round_loop, keys=True))

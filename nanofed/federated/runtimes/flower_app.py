@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 from nanofed import runtime
-from nanofed.errors import ConfigError, NanofedError, in_one_line
-from nanofed.federated.deploy.superlink import LOG_FORMAT
+from nanofed.errors import ConfigError
 from nanofed.federated.federation import Federation
 from nanofed.federated.flower_settings import check, lr_note, to_args
-from nanofed.federated.runtimes.app import server_app
+from nanofed.federated.runtimes.app import flower_server_app, show_log
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import FabricTrainer
@@ -63,18 +61,7 @@ def round_loop(grid: Grid, context: Context) -> Iterator[RoundLoop]:
 
 
 client = client_app(trainer)
-server = ServerApp()
-
-
-@server.main()
-def serve(grid: Grid, context: Context) -> None:
-    """Run the rounds; what fails is said in one line of the log, with the exit code that it means."""
-    show_log()
-    try:
-        server_app(round_loop)(grid, context)
-    except Exception as error:
-        logger.error("exit %d: %s", getattr(error, "exit_code", NanofedError.exit_code), in_one_line(error))
-        raise
+server = flower_server_app(round_loop)
 
 
 @cache
@@ -87,14 +74,3 @@ def _args(context: Context) -> tuple[str, ...]:
     if settings["base_dir"]:
         runtime.use_base_dir(str(settings["base_dir"]))
     return tuple(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
-
-
-def show_log() -> None:
-    """Let this process print our log in the form that is picked out of Flower's and Ray's."""
-    ours = logging.getLogger("nanofed")
-    if not ours.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
-        ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
-        ours.propagate = False

@@ -14,7 +14,7 @@ import torch
 from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.deploy.process import ended_by_signals
-from nanofed.federated.deploy.superlink import SuperLink, raise_failure, write_app
+from nanofed.federated.deploy.superlink import SuperLink, write_app
 from nanofed.federated.federation import Federation
 from nanofed.federated.flower_settings import Value
 from nanofed.federated.runtimes.connections import Resources, write_connections
@@ -95,7 +95,8 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
         with link.running(["--insecure", "--simulation"]):
             run_id = link.submit(app, settings, "--federation-config", resources.federation_config())
             logger.info("Flower's simulation engine is starting; its own log is %s", log)
-            failure = link.follow(run_id)
-            status, details = link.status(run_id)
-        if status != "finished:completed":
-            raise_failure(failure, f"the simulation ended as {status}: {details or 'no reason given'}; see {log}")
+            link.follow(run_id)
+            outcome = link.outcome(run_id)
+    if outcome is not None:
+        logger.debug("the log of the simulation is %s", log)
+        raise outcome.error()

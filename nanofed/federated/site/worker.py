@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -25,8 +25,9 @@ from flwr.common.constant import ErrorCode
 from lightning import Fabric
 
 from nanofed import runtime, streams
-from nanofed.errors import NanofedError, in_one_line
+from nanofed.errors import NanofedError
 from nanofed.federated.config import Arguments
+from nanofed.federated.outcome import Outcome
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.inbox import Inbox, Task
 from nanofed.federated.site.options import WorkerOptions
@@ -220,6 +221,7 @@ def main(args: Sequence[str]) -> int:
     streams.secure(lasting=True)
     logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
     logging.getLogger("nanofed").setLevel(logging.INFO)
+    options = None
     try:
         options = WorkerOptions.from_json(args[0] if args else "")
         threading.Thread(target=_end_with, args=(options.supervisor,), name="nanofed-orphan", daemon=True).start()
@@ -234,9 +236,12 @@ def main(args: Sequence[str]) -> int:
         lead(options, inbox, SiteTrainer(trainer, progress, micro_batch), progress)
     except Exception as error:
         time.sleep(runtime.seconds_to_hold_back())
-        code = getattr(error, "exit_code", NanofedError.exit_code)
-        logger.error("exit %d: %s", code, in_one_line(error), exc_info=not isinstance(error, NanofedError))
-        return int(code)
+        outcome = Outcome.of(error)
+        logger.error("%s", outcome.reason, exc_info=not isinstance(error, NanofedError))
+        if options is not None:
+            with suppress(OSError):  # the disk is full; the log has it
+                outcome.write(Path(options.folder))
+        return outcome.exit_code
     return 0
 
 
