@@ -255,9 +255,11 @@ def is_superlink(pid: int) -> bool:
 
 @needs_proc
 @pytest.mark.slow
-def test_a_run_that_fails_says_why(tmp_path: Path, environment: dict[str, str]) -> None:
-    absent = tmp_path / "absent"
-    settings = {"model_type": "d1", "runs_dir": str(tmp_path / "runs"), "overrides": f"--data.tokenizer={absent}"}
+def test_a_run_that_fails_says_why(tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    absent, run = tmp_path / "absent", tmp_path / "runs" / "failing"
+    run.mkdir(parents=True)
+    config_file(federation(tiny_corpus, tmp_path / "runs", "failing"), run / "config.yaml")
+    settings = {"run_dir": str(run), "overrides": f"--data.tokenizer={absent}"}
     with pytest.raises(DataError, match=f"data.tokenizer: there is no folder {absent}"):
         simulation.simulate(tmp_path / "flower.log", Resources.of(2, 1, 0), settings)
     assert "Simulation raised an exception" in (tmp_path / "flower.log").read_text(), "the whole story is in the log"

@@ -186,8 +186,8 @@ class SuperLink:
         status, details = self.status(run_id)
         if status == "finished:completed":
             return None
-        otherwise = Outcome(NanofedError.exit_code, f"it ended as {status}: {details or 'no reason given'}", run_id)
-        return Outcome.read(self.home, run_id) or otherwise
+        reason = f"the run ended as {status}: {details or 'no reason given'}; see {self._log}"
+        return Outcome.read(self.home, run_id) or Outcome(NanofedError.exit_code, reason, run_id)
 
     def status(self, run_id: int) -> tuple[str, str]:
         """Return what became of a run, and Flower's reason; waits while it is still ending.

@@ -98,5 +98,4 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
             link.follow(run_id)
             outcome = link.outcome(run_id)
     if outcome is not None:
-        logger.debug("the log of the simulation is %s", log)
         raise outcome.error()
