@@ -60,20 +60,20 @@ def run(corpus: Path, folder: Path, rounds: int, tamper: Any = None, **behaviour
 
 
 LIES: dict[str, tuple[Lie, str]] = {
-    "nan": (claim(nats=float("nan")), "NaN is no number"),
-    "inf": (claim(nats=float("inf")), "Infinity is no number"),
+    "nan": (claim(nats=float("nan")), "nats is nan: Input should be a finite number"),
+    "inf": (claim(nats=float("inf")), "nats is inf: Input should be a finite number"),
     "negative nats": (claim(nats=-1.0), "claims -1 nats"),
     "no nats": (claim(nats=0.0), "claims 0 nats"),
     "huge nats": (claim(nats=1e300), "claims 1e+300 nats"),
     "more nats than a byte can cost": (lambda found: replace(found, nats=found.bytes * 36.0), "nats for"),
     "negative bytes": (claim(bytes=-5), "claims -5 bytes"),
     "absurd bytes": (claim(bytes=10**12), "claims 1000000000000 bytes, of"),
-    "bytes beyond 64 bits": (claim(bytes=1 << 70), "bytes is 1180591620717411303424, not int"),
+    "bytes beyond 64 bits": (claim(bytes=1 << 70), "bytes is 1180591620717411303424: "),
     "a nothing with a cost": (claim(bytes=0), "nats for 0 bytes"),
-    "true for a number": (claim(nats=True), "nats is True, not float"),
-    "true for a count": (claim(bytes=True), "bytes is True, not int"),
-    "a string for a number": (claim(nats="1.5"), "nats is '1.5', not float"),
-    "a fraction of a byte": (claim(bytes=10.5), "bytes is 10.5, not int"),
+    "true for a number": (claim(nats=True), "nats is True: Input should be a valid number"),
+    "true for a count": (claim(bytes=True), "bytes is True: Input should be a valid integer"),
+    "a string for a number": (claim(nats="1.5"), "nats is '1.5': Input should be a valid number"),
+    "a fraction of a byte": (claim(bytes=10.5), "bytes is 10.5: Input should be a valid integer"),
     "a huge string": (claim(nats=0.0, bytes=0, failure="\x1b[2J" * 10**6), f"{MAX_FAILURE} are allowed"),
     "a huge nonce": (claim(nonce="n" * 10**6), "it is for nonce 'nnn"),
     "another nonce": (claim(nonce="0" * 32), "it is for nonce"),
@@ -88,14 +88,14 @@ LIES: dict[str, tuple[Lie, str]] = {
 
 NOTES: list[tuple[Any, str]] = [
     (None, "says nothing of it"),
-    ("", "is no JSON"),
-    ("[" * 100_000, "is no JSON"),
-    ("[]", "is a JSON object, not a list"),
-    ("{}", "lacks the fields"),
+    ("", "Invalid JSON"),
+    ("[" * 100_000, "Invalid JSON"),
+    ("[]", "it is []"),
+    ("{}", "it lacks the field run"),
     (3, "one JSON string"),
     (True, "one JSON string"),
     (b"{}", "one JSON string"),
-    ("\ud800", "is no JSON"),
+    ("\ud800", "Invalid JSON"),
     (" " * (MAX_JSON + 1), "at most"),
 ]
 
@@ -136,7 +136,7 @@ def test_a_lie_is_no_figure(name: str | int, data: TokenDataModule, tmp_path: Pa
     assert pool.take_reply("client-0", answer(asks["client-0"]).to_config(), 2.0, state) == 1.5
     if isinstance(name, str):
         lie, says = LIES[name]
-        metrics = lie(answer(asks[HOSTILE])).to_config()
+        metrics = {Evaluation.key: json.dumps(vars(lie(answer(asks[HOSTILE]))))}
     else:
         note, says = NOTES[name]
         metrics = {} if note is None else {Evaluation.key: note}
@@ -205,7 +205,10 @@ def test_a_lie_of_the_last_weights_is_no_figure(tiny_corpus: Path, tmp_path: Pat
         "server": {"evaluation": 1},
     }
     assert "the client failed: OSError: the disk is gone" in left.events[0]["reason"]
-    assert "NaN is no number" in left.events[1]["reason"] and "none of the 2 sites" in left.events[2]["reason"]
+    assert (
+        "nats is nan: Input should be a finite number" in left.events[1]["reason"]
+        and "none of the 2 sites" in left.events[2]["reason"]
+    )
 
 
 def test_who_is_not_asked_is_not_heard(tiny_corpus: Path, tmp_path: Path) -> None:

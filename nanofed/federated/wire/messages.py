@@ -45,7 +45,7 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 class WireMessage:
     """A dataclass that travels as JSON; unknown and missing fields, and values of another kind, are refused by name."""
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants")
     key: ClassVar[str] = KEY  # in Flower's dictionaries
 
     def to_config(self) -> dict[str, Any]:
@@ -88,7 +88,9 @@ def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
 def _first(error: ValidationError) -> str:
     """Return the first thing that is wrong, in a few plain words: what was sent may be of any size."""
     first = error.errors(include_url=False)[0]
-    where = plain(".".join(map(str, first["loc"])), 80)
+    if first["type"] == "json_invalid":
+        return plain(first["msg"])
+    where = plain(".".join(map(str, first["loc"])), 80) or "it"
     if first["type"] == "missing":
         return f"it lacks the field {where}"
     if first["type"] == "unexpected_keyword_argument":
