@@ -243,6 +243,26 @@ def test_rows_come_back_although_the_next_epoch_has_begun(dataset: Dataset) -> N
     assert ledger.lease("late", 1)[0] in {RowRange(p.shard, p.start, p.start + STREAMS, 0) for p in slow}
 
 
+@pytest.mark.parametrize("stride", [None, (0, 2)])
+def test_scattered_rows_of_one_stream_leave_no_other_without_text(stride: tuple[int, int] | None) -> None:
+    """Clients that came and went have left single rows of one stream in many epochs: more than one lease may take."""
+    ledger = Ledger([SiteShard("shard", 40, 400, "f")], STREAMS)
+    for epoch in range(150):
+        rows = ledger._open(epoch, "shard")
+        rows[:] = MERGED
+        rows[1::STREAMS] = FREE
+    ledger._epoch["shard"] = 149
+    for client in ("a", "b"):
+        lease = ledger.lease(client, 64, stride=stride)
+        read = Counter(row % STREAMS for part in lease for row in range(part.start, part.stop))
+        assert min(read[stream] for stream in range(STREAMS)) >= 64 * 5 / 10 / STREAMS
+        assert max(part.epoch for part in lease) >= 150
+    taken = [
+        (part.epoch, row) for name in ("a", "b") for part in ledger.held(name) for row in range(part.start, part.stop)
+    ]
+    assert len(taken) == len(set(taken))
+
+
 def test_epochs_close_one_shard_at_a_time(dataset: Dataset) -> None:
     ledger = Ledger(dataset.train, STREAMS)
     first = dataset.train[0].name

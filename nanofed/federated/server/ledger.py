@@ -32,6 +32,7 @@ TEXT_BYTES_PER_TOKEN = 5.0  # more than tokenizers give: a lease is rather too l
 # A lease of more parts than these is for text too small, or for a claim too large, to be worth the server's time.
 MAX_EXTENSIONS = 128  # by which one call makes a lease longer
 MAX_RANGES = 1024  # that a client holds where its lease is of stretches
+MAX_SCATTERED = 64  # parts of one call that lack rows of some stream; after them only whole stretches are looked for
 
 
 class AnyShard(Protocol):
@@ -115,7 +116,8 @@ class Ledger:
 
         Streams do not advance evenly, as one's documents are longer than another's: each of them gets enough. The lease is
         shorter than what is asked for where it would take more than `MAX_EXTENSIONS` parts or more than `MAX_RANGES` in all,
-        as a text of a few rows would for a long round.
+        as a text of a few rows would for a long round. What clients gave back may be single rows, most of them of a few streams:
+        after `MAX_SCATTERED` of these the lease goes on with whole stretches, so that no stream is left without text.
 
         Args:
             client: who is to read.
@@ -132,12 +134,19 @@ class Ledger:
             last = held.ranges.pop()  # leased before the client's speed was known: more than it needs
             unread -= self._unread(last)
             self._part(last)[:] = FREE
+        scattered = 0
         for _ in range(MAX_EXTENSIONS):
             if unread.min() >= wanted or (stride is None and len(held.ranges) >= MAX_RANGES):
                 break
             turns = int(wanted - unread.min()) + 1
-            new = self._extend(held, turns) if stride is None else self._extend_by_stride(held, turns, *stride)
-            unread += sum(map(self._unread, new))
+            whole = scattered >= MAX_SCATTERED
+            if stride is None or whole:
+                new = [self._extend(held, turns, whole=whole)]
+            else:
+                new = self._extend_by_stride(held, turns, *stride)
+            gained = sum(map(self._unread, new), np.zeros(self._streams))
+            scattered += not gained.all()
+            unread += gained
         return tuple(held.ranges)
 
     def _unread(self, part: RowRange) -> npt.NDArray[np.float64]:
@@ -145,12 +154,20 @@ class Ledger:
         rows = part.start + np.flatnonzero(self._part(part) == LEASED)
         return np.bincount(rows % self._streams, minlength=self._streams).astype(np.float64)
 
-    def _extend(self, held: _Client, turns: int) -> list[RowRange]:
-        """Lease `turns` more rows a stream: on from where the client reads, else from the least-progressed shard."""
+    def _extend(self, held: _Client, turns: int, *, whole: bool) -> RowRange:
+        """Lease up to `turns` more rows a stream: on from where the client reads, else from the least-progressed shard.
+
+        Args:
+            held: what the client holds.
+            turns: rows a stream at most; fewer where others hold the rows that follow.
+            whole: start where there are free rows of every stream in a row, instead of in the least-progressed shard.
+        """
         last = held.ranges[-1] if held.ranges else None
         start = last.stop if last is not None else 0
         if last is not None and self._is_free(last.epoch, last.shard, start):
             epoch, shard = last.epoch, last.shard
+        elif whole:
+            epoch, shard, start = self._first_stretch()
         else:
             epoch, shard = self._least_progressed()
             start = int(np.argmax(self._open(epoch, shard) == FREE))
@@ -158,7 +175,22 @@ class Ledger:
         count = turns * self._streams
         taken = np.flatnonzero(rows[start : start + count] != FREE)
         stop = start + int(taken[0]) if len(taken) else min(start + count, len(rows))
-        return [self._take(held, RowRange(shard, start, stop, epoch))]
+        return self._take(held, RowRange(shard, start, stop, epoch))
+
+    def _first_stretch(self) -> tuple[int, str, int]:
+        """Return epoch, shard and first row of the oldest free rows that hold one of every stream.
+
+        Where no open epoch has any, they are the first rows of an epoch that nobody has begun.
+        """
+        for (epoch, shard), rows in sorted(self._rows.items(), key=lambda item: item[0]):
+            edges = np.flatnonzero(np.diff(rows == FREE, prepend=False, append=False))
+            for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+                if stop - start >= self._streams:
+                    return epoch, shard, start
+        following = {name: newest + ((newest, name) in self._rows) for name, newest in self._epoch.items()}
+        shard = min(following, key=lambda name: (following[name], name))
+        self._epoch[shard] = following[shard]
+        return following[shard], shard, 0
 
     def _extend_by_stride(self, held: _Client, turns: int, part: int, parts: int) -> list[RowRange]:
         """Lease up to `turns` more rows a stream, of the part-th of each `parts` stretches of the first shard that has some."""
