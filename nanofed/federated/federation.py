@@ -140,9 +140,9 @@ class Federation(Arguments):
         Args:
             grid: the connection to the clients.
             run: the run's folder.
-            policy: whether the clients share this machine.
+            policy: How the server treats the clients: whether they share this machine.
             owners: returns node -> the client whose key it has; None where nodes have no keys.
-            transport: of the weights; in the messages by default.
+            transport: How weights get to the clients and back; by default they are in Flower's messages.
         """
         module, data = self.build()
         options = self.options

@@ -76,8 +76,8 @@ def to_args(settings: Mapping[str, Value], *, run_id: int, runs_dir: Path) -> li
     say everything about the training, and only `overrides` and the names of things come on top.
 
     Args:
-        settings: by name; what is missing has its default.
-        run_id: of the Flower run, which gives the run its name where neither `name` nor a config does.
+        settings: The settings of the Flower run, by name; what is missing has its default.
+        run_id: Flower's number of the run, which gives the run its name where neither `name` nor a config does.
         runs_dir: folder of all runs where `runs_dir` is not set.
 
     Raises:

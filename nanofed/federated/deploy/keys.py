@@ -40,7 +40,7 @@ class Keys:
 
     Attributes:
         folder: see above.
-        created: what `init` wrote, relative to the folder.
+        created: The files that `init` wrote, relative to the folder.
     """
 
     folder: Path
@@ -186,7 +186,7 @@ def read_sites(folder: Path) -> tuple[dict[bytes, str], list[str]]:
     Files count one by one: that one of them cannot be used neither keeps a site in whose key was taken away nor any other out.
 
     Args:
-        folder: of `NAME.pub` files; a folder that is missing holds none.
+        folder: The folder of the sites' public keys, `NAME.pub`; a folder that is missing holds none.
 
     Returns:
         The sites' keys; and for each file that is no key of an elliptic curve, or holds another site's, a line that says so.

@@ -78,7 +78,7 @@ def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -
     Args:
         process: leader of a session; asked to end first.
         marker: `NAME=value` that only this run's processes were started with.
-        seconds: to end by themselves in; then they are killed.
+        seconds: The seconds after which those that have not ended by themselves are killed.
     """
     deadline = time.monotonic() + seconds
     sessions = {process.pid} | marked_sessions(marker)
@@ -149,12 +149,12 @@ class Child:
     """A process that is started again when it ends, later each time that it did not live long; its reason is repeated.
 
     Args:
-        name: for people.
-        command: of the process.
-        environment: all of it; `marker` is in it.
+        name: What people call the process.
+        command: The command line that starts it.
+        environment: All of its environment, `marker` included.
         log: file to which all that it prints is appended; see `keep_short`.
         marker: `NAME=value`, which only this process and what it starts have in their environment.
-        outcomes: folder into which it writes how it ended; None where it does not.
+        outcomes: The folder into which the process writes an `Outcome` before it ends; None where it writes none.
     """
 
     def __init__(

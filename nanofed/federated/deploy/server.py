@@ -101,10 +101,10 @@ def run_server(
     Started again after it was killed itself, it goes on from the run's last checkpoint.
 
     Args:
-        federation: what to train.
-        options: of the server.
-        beside: what to do meanwhile: gets the run's folder once it is there, and yields what is called twice a second and may
-            raise to end the run.
+        federation: The federation to be trained.
+        options: The address on which the server listens, and its keys.
+        beside: A context that lasts as long as the run: it gets the run's folder, and yields a function that is called twice a
+            second and may raise to end the run.
 
     Raises:
         ConfigError: a wrong option; another server works on the run.
@@ -361,8 +361,8 @@ class _Watched:
     """A process that was there and may be gone.
 
     Args:
-        marker: of the sessions in which to look for it.
-        name: in its command line.
+        marker: `NAME=value` in the environment of the session in which the process runs.
+        name: A word of the process's command line.
     """
 
     def __init__(self, marker: str, name: str) -> None:

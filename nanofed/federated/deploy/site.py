@@ -32,7 +32,7 @@ def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[],
     """Keep a site's SuperNode and worker going until this process is told to stop.
 
     Args:
-        options: who the site is, and where its server is.
+        options: The site's name, keys and folder, and the address of its server.
         arguments: command-line arguments of `nanofed federate`, which the worker parses.
         alive: asked every second; False ends the site.
 

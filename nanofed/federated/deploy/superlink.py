@@ -42,7 +42,7 @@ def write_app(folder: Path, server: str, client: str) -> None:
     Args:
         folder: an empty one.
         server: `module:object` of the ServerApp.
-        client: of the ClientApp.
+        client: `module:object` of the ClientApp.
     """
     for name, content in installed().items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class SuperLink:
     """A SuperLink on loopback, and Flower's commands against it.
 
     Args:
-        folder: for Flower's home, and the empty working directory that Ray puts first on sys.path.
+        folder: The folder that holds Flower's home and the empty working directory that Ray puts first on sys.path.
         log: file to which everything that it prints is appended.
         environment: changes to its environment.
         authority: certificate of the CA that signed the SuperLink's own; without one it speaks plain HTTP.

@@ -58,7 +58,7 @@ def write_connections(home: Path, connections: dict[str, Resources]) -> list[str
 
     Args:
         home: Flower's folder.
-        connections: by name. One that the file has outside of our block is its owner's, and is left alone.
+        connections: The resources of each connection, by its name. A connection of that name outside of our block is left alone.
 
     Returns:
         The names written.

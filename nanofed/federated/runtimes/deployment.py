@@ -31,8 +31,8 @@ def round_loop(grid: Grid, context: Context, *, keys: bool = False) -> Iterator[
 
     Args:
         grid: Flower's connection to the nodes.
-        context: Flower's of the run.
-        keys: sites have keys, and a client's name must be that of its node's key.
+        context: Flower's context of the run, which holds its settings.
+        keys: Whether sites have keys: a client's name must then be that of its node's key.
     """
     settings = check(context.run_config)
     runtime.use_base_dir(str(settings["base_dir"]))

@@ -35,7 +35,7 @@ class InProcessGrid(Grid):
 
     Args:
         app: the ClientApp.
-        names: of the clients; the n-th is node n + 1.
+        names: The names of the clients; the n-th client, from 0, is node n + 1.
     """
 
     def __init__(self, app: ClientApp, names: Sequence[str]) -> None:

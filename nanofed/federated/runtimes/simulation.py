@@ -71,8 +71,8 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
 
     Args:
         log: file to which everything printed is appended.
-        resources: of the simulation and of each client.
-        settings: by name.
+        resources: The cores and GPUs of the simulation, and those of each client.
+        settings: The settings of the Flower run, by name.
 
     Raises:
         NanofedError: the run failed: the server's own error where it gave one, else Flower's reason.
