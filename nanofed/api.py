@@ -113,8 +113,15 @@ class Loaded:
     path: Path
 
 
-def load(checkpoint: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
+def load(
+    checkpoint: str | Path, *, device: str | torch.device = "cpu", compute_dtype: torch.dtype | None = None
+) -> Loaded:
     """Load model and tokenizer from a run folder (its newest checkpoint) or from one checkpoint, of either path.
+
+    Args:
+        checkpoint: the run folder or the checkpoint.
+        device: where the model runs.
+        compute_dtype: dtype of the matmuls; None takes bf16 where the device multiplies it, else fp32.
 
     Raises:
         ConfigError: nothing there.
@@ -129,7 +136,7 @@ def load(checkpoint: str | Path, *, device: str | torch.device = "cpu") -> Loade
     path = find_checkpoint(checkpoint)
     manifest = read_manifest(path)
     with torch.device("meta"):
-        model = GPT(manifest.model, compute_dtype=runtime.default_compute_dtype(device))
+        model = GPT(manifest.model, compute_dtype=compute_dtype or runtime.default_compute_dtype(device))
     model.to_empty(device=device)
     model.load_state_dict(read_weights(path), strict=True)
     return Loaded(model.eval(), Tokenizer.load(path / TOKENIZER), path)
@@ -165,6 +172,7 @@ def evaluate(
     eval_tokens: int | None = None,
     device_batch_size: int | None = None,
     device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | None = None,
 ) -> float:
     """Return bits per byte of a checkpoint on the validation shard of a dataset (`demo`, `fineweb-edu` or a folder).
 
@@ -174,6 +182,7 @@ def evaluate(
         eval_tokens: targets to score, as many as `TokenDataModule` scores by default.
         device_batch_size: changes nothing: which rows share a forward pass is fixed, and so the figure is.
         device: where the model runs.
+        compute_dtype: as in `load`; a figure is to be compared with those of the same dtype.
 
     Raises:
         ConfigError: there is no checkpoint.
@@ -187,7 +196,7 @@ def evaluate(
     from nanofed.training.checkpoint import TOKENIZER
     from nanofed.training.preflight import check_data_options
 
-    loaded = load(checkpoint, device=device)
+    loaded = load(checkpoint, device=device, compute_dtype=compute_dtype)
     module = TokenDataModule(data, str(loaded.path / TOKENIZER), sequence_len=loaded.model.config.sequence_len)
     if eval_tokens is not None:
         module.eval_tokens = eval_tokens
