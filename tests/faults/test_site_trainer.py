@@ -283,9 +283,11 @@ def test_a_dead_rank_ends_all_and_the_next_trainer_goes_on(rounds: Rounds, pair:
     (victim,) = [pid for pid in ranks_of(trainer) if pid != trainer.figures()["pid"]]
     begin = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    assert lost.wait(in_time(10)).error is not None
     assert trainer.process.wait(in_time(40)) == 1, "torchrun ends with its ranks"
     assert time.monotonic() - begin < in_time(40)
+    assert lost.answer is None, (
+        "it says so, unless torchrun has ended it before: then the SuperNode does, which is not here"
+    )
     trainer.start()
     trainer.train(rounds)
     assert same(rounds.weights, clean.weights)
