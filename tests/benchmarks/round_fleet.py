@@ -43,7 +43,7 @@ class Fleet:
         sites: how many.
         rounds: that count; one more is run, whose begin ends the last one.
         train: with the real worker; otherwise one that trains nothing.
-        secure: TLS, keys and the proxy.
+        secure: TLS and keys.
         environment: changes to that of all processes.
         seconds: after which a run is given up.
     """

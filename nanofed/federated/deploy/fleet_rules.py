@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from nanofed.errors import NanofedError
-from nanofed.federated.deploy.proxy.guard import Bucket
+from nanofed.federated.deploy.admission import Bucket
 from nanofed.federated.wire.plain import plain
 
 logger = logging.getLogger(__name__)

@@ -13,16 +13,22 @@ import functools
 import logging
 import sqlite3
 import sys
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
+import uvicorn
+
 from nanofed.errors import NanofedError
 from nanofed.federated.deploy.fleet_rules import FleetRules, Refused, TooMany, bind
-from nanofed.federated.deploy.registration import keep_registered, read_nodes
-from nanofed.federated.wire.weights_server import serve_weights
+from nanofed.federated.deploy.keys import Keys
+from nanofed.federated.deploy.nodes import DATABASE, NODES, WEIGHTS
+from nanofed.federated.deploy.perimeter import Perimeter, Server
+from nanofed.federated.deploy.registration import Registration, read_nodes
+from nanofed.federated.wire.weights_server import WeightsServer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nanofed.federated.deploy.superlink_process")  # `__main__` as a process
 
 BUSY_SECONDS = 60  # that a call waits for another one's transaction; Flower's is 5
 
@@ -130,38 +136,53 @@ def _named(nodes: Path | None, node: int) -> str:
     return f"site {names[node]}" if node in names else f"node {node}"
 
 
-def main() -> None:
-    """Run `flower-superlink` with the same arguments, and some of our own.
-
-    These are --weights FOLDER, and with keys --sites, the folder of the sites' public keys, and --nodes, the file to which the
-    node of each site is written.
-    """
+def main() -> int:
+    """Run Flower's SuperLink with its options and our own, and return the exit code."""
     from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
     from flwr.server.superlink.linkstate import sql_linkstate
     from flwr.supercore import sql_mixin
     from flwr.supercore.corestate import sql_corestate
+    from flwr.supercore.http_logging import get_uvicorn_log_config
+    from flwr.supercore.logger import console_handler
     from flwr.superlink import config_loader
-    from flwr.superlink import main as application
-    from flwr.superlink.cli import flower_superlink
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
+    from flwr.superlink.main import create_app
     from flwr.superlink.servicer.fleet import fleet_handlers
 
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    logging.getLogger("nanofed").addHandler(handler)  # not the root: Flower's own loggers would speak twice
+    logging.getLogger("nanofed").setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--folder", type=Path, help="for weights, database, nodes and counters; none for a simulation")
+    parser.add_argument("--keys", type=Path, help="of the federation: then sites come to --listen, by TLS")
+    parser.add_argument("--listen", nargs=2, metavar=("HOST", "PORT"), help="that faces the network")
+    own, rest = parser.parse_known_args()
     keep_objects_in_memory(config_loader, sql_mixin)
     hold_back_unfinished(sql_linkstate, sql_corestate)
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for option in ("--weights", "--database", "--sites", "--nodes"):
-        parser.add_argument(option, type=Path)
-    own, rest = parser.parse_known_args()
-    if own.database is not None:
-        set_aside_damaged(own.database)
-        rest += ["--database", str(own.database)]
-    if own.weights is not None:
-        serve_weights(application, own.weights)
-    bind(fleet_handlers, FleetRules(SUPERLINK_NODE_ID), refuse, functools.partial(_named, own.nodes))
-    if own.sites is not None:
-        keep_registered(application, sql_linkstate, (NOOP_FLWR_AID, NOOP_ACCOUNT_NAME), own.sites, own.nodes)
-    sys.argv = ["flower-superlink", *rest]
-    flower_superlink()
+    nodes = own.folder and own.folder / NODES
+    bind(fleet_handlers, FleetRules(SUPERLINK_NODE_ID), refuse, functools.partial(_named, nodes))
+    if own.folder is not None:
+        set_aside_damaged(own.folder / DATABASE)
+        rest += ["--database", str(own.folder / DATABASE)]
+    sys.argv = ["flower-superlink", "--insecure", *rest]
+    config = replace(_parse_superlink_lifespan_config(), enable_supernode_auth=own.keys is not None)
+    app = create_app(config, SuperLinkLifespan)
+    if own.folder is not None:
+        app.add_middleware(WeightsServer, folder=own.folder / WEIGHTS)  # the last added is the outermost
+    try:
+        perimeter = None
+        if own.keys is not None:
+            keys, state = Keys(own.keys), app.state.linkstate_factory.state()
+            perimeter = Perimeter(app, (own.listen[0], int(own.listen[1])), keys, own.folder)
+            Registration(state, sql_linkstate, (NOOP_FLWR_AID, NOOP_ACCOUNT_NAME), keys.sites, nodes).keep_up()
+    except NanofedError as error:
+        logger.error("exit %d: %s", error.exit_code, error)
+        return error.exit_code
+    log = get_uvicorn_log_config(console_handler.level)
+    Server(uvicorn.Config(app, host=config.host, port=config.port, log_config=log), perimeter).run()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

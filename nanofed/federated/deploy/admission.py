@@ -104,7 +104,7 @@ class Visitor:
     seen: float = field(default_factory=time.monotonic)
 
 
-class Guard:
+class Admission:
     """Caps and rates by address, and counters.
 
     Args:
