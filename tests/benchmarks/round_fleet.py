@@ -187,7 +187,7 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         own: dict[str, str | None] = dict.fromkeys(settings_of_ours)
         link = SuperLink(folder, log, environment=own)
         database = ["--database", str(folder / "superlink.db")]
-        stack.enter_context(link.running(["--insecure", *database, "--disable-runtime-dependency-installation"]))
+        stack.enter_context(link.running([*database, "--disable-runtime-dependency-installation"]))
         for index in range(fleet.sites):
             command = [
                 str(Path(sys.executable).with_name("flower-supernode")),

@@ -233,7 +233,7 @@ class FleetRules:
             held: tells whether an answer is still there, not yet taken by the round loop.
 
         Raises:
-            Refused: it announced no such object, or fills the server's memory.
+            Refused: it announced no such object, or fills the server's disk.
         """
         known = self._of(node)
         of = known.sessions.get(session)
