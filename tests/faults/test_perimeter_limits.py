@@ -201,36 +201,30 @@ def test_a_site_s_bodies_under_way_are_bounded(start: Start, tmp_path: Path) -> 
     assert served(client, keys)
 
 
-def test_requests_over_the_rate_wait_and_then_are_refused(start: Start, keys: Keys, recorder: Recorder) -> None:
+def test_requests_over_the_rate_wait(start: Start, keys: Keys) -> None:
     client = start(requests=4.0, request_burst=4)
     began = time.monotonic()
     for _ in range(8):
         assert served(client, keys)
     assert time.monotonic() - began > 0.9  # four at once, four at four a second
-    before, statuses = len(recorder.requests), []
+
+
+def test_requests_far_over_the_rate_are_refused(start: Start, keys: Keys, recorder: Recorder) -> None:
+    client, statuses = start(requests=0.01, request_burst=4), []
     threads = [threading.Thread(target=lambda: statuses.append(served(client, keys))) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    refused = client.settled()
-    assert refused == {"request_rate": statuses.count(False)}
-    assert 3 <= statuses.count(True) < 9
-    assert len(recorder.requests) - before == statuses.count(True)
-    time.sleep(1.2)
-    assert served(client, keys)
+    assert (statuses.count(True), len(recorder.requests)) == (4, 4)
+    assert client.settled() == {"request_rate": 8}
 
 
 def test_handshakes_over_the_rate_are_refused(start: Start, keys: Keys) -> None:
-    client = start(handshakes=2.0, handshake_burst=5)
-    done = 0
-    for _ in range(8):
-        done += served(client, keys)
-    assert 5 <= done < 8
-    assert client.settled() == {"handshake_rate": 8 - done}
+    client = start(handshakes=0.01, handshake_burst=5)
+    assert [served(client, keys) for _ in range(8)] == [True] * 5 + [False] * 3
+    assert client.settled() == {"handshake_rate": 3}
     wait_until(lambda: client.figures()["connections"] == 0, 5, "no connection is left")
-    time.sleep(0.6)
-    assert served(client, keys)
 
 
 def test_a_body_passes_as_it_is_both_ways(start: Start, keys: Keys, recorder: Recorder) -> None:
@@ -286,14 +280,6 @@ def test_requests_under_way_are_answered_before_the_end(start: Start, keys: Keys
             busy.recv(1)
         busy.settimeout(10)
         assert read_reply(busy).status == 200
-    client.running.thread.join(10)
-    assert not client.running.thread.is_alive()
-
-
-def test_it_ends_with_its_parent(start: Start, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = start()
-    assert served(client, keys)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
     client.running.thread.join(10)
     assert not client.running.thread.is_alive()
 

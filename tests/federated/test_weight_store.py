@@ -35,8 +35,8 @@ from nanofed.federated.wire import weights_server
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.messages import Instructions
 from nanofed.federated.wire.stored_weights import STORED_WEIGHTS, StoredWeights
-from nanofed.federated.wire.weight_store import DOWN, UP, WeightStore
-from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH
+from nanofed.federated.wire.weight_store import WeightStore
+from nanofed.federated.wire.weights_calls import DOWN, LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, UP
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient, WeightsError
 from nanofed.federated.wire.weights_server import WeightsServer
 from nanofed.training.gc_control import FrozenObjects

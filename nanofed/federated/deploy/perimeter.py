@@ -44,7 +44,7 @@ import ssl
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from typing import Any
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy.admission import Admission, Limits, Visitor
@@ -81,13 +82,12 @@ PASSED = (b"accept", b"content-type", b"content-length", *(name.encode() for nam
 FLOWER = b"flwr-"  # what its own headers begin with, which are passed too
 NEVER = (b"upgrade", b"expect", b"trailer", b"te", b"http2-settings", b"content-encoding")
 PATIENCE = 1.0  # seconds that a request over the rate may wait
-LINGER_SECONDS = (
-    1.0  # to read on after a refusal: closed with bytes unread, the connection would be reset, the answer lost
-)
+LINGER_SECONDS = 1.0  # to read on after a refusal: closed with bytes unread, a connection is reset, the answer lost
 SHUTDOWN_SECONDS = 1.0  # for the other side's part of ending TLS
-GRACE_SECONDS = 3.0  # for requests under way at the end
+GRACE_SECONDS = 3  # for requests under way at the end
 PART_BYTES = 256 << 10  # of an answer, between two looks whether the site takes it
 WARN_SECONDS = 86400.0  # between two warnings that the certificate ends soon
+PARENT = os.getppid()  # on import, right after the start: it lives then
 
 
 def check(scope: Event, limits: Limits) -> dict[bytes, bytes]:
@@ -110,15 +110,10 @@ def check(scope: Event, limits: Limits) -> dict[bytes, bytes]:
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name == b"transfer-encoding":
-            raise Refused(
-                "chunked", HTTPStatus.LENGTH_REQUIRED, "a body needs a Content-Length, and no Transfer-Encoding"
-            )
+            raise Refused("chunked", HTTPStatus.LENGTH_REQUIRED, "a body needs a Content-Length, not this encoding")
         if name in NEVER or name in headers:
-            raise Refused(
-                "header",
-                HTTPStatus.BAD_REQUEST,
-                f"the header {name.decode()!r:.80} is not taken, or stands there twice",
-            )
+            detail = f"the header {name.decode()!r:.80} is not taken, or stands there twice"
+            raise Refused("header", HTTPStatus.BAD_REQUEST, detail)
         headers[name] = value
     length = headers.get(b"content-length", b"")
     if not (length.isdigit() and len(length) <= 15):
@@ -133,26 +128,24 @@ def check(scope: Event, limits: Limits) -> dict[bytes, bytes]:
 
 
 def _large_head(limits: Limits) -> Refused:
-    return Refused(
-        "head_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a head is at most {limits.head} bytes"
-    )
+    detail = f"a head is at most {limits.head} bytes"
+    return Refused("head_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
 
 
 class Connection(H11Protocol):
-    """A site's connection: uvicorn's, which waits for no head longer than it may take, and says why it refuses one.
+    """A site's connection: uvicorn's, which waits for no head longer than it may take, and says why it refuses a request.
 
     Args:
         perimeter: what it belongs to.
         visitor: the address that it comes from.
-        task: that waits for its end.
     """
 
-    def __init__(self, perimeter: Perimeter, visitor: Visitor, task: asyncio.Task[Any] | None) -> None:
+    def __init__(self, perimeter: Perimeter, visitor: Visitor) -> None:
         super().__init__(perimeter.config, perimeter.state, {})
         self.app = functools.partial(perimeter.answer, self)
-        self.perimeter, self.visitor, self.task = perimeter, visitor, task
+        self.visitor, self.closed = visitor, self.loop.create_future()
         self.site = ""  # which has called
-        self.closed = self.loop.create_future()
+        self._limits, self._admission = perimeter.limits, perimeter.admission
         self._head: asyncio.TimerHandle | None = None
         self._refused = False
 
@@ -178,11 +171,6 @@ class Connection(H11Protocol):
         if not self.closed.done():
             self.closed.set_result(None)
 
-    def end(self) -> None:
-        """End, once what was written is sent."""
-        if self.transport is not None:  # there was a handshake
-            self.transport.close()
-
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or more of it than a head may have."""
         cycle: RequestResponseCycle | None = self.cycle
@@ -190,13 +178,30 @@ class Connection(H11Protocol):
             self._refused = True  # in a chunked body, which is being refused
             return
         error = sys.exception()
-        if getattr(error, "error_status_hint", 0) == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
-            self._refuse(_large_head(self.perimeter.limits))
-        else:
-            self._refuse(Refused("malformed", HTTPStatus.BAD_REQUEST, f"no HTTP: {error}"))
+        large = getattr(error, "error_status_hint", 0) == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        malformed = Refused("malformed", HTTPStatus.BAD_REQUEST, f"no HTTP: {error}")
+        self.refuse(_large_head(self._limits) if large else malformed)
+
+    def refuse(self, refused: Refused) -> None:
+        """Answer in the form of Flower's own errors, and end; what else was sent is passed over."""
+        self._refused = True
+        self._forget_head()
+        self._admission.refuse(refused.reason, self.visitor, refused.detail)
+        body = json.dumps({"code": int(refused.status), "detail": f"nanofed's perimeter: {refused.detail}"}).encode()
+        lines = [
+            f"HTTP/1.1 {refused.status:d} {refused.status.phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+        ]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # to uvicorn: nobody waits for another answer
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _await_head(self) -> None:
-        self._head = self.loop.call_later(self.perimeter.limits.head_seconds, self._head_is_late)
+        self._head = self.loop.call_later(self._limits.head_seconds, self._head_is_late)
 
     def _forget_head(self) -> None:
         if self._head is not None:
@@ -205,29 +210,10 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         if self.conn.trailing_data[0]:
-            self._refuse(Refused("slow_head", HTTPStatus.REQUEST_TIMEOUT, "the head takes too long"))
+            self.refuse(Refused("slow_head", HTTPStatus.REQUEST_TIMEOUT, "the head takes too long"))
         else:
-            self.perimeter.admission.refuse("silent", self.visitor)
+            self._admission.refuse("silent", self.visitor)
             self.transport.close()
-
-    def _refuse(self, refused: Refused) -> None:
-        self._refused = True
-        self._forget_head()
-        self.perimeter.admission.refuse(refused.reason, self.visitor, refused.detail)
-        headers, body = refusal(refused)
-        lines = [
-            b"HTTP/1.1 %d %s" % (refused.status, refused.status.phrase.encode()),
-            *(b": ".join(pair) for pair in headers),
-        ]
-        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
-
-
-def refusal(refused: Refused) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Return headers and body of the answer to a request that is refused, in the form of Flower's own errors."""
-    body = json.dumps({"code": int(refused.status), "detail": f"nanofed's perimeter: {refused.detail}"}).encode()
-    length = b"%d" % len(body)
-    return [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")], body
 
 
 class Perimeter:
@@ -266,35 +252,28 @@ class Perimeter:
             timeout_keep_alive=limits.idle_seconds,  # type: ignore[arg-type]  # it takes parts of a second
             h11_max_incomplete_event_size=limits.head,
         )
-        self.state = uvicorn.server.ServerState()
         self._app, self._keys, self._tick, self._status = app, keys, tick, folder / "perimeter.json"
         self._signatures = Signatures(keys.sites)
         self._context = _context(keys)
         self._files = self._state_of_files()
         self._under_way: Counter[str] = Counter()  # bytes of bodies, by site
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # one for each connection
         self._listener = _listen(*listen)
         self.port = int(self._listener.getsockname()[1])
         self._warned = -WARN_SECONDS
         self._unwritten = ""  # why the counters cannot be written, where it was said
 
-    def open(self) -> None:
-        """Begin to serve, in the running event loop."""
+    def open(self, state: ServerState) -> None:
+        """Begin to serve, in the running event loop, as a part of uvicorn's server whose state is given."""
+        self.state = state
         self._running = [asyncio.create_task(work()) for work in (self._accept, self._keep)]
         logger.info("sites are served on port %d: %s", self.port, ", ".join(self._keys.names()) or "none yet")
 
-    async def close(self) -> None:
-        """Listen no more, and end all connections, those on which a request is under way after its answer."""
+    def close(self) -> None:
+        """Listen no more; uvicorn's server ends the connections."""
         for task in self._running:
             task.cancel()
         self._listener.close()
-        for connection in list(self.state.connections):
-            connection.shutdown()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=GRACE_SECONDS)
-        for connection in list(self.state.connections):
-            connection.transport.abort()
-        self._write_status()
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -309,15 +288,15 @@ class Perimeter:
             if visitor is None:
                 channel.close()
                 continue
-            task = asyncio.create_task(self._connect(channel, visitor))
+            connection = Connection(self, visitor)
+            task = asyncio.create_task(self._connect(channel, connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            self.admission.watch(task, visitor, task.cancel)
+            self.admission.watch(connection, visitor, task.cancel)
 
-    async def _connect(self, channel: socket.socket, visitor: Visitor) -> None:
+    async def _connect(self, channel: socket.socket, connection: Connection) -> None:
         """Shake hands on a connection, and wait for its end."""
-        task = asyncio.current_task()
-        connection = Connection(self, visitor, task)
+        visitor = connection.visitor
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection,
@@ -331,55 +310,36 @@ class Perimeter:
             reason = str(getattr(error, "reason", None) or error.strerror or error)
             self.admission.refuse("plain_http" if reason == "HTTP_REQUEST" else "handshake", visitor, reason)
         finally:
-            connection.end()
-            self.admission.forget(task)
+            if connection.transport is not None:  # there was a handshake
+                connection.transport.close()
+            self.admission.forget(connection)
             self.admission.leave(visitor)
 
     async def answer(self, connection: Connection, scope: Event, receive: Receive, send: Send) -> None:
         """Answer one request of a connection: the application's ASGI interface, behind all checks."""
-        admission, visitor = self.admission, connection.visitor
         try:
-            if (wait := visitor.requests.take(PATIENCE)) is None:
+            if (wait := connection.visitor.requests.take(PATIENCE)) is None:
                 detail = "too many requests from this address: slow down"
                 raise Refused("request_rate", HTTPStatus.SERVICE_UNAVAILABLE, detail)
             await asyncio.sleep(wait)
             headers = check(scope, self.limits)
             site = connection.site = self._signatures.identify(headers)
-            admission.know(visitor, site)
-            admission.forget(connection.task)
-            up = int(headers[b"content-length"])
-            with self._counted(site, up):
-                body = await self._body(receive, up)
-                if body is None:
-                    admission.refuse("broken_off", visitor)
-                    return
-                passed = [(name, value) for name, value in headers.items() if name in PASSED or name.startswith(FLOWER)]
-                down = await self._pass(connection, {**scope, "headers": passed}, body, receive, send)
-            if down is not None:
-                admission.count(site, scope["path"].rpartition("/")[2], up, down)
+            self.admission.know(connection.visitor, site)
+            self.admission.forget(connection)
+            length = int(headers[b"content-length"])
+            if self._under_way[site] + length > self.limits.site_bytes:
+                raise Refused("site_bytes", HTTPStatus.SERVICE_UNAVAILABLE, f"{site} sends too much at a time")
+            passed = [(name, value) for name, value in headers.items() if name in PASSED or name.startswith(FLOWER)]
+            self._under_way[site] += length
+            try:
+                body = [await self._body(receive, length)]
+                await self._pass(connection, {**scope, "headers": passed}, body, receive, send)
+            finally:
+                self._under_way[site] -= length
         except Refused as refused:
-            admission.refuse(refused.reason, visitor, refused.detail)
-            headers_, body = refusal(refused)
-            await send({"type": "http.response.start", "status": int(refused.status), "headers": headers_})
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_SECONDS):
-                    while (await receive())["type"] != "http.disconnect":
-                        pass
-            await send({"type": "http.response.body", "body": b""})
+            connection.refuse(refused)
 
-    @contextlib.contextmanager
-    def _counted(self, site: str, length: int) -> Iterator[None]:
-        if self._under_way[site] + length > self.limits.site_bytes:
-            raise Refused("site_bytes", HTTPStatus.SERVICE_UNAVAILABLE, f"{site} sends too much at a time")
-        self._under_way[site] += length
-        try:
-            yield
-        finally:
-            self._under_way[site] -= length
-
-    async def _body(self, receive: Receive, length: int) -> bytes | None:
-        """Return the body of a request; None where the site has gone."""
+    async def _body(self, receive: Receive, length: int) -> bytes:
         parts = []
         try:
             async with asyncio.timeout(self.limits.body_seconds(length)):
@@ -389,42 +349,39 @@ class Perimeter:
                         return b"".join(parts)
         except TimeoutError:
             raise Refused("slow_body", HTTPStatus.REQUEST_TIMEOUT, "the body takes too long") from None
-        return None
+        raise Refused("broken_off", HTTPStatus.BAD_REQUEST, "the body is not whole")  # which nobody reads any more
 
     async def _pass(
-        self, connection: Connection, scope: Event, body: bytes, receive: Receive, send: Send
-    ) -> int | None:
-        """Let the application answer a request; returns the bytes of the answer's body, None where the site did not take it."""
-        waiting = [body]
-        down, whole, deadline = 0, False, 0.0
+        self, connection: Connection, scope: Event, waiting: list[bytes], receive: Receive, send: Send
+    ) -> None:
+        """Let the application answer a request, and count it once the site has taken the answer."""
+        up, down, deadline = len(waiting[0]), 0, 0.0
 
         async def receive_body() -> Event:
             return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
 
         async def send_parts(event: Event) -> None:
-            nonlocal down, whole, deadline
-            now = asyncio.get_running_loop().time()
+            nonlocal down, deadline
             if event["type"] == "http.response.start":
-                length = dict(event["headers"]).get(b"content-length", b"0")
-                deadline = now + self.limits.body_seconds(int(length))
+                length = int(dict(event["headers"]).get(b"content-length", b"0"))
+                deadline = connection.loop.time() + self.limits.body_seconds(length)
                 await send(event)
                 return
-            content, last = memoryview(event.get("body", b"")), not event.get("more_body", False)
+            content = memoryview(event.get("body", b""))
             try:
                 async with asyncio.timeout_at(deadline):
                     for start in range(0, len(content), PART_BYTES):
                         await send({**event, "body": bytes(content[start : start + PART_BYTES]), "more_body": True})
-                    await send({**event, "body": b"", "more_body": not last})
+                    await send({**event, "body": b""})
             except TimeoutError:
                 self.admission.refuse("slow_reader", connection.visitor)
                 connection.transport.abort()
                 return
             down += len(content)
-            whole = last and not connection.closed.done()
+            if not event.get("more_body") and not connection.closed.done():
+                self.admission.count(connection.site, scope["path"].rpartition("/")[2], up, down)
 
-        del body
         await self._app(scope, receive_body, send_parts)
-        return down if whole else None
 
     async def _keep(self) -> None:
         """Follow the files of keys, and say what was counted."""
@@ -488,31 +445,31 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, config: uvicorn.Config, perimeter: Perimeter | None) -> None:
+        config.timeout_graceful_shutdown = GRACE_SECONDS
         super().__init__(config)
-        self._perimeter, self._parent = perimeter, os.getppid()
+        self._perimeter = perimeter
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin on loopback, then on the public address."""
         await super().startup(sockets)
         if self.started and self._perimeter is not None:
-            self._perimeter.open()
+            self._perimeter.open(self.server_state)
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end."""
-        return await super().on_tick(counter) or os.getppid() != self._parent
+        return await super().on_tick(counter) or os.getppid() != PARENT
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End on the public address, then on loopback."""
+        """Take no more connections, and end those that are there, of both addresses."""
         if self._perimeter is not None:
-            await self._perimeter.close()
+            self._perimeter.close()
         await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        both = family == socket.AF_INET6 and host == "::"  # IPv4 too
-        listener = socket.create_server(address[:2], family=family, backlog=512, dualstack_ipv6=both)
+        listener = socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=host == "::")
     except OSError as error:
         raise NanofedError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
     listener.setblocking(False)

@@ -115,7 +115,8 @@ def main() -> int:
         logger.error("exit %d: %s", error.exit_code, error)
         return error.exit_code
     log = get_uvicorn_log_config(console_handler.level)
-    Server(uvicorn.Config(app, host=config.host, port=config.port, log_config=log), perimeter).run()
+    own_config = uvicorn.Config(app, host=config.host, port=config.port, server_header=False, log_config=log)
+    Server(own_config, perimeter).run()
     return 0
 
 
