@@ -109,13 +109,13 @@ def test_every_python_process_is_started_with_safe_paths() -> None:
     # flower.py puts the folder of Flower's commands on PATH, and PYTHONSAFEPATH beside.
     assert using == {"runtime.py", "federated/flower.py"}
     assert naming == set()
-    assert {"cli/data.py", "federated/deploy/superlink.py", "federated/deploy/proxy/service.py"} <= starting
+    assert {"cli/data.py", "federated/deploy/superlink.py"} <= starting
     assert flower_environment(ROOT)["PYTHONSAFEPATH"] == "1"
 
 
 def test_a_module_in_the_working_directory_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "h11.py").write_text("raise SystemExit('run beside the keys')")
-    command = runtime.python("-m", "nanofed.federated.deploy.proxy", "--help")
+    command = runtime.python("-m", "nanofed.federated.deploy.superlink_process", "--help")
     environment = runtime.environment(PYTHONPATH=f":{ROOT}")  # as of `export PYTHONPATH=$PYTHONPATH:…`
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

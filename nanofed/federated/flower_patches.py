@@ -184,3 +184,46 @@ def ask_again_soon(module: ModuleType, name: str = "pull_objects") -> None:
     _need(callable(pull), f"pulls objects in another way: {module.__name__} does not")
     assert pull is not None
     vars(module)[name] = functools.partial(pull, initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None)
+
+
+def hold_back_unfinished(linkstate: Any, corestate: Any) -> None:
+    """Let a SuperLink hand a reply over when all of it is there.
+
+    Flower hands it over once it is announced, and whoever asked then waits for what is in it, three minutes for one that was cut
+    off. The round loop takes one reply at a time, so one client with a bad link, or one that announces replies and never sends
+    them, would hold up all the others, past the round's end.
+    Test: `tests/federated/test_flower_patches.py::test_a_reply_is_handed_over_when_all_of_it_is_there`.
+
+    Args:
+        linkstate: Flower's module `sql_linkstate`.
+        corestate: Flower's module `sql_corestate`.
+
+    Raises:
+        NanofedError: this version of Flower keeps replies in another way.
+    """
+    tables = ("ObjectPushSessionModel", "ObjectPushSessionRootModel")
+    there = hasattr(linkstate, "SqlLinkState") and all(hasattr(corestate, table) for table in tables)
+    _need(there, "keeps replies in another way")
+    reply, node, state = linkstate.MessageResModel, linkstate.NodeModel, linkstate.SqlLinkState
+    upload, root = corestate.ObjectPushSessionModel, corestate.ObjectPushSessionRootModel
+    whole, lock, now = state.get_message_res, state._lock_run, linkstate.now
+
+    def get_message_res(self: Any, message_ids: set[str], run_id: int) -> Any:
+        under_way = (
+            linkstate.select(reply.reply_to_message_id)
+            .join(root, root.root_object_id == reply.message_id)
+            .join(upload, upload.session_id == root.session_id)
+            .join(node, node.node_id == reply.src_node_id)
+            .where(
+                reply.reply_to_message_id.in_(message_ids),
+                upload.pending_count > 0,
+                upload.expires_at > now(),  # Flower gives an upload up in which nothing has come for three minutes
+                node.online_until > now().timestamp(),  # of one that is gone, Flower says so
+            )
+        )
+        with self.session() as session:
+            lock(self, run_id)  # writes: no reply can be announced between the two looks
+            held_back = set(session.scalars(under_way))
+            return whole(self, message_ids - held_back, run_id)
+
+    state.get_message_res = get_message_res

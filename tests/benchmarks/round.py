@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     add("--up", choices=("fp32", "bf16"), default="bf16", help="codec of the updates")
     add("--train", action="store_true", help="with the real worker, for rounds of --round_seconds")
     add("--round_seconds", type=float, default=5.0)
-    add("--secure", action="store_true", help="TLS and keys, through the proxy")
+    add("--secure", action="store_true", help="TLS and keys")
     add("--against", choices=("stock",), help="then Flower's own FedAvg in fp32, with the same sites and shapes")
     add("--set", action="append", default=[], metavar="--KEY=VALUE", help="further options of nanofed federate")
     add("--environment", action="append", default=[], metavar="NAME=VALUE", help="of all processes")

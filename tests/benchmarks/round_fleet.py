@@ -43,7 +43,7 @@ class Fleet:
         sites: how many.
         rounds: that count; one more is run, whose begin ends the last one.
         train: with the real worker; otherwise one that trains nothing.
-        secure: TLS, keys and the proxy.
+        secure: TLS and keys.
         environment: changes to that of all processes.
         seconds: after which a run is given up.
     """
@@ -187,7 +187,7 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         own: dict[str, str | None] = dict.fromkeys(settings_of_ours)
         link = SuperLink(folder, log, environment=own)
         database = ["--database", str(folder / "superlink.db")]
-        stack.enter_context(link.running(["--insecure", *database, "--disable-runtime-dependency-installation"]))
+        stack.enter_context(link.running([*database, "--disable-runtime-dependency-installation"]))
         for index in range(fleet.sites):
             command = [
                 str(Path(sys.executable).with_name("flower-supernode")),

@@ -24,7 +24,6 @@ KINDS = {  # first match in the command line
     "flwr-clientapp": "clientapp",  # stock
     "echo_worker": "worker",
     "nanofed.federated.site.worker": "worker",
-    "nanofed.federated.deploy.proxy": "proxy",
     "echo_site": "supervisors",
     "nanofed site": "supervisors",
     "nanofed server": "supervisors",

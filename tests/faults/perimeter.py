@@ -1,35 +1,31 @@
-"""A SuperLink with TLS and node authentication on loopback, the proxy before it, and a client that is not bound to be polite."""
+"""A perimeter with something behind it, and a client that is not bound to be polite."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import json
-import re
-import signal
+import logging
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import uvicorn
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from nanofed import runtime
+from nanofed.federated.deploy.admission import Limits
 from nanofed.federated.deploy.keys import Keys
-from nanofed.federated.deploy.process import stop_marked
-from nanofed.federated.deploy.proxy.guard import Limits
-from nanofed.federated.deploy.proxy.service import Options
+from nanofed.federated.deploy.perimeter import Application, Event, Perimeter, Receive, Send, Server
 
 HOST = "127.0.0.1"
-LINK = "perimeter"
 
 
 def free_port() -> int:
@@ -91,52 +87,21 @@ class Reply:
         return cls(int(top.split(b" ", 2)[1]) if top else 0, body)
 
 
-class Perimeter:
-    """A running proxy.
+class Client:
+    """Calls a perimeter, politely or not, and reads what it counts.
 
     Args:
-        folder: for its counters and its log.
+        folder: in which the perimeter keeps its counters.
         keys: the federation's.
-        upstream: port of what is behind it.
-        plain: there is no TLS behind it.
-        limits: other than the usual.
+        port: of the perimeter.
     """
 
-    def __init__(
-        self, folder: Path, keys: Keys, upstream: int, *, plain: bool = False, limits: Limits | None = None
-    ) -> None:
-        self.keys, self.upstream = keys, upstream
-        self.port = free_port()
-        self.status = folder / f"proxy-{self.port}.json"
-        self.log = folder / f"proxy-{self.port}.log"
-        self.options = Options(
-            f"{HOST}:{self.port}",
-            f"{HOST}:{upstream}",
-            keys.certificate,
-            keys.key,
-            keys.sites,
-            None if plain else keys.ca,
-            self.status,
-            tick=0.05,
-            limits=limits or Limits(),
-        )
-        self.trust = ssl.create_default_context(cafile=str(keys.ca))
+    running: Running  # where it is in this process
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Perimeter]:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.options.command(), stdout=log, stderr=log, env=runtime.environment())
-        try:
-            wait_until(self.status.exists, 20, f"the proxy starts ({self.log})")
-            yield self
-        finally:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                assert self.process.wait(20) == 0, self.log.read_text()
-                assert "Traceback" not in self.log.read_text(), self.log.read_text()
-            finally:
-                self.process.kill()
-                self.process.wait()
+    def __init__(self, folder: Path, keys: Keys, port: int) -> None:
+        self.keys, self.port, self.status = keys, port, folder / "perimeter.json"
+        self.trust = ssl.create_default_context(cafile=str(keys.ca))
+        wait_until(self.status.exists, 20, "the perimeter starts")
 
     def figures(self) -> dict[str, Any]:
         figures: dict[str, Any] = json.loads(self.status.read_text())
@@ -147,7 +112,7 @@ class Perimeter:
 
     @contextlib.contextmanager
     def counts(self, reason: str, times: int = 1) -> Iterator[None]:
-        """The block makes the proxy count just so many refusals for a reason, and none for another."""
+        """The block makes the perimeter count just so many refusals for a reason, and none for another."""
         before = self.settled()
         yield
         expected = {**before, reason: before.get(reason, 0) + times}
@@ -179,7 +144,7 @@ class Perimeter:
         return Reply.parse(b"")
 
 
-def read_reply(channel: ssl.SSLSocket) -> Reply:
+def read_reply(channel: socket.socket) -> Reply:
     """Return one answer: its head and as many bytes as it announces."""
     raw = b""
     with contextlib.suppress(ConnectionResetError, ssl.SSLEOFError):
@@ -196,128 +161,67 @@ def read_reply(channel: ssl.SSLSocket) -> Reply:
     return Reply.parse(raw)
 
 
-class Flower:
-    """A SuperLink and Flower's commands, in a Flower home of their own."""
-
-    def __init__(self, folder: Path, keys: Keys) -> None:
-        self.keys, self.folder, self.port = keys, folder, free_port()
-        self.log = folder / "flower.log"
-        home = folder / "flower"
-        home.mkdir()
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "{HOST}:{self.port}"\n'
-            f'root-certificates = "{keys.ca}"\n'
-        )
-        self.marker = f"FLWR_HOME={home}"
-        self.environment = runtime.environment(
-            PATH=f"{Path(sys.executable).parent}:{runtime.environment().get('PATH', '')}",
-            FLWR_HOME=str(home),
-            FLWR_TELEMETRY_ENABLED="0",
-            FLWR_DISABLE_UPDATE_CHECK="1",
-            FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
-            PYTHONUNBUFFERED="1",
-        )
-
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [str(Path(sys.executable).with_name(command[0])), *command[1:]],
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Flower]:
-        keys = self.keys
-        options = ["--ssl-ca-certfile", keys.ca, "--ssl-certfile", keys.certificate, "--ssl-keyfile", keys.key]
-        process = self.start(
-            "flower-superlink",
-            *map(str, options),
-            "--enable-supernode-auth",
-            "--host",
-            HOST,
-            "--port",
-            str(self.port),
-        )
-        try:
-            wait_until(lambda: self.answers(process), 90, f"the SuperLink starts ({self.log})")
-            yield self
-        finally:
-            stop_marked(process, self.marker, 3)
-
-    def answers(self, process: subprocess.Popen[bytes]) -> bool:
-        assert process.poll() is None, self.log.read_text()
-        with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
-            return True
-        return False
-
-    def command(self, *arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [str(Path(sys.executable).with_name("flwr")), *arguments, "--format", "json"],
-            cwd=self.folder,
-            env=self.environment,
-            text=True,
-            capture_output=True,
-            timeout=60,
-            check=True,
-        )
-        answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-        return answer
-
-    def register(self, site: str) -> int:
-        """Register a site's key, as the operator does, and return its node id."""
-        answer = self.command("supernode", "register", str(self.keys.public_key(site)), LINK)
-        return int(answer["node-id"])
-
-    def nodes(self) -> dict[int, str]:
-        """The status of each node."""
-        return {int(node["node-id"]): node["status"] for node in self.command("supernode", "list", LINK)["nodes"]}
-
-
 class Recorder:
-    """Stands behind a proxy and writes down what arrives there; it takes every request at its word, as the proxy wrote it."""
+    """An ASGI application that writes down what arrives."""
 
-    def __init__(self, port: int = 0) -> None:
-        self.requests: list[tuple[bytes, bytes]] = []
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []  # path, headers, body
         self.wait = 0.0  # seconds before an answer
-        self.answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/protobuf\r\ncontent-length: 2\r\n\r\nok"
-        self._listener = socket.create_server((HOST, port))
-        self.port = int(self._listener.getsockname()[1])
-        self._connections: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.answer = b"ok"
 
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.hang_up()
+    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+        body, more = b"", True
+        while more:
+            event = await receive()
+            body, more = body + event["body"], event["more_body"]
+        self.requests.append((scope["path"], {n.decode(): v.decode("latin-1") for n, v in scope["headers"]}, body))
+        await asyncio.sleep(self.wait)
+        head = [(b"content-length", b"%d" % len(self.answer)), (b"content-type", b"application/protobuf")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": self.answer})
 
-    def hang_up(self) -> None:
-        for connection in self._connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                self._connections.append(connection)
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+class Running:
+    """A perimeter that serves an application in a thread of this process.
 
-    def _serve(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection, connection.makefile("rb") as file:
-            while top := self._head(file):
-                length = int(re.search(rb"content-length: (\d+)", top.lower())[1])  # type: ignore[index]
-                self.requests.append((top, file.read(length)))
-                time.sleep(self.wait)
-                connection.sendall(self.answer)
+    Args:
+        folder: for its counters.
+        keys: the federation's.
+        app: what is behind it.
+        limits: other than the usual.
+    """
 
-    @staticmethod
-    def _head(file: BinaryIO) -> bytes:
-        lines = []
-        while (line := file.readline()) not in (b"", b"\r\n"):
-            lines.append(line)
-        return b"".join(lines)
+    def __init__(self, folder: Path, keys: Keys, app: Application, **limits: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        perimeter = Perimeter(app, (HOST, 0), keys, folder, Limits(**limits), tick=0.05)
+        loopback = uvicorn.Config(app, host=HOST, port=0, ws="none", lifespan="off", log_config=None)
+        self.server = Server(loopback, perimeter)
+        self.thread = threading.Thread(target=self.server.run)
+        self.faults = Faults()
+        self._folder, self._keys, self._port = folder, keys, perimeter.port
+
+    def __enter__(self) -> Client:
+        logging.getLogger().addHandler(self.faults)
+        self.thread.start()
+        client = Client(self._folder, self._keys, self._port)
+        client.running = self
+        return client
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        logging.getLogger().removeHandler(self.faults)
+        assert not self.faults.said
+
+
+class Faults(logging.Handler):
+    """Notes every exception that is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            self.said.append(f"{record.getMessage()}: {record.exc_info[1]!r}")

@@ -28,7 +28,6 @@ SERVER = {
     "flwr-serverapp": "round loop",
     "superlink_process": "SuperLink",
     "flower-superexec": "launcher",
-    "deploy.proxy": "proxy",
 }
 SITE = {"site.worker": "worker", "deploy.supernode": "SuperNode"}
 LIVING = {"server": [*SERVER], "site": [*SITE]}

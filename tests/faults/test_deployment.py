@@ -234,7 +234,7 @@ def test_soak_of_rounds_with_random_kills(
     logger.warning("seed %d", seed)  # shown where it fails
     rounds = count(4, 500)
     # What takes a minute to come back, by Flower's own clocks, has its tests above.
-    quick = ["site.worker", "flwr-serverapp", "deploy.proxy"]
+    quick = ["site.worker", "flwr-serverapp"]
     soak = Soak(federation, seed, None if rounds > 100 else quick)
     soak.run(rounds, every=2 if rounds < 100 else 10)
     record_property("kills", dict(soak.kills))

@@ -1,9 +1,8 @@
-"""What the service around a SuperLink notices while it runs: a lost database, another authority, keys that come and go."""
+"""What the service around a SuperLink notices while it runs: a lost database, keys that come and go."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ def service(tmp_path: Path, keys: Keys) -> _Service:
     service = _Service(folder.parent, folder, ServerOptions(keys=str(keys.folder)), keys, lambda: None, [])
     service._database.write_bytes(b"of Flower")
     service._database_file = server._identity(service._database)
-    service._authority = server._content(keys)
     return service
 
 
@@ -38,22 +36,6 @@ def test_a_database_that_was_removed_or_replaced_ends_the_superlink(service: _Se
     service._database.write_bytes(b"another")
     assert "removed or replaced" in str(service._lost())
     kept.replace(service._database)
-    assert service._lost() is None
-
-
-def test_a_new_authority_is_taken_up_when_all_of_it_is_there(service: _Service, keys: Keys, tmp_path: Path) -> None:
-    new = init(tmp_path / "new", [], ["lab-a"])
-    old = keys.ca.read_bytes()
-    keys.ca.unlink()
-    assert service._lost() is None
-    keys.ca.write_text("rubbish")
-    assert service._lost() is None
-    keys.ca.write_bytes(new.ca.read_bytes())  # its certificate is still to come
-    assert service._lost() is None
-    for name in ("server.pem", "server.key"):
-        shutil.copy(new.folder / name, keys.folder / name)
-    assert service._lost() == f"the authority {keys.ca} was replaced"
-    keys.ca.write_bytes(old)
     assert service._lost() is None
 
 

@@ -24,7 +24,6 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, Pu
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
-from flwr.supercore import sql_mixin
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.state.schema.corestate_models import ObjectPushSession
@@ -39,7 +38,6 @@ from nanofed.errors import NanofedError
 from nanofed.federated.deploy import fleet_rules, superlink_process
 from nanofed.federated.deploy.fleet_rules import Answer, Asked, FleetRules, Refused, TooMany, bind
 from nanofed.federated.deploy.keys import init
-from nanofed.federated.deploy.superlink_process import keep_objects_in_memory
 from tests.faults.perimeter import Site as SignedCalls
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's
@@ -130,13 +128,10 @@ class SuperLink:
 def link(tmp_path: Path, flower_database: Path, monkeypatch: pytest.MonkeyPatch) -> SuperLink:
     for name in CALLS:
         monkeypatch.setattr(fleet_handlers, name, getattr(fleet_handlers, name))
-    for module, name in ((config_loader, "ObjectStoreFactory"), (sql_mixin, "SQLITE_PRAGMAS")):
-        monkeypatch.setattr(module, name, getattr(module, name))
 
     def refuse(refused: Refused) -> NoReturn:
         raise refused
 
-    keep_objects_in_memory(config_loader, sql_mixin)
     bind(fleet_handlers, FleetRules(SERVER), refuse)
     database = tmp_path / "superlink.db"
     shutil.copyfile(flower_database, database)

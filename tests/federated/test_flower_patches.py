@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.constant import TaskType
-from flwr.supercore.corestate import in_memory_corestate
+from flwr.server.superlink.linkstate import sql_linkstate
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.corestate import in_memory_corestate, sql_corestate
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink import config_loader
+from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import http_grid
 from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
@@ -168,3 +179,52 @@ def test_an_object_that_is_late_is_asked_for_again_soon(module: ModuleType, monk
     assert time.monotonic() - start < 0.8  # Flower's first wait is 0.8 s at least
     with pytest.raises(NanofedError, match="another way"):
         flower_patches.ask_again_soon(ModuleType("another"))
+
+
+@pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's configuration
+def test_a_reply_is_handed_over_when_all_of_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storing: list[threading.Thread] = []
+
+    def look(self: SqlLinkState, message_ids: set[str], run_id: int) -> list[Message]:
+        """Give a reply half a second to be announced, between the look for unfinished ones and Flower's own."""
+        for thread in storing:
+            if not thread.ident:
+                thread.start()
+                thread.join(0.5)
+                assert thread.is_alive()
+        return flowers(self, message_ids, run_id)
+
+    flowers = SqlLinkState.get_message_res
+    monkeypatch.setattr(SqlLinkState, "get_message_res", look)  # and as it was, at the end
+    flower_patches.hold_back_unfinished(sql_linkstate, sql_corestate)
+    _, factory = config_loader.get_objectstore_linkstate_factories(str(tmp_path / "db"), NoOpFederationManager())
+    state = factory.state()
+    node = state.create_node("owner", "name", b"key", 30.0)
+    assert state.activate_node(node, 30.0)
+    run = state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, SUPERLINK_NODE_ID  # Message() reads them
+    asked = Message(RecordDict(), node, "train", ttl=60.0)
+    asked.metadata.__dict__["_message_id"] = asked.object_id
+    assert state.store_message_ins(asked)
+    TaskIdentity.node_id = node
+    reply = Message(RecordDict({"weights": ArrayRecord([np.arange(3), np.ones(2)])}), reply_to=asked)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    session = state.start_session(run)
+    objects, answers = get_all_nested_objects(reply), []
+    storing.append(
+        threading.Thread(
+            target=lambda: answers.append(state.store_message_and_object_tree(reply, get_object_tree(reply), session))
+        )
+    )
+    assert state.get_message_res({asked.object_id}, run) == []
+    storing[0].join(60)
+    ((stored, missing),) = answers
+    assert stored and sorted(missing) == sorted(objects)
+    for number, (name, content) in enumerate(objects.items()):
+        assert state.get_message_res({asked.object_id}, run) == [], f"{number} of {len(objects)} objects are there"
+        assert state.store_object(run, session, name, content.deflate())
+    (handed,) = state.get_message_res({asked.object_id}, run)
+    assert handed.metadata.message_id == reply.object_id
+    assert state.get_message_res({asked.object_id}, run) == []
+    with pytest.raises(NanofedError, match="keeps replies in another way"):
+        flower_patches.hold_back_unfinished(ModuleType("another"), sql_corestate)

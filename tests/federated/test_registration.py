@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
@@ -13,10 +12,9 @@ from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.superlink import config_loader
 from flwr.superlink.federation import NoOpFederationManager
 
-from nanofed.errors import NanofedError
 from nanofed.federated.deploy.keys import Keys, init, read_sites
 from nanofed.federated.deploy.nodes import FOLDER, NODES, owners
-from nanofed.federated.deploy.registration import Registration, keep_registered, read_nodes
+from nanofed.federated.deploy.registration import Registration, read_nodes
 from nanofed.federated.deploy.superlink_process import set_aside_damaged
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's
@@ -145,8 +143,3 @@ def test_a_sound_database_stays(tmp_path: Path, flower_database: Path) -> None:
     shutil.copyfile(flower_database, database)
     assert not set_aside_damaged(database)
     assert database.read_bytes() == flower_database.read_bytes()
-
-
-def test_another_flower_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NanofedError, match="another way"):
-        keep_registered(ModuleType("another"), sql_linkstate, ("", ""), tmp_path, tmp_path)

@@ -17,7 +17,6 @@ from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +24,6 @@ import pytest
 import uvicorn
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.superlink import main as superlink
 
 from nanofed.errors import NanofedError
 from nanofed.federated.aggregation.update import SentWeights
@@ -37,13 +35,13 @@ from nanofed.federated.wire import weights_server
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.messages import Instructions
 from nanofed.federated.wire.stored_weights import STORED_WEIGHTS, StoredWeights
-from nanofed.federated.wire.weight_store import DOWN, UP, WeightStore
-from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH
+from nanofed.federated.wire.weight_store import WeightStore
+from nanofed.federated.wire.weights_calls import DOWN, LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, UP
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient, WeightsError
-from nanofed.federated.wire.weights_server import WeightsServer, serve_weights
+from nanofed.federated.wire.weights_server import WeightsServer
 from nanofed.training.gc_control import FrozenObjects
 from tests.faults.link import CUT, STALLED, Link
-from tests.faults.perimeter import Perimeter
+from tests.faults.perimeter import Running
 from tests.federated import replies
 
 BF16, FP32 = CODECS["bf16"], CODECS["fp32"]
@@ -286,14 +284,12 @@ def test_a_server_that_cannot_is_asked_again_for_a_while(
     round_weights.close()
 
 
-def test_weights_take_the_machines_way_out(
-    store: WeightStore, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_take_the_machines_way_out(store: WeightStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where others are reached through an HTTP proxy, as Flower's own calls are."""
     keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
     values, answer = weights(), BF16.encode(weights(1))
     round_weights, stored = lay(store, values)
-    with Perimeter(tmp_path, keys, port, plain=True).running() as perimeter, wayout() as (outer, asked):
+    with Running(tmp_path, keys, WeightsServer(behind, tmp_path / "weights")) as perimeter, wayout() as (outer, asked):
         road = WeightsClient(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
@@ -468,13 +464,13 @@ def test_a_depot_on_a_disk_that_is_not_mounted_is_named_and_used_again_when_it_i
     lay(store, weights())
 
 
-def test_weights_pass_the_proxy_of_sites_that_it_knows_only(store: WeightStore, port: int, tmp_path: Path) -> None:
+def test_weights_pass_the_perimeter_of_sites_that_it_knows_only(store: WeightStore, tmp_path: Path) -> None:
     keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
     strangers = init(tmp_path / "strangers", ["127.0.0.1"], ["lab-a"])
     values, answer = weights(), BF16.encode(weights(1))
     round_weights, stored = lay(store, values)
-    with Perimeter(tmp_path, keys, port, plain=True).running() as proxy:
-        server = f"127.0.0.1:{proxy.port}"
+    with Running(tmp_path, keys, WeightsServer(behind, tmp_path / "weights")) as client:
+        server = f"127.0.0.1:{client.port}"
         for road, reason in (
             (
                 WeightsClient(server, keys.ca, strangers.private_key("lab-a")),
@@ -492,8 +488,8 @@ def test_weights_pass_the_proxy_of_sites_that_it_knows_only(store: WeightStore, 
         road.deliver(stored, answer, until(stored))
         for there, here in zip(round_weights.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
             np.testing.assert_array_equal(there, here)
-        proxy.settled()
-        site = proxy.figures()["sites"]["lab-a"]
+        client.settled()
+        site = client.figures()["sites"]["lab-a"]
         assert site["bytes_up"] == site["bytes_down"] == stored.answer_bytes
     round_weights.close()
 
@@ -535,12 +531,3 @@ def test_a_note_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="what the message says of the round's weights cannot be read"):
         StoredWeights.found_in({STORED_WEIGHTS: text})
     assert StoredWeights.found_in({}) is None
-
-
-def test_flowers_superlink_has_the_calls_outermost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(superlink, "create_app", superlink.create_app)
-    serve_weights(superlink, tmp_path)
-    outermost: object = superlink.create_app().user_middleware[0].cls
-    assert outermost is WeightsServer
-    with pytest.raises(NanofedError, match="another way"):
-        serve_weights(ModuleType("another"), tmp_path)

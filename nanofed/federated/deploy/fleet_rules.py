@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from nanofed.errors import NanofedError
-from nanofed.federated.deploy.proxy.guard import Bucket
+from nanofed.federated.deploy.admission import Bucket
 from nanofed.federated.wire.plain import plain
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class FleetRules:
             held: tells whether an answer is still there, not yet taken by the round loop.
 
         Raises:
-            Refused: it announced no such object, or fills the server's memory.
+            Refused: it announced no such object, or fills the server's disk.
         """
         known = self._of(node)
         of = known.sessions.get(session)

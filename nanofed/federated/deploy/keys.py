@@ -22,7 +22,7 @@ from nanofed.federated.wire.plain import plain
 from nanofed.files import write_atomically
 
 HOST_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
-LOOPBACK = ("localhost", "127.0.0.1")  # the SuperLink has the same certificate, and is called there
+LOOPBACK = ("localhost", "127.0.0.1")  # sites on the same machine call there
 DAYS = 365  # of the server certificate
 CA_DAYS = 3650
 WARN_DAYS = 30.0
@@ -34,8 +34,8 @@ _CLOCKS = datetime.timedelta(hours=1)  # a site's clock may be behind by so much
 class Keys:
     """The folder of a federation's certificates and keys; private ones have mode 0600, folders 0700.
 
-    `ca.pem` and `ca.key` sign; `server.pem` and `server.key` are for the proxy and the SuperLink behind it; `sites/NAME.pub` is
-    what `flwr supernode register` and the proxy read; `handout/NAME` (`ca.pem` and `site.key`) goes to the site, by a safe way,
+    `ca.pem` and `ca.key` sign; `server.pem` and `server.key` are for the public address; `sites/NAME.pub` is what the
+    perimeter and the registration of nodes read; `handout/NAME` (`ca.pem` and `site.key`) goes to the site, by a safe way,
     and may be deleted here afterwards.
 
     Attributes:

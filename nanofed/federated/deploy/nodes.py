@@ -9,6 +9,7 @@ from nanofed.federated.deploy.registration import read_nodes
 FOLDER = "server"  # of the run's folder: Flower's home and database, the log, the store, and this
 NODES = "nodes.json"
 WEIGHTS = "weights"
+DATABASE = "superlink.db"
 
 
 def owners(run: Path) -> dict[int, str]:

@@ -6,11 +6,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanofed.errors import NanofedError
 from nanofed.federated.deploy.keys import read_sites
 from nanofed.files import write_atomically
 
@@ -106,28 +104,3 @@ def read_nodes(file: Path) -> dict[str, int]:
         return {str(name): int(node) for name, node in nodes.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def keep_registered(main: Any, linkstate: Any, owner: tuple[str, str], sites: Path, file: Path) -> None:
-    """Let Flower's application of a SuperLink keep its nodes as the folder of keys has them, from before it answers.
-
-    Args:
-        main: Flower's module that creates the application.
-        linkstate: see `Registration`.
-        owner: see `Registration`.
-        sites: see `Registration`.
-        file: see `Registration`.
-
-    Raises:
-        NanofedError: this Flower is another one than was made for.
-    """
-    create: Callable[..., Any] | None = getattr(main, "create_app", None)
-    if create is None or not hasattr(linkstate, "NodeModel"):
-        raise NanofedError(f"this version of Flower creates its application in another way: {main.__name__} does not")
-
-    def create_app(*args: Any, **kwargs: Any) -> Any:
-        app = create(*args, **kwargs)
-        Registration(app.state.linkstate_factory.state(), linkstate, owner, sites, file).keep_up()
-        return app
-
-    main.create_app = create_app

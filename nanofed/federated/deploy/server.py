@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import shutil
 import subprocess
@@ -17,9 +16,8 @@ from pathlib import Path
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.deploy.keys import Keys, load, read_sites
-from nanofed.federated.deploy.nodes import FOLDER, NODES, WEIGHTS
-from nanofed.federated.deploy.process import LOG_BYTES, Child, end_marked, ended_by_signals, started_as, undisturbed
-from nanofed.federated.deploy.proxy.service import Options
+from nanofed.federated.deploy.nodes import DATABASE, FOLDER
+from nanofed.federated.deploy.process import LOG_BYTES, end_marked, ended_by_signals, started_as, undisturbed
 from nanofed.federated.deploy.superlink import LINK, SuperLink, write_app
 from nanofed.federated.federation import Federation
 from nanofed.federated.flower import is_loopback
@@ -39,7 +37,6 @@ WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
 LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its end
-MARK = "NANOFED_PROXY"
 CRASHES = 8  # in a row without a committed round, after which the run is given up
 
 
@@ -139,7 +136,7 @@ def _open(federation: Federation) -> Path:
 
 
 class _Service:
-    """A SuperLink, the proxy in front of it, and one run after another until one completes."""
+    """A SuperLink, and one run after another until one completes."""
 
     def __init__(
         self,
@@ -157,12 +154,10 @@ class _Service:
         self._keys = keys
         self._check = check
         self._log = folder / "flower.log"
-        self._link = SuperLink(folder, self._log, authority=keys.ca if keys else None)
+        self._link = SuperLink(folder, self._log)
         self._app = folder / "app"
-        self._database = folder / "superlink.db"
-        self._proxy: Child | None = None
-        self._database_file = 0  # of the SuperLink that runs, and
-        self._authority = b""
+        self._database = folder / DATABASE
+        self._database_file = 0  # of the SuperLink that runs
         self._said: tuple[dict[bytes, str], list[str]] = ({}, [])  # of the sites' keys
         self._launcher = self._watched_launcher()
 
@@ -220,33 +215,27 @@ class _Service:
         return int(found[-1].name.removeprefix("round_")) if found else 0
 
     def _start(self) -> None:
-        """Start what is not there of SuperLink and proxy."""
+        """Start the SuperLink where it is not there."""
         self._folder.mkdir(exist_ok=True)
         if not self._link.alive:
             self._link.stop()
-            self._stop_proxy()  # it would go on calling the old port
             self._launcher = self._watched_launcher()
-            options = ["--weights", self._folder / WEIGHTS, "--database", self._database]
-            options += ["--disable-runtime-dependency-installation"]
+            options = ["--folder", str(self._folder), "--disable-runtime-dependency-installation"]
+            host, port = self._options.address
             if self._keys is None:
-                self._link.start([*map(str, options), "--insecure"], port=self._options.address[1])
+                self._link.start(options, port=port)
             else:
-                keys = self._checked(self._keys)
-                options += ["--ssl-ca-certfile", keys.ca, "--ssl-certfile", keys.certificate, "--ssl-keyfile", keys.key]
-                options += ["--enable-supernode-auth", "--sites", keys.sites, "--nodes", self._folder / NODES]
-                self._link.start([*map(str, options)])
-            self._database_file, self._authority = _identity(self._database), _content(self._keys)
-        if self._keys is not None and self._proxy is None:
-            self._proxy = self._new_proxy(self._keys)
-            self._proxy.keep()
+                self._check_keys(self._keys)
+                self._link.start([*options, "--keys", str(self._keys.folder), "--listen", host, str(port)])
+            self._database_file = _identity(self._database)
         self._say_sites()
         logger.info("serving sites on %s; Flower's own log is %s", self._options.listen, self._log)
 
     @staticmethod
-    def _checked(keys: Keys) -> Keys:
-        """Return the keys as they are now; what is wrong with them ends no run that has begun, since it may be mended."""
+    def _check_keys(keys: Keys) -> None:
+        """Look at the keys as they are now; what is wrong with them ends no run that has begun, since it may be mended."""
         try:
-            return load(keys.folder)
+            load(keys.folder)
         except ConfigError as error:
             raise NanofedError(str(error)) from error
 
@@ -254,34 +243,7 @@ class _Service:
         """Return why the SuperLink cannot go on though its process lives, None where it can."""
         if _identity(self._database) != self._database_file:
             return f"{self._database}, which the SuperLink was using, was removed or replaced"
-        if self._keys is not None and _content(self._keys) not in (b"", self._authority):
-            try:
-                load(self._keys.folder)
-            except ConfigError:  # not all of it is there yet
-                return None
-            return f"the authority {self._keys.ca} was replaced"
         return None
-
-    def _new_proxy(self, keys: Keys) -> Child:
-        options = Options(
-            self._options.listen,
-            f"127.0.0.1:{self._link.port}",
-            keys.certificate,
-            keys.key,
-            keys.sites,
-            keys.ca,
-            self._folder / "proxy.json",
-            self._folder / "proxy.addresses.json",
-            os.getpid(),
-        )
-        mark = str(self._folder)
-        environment = runtime.environment(**{MARK: mark})
-        return Child("proxy", options.command(), environment, self._folder / "proxy.log", f"{MARK}={mark}")
-
-    def _stop_proxy(self) -> None:
-        if self._proxy is not None:
-            self._proxy.stop(0.0)  # it keeps nothing
-            self._proxy = None
 
     def _say_sites(self) -> None:
         """Say which sites may take part from now on, which may not any more, and which keys cannot be used."""
@@ -299,7 +261,7 @@ class _Service:
             logger.info("site %s may take part", now[0][public])
 
     def _watch(self, run_id: int) -> Outcome | None:
-        """Wait until a run ends and return why it failed, None if it completed; restarts the proxy meanwhile."""
+        """Wait until a run ends and return why it failed, None if it completed."""
         follower = threading.Thread(target=self._link.follow, args=(run_id,), daemon=True)
         follower.start()
         # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
@@ -312,8 +274,6 @@ class _Service:
             if lost := self._lost():
                 self._link.stop()
                 return _crash(lost)
-            if self._proxy is not None:
-                self._proxy.keep()
             self._say_sites()
             keep_short(self._log, LOG_BYTES)
             if self._launcher.is_gone():
@@ -332,7 +292,6 @@ class _Service:
     def stop(self) -> None:
         """Stop everything."""
         with undisturbed():
-            self._stop_proxy()
             self._link.stop()
             end_marked(self._link.marker)
 
@@ -347,14 +306,6 @@ def _identity(path: Path) -> int:
         return path.stat().st_ino
     except OSError:
         return 0
-
-
-def _content(keys: Keys | None) -> bytes:
-    """Return the authority's certificate, nothing where it cannot be read or there are no keys."""
-    try:
-        return keys.ca.read_bytes() if keys else b""
-    except OSError:
-        return b""
 
 
 class _Watched:

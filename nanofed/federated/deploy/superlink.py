@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import ssl
 import subprocess
 import time
 import urllib.error
@@ -65,7 +64,6 @@ class SuperLink:
         folder: The folder that holds Flower's home and the empty working directory that Ray puts first on sys.path.
         log: file to which everything that it prints is appended.
         environment: changes to its environment.
-        authority: certificate of the CA that signed the SuperLink's own; without one it speaks plain HTTP.
     """
 
     def __init__(
@@ -74,12 +72,10 @@ class SuperLink:
         log: Path,
         *,
         environment: Mapping[str, str | None] | None = None,
-        authority: Path | None = None,
     ) -> None:
         self._nowhere = folder / "nowhere"
         self.home = folder / "home"
         self._log = log
-        self._authority = authority
         self._environment = flower_environment(self.home, **(environment or {}))
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -103,9 +99,8 @@ class SuperLink:
         for made in (self._nowhere, self.home):
             made.mkdir(parents=True, exist_ok=True)  # also where somebody has removed them meanwhile
         self.port = port or free_port()
-        secure = f'root-certificates = "{self._authority}"' if self._authority else "insecure = true"
         (self.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "127.0.0.1:{self.port}"\n{secure}\n'
+            f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
         address = ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(self.port)]
         with self._log.open("ab") as log:
@@ -223,12 +218,9 @@ class SuperLink:
         return done.stdout
 
     def _answers(self) -> bool:
-        scheme = "https" if self._authority else "http"
-        context = ssl.create_default_context(cafile=str(self._authority)) if self._authority else None
-        with suppress(urllib.error.URLError, OSError):
-            url = f"{scheme}://127.0.0.1:{self.port}/health"
-            with urllib.request.urlopen(url, timeout=1, context=context) as reply:
-                return bool(reply.status == 200)
+        url = f"http://127.0.0.1:{self.port}/health"
+        with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=1) as reply:
+            return bool(reply.status == 200)
         return False
 
 

@@ -92,7 +92,7 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
             "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in this process; else Ray sets the client's cores
         }
         link = SuperLink(folder, log, environment=ray)
-        with link.running(["--insecure", "--simulation"]):
+        with link.running(["--simulation"]):
             run_id = link.submit(app, settings, "--federation-config", resources.federation_config())
             logger.info("Flower's simulation engine is starting; its own log is %s", log)
             link.follow(run_id)

@@ -1,4 +1,4 @@
-"""What a site may be called: on its own so that the supervisors of both sides and the proxy can ask without importing torch."""
+"""What a site may be called: on its own so that supervisors and the SuperLink's process can ask without importing torch."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Inside a message, weights are taken apart, copied and put together again by each of five processes. In a deployment the server
 lays them into a store, the message names them, and the site fetches and delivers them piece by piece, over the same address and
-proxy and with the same key: a piece that was lost on the way is sent again, and nothing is held in memory between.
+perimeter and with the same key: a piece that was lost on the way is sent again, and nothing is held in memory between.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ from nanofed.errors import NanofedError
 from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError
 from nanofed.federated.wire.stored_weights import StoredWeights, layout_of
 from nanofed.federated.wire.weight_transport import RoundWeights
-
-DOWN, UP = "down", "up"  # the folders of weights to be fetched, and of files that take answers
+from nanofed.federated.wire.weights_calls import DOWN, UP
 
 
 class WeightStore:

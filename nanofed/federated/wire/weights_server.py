@@ -1,6 +1,6 @@
 """The two calls of `weights_calls.py`, answered in the SuperLink's process from the files of a weight store.
 
-They stand before Flower's application: who calls has been checked by the proxy, like every site's call (without keys the port
+They stand before Flower's application: who calls has been checked by the perimeter, like every site's call (without keys the port
 is on loopback), and has to know a file's name, which is 128 random bits.
 """
 
@@ -15,9 +15,18 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from nanofed.errors import NanofedError
-from nanofed.federated.wire.weight_store import DOWN, UP
-from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH, TICKET
+from nanofed.federated.wire.weights_calls import (
+    DOWN,
+    LENGTH,
+    OBJECT,
+    OCTETS,
+    OFFSET,
+    PIECE_BYTES,
+    PULL,
+    PUSH,
+    TICKET,
+    UP,
+)
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -144,25 +153,3 @@ def _write(path: Path, offset: int, body: bytes) -> None:
         raise _disk(error) from error
     finally:
         os.close(file)
-
-
-def serve_weights(main: Any, folder: Path) -> None:
-    """Let the application of Flower's SuperLink answer the two calls for weights too.
-
-    Args:
-        main: Flower's module that creates the application.
-        folder: The folder of the weight store.
-
-    Raises:
-        NanofedError: This version of Flower creates its application in another way.
-    """
-    create = getattr(main, "create_app", None)
-    if not callable(create):
-        raise NanofedError(f"this version of Flower creates its application in another way: {main.__name__} does not")
-
-    def create_app(*args: Any, **kwargs: Any) -> Any:
-        app = create(*args, **kwargs)
-        app.add_middleware(WeightsServer, folder=folder)  # the last added is the outermost
-        return app
-
-    main.create_app = create_app

@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from nanofed.federated.deploy.keys import read_sites
-from nanofed.federated.deploy.proxy.http import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,22 @@ OLDEST, NEWEST = (
 )  # seconds: what Flower's node authentication takes (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE)
 
 
-class Sites:
+class Refused(Exception):
+    """A request is not answered.
+
+    Args:
+        reason: under which it is counted.
+        status: of the answer. Flower's client tries again after 502, 503 and 504, ends its SuperNode after 401, and after 403
+            thinks that the run has ended.
+        detail: for whoever reads the site's log.
+    """
+
+    def __init__(self, reason: str, status: HTTPStatus, detail: str) -> None:
+        super().__init__(reason)
+        self.reason, self.status, self.detail = reason, status, detail
+
+
+class Signatures:
     """The sites whose keys are in a folder, and what each has signed lately.
 
     Args:
@@ -56,10 +70,6 @@ class Sites:
         for reason in unusable:
             logger.error("passed over: %s", reason)
         return gone
-
-    def names(self) -> list[str]:
-        """Return the sites."""
-        return sorted(name for name, _ in self._keys.values())
 
     def identify(self, headers: Mapping[bytes, bytes]) -> str:
         """Return the name of the site that signed a request.
@@ -106,7 +116,7 @@ class Sites:
             self._floor = max(self._floor, forgotten)
         if signed <= self._floor:
             raise Refused(
-                "early_signature", HTTPStatus.SERVICE_UNAVAILABLE, "signed before this proxy began: sign anew"
+                "early_signature", HTTPStatus.SERVICE_UNAVAILABLE, "signed before this server began: sign anew"
             )
         if (name, timestamp) in self._used:
             raise Refused(

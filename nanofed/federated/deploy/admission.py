@@ -27,7 +27,7 @@ LOG_SECONDS = 60.0  # between two lines about the same address and reason
 
 @dataclass(frozen=True)
 class Limits:
-    """What one proxy takes.
+    """What a perimeter takes.
 
     Attributes:
         body: bytes of a piece of weights, or of an object of Flower's.
@@ -45,7 +45,6 @@ class Limits:
         head_seconds: from a connection's start, or a head's first byte, to its end.
         idle_seconds: between two requests.
         bytes_per_second: the slowest a body may come or be taken, on average, after `head_seconds`.
-        answer_seconds: until the SuperLink answers.
     """
 
     body: int = 32 << 20
@@ -62,7 +61,6 @@ class Limits:
     head_seconds: float = 10.0
     idle_seconds: float = 75.0
     bytes_per_second: int = 16 << 10
-    answer_seconds: float = 60.0
 
     def body_seconds(self, length: int) -> float:
         """Return how long a body of a length may take."""
@@ -104,7 +102,7 @@ class Visitor:
     seen: float = field(default_factory=time.monotonic)
 
 
-class Guard:
+class Admission:
     """Caps and rates by address, and counters.
 
     Args:
