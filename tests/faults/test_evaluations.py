@@ -22,8 +22,7 @@ from nanofed.federated.server.evaluation import SiteEvaluator
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.state import RoundClock
-from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
-from nanofed.federated.wire.messages import MAX_JSON
+from nanofed.federated.wire.messages import MAX_FAILURE, MAX_JSON, Evaluate, Evaluation
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 from tests.faults.hostile import Trace, play

@@ -17,16 +17,19 @@ from nanofed.data.streams import DataState
 from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.site.client import TrainerClient
 from nanofed.federated.site.trainer import LeaseTooShort
-from nanofed.federated.wire.codec import hash_arrays
+from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import KEY
-from nanofed.federated.wire.weight_transport import arrays_in
+from nanofed.federated.wire.weight_transport import RoundWeights
 from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, sent, weights, with_json
 
 SHARD = "shard_00000.parquet"
 
 
 def check(message: Message) -> Update:
-    return check_reply(message, instructions(), sent(), STREAMS, arrays_in)
+    def take(reply: Message) -> Arrays:
+        return RoundWeights([]).take("client-0", reply, sent().up, weights())
+
+    return check_reply(message, instructions(), sent(), STREAMS, take)
 
 
 def test_an_honest_reply_is_accepted_as_it_is() -> None:

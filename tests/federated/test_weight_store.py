@@ -35,10 +35,9 @@ from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire import weights_server
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
-from nanofed.federated.wire.messages import Instructions
-from nanofed.federated.wire.stored_weights import STORED_WEIGHTS, StoredWeights
-from nanofed.federated.wire.weight_store import DOWN, UP, WeightStore
-from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH
+from nanofed.federated.wire.messages import Instructions, StoredWeights
+from nanofed.federated.wire.weight_store import WeightStore
+from nanofed.federated.wire.weights_calls import DOWN, LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, UP
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient, WeightsError
 from nanofed.federated.wire.weights_server import WeightsServer, serve_weights
 from nanofed.training.gc_control import FrozenObjects
@@ -88,7 +87,7 @@ def store(tmp_path: Path) -> WeightStore:
 
 def lay(store: WeightStore, values: dict[str, Array], seconds: float = 30.0) -> tuple[Any, StoredWeights]:
     """Lay weights down for one client and return what its message says."""
-    round_weights = store.offer(BF16.encode(values, store.room), ["lab-a"], BF16.nbytes(values), seconds)
+    round_weights = store.offer(store.encode(values, BF16), ["lab-a"], BF16.nbytes(values), seconds)
     stored = StoredWeights.found_in(round_weights.note("lab-a"))
     assert stored is not None and round_weights.message_bytes == 0
     return round_weights, stored
@@ -125,7 +124,7 @@ def test_weights_go_there_and_back_bit_for_bit(store: WeightStore, port: int, tm
 
 def test_lossless_weights_are_laid_down_as_they_are(store: WeightStore, port: int) -> None:
     values = weights()
-    round_weights = store.offer(FP32.encode(values, store.room), ["lab-a"], 0, 30.0)
+    round_weights = store.offer(store.encode(values, FP32), ["lab-a"], 0, 30.0)
     stored = StoredWeights.found_in(round_weights.note("lab-a"))
     assert stored is not None and stored.answer == ""
     arrived = WeightsClient(f"127.0.0.1:{port}").fetch(stored, until(stored))
@@ -461,7 +460,7 @@ def test_a_depot_on_a_disk_that_is_not_mounted_is_named_and_used_again_when_it_i
     store = WeightStore(tmp_path / "weights")
     lay(store, weights())
     (tmp_path / "disk").rename(tmp_path / "away")
-    for again in (lambda: store.room(10), lambda: WeightStore(tmp_path / "weights")):
+    for again in (lambda: store.encode(replies.weights(), FP32), lambda: WeightStore(tmp_path / "weights")):
         with pytest.raises(NanofedError, match=r"a link to .*disk, which is not there: is its disk mounted\?"):
             again()
     (tmp_path / "away").rename(tmp_path / "disk")
@@ -515,13 +514,13 @@ def test_a_server_that_is_not_there_is_given_up_when_the_round_is_over() -> None
         port = listener.getsockname()[1]
     started = time.monotonic()
     with pytest.raises(WeightsError, match=rf"did not pass to or from 127.0.0.1:{port} in time: .*refused"):
-        WeightsClient(f"127.0.0.1:{port}").fetch(StoredWeights("0" * 32, [["<u2", [8]]], "", 0, 1.0), started + 1.0)
+        WeightsClient(f"127.0.0.1:{port}").fetch(StoredWeights("0" * 32, [("<u2", [8])], "", 0, 1.0), started + 1.0)
     assert time.monotonic() - started < 5
 
 
 def test_no_room_for_the_weights(store: WeightStore, tmp_path: Path) -> None:
     with pytest.raises(NanofedError, match=r"the round's weights cannot be kept in .*weights"):
-        store.room(1 << 50)
+        store.encode({"w": np.broadcast_to(np.float32(0), (1 << 48,))}, BF16)
     assert not list((tmp_path / "weights" / DOWN).iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(NanofedError, match="cannot be kept in"):
@@ -532,8 +531,8 @@ def test_no_room_for_the_weights(store: WeightStore, tmp_path: Path) -> None:
     "text", ["no JSON", "[]", "{}", '{"ticket": "../x", "layout": [], "answer": "", "answer_bytes": 0, "seconds": 1}']
 )
 def test_a_note_that_cannot_be_read_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="what the message says of the round's weights cannot be read"):
-        StoredWeights.found_in({STORED_WEIGHTS: text})
+    with pytest.raises(ValueError, match=r"a StoredWeights (cannot be read|has a value out of range)"):
+        StoredWeights.found_in({StoredWeights.key: text})
     assert StoredWeights.found_in({}) is None
 
 

@@ -16,10 +16,8 @@ from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.wire.codec import Arrays, Codec, Weights
-from nanofed.federated.wire.evaluation import Evaluate
-from nanofed.federated.wire.lateness import LIFE
-from nanofed.federated.wire.messages import Instructions
-from nanofed.federated.wire.weight_transport import InMessages, RoundWeights, WeightTransport
+from nanofed.federated.wire.messages import LIFE, Evaluate, Instructions
+from nanofed.federated.wire.weight_transport import RoundWeights, WeightTransport
 
 POLL_SECONDS = 0.1
 MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them, less often
@@ -63,7 +61,7 @@ class Messenger:
     def __init__(self, grid: Grid, events: Events, transport: WeightTransport | None = None) -> None:
         self._grid = grid
         self._events = events
-        self._transport = transport or InMessages()
+        self._transport = transport or WeightTransport()
         self.late: set[str] = set()
         self._given_up: OrderedDict[str, tuple[str, int]] = OrderedDict()  # message -> client and round
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
@@ -74,7 +72,7 @@ class Messenger:
         Raises:
             NanofedError: there is no room for them.
         """
-        return codec.encode(weights, self._transport.room)
+        return self._transport.encode(weights, codec)
 
     def round(
         self,

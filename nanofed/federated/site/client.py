@@ -17,11 +17,8 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from nanofed.errors import NanofedError
 from nanofed.federated.site.trainer import LeaseTooShort, LocalTrainer
-from nanofed.federated.wire.evaluation import Evaluate
-from nanofed.federated.wire.lateness import is_over
-from nanofed.federated.wire.messages import Failure, Instructions
+from nanofed.federated.wire.messages import Evaluate, Failure, Instructions, StoredWeights, is_over
 from nanofed.federated.wire.names import SAFE_NAME
-from nanofed.federated.wire.stored_weights import StoredWeights
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient
 
 
@@ -98,7 +95,7 @@ class TrainerClient(NumPyClient):
         """
         instructions = Instructions.from_config(config)
         self._check_name(instructions.client)
-        asked = Evaluate.asked_in(config)
+        asked = Evaluate.found_in(config)
         stored = StoredWeights.found_in(config)
         arrays = self._weights(parameters, stored)
         measured: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import NanofedError
 from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.federated.site.ranks import Ranks, SharedBatches, Turn
-from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.messages import Evaluate
 from nanofed.training.loop import Stopwatch
 
 

@@ -36,8 +36,7 @@ from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import Arrays, FabricTrainer, LocalTrainer
 from nanofed.federated.wire.bundle import check_bundle
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.federated.wire.weights_client import WeightsClient
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.lightning_errors import lightning_errors

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, over_blocks
-from nanofed.federated.wire.stored_weights import layout_of
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides
 Arrays = list[npt.NDArray[np.generic]]
 Layout = tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]  # dtype and shape of each array that one weight travels as
-Room = Callable[[int], Any]  # bytes -> a buffer of so many to write to
 Part = Callable[[slice, Tensor], Tensor]  # some elements of a weight, and a buffer for them -> these elements
 
 
@@ -64,19 +62,19 @@ class Codec(ABC):
     def _write(self, values: Array, base: Part | None, out: Sequence[Tensor]) -> None:
         """Write one weight, or where there is a base, what it moved, into its arrays, one-dimensional."""
 
-    def encode(self, weights: Weights, room: Room | None = None) -> Arrays:
-        """Return the arrays to send, in the weights' order, one after the other in `room` where that is given."""
-        return self._packed(weights, None, room)
+    def encode(self, weights: Weights, buffer: Any = None) -> Arrays:
+        """Return the arrays to send, in the weights' order; where a buffer of `nbytes(weights)` bytes is given, they fill it."""
+        return self._packed(weights, None, buffer)
 
-    def pack(self, local: Weights, base: Weights, room: Room | None = None) -> Arrays:
+    def pack(self, local: Weights, base: Weights, buffer: Any = None) -> Arrays:
         """Return what a client sends up.
 
         Args:
             local: the weights after training.
             base: the weights as they were received, `decode` of what came down; of the same names and shapes.
-            room: as in `encode`.
+            buffer: as in `encode`.
         """
-        return self.encode(local, room) if self.lossless else self._packed(local, base, room)
+        return self.encode(local, buffer) if self.lossless else self._packed(local, base, buffer)
 
     def over(self, buffer: Any, like: Weights) -> Arrays:
         """Return the arrays of a message whose bytes stand one after the other in a buffer, on the same memory.
@@ -85,20 +83,14 @@ class Codec(ABC):
             buffer: of `nbytes(like)` bytes.
             like: names and shapes of the weights.
         """
-        rest: Any = np.frombuffer(buffer, np.uint8)
-        arrays: Arrays = []
-        for _, dtype, shape in self._layouts(like):
-            size = dtype.itemsize * math.prod(shape)
-            arrays.append(rest[:size].view(dtype).reshape(shape))
-            rest = rest[size:]
-        return arrays
+        return arrays_over(buffer, tuple((dtype, shape) for _, dtype, shape in self._layouts(like)))
 
-    def _packed(self, weights: Weights, base: Weights | None, room: Room | None) -> Arrays:
+    def _packed(self, weights: Weights, base: Weights | None, buffer: Any) -> Arrays:
         arrays: Arrays
-        if room is None:
+        if buffer is None:
             arrays = [np.empty(shape, dtype) for _, dtype, shape in self._layouts(weights)]
         else:
-            arrays = self.over(room(self.nbytes(weights)), weights)
+            arrays = self.over(buffer, weights)
         for (name, values), out in zip(weights.items(), self.tensors(arrays, weights), strict=True):
             self._write(values, None if base is None else _part(base, name), out)
         return arrays
@@ -225,10 +217,10 @@ class Fp32Codec(Codec):
     def _write(self, values: Array, base: Part | None, out: Sequence[Tensor]) -> None:
         out[0].copy_(flat(values))
 
-    def encode(self, weights: Weights, room: Room | None = None) -> Arrays:
-        """Return the weights themselves, where they are contiguous and no room is given for them."""
-        if room is not None:
-            return super().encode(weights, room)
+    def encode(self, weights: Weights, buffer: Any = None) -> Arrays:
+        """Return the weights themselves, where they are contiguous and no buffer is given for them."""
+        if buffer is not None:
+            return super().encode(weights, buffer)
         return [np.asarray(values, dtype=np.float32, order="C") for values in weights.values()]
 
     def decode_each(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> Weights:
@@ -274,6 +266,47 @@ class Bf16Codec(Codec):
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32Codec(), Bf16Codec())}
+
+
+def layout_of(arrays: Iterable[npt.NDArray[np.generic]]) -> list[tuple[str, list[int]]]:
+    """Return dtype and shape of each array, as JSON can say them."""
+    return [(array.dtype.str, list(array.shape)) for array in arrays]
+
+
+def arrays_of(layout: Iterable[tuple[str, Sequence[int]]]) -> Layout:
+    """Return dtype and shape of each array of a layout.
+
+    Raises:
+        ValueError: it describes no arrays of numbers.
+    """
+    found = []
+    for name, shape in layout:
+        try:
+            dtype = np.dtype(name)
+            # Numbers only: whatever else NumPy can describe would be made of foreign bytes. Its own limit is 64 dimensions.
+            right = dtype.kind in "biuf" and len(shape) <= 32 and all(0 <= n < 1 << 48 for n in shape)
+        except (TypeError, ValueError, SyntaxError):  # NumPy parses descriptions of dtypes
+            right = False
+        if not right:
+            raise ValueError(f"{repr([name, shape])[:80]} describes no array of numbers")
+        found.append((dtype, tuple(shape)))
+    return tuple(found)
+
+
+def bytes_of(layout: Layout) -> int:
+    """Return how many bytes the arrays of a layout have together."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
+
+
+def arrays_over(buffer: Any, layout: Layout) -> Arrays:
+    """Return arrays whose bytes stand one after the other in a buffer, on the same memory."""
+    rest: Any = np.frombuffer(buffer, np.uint8)
+    arrays: Arrays = []
+    for dtype, shape in layout:
+        size = dtype.itemsize * math.prod(shape)
+        arrays.append(rest[:size].view(dtype).reshape(shape))
+        rest = rest[size:]
+    return arrays
 
 
 def hash_arrays(arrays: Sequence[npt.NDArray[np.generic]]) -> str:

@@ -1,4 +1,4 @@
-"""The two calls by which a site fetches weights from its server and delivers its own: their paths and their headers."""
+"""The two calls by which a site fetches weights from its server and delivers its own: paths, headers, and the files behind."""
 
 from __future__ import annotations
 
@@ -9,4 +9,5 @@ OBJECT, OFFSET = "nanofed-object", "nanofed-offset"  # their headers: a ticket, 
 LENGTH = "nanofed-length"  # bytes of a piece that is pulled
 OCTETS = "application/octet-stream"
 PIECE_BYTES = 16 << 20  # of one call
+DOWN, UP = "down", "up"  # a store's folders: of weights to be pulled, of files that take what is pushed
 TICKET = re.compile(r"[0-9a-f]{32}")  # 128 random bits: who has it may make the call, once the proxy knows the site

@@ -22,7 +22,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from urllib3.exceptions import HTTPError
 
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.stored_weights import StoredWeights, bytes_of, shapes_of
+from nanofed.federated.wire.codec import Arrays, arrays_of, arrays_over, bytes_of
+from nanofed.federated.wire.messages import StoredWeights
 from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH
 
 CONNECTIONS = 2  # pieces under way at a time: one fills the pause in which the other is answered
@@ -43,7 +44,6 @@ AGAIN = (
     HTTPStatus.GATEWAY_TIMEOUT,
 )
 
-Arrays = list[npt.NDArray[np.generic]]
 Piece = tuple[int, list[memoryview]]  # the first byte of it, and its bytes
 
 
@@ -84,17 +84,11 @@ class WeightsClient:
         Raises:
             RoundOver: they are not there any more.
             WeightsError: the server cannot be reached in the round's time, or refuses.
-            ValueError: the layout describes no arrays of numbers.
         """
-        whole = np.empty(bytes_of(stored.layout), np.uint8)
-        into: Any = whole
-        self._move(_pieces([memoryview(into)]), stored, self._pull, end)
-        arrays: Arrays = []
-        for dtype, shape in shapes_of(stored.layout):
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            arrays.append(whole[:size].view(dtype).reshape(shape))
-            whole = whole[size:]
-        return arrays
+        layout = arrays_of(stored.layout)
+        whole: Any = np.empty(bytes_of(layout), np.uint8)
+        self._move(_pieces([memoryview(whole)]), stored, self._pull, end)
+        return arrays_over(whole, layout)
 
     def deliver(self, stored: StoredWeights, arrays: Sequence[npt.NDArray[np.generic]], end: float) -> None:
         """Bring the answer to a round, until `end` on the monotonic clock.

@@ -16,8 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.weight_store import DOWN, UP
-from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH, TICKET
+from nanofed.federated.wire.weights_calls import (
+    DOWN,
+    LENGTH,
+    OBJECT,
+    OCTETS,
+    OFFSET,
+    PIECE_BYTES,
+    PULL,
+    PUSH,
+    TICKET,
+    UP,
+)
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
