@@ -195,7 +195,7 @@ class RoundLoop:
 
         present = self.clients.draw(self.clients.wait(number, meanwhile), number, attempt)
         for client in set(self.state.ledger.clients()) - set(present):
-            self.state.ledger.release(client)
+            self.state.ledger.of(client).release(client)
         return present
 
     def _there(self) -> Mapping[str, int]:
@@ -270,7 +270,7 @@ class RoundLoop:
         client, state, steps = reply.client, self.state, update.report.steps
         if not self._policy.in_turns:
             state.speeds.check(update.report, reply.seconds)
-        update = replace(update, report=state.ledger.believed(update.report, asked))
+        update = replace(update, report=state.ledger.of(client).believed(update.report, asked))
         length = state.norms.measure(update.norms, self.rates(asked, steps), state.weight_norm)
         if update.report.unwritten:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
@@ -318,7 +318,7 @@ class RoundLoop:
         figures.silent, figures.refused = figures.silent + silent, figures.refused + (not silent)
         self.clients.refused[client] = str(refusal)
         self.state.events.add(refusal.kind, client, refusal, figures.round)
-        self.state.ledger.release(client)
+        self.state.ledger.of(client).release(client)
         if refusal.kind == "lease":
             self.state.speeds.widen(client)
 
@@ -341,7 +341,7 @@ class RoundLoop:
             logger.warning("round %d: %s", figures.round, error)
             return False
         for part, report in zip(parts, reports, strict=True):
-            state.ledger.commit(report.client, report.data)
+            state.ledger.of(report.client).commit(report.client, report.data)
             state.speeds.learn(report, None if self._policy.in_turns else part.seconds)
         state.norms.accept({client: (part.length, part.scale) for client, part in figures.merged.items()})
         state.clock.round = figures.round

@@ -183,6 +183,7 @@ class Scheduler:
         max_steps = min(left, config.round_steps) if config.round_steps else left
         out = {}
         for index, client in enumerate(clients):
+            ledger = state.ledger.of(client)
             tokens, margin = max_steps * batch_tokens, state.speeds.margin.get(client, 1.0)
             seconds = None
             if config.round_steps is None:
@@ -190,10 +191,10 @@ class Scheduler:
                 if not self._policy.in_turns:
                     seconds = state.speeds.budget(client, config.round_seconds)
                 rate = state.speeds.rate.get(client)  # not known before the first round: then an equal share of all
-                share = state.ledger.share(client, len(clients))
+                share = ledger.share(1 if state.ledger.own_text else len(clients))
                 tokens = int(min(tokens, rate * config.round_seconds * LEASE_OVER_RATE if rate else share))
                 # The client's speed is its own claim where clients take turns: an epoch is the most it is leased.
-                epoch = max(batch_tokens, state.ledger.share(client, 1))
+                epoch = max(batch_tokens, ledger.share(1))
                 margin = min(margin, max(1.0, epoch / max(1, tokens)))
                 tokens = min(tokens, epoch)
             deadline = None
@@ -201,7 +202,7 @@ class Scheduler:
                 deadline = self.time_limit() - state.speeds.overhead.get(client, 0.0) / 2
             spare = SPARE_ROWS[self._data.packing]
             stride = (index, len(clients)) if config.sharding == "full" else None
-            lease = state.ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)
+            lease = ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)
             out[client] = Instructions(
                 run=state.run_id,
                 round=number,
@@ -219,7 +220,7 @@ class Scheduler:
                 clock_tokens=clock.tokens,
                 horizon_tokens=self._horizon,
                 lease=lease,
-                data=state.ledger.data(client),
+                data=ledger.data(client),
             )
         return out
 

@@ -16,7 +16,7 @@ import torch
 
 from nanofed.errors import ConfigError
 from nanofed.federated.server.events import KINDS, SERVER, Events
-from nanofed.federated.server.ledger import LEASED, MERGED
+from nanofed.federated.server.ledger import ledger_figures
 from nanofed.files import write_atomically
 from nanofed.training.checkpoint import STATE, CheckpointError, Manifest, checkpoints, read_manifest
 from nanofed.training.summary import CONFIG
@@ -115,6 +115,7 @@ def read_status(run: Path) -> Status:
     if newest is None and said is None:
         raise ConfigError(f"{run} holds no federated run that has begun: no server has said anything, nothing is saved")
     manifest, state, saved = newest or (None, {}, None)
+    held, shards = ledger_figures(state.get("ledger", {}))
     events = Events()
     events.load_state_dict(state.get("events", []))
     return Status(
@@ -125,8 +126,8 @@ def read_status(run: Path) -> Status:
         bpb=manifest.metrics.get("val/bpb") if manifest else None,
         saved=saved,
         server=None if said is None else {**said, "alive": _alive(said)},
-        sites=_sites(state),
-        shards=_shards(state.get("ledger", {})),
+        sites=_sites(state, held),
+        shards=shards,
         events={
             client: {kind: vars(count).copy() for kind, count in counts.items()}
             for client, counts in events.by_client().items()
@@ -168,14 +169,8 @@ def _alive(said: dict[str, Any]) -> bool | None:
     return True
 
 
-def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
-    pace, ledger, measured = state.get("pace", {}), state.get("ledger", {}), state.get("evaluations", {})
-    parts = [saved["ledger"] for saved in ledger["local"].values()] if "local" in ledger else [ledger]
-    held = {
-        name: sum(stop - start for _, start, stop, _ in client["ranges"])
-        for part in parts
-        for name, client in part.get("clients", {}).items()
-    }
+def _sites(state: dict[str, Any], held: dict[str, int]) -> dict[str, dict[str, float]]:
+    pace, measured = state.get("pace", {}), state.get("evaluations", {})
     return {
         name: {
             "rounds": pace.get("rounds", {}).get(name, 0),
@@ -187,29 +182,6 @@ def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
         }
         for name in sorted(pace.get("rounds", {}).keys() | held.keys() | measured.keys())
     }
-
-
-def _shards(ledger: dict[str, Any]) -> dict[str, dict[str, float]]:
-    if "local" in ledger:
-        return {
-            f"{client}/{name}": figures
-            for client, saved in sorted(ledger["local"].items())
-            for name, figures in _shards(saved["ledger"]).items()
-        }
-    out = {}
-    for name, epoch in sorted(ledger.get("epoch", {}).items()):
-        opened = {at: runs for at, shard, runs in ledger["rows"] if shard == name}
-        rows = {
-            at: {kind: sum(length for value, length in runs if value == kind) for kind in (LEASED, MERGED)}
-            | {"all": sum(length for _, length in runs)}
-            for at, runs in opened.items()
-        }
-        closed = sum(at not in opened for at in range(epoch))
-        out[name] = {
-            "epochs_merged": closed + sum(counts[MERGED] / max(1, counts["all"]) for counts in rows.values()),
-            "rows_leased": sum(counts[LEASED] for counts in rows.values()),
-        }
-    return out
 
 
 def as_text(status: Status) -> str:
