@@ -8,9 +8,10 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,35 +43,12 @@ logger = logging.getLogger(__name__)
 SHARE_OF_GRACE = 0.5  # of a round's grace, in which a site evaluates; the rest is for the reply's way back
 
 
-@dataclass
-class Measurement:
-    """The bits per byte of the weights after a round.
+@dataclass(frozen=True)
+class _Wanted:
+    """The point of the curve that is wanted of the weights after a round, without its figure, and the steps by then."""
 
-    Attributes:
-        round: the round after which the weights were taken.
-        step: optimizer steps of the run by then.
-        tokens: tokens merged by then.
-        train_seconds: seconds of training by then.
-        prompts: prompts that the weights are to continue.
-        bpb: bits per byte; None before it is known, or where it could not be measured.
-        samples: prompt -> text.
-        seconds: how long the measurement took.
-        error: why there is no figure.
-    """
-
-    round: int
+    point: Point
     step: int
-    tokens: int
-    train_seconds: float
-    prompts: tuple[str, ...] = ()
-    bpb: float | None = None
-    samples: dict[str, str] | None = None
-    seconds: float = 0.0
-    error: Exception | None = None
-
-    def point(self, bpb: float) -> Point:
-        """Return the point of the run's curve."""
-        return Point(self.round, self.tokens, round(self.train_seconds, 3), bpb)
 
 
 class RoundEvaluator(ABC):
@@ -128,9 +106,9 @@ class RoundEvaluator(ABC):
             merged: the weights have changed since the round was sent, so that nobody can be asked for the old ones again.
         """
 
-    def _measurement(self, state: State, prompts: tuple[str, ...] = ()) -> Measurement:
-        clock = state.clock
-        return Measurement(clock.round, clock.step, clock.tokens, self._metrics.summary.seconds, prompts)
+    def _wanted(self, state: State) -> _Wanted:
+        clock, seconds = state.clock, round(self._metrics.summary.seconds, 3)
+        return _Wanted(Point(clock.round, clock.tokens, seconds, math.nan), clock.step)
 
 
 # --- the server evaluates
@@ -190,17 +168,14 @@ class ServerModel:
             generate(self._gpt, self._data.tokenizer, prompt, max_tokens=max_tokens, temperature=0.0)
         )
 
-    def measure(self, wanted: Measurement) -> None:
-        """Measure the loaded weights and release them; what goes wrong is kept in the measurement."""
+    def measure(self, prompts: Sequence[str]) -> tuple[float, dict[str, str], float]:
+        """Return bits per byte of the loaded weights, their sample after each prompt, and the seconds; release them."""
         started = time.monotonic()
         try:
-            wanted.bpb = self.bits_per_byte()
-            wanted.samples = {prompt: self.sample(prompt) for prompt in wanted.prompts}
-        except Exception as error:  # of the model, the device or the data; the reader of the measurement decides
-            wanted.error = error
+            bpb = self.bits_per_byte()
+            return bpb, {prompt: self.sample(prompt) for prompt in prompts}, time.monotonic() - started
         finally:
             self.release()
-        wanted.seconds = time.monotonic() - started
 
 
 class ServerEvaluator(RoundEvaluator):
@@ -220,8 +195,8 @@ class ServerEvaluator(RoundEvaluator):
         super().__init__(metrics, options)
         self._model = model
         self._beside = beside
-        self._thread: threading.Thread | None = None
-        self._current: Measurement | None = None
+        self._pool = ThreadPoolExecutor(1, "evaluation")
+        self._current: tuple[_Wanted, Future[tuple[float, dict[str, str], float]]] | None = None
 
     def start(self, state: State, *, last: bool = False) -> None:
         """Evaluate the weights as they are; the last ones of a run at once.
@@ -229,53 +204,48 @@ class ServerEvaluator(RoundEvaluator):
         Raises:
             NanofedError: the weights are evaluated at once and cannot be.
         """
-        every = self._options.sample_every
-        prompts = tuple(self._options.sample_prompts) if every and state.clock.round % every == 0 else ()
-        wanted = self._measurement(state, prompts)
+        every, wanted = self._options.sample_every, self._wanted(state)
+        prompts = self._options.sample_prompts if every and state.clock.round % every == 0 else ()
         if last or not self._beside:
             self.collect(state, wait=True)
             self._model.load(state.weights)
-            self._model.measure(wanted)
-            if wanted.error is not None:
-                raise wanted.error
-            self._write(wanted, state)
+            self._write(wanted, *self._model.measure(prompts))
         elif self._current is not None:
-            logger.info("round %3d  not measured: round %d still is", wanted.round, self._current.round)
+            logger.info("round %3d  not measured: round %d still is", state.clock.round, self._current[0].point.step)
         else:
             try:
                 self._model.load(state.weights)
             except Exception as error:  # the device has no room for them
                 self._model.release()
-                wanted.error = error
-                self._write(wanted, state)
+                self._fail(wanted, error, state)
                 return
-            self._current, self.round = wanted, wanted.round
-            self._thread = threading.Thread(target=self._model.measure, args=(wanted,), name="evaluation", daemon=True)
-            self._thread.start()
+            self.round = state.clock.round
+            self._current = wanted, self._pool.submit(self._model.measure, prompts)
 
     def collect(self, state: State, *, wait: bool = False) -> None:
         """Write a figure that is ready; with `wait`, also one that is under way."""
-        if self._thread is None or self._current is None or (self._thread.is_alive() and not wait):
+        if self._current is None or not (wait or self._current[1].done()):
             return
-        self._thread.join()
-        done, self._thread, self._current = self._current, None, None
-        self._write(done, state)
+        (wanted, done), self._current = self._current, None
+        if (error := done.exception()) is not None:  # of the model, the device or the data
+            self._fail(wanted, error, state)
+        else:
+            self._write(wanted, *done.result())
 
-    def _write(self, done: Measurement, state: State) -> None:
-        if done.bpb is None:
-            logger.warning("round %d: bits per byte could not be measured: %s", done.round, done.error)
-            state.events.add("evaluation", SERVER, repr(done.error), done.round)
-            return
-        self.round = max(self.round, done.round)
-        self._metrics.validation(done.point(done.bpb), step=done.step, seconds=done.seconds)
-        for prompt, sample in (done.samples or {}).items():
-            self._metrics.text(prompt, sample, done.step)
+    def _fail(self, wanted: _Wanted, error: BaseException, state: State) -> None:
+        logger.warning("round %d: bits per byte could not be measured: %s", wanted.point.step, error)
+        state.events.add("evaluation", SERVER, repr(error), wanted.point.step)
+
+    def _write(self, wanted: _Wanted, bpb: float, samples: Mapping[str, str], seconds: float) -> None:
+        self.round = max(self.round, wanted.point.step)
+        self._metrics.validation(replace(wanted.point, bpb=bpb), step=wanted.step, seconds=seconds)
+        for prompt, sample in samples.items():
+            self._metrics.text(prompt, sample, wanted.step)
 
     def stop(self) -> None:
         """End a measurement that is under way, at its next batch."""
         self._model.stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._pool.shutdown()
 
 
 # --- the sites evaluate
@@ -314,14 +284,14 @@ class SiteEvaluator(RoundEvaluator):
         self._data = data
         self._config = config
         self._policy = policy
-        self._waiting: list[Measurement] = []  # of rounds that ended with the weights as they are now
+        self._waiting: list[_Wanted] = []  # of rounds that ended with the weights as they are now
         self._asked: dict[str, Evaluate] = {}
         self._sums: dict[str, Evaluation] = {}
 
     def start(self, state: State, *, last: bool = False) -> None:
         """Have the weights as they are evaluated with the next round; the last ones of a run at once."""
-        if state.clock.round not in [wanted.round for wanted in self._waiting]:
-            self._waiting.append(self._measurement(state))
+        if state.clock.round not in [wanted.point.step for wanted in self._waiting]:
+            self._waiting.append(self._wanted(state))
         self.round = state.clock.round
         if last:
             self._ask_alone(state)
@@ -408,7 +378,7 @@ class SiteEvaluator(RoundEvaluator):
             silent = len(self._asked) - len(found)
             for wanted in self._waiting:
                 self._metrics.validation(
-                    wanted.point(bpb), step=wanted.step, seconds=seconds, sites=sites, silent=silent
+                    replace(wanted.point, bpb=bpb), step=wanted.step, seconds=seconds, sites=sites, silent=silent
                 )
             self._waiting = []
         elif merged:
@@ -442,8 +412,8 @@ class SiteEvaluator(RoundEvaluator):
 
     def _none(self, state: State, reason: str) -> None:
         for wanted in self._waiting:
-            logger.warning("round %d: no bits per byte: %s", wanted.round, reason)
-            state.events.add("evaluation", SERVER, reason, wanted.round)
+            logger.warning("round %d: no bits per byte: %s", wanted.point.step, reason)
+            state.events.add("evaluation", SERVER, reason, wanted.point.step)
         self._waiting = []
 
 
