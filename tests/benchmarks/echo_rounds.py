@@ -62,7 +62,7 @@ class EchoTrainer:
                 self._move(weight)
             state = self._read(instructions)
             seconds = time.monotonic() - start
-        payload: list[Any] = up.pack(self._weights, down.decode_each(arrays, self._weights))
+        payload: list[Any] = up.pack(self._weights, down.parts(arrays, self._weights))
         report = Report(
             run=instructions.run,
             round=instructions.round,

@@ -16,16 +16,6 @@ from nanofed.federated.wire.messages import Evaluate
 from nanofed.training.loop import Stopwatch
 
 
-class _Unnumbered(Turn):
-    """A turn that hears of no micro-batches: these are no training."""
-
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-
-    def check(self) -> None:
-        self._turn.check()
-
-
 @torch.no_grad()
 def measure(
     gpt: nn.Module,
@@ -61,7 +51,7 @@ def measure(
     gpt.eval()
     try:
         with closing(iter(text)) as batches:
-            for number, batch in enumerate(SharedBatches(batches, _Unnumbered(turn), ranks)):
+            for number, batch in enumerate(SharedBatches(batches, ranks, turn.check)):
                 if watch.elapsed() > asked.seconds:
                     ranks.agree(
                         NanofedError(

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import torch
 
+from nanofed.files import sync_folder
+
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # a server that lost its open round asks for the one before
@@ -113,11 +115,7 @@ class StateFolder:
                 temporary.unlink(missing_ok=True)
             raise
         if self._durable:
-            directory = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            sync_folder(folder)
 
     @staticmethod
     def _files(folder: Path) -> dict[int, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
@@ -139,19 +139,33 @@ class _Next(IntEnum):
 
 
 class SharedBatches(Iterator[Batch]):
-    """Yields this rank's micro-batches until a rank has none or the round is not wanted; all ranks stop at the same one."""
+    """Yields this rank's micro-batches until a rank has none or the round is not wanted; all ranks stop at the same one.
 
-    def __init__(self, batches: Iterable[Batch], turn: Turn, ranks: Ranks) -> None:
+    Args:
+        batches: This rank's micro-batches.
+        ranks: The ranks, all of which take theirs.
+        check: It is called on the first rank before each micro-batch, and raises if the round is not wanted any more.
+        begun: It is called with the number of micro-batches that have begun.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        ranks: Ranks,
+        check: Callable[[], None],
+        begun: Callable[[int], None] = lambda number: None,
+    ) -> None:
         self._batches = iter(batches)
-        self._turn = turn
         self._ranks = ranks
+        self._check = check
+        self._hear = begun
         self._begun = 0
 
     def __next__(self) -> Batch:
         batch, error = None, None
         try:
             if self._ranks.first:
-                self._turn.check()
+                self._check()
             batch = next(self._batches, None)
         except Exception as caught:
             error = caught
@@ -162,5 +176,5 @@ class SharedBatches(Iterator[Batch]):
         if batch is None or outcome != _Next.BATCH:
             raise StopIteration
         self._begun += 1
-        self._turn.progress(self._begun)
+        self._hear(self._begun)
         return batch

@@ -177,7 +177,7 @@ class FabricTrainer:
                 self._fabric,
                 self._fabric_module,
                 self._fabric_optimizer,
-                SharedBatches(batches, turn, ranks),
+                SharedBatches(batches, ranks, turn.check, turn.progress),
                 accumulation=accumulation,
                 step_tokens=instructions.batch_tokens,
                 num_steps=instructions.max_steps,
@@ -258,11 +258,7 @@ class FabricTrainer:
             failure = str(error) if isinstance(error, NanofedError) else f"{type(error).__name__}: {error}"
             logger.warning("client %s, round %d: not evaluated: %s", asked.client, asked.round, failure)
         return Evaluation(
-            run=asked.run,
-            round=asked.round,
-            client=asked.client,
-            nonce=asked.nonce,
-            base_hash=asked.base_hash,
+            **asked.repeated(),
             nats=nats,
             bytes=count,
             seconds=watch.elapsed(),
@@ -293,7 +289,7 @@ class FabricTrainer:
         local = {name: (t.detach().clone() if up.lossless else t.detach()).numpy() for name, t in staged.items()}
         if not all(all_finite(flat(array)) for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
-        return up.pack(local, {} if up.lossless else down.decode_each(arrays, self._like))
+        return up.pack(local, {} if up.lossless else down.parts(arrays, self._like))
 
     def _staged(self) -> dict[str, Tensor]:
         """Return memory of this machine for each weight: on a CPU the weight itself, else page-locked memory that stays.

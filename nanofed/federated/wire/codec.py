@@ -66,12 +66,12 @@ class Codec(ABC):
         """Return the arrays to send, in the weights' order; where a buffer of `nbytes(weights)` bytes is given, they fill it."""
         return self._packed(weights, None, buffer)
 
-    def pack(self, local: Weights, base: Weights, buffer: Any = None) -> Arrays:
+    def pack(self, local: Weights, base: Mapping[str, Array | Part], buffer: Any = None) -> Arrays:
         """Return what a client sends up.
 
         Args:
             local: the weights after training.
-            base: the weights as they were received, `decode` of what came down; of the same names and shapes.
+            base: the weights as they were received, `decode` or `parts` of what came down; of the same names and shapes.
             buffer: as in `encode`.
         """
         return self.encode(local, buffer) if self.lossless else self._packed(local, base, buffer)
@@ -85,14 +85,14 @@ class Codec(ABC):
         """
         return arrays_over(buffer, tuple((dtype, shape) for _, dtype, shape in self._layouts(like)))
 
-    def _packed(self, weights: Weights, base: Weights | None, buffer: Any) -> Arrays:
+    def _packed(self, weights: Weights, base: Mapping[str, Array | Part] | None, buffer: Any) -> Arrays:
         arrays: Arrays
         if buffer is None:
             arrays = [np.empty(shape, dtype) for _, dtype, shape in self._layouts(weights)]
         else:
             arrays = self.over(buffer, weights)
         for (name, values), out in zip(weights.items(), self.tensors(arrays, weights), strict=True):
-            self._write(values, None if base is None else _part(base, name), out)
+            self._write(values, None if base is None else _part(base[name]), out)
         return arrays
 
     def _layouts(self, like: Weights) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
@@ -107,15 +107,25 @@ class Codec(ABC):
         Raises:
             WireError: the arrays do not fit; see `check`.
         """
-        return dict(self.decode_each(arrays, like))
+        out = {name: np.empty(expected.shape, np.float32) for name, expected in like.items()}
+        self.write_to({name: flat(array) for name, array in out.items()}, arrays, like)
+        return out
 
-    def decode_each(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> Weights:
-        """Return what `decode` does, but each weight is made anew whenever it is asked for: one at a time is in memory.
+    def parts(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Part]:
+        """Return, for each weight, a function that reads parts of what `decode` returns: nothing is made of the rest.
 
         Raises:
             WireError: the arrays do not fit; see `check`.
         """
-        return _Decoded(self, self.tensors(arrays, like), like)
+
+        def reader(tensors: Sequence[Tensor]) -> Part:
+            def read(part: slice, buffer: Tensor) -> Tensor:
+                self.read(tensors, part, buffer)
+                return buffer
+
+            return read
+
+        return {name: reader(tensors) for name, tensors in zip(like, self.tensors(arrays, like), strict=True)}
 
     def write_to(self, out: Mapping[str, Tensor], arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> None:
         """Write what `decode` returns into fp32 tensors in this machine's memory, block by block.
@@ -160,43 +170,13 @@ class Codec(ABC):
 
     def nbytes(self, like: Weights) -> int:
         """Return the exact size of weights on the wire in bytes, without the messages' own framing."""
-        return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._layouts(like))
+        return bytes_of(tuple((dtype, shape) for _, dtype, shape in self._layouts(like)))
 
 
-class _Decoded(Mapping[str, Array]):
-    """Weights as they arrived, each read when it is asked for."""
-
-    def __init__(self, codec: Codec, parts: Sequence[Sequence[Tensor]], like: Weights) -> None:
-        self._codec = codec
-        self._parts = dict(zip(like, parts, strict=True))
-        self._shapes = {name: array.shape for name, array in like.items()}
-
-    def __getitem__(self, name: str) -> Array:
-        out = np.empty(self._shapes[name], np.float32)
-        arrays, target = self._parts[name], flat(out)
-        over_blocks([target.numel()], lambda: lambda _, part: self._codec.read(arrays, part, target[part]))
-        return out
-
-    def part(self, name: str) -> Part:
-        """Return a function that reads parts of one weight: nothing is made of the rest."""
-
-        def read(part: slice, buffer: Tensor) -> Tensor:
-            self._codec.read(self._parts[name], part, buffer)
-            return buffer
-
-        return read
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-
-def _part(weights: Weights, name: str) -> Part:
-    if isinstance(weights, _Decoded):
-        return weights.part(name)
-    values = flat(weights[name])
+def _part(weight: Array | Part) -> Part:
+    if callable(weight):
+        return weight
+    values = flat(weight)
     return lambda part, _: values[part]
 
 
@@ -223,7 +203,7 @@ class Fp32Codec(Codec):
             return super().encode(weights, buffer)
         return [np.asarray(values, dtype=np.float32, order="C") for values in weights.values()]
 
-    def decode_each(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> Weights:
+    def decode(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Array]:
         """Check the arrays and give them their names: no copy."""
         self.check(arrays, like)
         return {name: array.astype(np.float32, copy=False) for name, array in zip(like, arrays, strict=True)}
