@@ -188,7 +188,7 @@ class Clients:
         while len(connected := self.connected()) < quorum:
             waited = time.monotonic() - started
             waiting = f"{quorum - len(connected)} more clients of {quorum} ({self._who(connected)})"
-            if self._policy.waits_in_vain and (self.refused or waited > config.quorum_seconds):
+            if self._policy.one_machine and (self.refused or waited > config.quorum_seconds):
                 raise NanofedError(
                     f"round {number} needs {quorum} clients, {len(connected)} can take part ({self.why()}); "
                     "the run goes on from its last checkpoint with --ckpt_path last"

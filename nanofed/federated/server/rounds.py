@@ -76,7 +76,7 @@ class RoundLoop:
         owners: Callable[[], Mapping[int, str]] | None = None,
         transport: WeightTransport | None = None,
     ) -> None:
-        if policy.waits_in_vain and config.quorum > config.clients:
+        if policy.one_machine and config.quorum > config.clients:
             raise ConfigError(f"federation.quorum={config.quorum} is more than the {config.clients} clients there are")
         if config.sharding != "local":
             RowPlan.whole(data.dataset).check_streams(data.streams)
@@ -90,7 +90,7 @@ class RoundLoop:
         self._horizon = module.recipe.horizon(module.config)
         self._status_file = StatusFile(run)
         self._scheduler = Scheduler(module, data, config, policy)
-        model = ServerModel(module, data, device, shared=policy.shares_model)
+        model = ServerModel(module, data, device, shared=policy.one_machine)
         self.state = State.new(module, data, config, run)
         model.release()  # the state has the weights
         events = self.state.events
@@ -101,7 +101,7 @@ class RoundLoop:
         if config.evaluation == "sites":
             self._evaluator = SiteEvaluator(self._messenger, self._there, data, config, metrics, options, policy)
         else:
-            self._evaluator = ServerEvaluator(model, metrics, options, beside=policy.evaluates_beside)
+            self._evaluator = ServerEvaluator(model, metrics, options, beside=not policy.one_machine)
         self._unsaved = False  # a checkpoint was due and could not be written
 
     # --- the run
@@ -268,7 +268,7 @@ class RoundLoop:
             UnusualNorm: it is too long or too short.
         """
         client, state, steps = reply.client, self.state, update.report.steps
-        if not self._policy.in_turns:
+        if not self._policy.one_machine:
             state.speeds.check(update.report, reply.seconds)
         update = replace(update, report=state.ledger.of(client).believed(update.report, asked))
         length = state.norms.measure(update.norms, self.rates(asked, steps), state.weight_norm)
@@ -342,7 +342,7 @@ class RoundLoop:
             return False
         for part, report in zip(parts, reports, strict=True):
             state.ledger.of(report.client).commit(report.client, report.data)
-            state.speeds.learn(report, None if self._policy.in_turns else part.seconds)
+            state.speeds.learn(report, None if self._policy.one_machine else part.seconds)
         state.norms.accept({client: (part.length, part.scale) for client, part in figures.merged.items()})
         state.clock.round = figures.round
         state.clock.tokens += sum(report.tokens for report in reports)

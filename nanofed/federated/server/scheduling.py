@@ -188,7 +188,7 @@ class Scheduler:
             seconds = None
             if config.round_steps is None:
                 seconds = config.round_seconds
-                if not self._policy.in_turns:
+                if not self._policy.one_machine:
                     seconds = state.speeds.budget(client, config.round_seconds)
                 rate = state.speeds.rate.get(client)  # not known before the first round: then an equal share of all
                 share = ledger.share(1 if state.ledger.own_text else len(clients))
@@ -198,7 +198,7 @@ class Scheduler:
                 margin = min(margin, max(1.0, epoch / max(1, tokens)))
                 tokens = min(tokens, epoch)
             deadline = None
-            if not self._policy.in_turns:
+            if not self._policy.one_machine:
                 deadline = self.time_limit() - state.speeds.overhead.get(client, 0.0) / 2
             spare = SPARE_ROWS[self._data.packing]
             stride = (index, len(clients)) if config.sharding == "full" else None
