@@ -198,11 +198,7 @@ def test_a_lie_of_the_last_weights_is_no_figure(tiny_corpus: Path, tmp_path: Pat
     assert left.figures == {number: bpb for number, bpb in clean.figures.items() if number < 2}, (
         "nobody has said anything"
     )
-    assert left.trace.events == {
-        "client-0": {"evaluation": 1},
-        HOSTILE: {"evaluation": 1},
-        "server": {"evaluation": 1},
-    }
+    assert left.trace.events == {"client-0": {"evaluation": 1}, HOSTILE: {"evaluation": 1}, "server": {"evaluation": 1}}
     assert "the client failed: OSError: the disk is gone" in left.events[0]["reason"]
     assert (
         "nats is nan: Input should be a finite number" in left.events[1]["reason"]

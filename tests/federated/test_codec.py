@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from nanofed.federated.wire import blocks
-from nanofed.federated.wire.codec import (
-    CODECS,
-    Array,
-    Codec,
-    WireError,
-    hash_arrays,
-    payload_bytes,
-)
+from nanofed.federated.wire.codec import CODECS, Array, Codec, WireError, hash_arrays, payload_bytes
 from tests.federated.arrays import odd_weights, random_weights, trained
 
 CODEC = CODECS["fp32"]

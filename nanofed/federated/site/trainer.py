@@ -258,11 +258,7 @@ class FabricTrainer:
             failure = str(error) if isinstance(error, NanofedError) else f"{type(error).__name__}: {error}"
             logger.warning("client %s, round %d: not evaluated: %s", asked.client, asked.round, failure)
         return Evaluation(
-            **asked.repeated(),
-            nats=nats,
-            bytes=count,
-            seconds=watch.elapsed(),
-            failure=failure[:MAX_FAILURE],
+            **asked.repeated(), nats=nats, bytes=count, seconds=watch.elapsed(), failure=failure[:MAX_FAILURE]
         )
 
     def _take_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions | Evaluate) -> None:
