@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from nanofed.federated.server.scheduling import Scheduler
 from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
-from nanofed.federated.wire.codec import CODECS, hash_arrays
+from nanofed.federated.wire.codec import CODECS, hash_arrays, payload_bytes
 from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.checkpoint import SaveError, prune_checkpoints
@@ -267,23 +266,24 @@ class RoundLoop:
             RefusedReply: it must not be merged.
             UnusualNorm: it is too long or too short.
         """
-        client, state, steps = reply.client, self.state, update.report.steps
+        client, state = reply.client, self.state
         if not self._policy.one_machine:
             state.speeds.check(update.report, reply.seconds)
-        update = replace(update, report=state.ledger.of(client).believed(update.report, asked))
-        length = state.norms.measure(update.norms, self.rates(asked, steps), state.weight_norm)
-        if update.report.unwritten:
+        report = state.ledger.of(client).believed(update.report, asked)
+        length = state.norms.measure(update.norms, self.rates(asked, update.report.steps), state.weight_norm)
+        if report.unwritten:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         by_tokens = self._config.weighting == "tokens"
-        weight = float(state.speeds.believed([update.report])[0].tokens) if by_tokens else 1.0
+        weight = float(state.speeds.believed([report])[0].tokens) if by_tokens else 1.0
         if held := not state.norms.is_unsuspicious(length):
             aggregator.hold(client, update.arrays, weight)
         else:
             aggregator.fold(client, update.arrays, weight)
         self.clients.refused.pop(client, None)
         evaluating = self._evaluator.take_reply(client, reply.metrics, reply.seconds, state)
-        update = replace(update, arrays=[])  # what was folded in may go
-        return MergedUpdate(update, length, weight, 1.0, reply.seconds - evaluating, held)
+        return MergedUpdate(
+            report, payload_bytes(update.arrays), length, weight, seconds=reply.seconds - evaluating, held=held
+        )
 
     def rates(self, asked: Instructions, steps: int) -> Steps:
         """Return the learning rates of a client's first steps of a round."""
@@ -329,9 +329,9 @@ class RoundLoop:
         state, started = self.state, time.monotonic()
         self._say("merging", figures.round)
         parts = figures.merged.values()
-        reports = state.speeds.believed([part.update.report for part in parts])
+        reports = state.speeds.believed([part.report for part in parts])
         for part, report in zip(parts, reports, strict=True):
-            part.update = replace(part.update, report=report)
+            part.report = report
         gradient = aggregator.result()
         figures.take(gradient, aggregator.cosines())
         try:

@@ -14,8 +14,7 @@ from flwr.app import Message
 from nanofed.data.rows import Row, RowRange
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import Kind
-from nanofed.federated.wire.blocks import norm_of
-from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays, payload_bytes
+from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays
 from nanofed.federated.wire.messages import Failure, Instructions, Report, RoundMessage
 from nanofed.federated.wire.plain import plain
 
@@ -49,13 +48,7 @@ class Update:
 
     arrays: Arrays
     report: Report
-    payload_bytes: int
     norms: Sequence[float]
-
-    @property
-    def norm(self) -> float:
-        """The L2 norm of the whole update."""
-        return norm_of(self.norms)
 
 
 def check_reply(
@@ -91,7 +84,6 @@ def check_reply(
             raise RefusedReply(failure.kind, failure.reason)
         report = Report.from_config(metrics)
         arrays = take(reply)
-        payload = payload_bytes(arrays)
         sent.up.check(arrays, sent.weights)
     except RefusedReply:
         raise
@@ -106,7 +98,7 @@ def check_reply(
     norms = sent.update_norms(arrays)
     if not all(map(math.isfinite, norms)):
         raise RefusedReply("not_finite", f"{_not_finite(arrays, sent)} is not finite")
-    return Update(arrays, report, payload, norms)
+    return Update(arrays, report, norms)
 
 
 def check_repeated(said: RoundMessage, asked: RoundMessage, kind: Kind | None = None) -> None:

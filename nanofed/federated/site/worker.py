@@ -119,16 +119,9 @@ class SiteTrainer:
             turn = _Turn(self.task, self._progress, instructions.deadline_seconds)
             payload, report = self._trainer.train(arrays, instructions, turn)
         self._unsaved = instructions
-        speed = report.tokens / report.seconds if report.seconds > 0 else 0.0
-        self._progress.trained(report.steps, speed)
-        logger.info(
-            "round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s",
-            report.round,
-            report.steps,
-            report.loss_first,
-            report.loss_last,
-            speed,
-        )
+        self._progress.trained(report.steps, report.tokens_per_second)
+        losses, speed = (report.loss_first, report.loss_last), report.tokens_per_second
+        logger.info("round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s", report.round, report.steps, *losses, speed)
         return payload, report
 
     def evaluate(self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate) -> Evaluation:

@@ -307,6 +307,11 @@ class Report(RoundMessage):
     data: Position
     unwritten: bool
 
+    @property
+    def tokens_per_second(self) -> float:
+        """The speed of the training."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
 
 @dataclass(frozen=True)
 class Failure(RoundMessage):
