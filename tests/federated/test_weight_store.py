@@ -144,12 +144,12 @@ def test_what_was_taken_up_cannot_be_changed_any_more(store: WeightStore, port: 
     with pytest.raises(RoundOver, match="its round is over"):
         road.deliver(stored, BF16.encode(weights(2)), until(stored))
     path = Path(f"/proc/self/fd/{before}")  # opens the file that has no name any more, as who opened it before holds it
-    with pytest.raises(weights_server._Refused, match="its round is over"):
+    with pytest.raises(weights_server._HttpError, match="its round is over"):
         weights_server._write(path, 0, b"x" * 100)
     for there, here in zip(taken, answer, strict=True):
         np.testing.assert_array_equal(there, here)
     round_weights.drop("lab-a")
-    with pytest.raises(weights_server._Refused, match="its round is over"):
+    with pytest.raises(weights_server._HttpError, match="its round is over"):
         weights_server._write(path, 0, b"x" * 100)
     os.close(before)
     with pytest.raises(WireError, match="no room for its answer"):
@@ -349,7 +349,7 @@ def test_writers_cannot_hold_up_who_takes_an_answer(store: WeightStore, port: in
     path, over = tmp_path / "weights" / UP / stored.answer, threading.Event()
 
     def write() -> None:
-        with pytest.raises(weights_server._Refused, match="its round is over"):
+        with pytest.raises(weights_server._HttpError, match="its round is over"):
             while True:
                 weights_server._write(path, 0, bytes(PIECE_BYTES))
         over.set()

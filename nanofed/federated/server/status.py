@@ -9,7 +9,7 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType, UnionType
+from types import UnionType
 from typing import Any, Self
 
 import torch
@@ -45,10 +45,8 @@ class StatusFile:
         self.say(phase="starting")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.say(phase="ended" if error is None else "failed")
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.say(phase="ended" if kind is None else "failed")
 
     def say(self, **figures: Any) -> None:
         """Write what the server is doing; figures that were said before stay."""
@@ -65,10 +63,8 @@ def read_status_file(run: Path) -> dict[str, Any] | None:
         said = json.loads((run / FILE).read_text())
     except (OSError, ValueError):
         return None
-    whole = isinstance(said, dict) and all(
-        isinstance(said[name], kind) for name, kind in KINDS_IN_FILE.items() if name in said
-    )
-    return said if whole else None
+    right = isinstance(said, dict) and all(isinstance(said[n], kind) for n, kind in KINDS_IN_FILE.items() if n in said)
+    return said if right else None
 
 
 @dataclass(frozen=True)
@@ -115,9 +111,9 @@ def read_status(run: Path) -> Status:
     if newest is None and said is None:
         raise ConfigError(f"{run} holds no federated run that has begun: no server has said anything, nothing is saved")
     manifest, state, saved = newest or (None, {}, None)
-    held, shards = ledger_figures(state.get("ledger", {}))
     events = Events()
     events.load_state_dict(state.get("events", []))
+    held, shards = ledger_figures(state.get("ledger", {}))
     return Status(
         run=str(run),
         round=int(state.get("clock", {}).get("round", 0)),

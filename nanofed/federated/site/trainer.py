@@ -170,7 +170,8 @@ class FabricTrainer:
         clock.horizon_tokens = instructions.horizon_tokens
         module.data_state = instructions.data
         arrived = ranks.from_first(turn.arrived)
-        watch = self._stopwatch(instructions.client, arrived)
+        own = Stopwatch(self._speed(instructions.client)) if arrived is None else Stopwatch(start=arrived)
+        watch = SharedStopwatch(ranks, own)
         before = 0.0 if arrived is None else watch.elapsed()
         with closing(iter(loader)) as batches:  # a round that is stopped leaves no thread that makes more
             result = train_steps(
@@ -238,7 +239,7 @@ class FabricTrainer:
         """
         turn = turn or Turn()
         ranks = self.ranks
-        watch = self._shared(Stopwatch())
+        watch = SharedStopwatch(ranks, Stopwatch())
         with ranks.together():
             if ranks.first:
                 self._take_weights(arrays, asked)
@@ -304,12 +305,6 @@ class FabricTrainer:
             torch.cuda.current_stream(self._fabric.device).synchronize()  # a copy out of it may be under way
         return self._pinned
 
-    def _stopwatch(self, client: str, arrived: float | None) -> Stopwatch:
-        return self._shared(Stopwatch(self._speed(client)) if arrived is None else Stopwatch(start=arrived))
-
-    def _shared(self, watch: Stopwatch) -> Stopwatch:
-        return SharedStopwatch(self.ranks, watch) if self.ranks.size > 1 else watch
-
     def _state_before(self, instructions: Instructions) -> defaultdict[Tensor, Any]:
         """Return the newest state from before this round: in memory, on disk, or a fresh one."""
         client, run, number = instructions.client, instructions.run, instructions.round
@@ -334,8 +329,6 @@ class FabricTrainer:
 
     def _send_state(self, saved: Saved | None) -> Saved | None:
         """Give all ranks the first one's saved state, a parameter at a time."""
-        if self.ranks.size == 1:
-            return saved
         rest = self.ranks.from_first({**saved, "state": None} if saved else None)
         if rest is None:
             return None
