@@ -64,6 +64,7 @@ def poisoned(value: float) -> Any:
         (changed(0, np.zeros((1, 4), np.float32)), r"wte.weight has shape \(1, 4\)"),
         (changed(2, np.zeros((), np.float32)), r"scale has shape \(\)"),
         (changed(2, np.zeros(1, np.float64)), "scale is float64"),
+        (changed(2, np.zeros(1, np.float16)), "scale is float16"),
         (changed(2, np.zeros(1, np.int64)), "scale is int64"),
         (list(weights(1).values())[:2], "2 arrays arrived"),
         ([*weights(1).values(), np.zeros(1, np.float32)], "4 arrays arrived"),
@@ -71,8 +72,9 @@ def poisoned(value: float) -> Any:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(arrays: list[Any], says: str) -> None:
-    with pytest.raises(RefusedReply, match=says):
+    with pytest.raises(RefusedReply, match=says) as refused:
         check(reply(arrays, report(payload_hash=hash_arrays(arrays)).to_config()))
+    assert refused.value.kind == ("not_finite" if "finite" in says else "malformed")
 
 
 def test_weights_that_were_damaged_on_their_way_are_refused() -> None:
@@ -125,6 +127,7 @@ def test_another_serialization_is_refused() -> None:
         ({"round": 2}, "for round 2, not 3"),
         ({"client": "client-1"}, "for client 'client-1'"),
         ({"base_hash": "0" * 64}, "for base_hash"),
+        ({"nonce": "0" * 32}, "for nonce"),
         ({"run": "x" * 1_000_000}, "for run"),
         ({"steps": 0, "tokens": 0}, "claims 0 steps"),
         ({"steps": -1, "tokens": -64}, "claims -1 steps"),
@@ -151,6 +154,10 @@ def test_a_report_of_something_else_is_refused(changes: dict[str, Any], says: st
     with pytest.raises(RefusedReply, match=says) as refused:
         check(with_json(json.dumps(plain)))
     assert len(str(refused.value)) <= 500
+    words = str(refused.value).split()
+    repeated = {"run": "foreign", "client": "foreign", "round": "stale", "base_hash": "stale", "nonce": "stale"}
+    kind = repeated[words[3]] if words[:3] == ["it", "is", "for"] else "malformed" if words[0] == "a" else "tokens"
+    assert refused.value.kind == kind
 
 
 def streams(**changes: StreamState) -> DataState:
