@@ -24,10 +24,7 @@ logger = logging.getLogger(__name__)
 
 # What a client says of itself that may differ from the server's.
 OWN = ("name", "versions", "devices", "tokens_per_second", "shards", "dataset")
-SAME_VERSIONS = (
-    "nanofed",
-    "flwr",
-)  # they decide what travels; another Python or torch computes the same up to rounding
+SAME_VERSIONS = ("nanofed", "flwr")  # they decide what travels; another torch computes the same up to rounding
 HELLO_SECONDS = 120.0  # until a client that does not answer a hello is refused
 POLL_SECONDS = 0.1
 ASK_AGAIN_SECONDS = 60.0  # by then Flower has forgotten a dead node, whose successor goes by the same name

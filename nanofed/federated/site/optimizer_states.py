@@ -49,22 +49,16 @@ class StateFolder:
             self._write(folder, number, saved)
         except (OSError, RuntimeError) as error:  # torch raises either
             self.unwritten += 1
-            logger.warning(
-                "client %s, round %d: the optimizer state cannot be written to %s and stays in memory: %s",
-                client,
-                number,
-                folder,
-                str(error).splitlines()[0],
-            )
+            reason = f"cannot be written to {folder} and stays in memory: {str(error).splitlines()[0]}"
+            logger.warning("client %s, round %d: the optimizer state %s", client, number, reason)
             buffer = io.BytesIO()
             torch.save(saved, buffer)
             self._memory[folder][number] = buffer.getvalue()
         else:
             self._memory[folder].pop(number, None)
         files, memory = self._files(folder), self._memory[folder]
-        stay = sorted(n for n in files.keys() | memory.keys() if n <= number)[
-            -KEPT:
-        ]  # later ones: a future that was lost
+        known = sorted(n for n in files.keys() | memory.keys() if n <= number)  # later ones: a future that was lost
+        stay = known[-KEPT:]
         for n in [n for n in memory if n not in stay]:
             del memory[n]
         for n in [n for n in files if n not in stay]:

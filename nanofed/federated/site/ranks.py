@@ -17,9 +17,7 @@ from nanofed.training.loop import Stopwatch
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(
-    days=365
-)  # ranks wait for the next round as long as it takes; the dead are seen by their connections
+PATIENCE = timedelta(days=365)  # ranks wait for a round as long as it takes: their connections tell of the dead
 
 
 class Agreed(NanofedError):

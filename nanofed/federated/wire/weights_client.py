@@ -29,20 +29,12 @@ from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET,
 CONNECTIONS = 2  # pieces under way at a time: one fills the pause in which the other is answered
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries
 SILENCE_SECONDS = 30.0  # without a byte, after which a connection is given up
-ANSWER_SECONDS = (
-    90.0  # the same once all is sent: some of it waits in buffers on its way, and the server takes its time
-)
+ANSWER_SECONDS = 90.0  # without a byte once all is sent: some of that waits in buffers, and the server takes its time
 BLOCK_BYTES = 64 << 10  # a time limit counts for all of what is sent at once
-UNABLE_SECONDS = (
-    15.0  # a server that says that it cannot is believed then: the site still tells it why the round failed
-)
+# A server that says that it cannot is asked again for this long: then the site still tells it why the round failed.
+UNABLE_SECONDS = 15.0
 UNABLE = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE)
-AGAIN = (
-    HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.BAD_GATEWAY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT,
-)
+AGAIN = (429, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)  # 429: too many calls
 
 Piece = tuple[int, list[memoryview]]  # the first byte of it, and its bytes
 
