@@ -37,14 +37,11 @@ class Clients:
     """Flower's nodes and the named clients behind them, each checked before its first round.
 
     Args:
-        grid: the connection to the nodes.
-        expected: what every client must say of itself, except for `OWN`.
-        config: gives quorum, availability, and whether clients have text of their own.
-        events: counts refusals and rounds that could not begin.
-        policy: says whether waiting for a refused client can help.
-        seed: seed of the draws of who is available.
-        admit: is called with the hello of a client that fits; a NanofedError from it refuses the client.
-        owners: returns node -> the client whose key the node has; None where nodes have no keys.
+        expected: What every client must say of itself, except for `OWN`.
+        events: They count refusals and rounds that could not begin.
+        seed: The seed of the draws of who is available.
+        admit: It is called with the hello of a client that fits; a NanofedError from it refuses the client.
+        owners: It returns node -> the client whose key the node has; None where nodes have no keys.
 
     Attributes:
         names: node -> the client behind it, for those connected at the last look.
@@ -173,11 +170,11 @@ class Clients:
         whom the round waits for; every `quorum_seconds` that is a warning and an event.
 
         Args:
-            number: the round that is to begin.
-            meanwhile: is called twice a second with what is waited for.
+            number: The round that is to begin.
+            meanwhile: It is called twice a second with what is waited for.
 
         Raises:
-            NanofedError: the clients share this machine, and too few of them can take part.
+            NanofedError: The clients share this machine, and too few of them can take part.
         """
         config, quorum = self._config, self._config.quorum
         started = time.monotonic()

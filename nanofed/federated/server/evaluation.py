@@ -54,12 +54,8 @@ class _Wanted:
 class RoundEvaluator(ABC):
     """Has the weights after a round evaluated, and writes the figure under that round whenever it comes.
 
-    Args:
-        metrics: where figures are written.
-        options: gives how many rounds there are between two figures, and what is sampled.
-
     Attributes:
-        round: the last round that was evaluated, or is being evaluated; -1 before the first.
+        round: The last round that was evaluated, or is being evaluated; -1 before the first.
     """
 
     def __init__(self, metrics: FederationMetrics, options: RunOptions) -> None:
@@ -101,9 +97,7 @@ class RoundEvaluator(ABC):
     def end_round(self, state: State, *, merged: bool) -> None:  # noqa: B027
         """Write what the clients of a round have measured, now that no more replies come.
 
-        Args:
-            state: the run's state.
-            merged: the weights have changed since the round was sent, so that nobody can be asked for the old ones again.
+        With `merged` they have changed since the round was sent, so that nobody can be asked for the old ones again.
         """
 
     def _wanted(self, state: State) -> _Wanted:
@@ -118,10 +112,10 @@ class ServerModel:
     """A model on the server that takes the global weights to be evaluated.
 
     Args:
-        module: the GPTModule; it is configured here if it is not yet.
-        data: the shards and tokenizer.
-        device: where to evaluate.
-        shared: the module's model is also that of a trainer in this process.
+        module: The GPTModule, which is configured here if it is not yet.
+        data: The shards and the tokenizer.
+        device: The device that evaluates.
+        shared: The module's model is also that of a trainer in this process.
     """
 
     def __init__(self, module: GPTModule, data: TokenDataModule, device: torch.device, *, shared: bool) -> None:
@@ -185,10 +179,7 @@ class ServerEvaluator(RoundEvaluator):
     while another is being evaluated gets no figure, and the log says so.
 
     Args:
-        model: the model that takes the weights.
-        metrics: where figures are written.
-        options: gives how many rounds there are between two figures, and what is sampled.
-        beside: evaluate while the next round runs; else at once, so that a run takes the same course each time.
+        beside: Whether the next round runs meanwhile. Where it does not, a run takes the same course each time.
     """
 
     def __init__(self, model: ServerModel, metrics: FederationMetrics, options: RunOptions, *, beside: bool) -> None:
@@ -259,13 +250,8 @@ class SiteEvaluator(RoundEvaluator):
     Only the last weights of a run are sent for that alone.
 
     Args:
-        messenger: sends the last weights.
-        there: returns client -> node of those that can be asked now.
-        data: gives the tokenizer, the length of the text, and the pinned validation shard.
-        config: gives sharding, grace and codec.
-        metrics: where figures are written.
-        options: gives how many rounds there are between two figures.
-        policy: says whether clients take turns.
+        messenger: It sends the last weights.
+        there: It returns client -> node of those that can be asked now.
     """
 
     def __init__(

@@ -34,10 +34,9 @@ class ClientReply(Generic[T]):
     """What came of one client's message.
 
     Attributes:
-        client: the client's name.
-        result: what was asked for, such as an update to be merged, or why there is none.
-        seconds: time from the dispatch until the reply was here and checked.
-        metrics: all that the client said beside weights, unchecked; empty where there is no result.
+        result: What was asked for, such as an update to be merged, or why there is none.
+        seconds: The time from the dispatch until the reply was here and checked.
+        metrics: All that the client said beside weights, unchecked; empty where there is no result.
     """
 
     client: str
@@ -50,12 +49,11 @@ class Messenger:
     """Sends messages to clients and takes their replies; a reply that nobody waits for is counted and dropped.
 
     Args:
-        grid: the connection to the nodes.
-        events: counts the replies that nobody waits for.
-        transport: moves the weights; by default they are in the messages.
+        events: They count the replies that nobody waits for.
+        transport: It moves the weights; by default they are in the messages.
 
     Attributes:
-        late: clients whose replies came too late since somebody emptied this set.
+        late: The clients whose replies came too late since somebody emptied this set.
     """
 
     def __init__(self, grid: Grid, events: Events, transport: WeightTransport | None = None) -> None:

@@ -154,8 +154,8 @@ class FederationMetrics:
     figures and does not end the run.
 
     Args:
-        run: the run's folder.
-        summary: what the run has come to so far.
+        run: The run's folder.
+        summary: What the run has come to so far.
     """
 
     def __init__(self, run: Path, summary: Summary) -> None:
@@ -166,15 +166,7 @@ class FederationMetrics:
         self._bar: tqdm[Any] = tqdm(disable=True)
 
     def merged(self, figures: RoundMetrics, *, step: int, tokens: int, rows: int, events: Events) -> None:
-        """Write what a round came to.
-
-        Args:
-            figures: the round's figures.
-            step: optimizer steps of the run so far; scalars are written at this step.
-            tokens: tokens merged so far.
-            rows: rows merged so far.
-            events: what went wrong in the run so far.
-        """
+        """Write what a round came to, with the run's steps, tokens, rows and events so far; scalars stand at the step."""
         self.summary.tokens = tokens
         self.summary.seconds += figures.train_seconds
         scalars = {

@@ -47,17 +47,13 @@ class RoundLoop:
     """Trains a model over the clients of a grid.
 
     Args:
-        grid: the connection to the clients.
-        module: gives model, recipe and seed; the server evaluates with its model.
-        data: the shards, whose training rows are leased and whose validation rows the server reads.
-        config: the options of the federation.
-        options: the options of the run.
-        run: the run's folder.
-        metrics: where figures are written.
-        device: where the server evaluates.
-        policy: whether the clients share this machine or are sites with machines of their own.
-        owners: returns node -> the client whose key the node has; None where nodes have no keys.
-        transport: moves the weights; by default they are in the messages.
+        module: It gives model, recipe and seed; the server evaluates with its model.
+        data: The shards, whose training rows are leased and whose validation rows the server reads.
+        run: The run's folder.
+        device: The device on which the server evaluates.
+        policy: Whether the clients share this machine or are sites with machines of their own.
+        owners: It returns node -> the client whose key the node has; None where nodes have no keys.
+        transport: It moves the weights; by default they are in the messages.
     """
 
     def __init__(

@@ -63,14 +63,10 @@ class ClientSpeeds:
         return max(left, LEAST_SHARE * round_seconds)
 
     def check(self, report: Report, elapsed: float) -> None:
-        """Refuse training that cannot have been done since the round was sent.
-
-        Args:
-            report: the report of a client with a clock of its own.
-            elapsed: seconds since the dispatch, on the server's clock.
+        """Refuse training that cannot have been done since the round was sent, `elapsed` seconds ago on the server's clock.
 
         Raises:
-            RefusedReply: it claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
+            RefusedReply: The report claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
         """
         client = report.client
         if report.seconds > elapsed + CLOCK_SLACK:
@@ -147,14 +143,7 @@ class ClientSpeeds:
 
 
 class Scheduler:
-    """Leases rows and writes the instructions of a round.
-
-    Args:
-        module: gives the recipe.
-        data: gives micro-batch, row length and packing.
-        config: gives the length of a round, the sharding and the codecs.
-        policy: says whether clients have clocks of their own, so that an answer can be late.
-    """
+    """Leases rows and writes the instructions of a round."""
 
     def __init__(
         self, module: GPTModule, data: TokenDataModule, config: FederationConfig, policy: ClientPolicy
@@ -168,11 +157,7 @@ class Scheduler:
     def instruct(self, number: int, clients: Sequence[str], state: State, base_hash: str) -> dict[str, Instructions]:
         """Return the instructions of a round by client, and enter their leases in the ledger.
 
-        Args:
-            number: number of the round.
-            clients: the clients that take part.
-            state: the run's state after the round before.
-            base_hash: hash of the weights that will be sent along.
+        The state is that after the round before, and the hash that of the weights that will be sent along.
         """
         config, clock = self._config, state.clock
         batch_tokens = self._recipe.batch_tokens

@@ -31,11 +31,7 @@ KINDS_IN_FILE: dict[str, type | UnionType] = {
 
 
 class StatusFile:
-    """Keeps `server.json` of a run up to date while a round loop runs, as a context manager.
-
-    Args:
-        run: the run's folder.
-    """
+    """Keeps `server.json` in a run's folder up to date while a round loop runs, as a context manager."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / FILE

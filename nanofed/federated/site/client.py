@@ -38,12 +38,7 @@ def client_name(context: Context) -> str:
 
 
 def client_app(trainer: Callable[[Context], LocalTrainer], weights: WeightsClient | None = None) -> ClientApp:
-    """Return a ClientApp whose NumPyClient drives `trainer(context)`.
-
-    Args:
-        trainer: called for every message.
-        weights: fetches and delivers the weights that a message only names.
-    """
+    """Return a ClientApp whose NumPyClient drives `trainer(context)`, which is called for every message."""
 
     def client_fn(context: Context) -> Client:
         return TrainerClient(trainer(context), client_name(context), weights).to_client()
@@ -71,9 +66,8 @@ class TrainerClient(NumPyClient):
     """Hands each message to the trainer and its answer back.
 
     Args:
-        trainer: trains and evaluates.
-        name: the client's; instructions for another are refused.
-        weights: client of the server's weights, for messages that only name them.
+        name: The client's name; instructions for another are refused.
+        weights: It fetches and delivers weights, for messages that only name them.
     """
 
     def __init__(self, trainer: LocalTrainer, name: str, weights: WeightsClient | None = None) -> None:

@@ -94,9 +94,9 @@ class SiteTrainer:
     """The trainer of a site's client on the first rank: what it is asked to do, all ranks do together.
 
     Args:
-        trainer: trains and evaluates on this rank.
-        progress: hears how far the trainer is.
-        micro_batch_tokens: tokens of one micro-batch, over all ranks.
+        trainer: It trains and evaluates on this rank.
+        progress: It hears how far the trainer is.
+        micro_batch_tokens: The tokens of one micro-batch, over all ranks.
     """
 
     def __init__(self, trainer: FabricTrainer, progress: Progress, micro_batch_tokens: int) -> None:
