@@ -48,7 +48,7 @@ class WeightStore(WeightTransport):
             raise self._failed(error) from error
 
     def encode(self, weights: Weights, codec: Codec) -> Arrays:
-        """Return weights in the file for the next round's, made anew; that of the round before is removed.
+        """Return weights as they are sent, in a new file of the store; the file of the round before is removed.
 
         Raises:
             NanofedError: The disk has no room for it.
