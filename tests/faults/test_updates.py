@@ -237,7 +237,10 @@ def test_hostile_strings_are_cut_and_escaped(
         assert word.isprintable() and len(word) < 1000, word[:100]
 
 
-@pytest.mark.parametrize("field", ["code", "tokenizer", "dataset", "model", "training", "nanofed", "flwr", "no hello"])
+FIELDS = ["code", "tokenizer", "dataset", "model", "streams", "training", "nanofed", "flwr", "no hello"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_client_that_does_not_match_is_refused_at_its_hello(field: str, tiny_corpus: Path, tmp_path: Path) -> None:
     """The run is that of the honest client alone."""
 
@@ -250,7 +253,9 @@ def test_a_client_that_does_not_match_is_refused_at_its_hello(field: str, tiny_c
             return replace(hello, versions={**hello.versions, field: "0.1"})
         old = getattr(hello, field)
         first = next(iter(old)) if isinstance(old, dict) else ""
-        other = {**old, first: type(old[first])("9")} if isinstance(old, dict) else "e" * 64
+        other = (
+            {**old, first: type(old[first])("9")} if isinstance(old, dict) else 3 if field == "streams" else "e" * 64
+        )
         return replace(hello, **{field: other})
 
     loop, site, left = play(federation(tiny_corpus, tmp_path, "run", **OPTIONS), greet=greet)
