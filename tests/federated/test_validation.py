@@ -30,7 +30,7 @@ def check(message: Message) -> Update:
     def take(reply: Message) -> Arrays:
         return RoundWeights([]).take("client-0", reply, sent().up, weights())
 
-    return check_reply(message, instructions(), sent(), STREAMS, take)
+    return check_reply(message, instructions(), sent(), STREAMS, take, most_pending=1 << 12)
 
 
 def test_an_honest_reply_is_accepted_as_it_is() -> None:

@@ -102,12 +102,12 @@ class Messenger:
             def take(reply: Message) -> Arrays:
                 return round_weights.take(client, reply, sent.up, sent.weights)
 
-            update = check_reply(reply, instructions[client], sent, streams, take, most_pending=most_pending)
+            update = check_reply(reply, instructions[client], sent, streams, take, most_pending)
             return update, reply.content.config_records["fitres.metrics"]
 
-        number = next(iter(instructions.values())).round
-        round_weights = self._transport.offer(sent.payload, list(nodes), sent.up.nbytes(sent.weights), seconds)
-        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, round_weights, number, seconds, check)
+        answer_bytes, number = sent.up.nbytes(sent.weights), next(iter(instructions.values())).round
+        weights = self._transport.offer(sent.payload, list(nodes), answer_bytes, seconds)
+        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, weights, number, seconds, check)
 
     def evaluation(
         self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
@@ -128,10 +128,8 @@ class Messenger:
 
         configs = {client: requests[client].to_config() for client in nodes}
         number = next(iter(requests.values())).round
-        round_weights = self._transport.offer(payload, list(nodes), 0, seconds)
-        return self._exchange(
-            MessageType.EVALUATE, "evaluateins", nodes, configs, round_weights, number, seconds, check
-        )
+        weights = self._transport.offer(payload, list(nodes), 0, seconds)
+        return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, weights, number, seconds, check)
 
     def _exchange(
         self,

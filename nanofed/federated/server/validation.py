@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from flwr.app import Message
 
 from nanofed.data.rows import Row, RowRange
@@ -57,8 +56,7 @@ def check_reply(
     sent: SentWeights,
     streams: int,
     take: Callable[[Message], Arrays],
-    *,
-    most_pending: int = 1 << 12,
+    most_pending: int,
 ) -> Update:
     """Return the update in a reply to `instructions`.
 
@@ -96,8 +94,9 @@ def check_reply(
     if hash_arrays(arrays) != report.payload_hash:
         raise RefusedReply("damaged", "its weights are not the ones that it announces: they were damaged on their way")
     norms = sent.update_norms(arrays)
-    if not all(map(math.isfinite, norms)):
-        raise RefusedReply("not_finite", f"{_not_finite(arrays, sent)} is not finite")
+    for name, norm in zip(sent.weights, norms, strict=True):
+        if not math.isfinite(norm):
+            raise RefusedReply("not_finite", f"{name} is not finite")
     return Update(arrays, report, norms)
 
 
@@ -109,20 +108,14 @@ def check_repeated(said: RoundMessage, asked: RoundMessage, kind: Kind | None = 
             raise RefusedReply(kind or own, f"it is for {name} {there!r}, not {here!r}")
 
 
-def _not_finite(arrays: Arrays, sent: SentWeights) -> str:
-    decoded = sent.up.decode(arrays, sent.weights)
-    return next((name for name, array in decoded.items() if not np.isfinite(array).all()), "the norm of the update")
-
-
 def _check_figures(report: Report, instructions: Instructions) -> None:
     """Refuse a figure of a report that no training of these instructions can have."""
     steps = report.steps
     if not 1 <= steps <= instructions.max_steps:
         raise RefusedReply("tokens", f"it claims {steps} steps, of {instructions.max_steps} at most")
     if report.tokens != steps * instructions.batch_tokens:
-        raise RefusedReply(
-            "tokens", f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}"
-        )
+        claim = f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}"
+        raise RefusedReply("tokens", claim)
     if not steps * LEAST_STEP_SECONDS <= report.seconds <= MAX_SECONDS:
         raise RefusedReply("tokens", f"its training took {report.seconds} s for {steps} steps")
     for name in ("loss_first", "loss_last"):
