@@ -314,11 +314,8 @@ class SiteEvaluator(RoundEvaluator):
     def take_reply(self, client: str, metrics: ReplyMetrics, elapsed: float, state: State) -> float:
         """Take what a client's reply says of its evaluation, and return the seconds that the client spent on it.
 
-        Args:
-            client: the client's name.
-            metrics: all that came beside the client's weights; whatever it holds, the worst of it is one event.
-            elapsed: seconds since the client was asked.
-            state: counts the event.
+        The metrics are all that came beside the client's weights, `elapsed` seconds after it was asked. Whatever they hold, it
+        costs no more than the figure and one event.
         """
         asked = self._asked.get(client)
         if asked is None:
@@ -407,7 +404,7 @@ def _checked(metrics: ReplyMetrics, asked: Evaluate, elapsed: float) -> Evaluati
     """Return the evaluation that a client's reply holds.
 
     Raises:
-        RefusedReply: there is none, it is another round's, or it claims more time than has passed.
+        RefusedReply: There is none, it is another round's, or it claims more time than has passed.
     """
     if Evaluation.key not in metrics:
         raise RefusedReply("evaluation", "it was asked for one, and its answer says nothing of it")

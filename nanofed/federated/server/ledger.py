@@ -100,9 +100,9 @@ class Ledger:
         after `MAX_SCATTERED` of these the lease goes on with whole stretches, so that no stream is left without text.
 
         Args:
-            client: who is to read.
-            tokens: about how many tokens it will train on.
-            spare_rows: rows a stream beyond them, since documents vary and packers read ahead.
+            client: The client that is to read.
+            tokens: About how many tokens it will train on.
+            spare_rows: The rows a stream beyond them, since documents vary and packers read ahead.
             stride: (i, n) to read the whole set as the i-th of n clients: of each n stretches of one row a stream, the i-th,
                 shard after shard; what absent or slower clients leave over of an epoch is read before the next begins.
                 By default the least-progressed shard is read on.
@@ -138,9 +138,9 @@ class Ledger:
         """Lease up to `turns` more rows a stream: on from where the client reads, else from the least-progressed shard.
 
         Args:
-            held: what the client holds.
-            turns: rows a stream at most; fewer where others hold the rows that follow.
-            whole: start where there are free rows of every stream in a row, instead of in the least-progressed shard.
+            held: The rows that the client holds.
+            turns: The rows a stream at most; they are fewer where others hold the rows that follow.
+            whole: Start where there are free rows of every stream in a row, instead of in the least-progressed shard.
         """
         last = held.ranges[-1] if held.ranges else None
         start = last.stop if last is not None else 0
@@ -264,9 +264,7 @@ class Ledger:
     def commit(self, client: str, state: DataState) -> int:
         """Mark as merged what a client has read to its last token, and return the number of rows.
 
-        Args:
-            client: who held the rows.
-            state: its streams' positions; the rows before them are merged, except those still pending.
+        The rows before its streams' positions are merged, except those still pending.
         """
         held = self._clients[client]
         held.data = state
@@ -329,7 +327,7 @@ class Ledger:
         """Take up a saved ledger.
 
         Raises:
-            DataError: it is over other shards than these.
+            DataError: The ledger is over other shards than these.
         """
         if "rows" not in state:
             raise DataError("the saved ledger is of the sites' own shards: it was made with federation.sharding=local")
@@ -357,9 +355,9 @@ def rows_read(ranges: Sequence[RowRange], streams: int, state: DataState) -> Row
     """Return the rows of a lease that streams have begun to read, also those that are still pending.
 
     Args:
-        ranges: of the lease, in reading order.
-        streams: stream s reads the rows r with r mod streams = s.
-        state: where they stand.
+        ranges: The ranges of the lease, in reading order.
+        streams: The number of streams; stream s reads the rows r with r mod streams = s.
+        state: The positions of the streams.
     """
     parts: dict[tuple[int, str], list[npt.NDArray[np.int64]]] = defaultdict(list)
     for stream, at in state.streams.items():
@@ -487,7 +485,7 @@ class LocalLedger(Ledger):
         """Take up saved ledgers.
 
         Raises:
-            DataError: they are of a run that leased the server's shards.
+            DataError: The ledgers are of a run that leased the server's shards.
         """
         if "local" not in state:
             raise DataError(

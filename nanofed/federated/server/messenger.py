@@ -68,7 +68,7 @@ class Messenger:
         """Return weights as they are sent, for the next `round` or `evaluation`.
 
         Raises:
-            NanofedError: there is no room for them.
+            NanofedError: There is no room for them.
         """
         return self._transport.encode(weights, codec)
 
@@ -86,13 +86,13 @@ class Messenger:
         """Send a round, and yield every client with its update or why there is none, in the order of arrival.
 
         Args:
-            nodes: client -> node id.
-            instructions: client -> what it is to do.
-            sent: the weights, the same for all clients.
-            streams: streams of every client's data.
-            most_pending: documents that a stream's packer may hold.
-            seconds: until a client is given up; a reply within as much time again is named as late.
-            requests: client -> what it is to evaluate of these weights before it trains.
+            nodes: The node id of each client.
+            instructions: What each client is to do.
+            sent: The weights, the same for all clients.
+            streams: The number of streams of every client's data.
+            most_pending: The documents that a stream's packer may hold.
+            seconds: A client is given up after this time; a reply within as much time again is named as late.
+            requests: What each client is to evaluate of these weights before it trains.
         """
         configs = {client: instructions[client].to_config() for client in nodes}
         for client, request in (requests or {}).items():
@@ -115,10 +115,10 @@ class Messenger:
         """Send weights to be evaluated and nothing else, and yield every client with its reply, in the order of arrival.
 
         Args:
-            nodes: client -> node id.
-            requests: client -> what it is to evaluate.
-            payload: the weights, in the codec that the requests name.
-            seconds: until a client is given up.
+            nodes: The node id of each client.
+            requests: What each client is to evaluate.
+            payload: The weights, in the codec that the requests name.
+            seconds: A client is given up after this time.
         """
 
         def check(client: str, reply: Message, _: RoundWeights) -> tuple[None, ReplyMetrics]:

@@ -105,8 +105,8 @@ class RoundLoop:
         """Run rounds until the horizon or the last round, in a run's folder that is open and held by this process.
 
         Raises:
-            NanofedError: on one machine, nobody can take part or no round succeeds.
-            SaveError: the last checkpoint cannot be written.
+            NanofedError: On one machine, nobody can take part or no round succeeds.
+            SaveError: The last checkpoint cannot be written.
         """
         clock, summary = self.state.clock, self.metrics.summary
         cut_events(self._run, clock.step if clock.round else -1)
@@ -259,8 +259,8 @@ class RoundLoop:
         """Check an update against what is known of its client, and fold it in, or hold it until the round's others are known.
 
         Raises:
-            RefusedReply: it must not be merged.
-            UnusualNorm: it is too long or too short.
+            RefusedReply: The update must not be merged.
+            UnusualNorm: The update is too long or too short.
         """
         client, state = reply.client, self.state
         if not self._policy.one_machine:

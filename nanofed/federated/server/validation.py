@@ -61,16 +61,16 @@ def check_reply(
     """Return the update in a reply to `instructions`.
 
     Args:
-        reply: what came back.
-        instructions: what was asked.
-        sent: the weights that the round was sent.
-        streams: streams of every client.
-        take: returns the arrays that belong to a reply.
-        most_pending: documents that a stream's packer may hold.
+        reply: The message that came back.
+        instructions: What the client was asked to do.
+        sent: The weights that the round was sent.
+        streams: The number of streams of every client.
+        take: It returns the arrays that belong to a reply.
+        most_pending: The documents that a stream's packer may hold.
 
     Raises:
-        RefusedReply: an error at the client; names, shapes or dtypes that differ; values that are not finite; another run, round,
-            client, nonce or base; figures out of their range; streams outside the lease.
+        RefusedReply: The reply is an error, of other names, shapes or dtypes, not finite, of another run, round, client, nonce or
+            base, has figures out of their range, or streams outside the lease.
     """
     if reply.has_error():
         raise RefusedReply("failed", f"the client failed: {reply.error.reason}")

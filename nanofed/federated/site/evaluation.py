@@ -39,9 +39,9 @@ def measure(
         watch: A running stopwatch that reads the same on all ranks.
 
     Raises:
-        NanofedError: it took too long, or the loss is not finite: a part of the text would be another text's figure.
+        NanofedError: The evaluation took too long, or the loss is not finite: a part of the text would be another text's figure.
         DataError: the validation shard is damaged or too short.
-        Exception: what `turn.check` raises; with several ranks `Agreed` in the place of all these.
+        Exception: `turn.check` raises it; several ranks raise `Agreed` in the place of all these.
     """
     text = data.validation_loader(
         rank=ranks.number, world_size=ranks.size, share=asked.share, shares=asked.shares, eval_tokens=asked.eval_tokens

@@ -29,10 +29,10 @@ class StateFolder:
 
     Args:
         folder: The folder of all states.
-        durable: have the disk itself take every state before it counts as saved: it survives a power cut then.
+        durable: Have the disk itself take every state before it counts as saved: it survives a power cut then.
 
     Attributes:
-        unwritten: states that could not be written so far.
+        unwritten: The number of states that could not be written so far.
     """
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:

@@ -79,7 +79,7 @@ class Ranks:
         """Raise on every rank if one of them has an error.
 
         Raises:
-            Agreed: with the error of the first rank that has one; a rank alone raises the error itself.
+            Agreed: It says the error of the first rank that has one; a rank alone raises the error itself.
         """
         if self._group is None:
             if error is not None:

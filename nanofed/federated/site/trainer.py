@@ -73,10 +73,10 @@ class FabricTrainer:
     With several ranks each has a trainer, and all train the same round at the same time.
 
     Args:
-        module: the GPTModule, not yet configured.
-        data: the shards and tokenizer.
-        fabric: launched; with several devices under FabricShardedStrategy.
-        folder: where the clients' states are kept.
+        module: The GPTModule, not yet configured.
+        data: The shards and the tokenizer.
+        fabric: A Fabric that is launched; with several devices it has a FabricShardedStrategy.
+        folder: The folder of the clients' states.
         speed: A function from a client's name to its speed; 1 is this machine's own.
         durable: Whether a state counts as saved only when the disk has confirmed it.
 
@@ -139,14 +139,14 @@ class FabricTrainer:
 
         Args:
             arrays: the weights, on the first rank; the others take them from it, and return none.
-            instructions: what to do; equal on all ranks.
+            instructions: What to do; they are equal on all ranks.
             turn: The caller's view of the round: it follows the progress and may end it.
 
         Raises:
             WireError: the weights are not the ones that the instructions describe.
             NanofedError: the training cannot be done (a batch that does not divide, a loss that is not finite).
-            Exception: what `turn.check` raises.
-            Agreed: in the place of all these where there are several ranks, on all of them.
+            Exception: `turn.check` raises it.
+            Agreed: Where there are several ranks, all of them raise it in the place of all these.
         """
         turn = turn or Turn()
         ranks, data, module = self.ranks, self._data, self._module
@@ -229,13 +229,13 @@ class FabricTrainer:
 
         Args:
             arrays: the weights, on the first rank; the others take them from it.
-            asked: what to measure; equal on all ranks.
+            asked: What to measure; it is equal on all ranks.
             turn: The caller's view of the evaluation: it may end it.
 
         Raises:
             WireError: the weights are not the ones that the request describes.
-            Exception: what `turn.check` raises.
-            Agreed: in the place of all these where there are several ranks, on all of them.
+            Exception: `turn.check` raises it.
+            Agreed: Where there are several ranks, all of them raise it in the place of all these.
         """
         turn = turn or Turn()
         ranks = self.ranks

@@ -37,8 +37,8 @@ class Codec(ABC):
     A codec says how one weight travels (`layout`, `_write`, `read`): as one array or several, such as integers and scales.
 
     Attributes:
-        name: as in configs and instructions.
-        lossless: what arrives is what was sent, to the bit.
+        name: The codec's name in configs and instructions.
+        lossless: What arrives is what was sent, to the bit.
     """
 
     name: str
@@ -53,9 +53,9 @@ class Codec(ABC):
         """Write the values of some elements of one weight into `out`, fp32 or fp64.
 
         Args:
-            arrays: those of the weight, one-dimensional (`blocks.flat`).
-            part: which elements, in the order of memory; it may have a step.
-            out: as many elements.
+            arrays: The arrays of the weight, one-dimensional (`blocks.flat`).
+            part: The elements, in the order of memory; the slice may have a step.
+            out: A one-dimensional tensor of as many elements.
         """
 
     @abstractmethod
@@ -70,9 +70,9 @@ class Codec(ABC):
         """Return what a client sends up.
 
         Args:
-            local: the weights after training.
-            base: the weights as they were received, `decode` or `parts` of what came down; of the same names and shapes.
-            buffer: as in `encode`.
+            local: The weights after training.
+            base: The weights as they were received, `decode` or `parts` of what came down; of the same names and shapes.
+            buffer: The bytes that the arrays are to fill, as in `encode`.
         """
         return self.encode(local, buffer) if self.lossless else self._packed(local, base, buffer)
 
@@ -80,8 +80,8 @@ class Codec(ABC):
         """Return the arrays of a message whose bytes stand one after the other in a buffer, on the same memory.
 
         Args:
-            buffer: of `nbytes(like)` bytes.
-            like: names and shapes of the weights.
+            buffer: A buffer of `nbytes(like)` bytes.
+            like: Weights of the same names and shapes.
         """
         return arrays_over(buffer, tuple((dtype, shape) for _, dtype, shape in self._layouts(like)))
 
@@ -105,7 +105,7 @@ class Codec(ABC):
         """Return weights with the names and shapes of `like`; they may be the arrays themselves.
 
         Raises:
-            WireError: the arrays do not fit; see `check`.
+            WireError: The arrays do not fit, see `check`.
         """
         out = {name: np.empty(expected.shape, np.float32) for name, expected in like.items()}
         self.write_to({name: flat(array) for name, array in out.items()}, arrays, like)
@@ -115,7 +115,7 @@ class Codec(ABC):
         """Return, for each weight, a function that reads parts of what `decode` returns: nothing is made of the rest.
 
         Raises:
-            WireError: the arrays do not fit; see `check`.
+            WireError: The arrays do not fit, see `check`.
         """
 
         def reader(tensors: Sequence[Tensor]) -> Part:
@@ -131,12 +131,12 @@ class Codec(ABC):
         """Write what `decode` returns into fp32 tensors in this machine's memory, block by block.
 
         Args:
-            out: contiguous tensors with the names and shapes of `like`; they may be parameters.
-            arrays: as they arrived.
-            like: names and shapes of the weights.
+            out: Contiguous tensors with the names and shapes of `like`; they may be parameters.
+            arrays: The arrays as they arrived.
+            like: Weights of the same names and shapes.
 
         Raises:
-            WireError: the arrays do not fit; see `check`. Nothing is written then.
+            WireError: The arrays do not fit, see `check`. Nothing is written then.
         """
         parts = dict(zip(like, self.tensors(arrays, like), strict=True))
         names = list(like)
@@ -151,7 +151,7 @@ class Codec(ABC):
         """Check that arrays can be read as weights with the shapes of `like`.
 
         Raises:
-            WireError: another number of arrays, or another shape or dtype; it names the first that does not fit.
+            WireError: There is another number of arrays, or another shape or dtype; the error names the first that does not fit.
         """
         layouts = list(self._layouts(like))
         if len(arrays) != len(layouts):
@@ -257,7 +257,7 @@ def arrays_of(layout: Iterable[tuple[str, Sequence[int]]]) -> Layout:
     """Return dtype and shape of each array of a layout.
 
     Raises:
-        ValueError: it describes no arrays of numbers.
+        ValueError: The layout describes no arrays of numbers.
     """
     found = []
     for name, shape in layout:

@@ -65,7 +65,7 @@ class WireMessage:
         """Rebuild from what Flower carried.
 
         Raises:
-            WireError: no JSON, too much of it, or other fields or values than this nanofed sends.
+            WireError: It is no JSON, too much JSON, or has other fields or values than this nanofed sends.
         """
         text = config.get(cls.key) if hasattr(config, "get") else None
         if not isinstance(text, str) or len(text) > MAX_JSON:

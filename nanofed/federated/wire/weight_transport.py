@@ -108,7 +108,7 @@ def from_flower(array: Array) -> npt.NDArray[np.generic]:
     """Return the content of Flower's array, read-only, on the same memory where that is aligned.
 
     Raises:
-        ValueError: it is no array of numbers, or has fewer or more bytes than it says.
+        ValueError: The content is no array of numbers, or has fewer or more bytes than it says.
     """
     if array.stype != KIND:
         raise ValueError(f"it is {array.stype!r:.40}, not {KIND!r}")

@@ -74,7 +74,7 @@ class WeightsClient:
         """Return the weights of a round, until `end` on the monotonic clock.
 
         Raises:
-            RoundOver: they are not there any more.
+            RoundOver: The weights are not there any more.
             WeightsError: the server cannot be reached in the round's time, or refuses.
         """
         layout = arrays_of(stored.layout)
@@ -86,8 +86,8 @@ class WeightsClient:
         """Bring the answer to a round, until `end` on the monotonic clock.
 
         Raises:
-            RoundOver: nobody waits for it any more.
-            WeightsError: it is not of the size that is expected, or the server cannot be reached in time, or refuses.
+            RoundOver: Nobody waits for it any more.
+            WeightsError: The answer is not of the size that is expected, or the server cannot be reached in time, or refuses.
         """
         size = sum(array.nbytes for array in arrays)
         if size != stored.answer_bytes:
