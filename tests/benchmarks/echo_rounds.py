@@ -18,8 +18,7 @@ from nanofed.data.rows import RowPlan
 from nanofed.federated.config import Arguments
 from nanofed.federated.site.inbox import Task
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
-from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.model import GPT
 from nanofed.training.recipe import accumulation_steps
 from tests.benchmarks.round_probe import marked
@@ -63,7 +62,7 @@ class EchoTrainer:
                 self._move(weight)
             state = self._read(instructions)
             seconds = time.monotonic() - start
-        payload: list[Any] = up.pack(self._weights, down.decode_each(arrays, self._weights))
+        payload: list[Any] = up.pack(self._weights, down.parts(arrays, self._weights))
         report = Report(
             run=instructions.run,
             round=instructions.round,

@@ -54,10 +54,7 @@ def texts_of(shard: Shard) -> list[str]:
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["with dataset.json", "without"])
 def test_damage_never_becomes_another_text(
-    dataset: Dataset,
-    recorded: bool,
-    count: Callable[[int, int], int],
-    record_property: Callable[[str, object], None],
+    dataset: Dataset, recorded: bool, count: Callable[[int, int], int], record_property: Callable[[str, object], None]
 ) -> None:
     """Flip, overwrite, cut or insert bytes: an error, or exactly the texts that were written.
 

@@ -22,8 +22,7 @@ from nanofed.federated.server.evaluation import SiteEvaluator
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.state import RoundClock
-from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
-from nanofed.federated.wire.messages import MAX_JSON
+from nanofed.federated.wire.messages import MAX_FAILURE, MAX_JSON, Evaluate, Evaluation
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 from tests.faults.hostile import Trace, play
@@ -199,11 +198,7 @@ def test_a_lie_of_the_last_weights_is_no_figure(tiny_corpus: Path, tmp_path: Pat
     assert left.figures == {number: bpb for number, bpb in clean.figures.items() if number < 2}, (
         "nobody has said anything"
     )
-    assert left.trace.events == {
-        "client-0": {"evaluation": 1},
-        HOSTILE: {"evaluation": 1},
-        "server": {"evaluation": 1},
-    }
+    assert left.trace.events == {"client-0": {"evaluation": 1}, HOSTILE: {"evaluation": 1}, "server": {"evaluation": 1}}
     assert "the client failed: OSError: the disk is gone" in left.events[0]["reason"]
     assert (
         "nats is nan: Input should be a finite number" in left.events[1]["reason"]

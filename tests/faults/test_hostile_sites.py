@@ -259,7 +259,7 @@ def test_a_lease_of_next_to_no_text_is_short_and_quick(told: tuple[SiteShard, ..
     ledger.admit("site", told)
     started = time.process_time()
     for _ in range(3):
-        lease = ledger.lease("site", 20 * 524_288, spare_rows=160)
+        lease = ledger.of("site").lease("site", 20 * 524_288, spare_rows=160)
     assert 0 < len(lease) <= 1024 and time.process_time() - started < 10
 
 

@@ -57,12 +57,7 @@ def goes_on_like(expected: Path, args: list[str], folder: Path, *, ranks: int = 
 
 @SIGNALS
 def test_at_a_random_moment(
-    corpus: Path,
-    tmp_path: Path,
-    whole: Callable[[int], Path],
-    count: Callable[[int, int], int],
-    number: int,
-    code: int,
+    corpus: Path, tmp_path: Path, whole: Callable[[int], Path], count: Callable[[int, int], int], number: int, code: int
 ) -> None:
     for attempt in range(count(2, 30)):
         folder = tmp_path / str(attempt)

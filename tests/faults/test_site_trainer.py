@@ -17,8 +17,7 @@ import torch
 
 from nanofed.federated.site.ranks import Turn
 from nanofed.federated.site.trainer import FabricTrainer
-from nanofed.federated.wire.evaluation import Evaluation
-from nanofed.federated.wire.messages import Report
+from nanofed.federated.wire.messages import Evaluation, Report
 from tests.faults import children
 from tests.federated.conftest import one_thread, tiny_corpus
 from tests.federated.sites import NAME, RefusedByWorker, Rounds, Trainer, initial_weights, same, tiny_args

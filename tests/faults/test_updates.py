@@ -1,7 +1,8 @@
 """Updates that are wrong, by accident or on purpose: none reaches the model, none stops the run, each is counted by name.
 
 One of two clients misbehaves in the second of three rounds. Model and ledger then have to be, after every round and to the
-bit, those of a run in which that client simply failed in that round.
+bit, those of a run in which that client simply failed in that round. Here is one such update of every sort; all that can be
+wrong with one, `tests/federated/test_validation.py` tries without a run around it.
 """
 
 from __future__ import annotations
@@ -85,30 +86,14 @@ def damage(arrays: Arrays, report: Report, asked: Instructions) -> tuple[Arrays,
 
 ATTACKS: dict[str, tuple[Attack, str, str]] = {
     "nan": (poison(float("nan")), "not_finite", "is not finite"),
-    "inf": (poison(float("inf")), "not_finite", "is not finite"),
-    "minus inf": (poison(float("-inf")), "not_finite", "is not finite"),
-    "wrong shape": (change(0, lambda a: a.T.copy()), "malformed", "has shape"),
     "broadcastable shape": (change(0, lambda a: a[:1].copy()), "malformed", "has shape (1, "),
-    "scalar": (change(0, lambda a: np.float32(0).reshape(())), "malformed", "has shape ()"),
-    "fp64": (change(0, lambda a: a.astype(np.float64)), "malformed", "is float64"),
-    "fp16": (change(0, lambda a: a.astype(np.float16)), "malformed", "is float16"),
-    "integers": (change(0, lambda a: a.astype(np.int32)), "malformed", "is int32"),
-    "a missing array": (rearrange(lambda arrays: arrays[:-1]), "malformed", "arrays arrived"),
-    "an extra array": (rearrange(lambda arrays: [*arrays, arrays[0]]), "malformed", "arrays arrived"),
     "no arrays": (rearrange(lambda arrays: []), "malformed", "it cannot be read"),
     "huge norm": (change(0, lambda a: a * np.float32(1e6)), "large_norm", "more than the limit"),
     "norm beyond fp32": (change(0, lambda a: np.full_like(a, 3e38)), "large_norm", "more than the limit"),
     "other arrays than announced": (damage, "damaged", "damaged on their way"),
-    "too many steps": (claim(steps=2, tokens=2 * BATCH), "tokens", "claims 2 steps, of 1 at most"),
-    "no steps": (claim(steps=0, tokens=0), "tokens", "claims 0 steps"),
     "too many tokens": (claim(tokens=10**15), "tokens", "claims 1000000000000000 tokens"),
-    "negative tokens": (claim(steps=-1, tokens=-BATCH), "tokens", "claims -1 steps"),
-    "negative time": (claim(seconds=-1.0), "tokens", "took -1.0 s"),
     "rows of others": (run_ahead, "position", "outside its lease"),
-    "another run": (claim(run="f" * 32), "foreign", "it is for run"),
     "another client's name": (claim(client=HONEST), "foreign", "it is for client 'client-0'"),
-    "an older round": (claim(round=1), "stale", "it is for round 1, not 2"),
-    "an older base": (claim(base_hash="0" * 64), "stale", "it is for base_hash"),
     "an older nonce": (claim(nonce="0" * 32), "stale", "it is for nonce"),
 }
 
@@ -252,7 +237,10 @@ def test_hostile_strings_are_cut_and_escaped(
         assert word.isprintable() and len(word) < 1000, word[:100]
 
 
-@pytest.mark.parametrize("field", ["code", "tokenizer", "dataset", "model", "training", "nanofed", "flwr", "no hello"])
+FIELDS = ["code", "tokenizer", "dataset", "model", "streams", "training", "nanofed", "flwr", "no hello"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_client_that_does_not_match_is_refused_at_its_hello(field: str, tiny_corpus: Path, tmp_path: Path) -> None:
     """The run is that of the honest client alone."""
 
@@ -265,7 +253,9 @@ def test_a_client_that_does_not_match_is_refused_at_its_hello(field: str, tiny_c
             return replace(hello, versions={**hello.versions, field: "0.1"})
         old = getattr(hello, field)
         first = next(iter(old)) if isinstance(old, dict) else ""
-        other = {**old, first: type(old[first])("9")} if isinstance(old, dict) else "e" * 64
+        other = (
+            {**old, first: type(old[first])("9")} if isinstance(old, dict) else 3 if field == "streams" else "e" * 64
+        )
         return replace(hello, **{field: other})
 
     loop, site, left = play(federation(tiny_corpus, tmp_path, "run", **OPTIONS), greet=greet)

@@ -40,9 +40,8 @@ from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.progress import Page
 from nanofed.federated.wire.bundle import installed
 from nanofed.federated.wire.codec import hash_arrays
-from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.flower_arrays import from_flower, to_flower
-from nanofed.federated.wire.messages import Failure, Instructions, Report
+from nanofed.federated.wire.messages import Evaluate, Evaluation, Failure, Instructions, Report
+from nanofed.federated.wire.weight_transport import from_flower, to_flower
 from tests.federated.tiny import BATCH, arguments
 from tests.ranks import REPOSITORY, TORCHRUN
 

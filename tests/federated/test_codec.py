@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from nanofed.federated.wire import blocks
-from nanofed.federated.wire.codec import (
-    CODECS,
-    Array,
-    Codec,
-    WireError,
-    hash_arrays,
-    payload_bytes,
-)
+from nanofed.federated.wire.codec import CODECS, Array, Codec, WireError, hash_arrays, payload_bytes
 from tests.federated.arrays import odd_weights, random_weights, trained
 
 CODEC = CODECS["fp32"]
@@ -61,51 +54,22 @@ def test_fp32_is_lossless_and_of_exact_size() -> None:
     assert CODEC.decode(CODEC.encode(transposed), transposed)["wte"].tobytes() == original["wte"].tobytes()
 
 
-def wrong(name: str, index: int, array: Any) -> Any:
-    return pytest.param(index, array, id=name)
-
-
-@pytest.mark.parametrize(
-    ("index", "array"),
-    [
-        wrong("transposed", 0, np.zeros((4, 6), np.float32)),
-        wrong("flat", 0, np.zeros(24, np.float32)),
-        wrong("broadcastable scalar", 0, np.float32(1).reshape(())),
-        wrong("broadcastable one", 0, np.zeros((1, 1), np.float32)),
-        wrong("broadcastable row", 0, np.zeros(4, np.float32)),
-        wrong("one more axis", 1, np.zeros((1, 4), np.float32)),
-        wrong("empty", 1, np.zeros((0,), np.float32)),
-        wrong("fp64", 1, np.zeros(4, np.float64)),
-        wrong("fp16", 1, np.zeros(4, np.float16)),
-        wrong("int32", 1, np.zeros(4, np.int32)),
-        wrong("other byte order", 1, np.zeros(4, ">f4")),
-        wrong("complex", 1, np.zeros(4, np.complex64)),
-        wrong("text", 1, np.array(["a", "b", "c", "d"])),
-        wrong("structured", 1, np.zeros(4, [("x", "<f4")])),
-    ],
-)
-def test_what_does_not_fit_is_refused_by_name(index: int, array: Any) -> None:
-    arrays = CODEC.encode(weights())
-    arrays[index] = array
-    with pytest.raises(WireError, match="^" + list(weights())[index]):
-        CODEC.decode(arrays, weights())
+SHAPES = [(4, 6), (24,), (), (1, 1), (4,), (6, 1), (0, 4), (1, 6, 4)]
+DTYPES: list[Any] = [np.int16, np.int32, np.float16, np.float64, ">f4", ">u2", np.complex64, "U1", [("x", "<f4")]]
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
-@pytest.mark.parametrize("shape", [(4, 6), (24,), (), (1, 1), (4,), (6, 1), (0, 4), (1, 6, 4)])
-def test_another_shape_or_dtype_is_refused_by_every_codec_before_anything_is_read(
-    codec: Codec, shape: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_another_shape_or_dtype_is_refused_by_every_codec_before_anything_is_read(codec: Codec, index: int) -> None:
     arrays = codec.encode(weights())
     codec.check(arrays, weights())
-    for spoilt in (
-        np.zeros(shape, arrays[0].dtype),
-        np.zeros((6, 4), np.int16),
-        np.zeros((6, 4), arrays[0].dtype.newbyteorder()),
-    ):
-        spoilt_arrays = [spoilt, *arrays[1:]]
-        for read in (codec.check, codec.decode, codec.tensors):
-            with pytest.raises(WireError, match=r"^wte( to one)? (has shape|is )"):
+    right = arrays[index]
+    spoils = [np.zeros(shape, right.dtype) for shape in SHAPES if shape != right.shape]
+    spoils += [np.zeros(right.shape, dtype) for dtype in DTYPES]
+    for spoilt in spoils:
+        spoilt_arrays = [spoilt if n == index else array for n, array in enumerate(arrays)]
+        for read in (codec.check, codec.decode, codec.parts):
+            with pytest.raises(WireError, match=rf"^{list(weights())[index]} (has shape|is )"):
                 read(spoilt_arrays, weights())
 
 
@@ -122,12 +86,10 @@ def test_any_names_and_shapes_travel_in_exactly_so_many_bytes(
         assert codec.nbytes(original) == payload_bytes(arrays) == size
         base = codec.decode(arrays, original)
         assert list(base) == list(original)
-        each = codec.decode_each(arrays, original)
-        assert len(each) == len(base)
-        assert all(each[name].tobytes() == array.tobytes() for name, array in base.items())
         assert all(base[name].shape == array.shape for name, array in original.items())
         local = trained(base, seed)
         packed = codec.pack(local, base)
+        assert hash_arrays(codec.pack(local, codec.parts(arrays, original))) == hash_arrays(packed)
         codec.check(packed, original)
         assert payload_bytes(packed) == size
         for name, array in codec.decode(packed, original).items():
@@ -136,14 +98,6 @@ def test_any_names_and_shapes_travel_in_exactly_so_many_bytes(
             else:
                 update = np.asarray(local[name] - base[name], order="C")
                 assert (array.view(np.uint32) == rounded(update.view(np.uint32)).astype(np.uint32) << 16).all(), name
-
-
-def test_an_array_that_does_not_fit_is_named() -> None:
-    arrays = BF16.encode(weights())
-    for index, name in enumerate(weights()):
-        spoilt = [array[:-1] if n == index else array for n, array in enumerate(arrays)]
-        with pytest.raises(WireError, match=f"^{name} has shape"):
-            BF16.check(spoilt, weights())
 
 
 def test_every_bf16_number_arrives_as_it_is() -> None:
@@ -221,7 +175,7 @@ def test_the_hash_of_a_payload_sees_everything_whatever_the_threads(monkeypatch:
         arrays: list[npt.NDArray[Any]] = [(100 * np.abs(array)).astype(kind) for array in weights().values()]
         original = hash_arrays(arrays)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-        assert hash_arrays([array.copy() for array in arrays]) == original
+        assert hash_arrays([np.asfortranarray(array) for array in arrays]) == original
         monkeypatch.undo()
         seen = {original, hash_arrays(arrays[:-1]), hash_arrays(arrays[::-1]), hash_arrays([*arrays, np.zeros(0)])}
         seen.add(hash_arrays([arrays[0].reshape(-1), *arrays[1:]]))
@@ -239,31 +193,3 @@ def test_another_number_of_arrays_is_refused(number: int) -> None:
     arrays = [*CODEC.encode(weights()), np.zeros(1, np.float32)][:number]
     with pytest.raises(WireError, match=f"{number} arrays arrived, 3 are expected"):
         CODEC.decode(arrays, weights())
-
-
-def test_the_hash_sees_everything() -> None:
-    original = hash_arrays([*weights().values()])
-    assert hash_arrays([*weights().values()]) == original
-    assert hash_arrays([np.asfortranarray(array) for array in weights().values()]) == original
-    seen = {original}
-
-    def differs(changed: dict[str, Array]) -> None:
-        digest = hash_arrays([*changed.values()])
-        assert digest not in seen
-        seen.add(digest)
-
-    for name in weights():
-        for position in range(weights()[name].size):
-            changed = weights()
-            flat = changed[name].reshape(-1)
-            flat[position] = np.nextafter(flat[position], np.float32(np.inf))
-            differs(changed)
-    signed = weights()
-    signed["head"][0] = 0.0
-    differs(signed)
-    signed["head"][0] = -0.0
-    differs(signed)
-    differs(dict(reversed(weights().items())))
-    differs({**weights(), "wte": weights()["wte"].reshape(4, 6)})
-    differs({name: array for name, array in weights().items() if name != "one"})
-    differs({**weights(), "more": np.zeros(0, np.float32)})

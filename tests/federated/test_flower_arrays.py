@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Array
 
-from nanofed.federated.wire.flower_arrays import from_flower, to_flower
+from nanofed.federated.wire.weight_transport import from_flower, to_flower
 from tests.federated.arrays import odd_weights
 
 

@@ -20,7 +20,7 @@ from nanofed.data.rows import Row, RowPlan, RowRange
 from nanofed.data.shards import Dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader
 from nanofed.errors import DataError
-from nanofed.federated.server.ledger import FREE, LEASED, MERGED, Ledger, LocalLedger
+from nanofed.federated.server.ledger import FREE, LEASED, MERGED, Ledger, LocalLedger, ledger_figures
 from nanofed.federated.wire.messages import SiteShard
 from tests.data.corpus import build, fewer
 from tests.federated.replies import instructions, report
@@ -172,7 +172,9 @@ def simulate(dataset: Dataset, packing: str, seed: int) -> None:
         assert all(after[row] >= before[row] for row in before), "what is merged stays merged"
         before = after
         assert ledger.merged_rows() == merged == sum(after.values())
-        assert sum(ledger.progress(s.name) * ROWS for s in dataset.train) == pytest.approx(merged)
+        held, shards = ledger_figures(ledger.state_dict())
+        assert sum(figures["epochs_merged"] * ROWS for figures in shards.values()) == pytest.approx(merged)
+        assert held == {name: sum(p.stop - p.start for p in ledger.held(name)) for name in ledger.clients()}
         check_conservation(ledger)
         if generator.random() < 0.3:
             ledger = reloaded(ledger, dataset, through=generator.choice(["json", "torch"]))
@@ -270,7 +272,8 @@ def test_epochs_close_one_shard_at_a_time(dataset: Dataset) -> None:
     assert {p.shard for p in part} == {first} and part[0].stop == ROWS
     done = DataState(0, {s: StreamState(Row(0, first, ROWS - STREAMS + s + 1)) for s in range(STREAMS)})
     assert ledger.commit("one", done) == ROWS
-    assert ledger.progress(first) == 1.0 and ledger.merged_rows() == ROWS
+    assert ledger_figures(ledger.state_dict())[1][first] == {"epochs_merged": 1.0, "rows_leased": 0}
+    assert ledger.merged_rows() == ROWS
     assert ledger.held("one") == () and ledger.state_dict()["rows"] == [], "a closed epoch takes no memory"
     assert ledger.lease("one", 1)[0].shard == dataset.train[1].name
 
@@ -305,11 +308,6 @@ def test_the_ledger_of_other_shards_is_refused(dataset: Dataset, tmp_path: Path)
         assert other.state_dict() == before
 
 
-class Sized:
-    def __init__(self, name: str, num_rows: int, text_bytes: int) -> None:
-        self.name, self.num_rows, self.text_bytes = name, num_rows, text_bytes
-
-
 def rows_of(parts: tuple[RowRange, ...]) -> list[tuple[int, str, int]]:
     return [(part.epoch, part.shard, row) for part in parts for row in range(part.start, part.stop)]
 
@@ -321,7 +319,7 @@ def whole_of(parts: tuple[RowRange, ...], streams: int) -> DataState:
 
 
 def test_with_a_stride_every_site_reads_the_whole_set_and_no_row_twice() -> None:
-    ledger = Ledger([Sized(f"s{n}", 40, 40 * 5) for n in range(3)], 2)  # a token a row
+    ledger = Ledger([SiteShard(f"s{n}", 40, 40 * 5, "f") for n in range(3)], 2)  # a token a row
     seen: Counter[tuple[int, str, int]] = Counter()
     owner: dict[tuple[int, str, int], int] = {}
     for _ in range(6):
@@ -342,7 +340,7 @@ def test_with_a_stride_every_site_reads_the_whole_set_and_no_row_twice() -> None
 
 
 def test_with_a_stride_what_absent_clients_leave_is_read_by_those_who_are_there() -> None:
-    ledger = Ledger([Sized("s", 24, 24 * 5)], 2)
+    ledger = Ledger([SiteShard("s", 24, 24 * 5, "f")], 2)
     for part in (0, 1):
         ledger.lease(str(part), 4, stride=(part, 2))
     ledger.release("1")
@@ -360,22 +358,30 @@ def test_local_ledgers_lease_each_site_its_own_text() -> None:
     ledger = LocalLedger(2)
     for client, shards in own.items():
         ledger.admit(client, shards)
-    leases = {client: ledger.lease(client, 4) for client in own}
-    assert {part.shard for part in leases["a"]} == {"x"} and ledger.share("a", 5) == 20 and ledger.share("b", 5) == 16
+    leases = {client: ledger.of(client).lease(client, 4) for client in own}
+    assert (
+        {part.shard for part in leases["a"]} == {"x"}
+        and ledger.of("a").share(1) == 20
+        and ledger.of("b").share(1) == 16
+    )
     assert ledger.clients() == ("a", "b")
     claim = report(client="a", tokens=10**6, steps=10, data=whole_of(leases["a"], 2))
-    assert ledger.believed(claim, instructions()).tokens == 5 * len(rows_of(leases["a"])), "a token a byte at most"
-    merged = ledger.commit("a", whole_of(leases["a"], 2))
-    assert merged == len(rows_of(leases["a"])) == ledger.merged_rows() and ledger.progress("b/x") == 0
-    ledger.release("b")
+    assert ledger.of("a").believed(claim, instructions()).tokens == 5 * len(rows_of(leases["a"])), (
+        "a token a byte at most"
+    )
+    merged = ledger.of("a").commit("a", whole_of(leases["a"], 2))
+    assert merged == len(rows_of(leases["a"])) == ledger.merged_rows()
+    held, figures = ledger_figures(ledger.state_dict())
+    assert held["b"] and figures["b/x"] == {"epochs_merged": 0.0, "rows_leased": held["b"]}
+    ledger.of("b").release("b")
     again = LocalLedger(2)
     again.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
-    assert again.state_dict() == ledger.state_dict() and again.data("a") == ledger.data("a")
+    assert again.state_dict() == ledger.state_dict() and again.of("a").data("a") == ledger.of("a").data("a")
     with pytest.raises(DataError, match="is not what it was in this run: x differ"):
         again.admit("a", (SiteShard("x", 20, 100, "other"),))
     with pytest.raises(DataError, match="no shard of 2 rows"):
         again.admit("c", (SiteShard("z", 1, 100, "f"),))
     with pytest.raises(DataError, match="sharding=local"):
-        Ledger([Sized("x", 20, 100)], 2).load_state_dict(ledger.state_dict())
+        Ledger([SiteShard("x", 20, 100, "f")], 2).load_state_dict(ledger.state_dict())
     with pytest.raises(DataError, match="sharding=local"):
-        again.load_state_dict(Ledger([Sized("x", 20, 100)], 2).state_dict())
+        again.load_state_dict(Ledger([SiteShard("x", 20, 100, "f")], 2).state_dict())

@@ -228,10 +228,7 @@ def test_the_norm_shows_one_value_that_is_not_finite_anywhere(up: str, value: fl
         for place in {p % size for p in (0, 1, 16, 1021, blocks.BLOCK - 1, blocks.BLOCK, -2, -1)} if size else ():
             arrays = [np.array(array) for array in packed]
             CODECS[up].tensors(arrays, old)[index][0].numpy()[place] = pattern
-            assert not math.isfinite(update_norm(arrays, sent)), (
-                shape,
-                place,
-            )
+            assert not math.isfinite(update_norm(arrays, sent)), (shape, place)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,8 +9,17 @@ import pytest
 
 from nanofed.federated.wire.bundle import code_hash
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import KEY, MAX_JSON, Hello, Instructions, Report, SiteShard, WireMessage
+from nanofed.federated.wire.messages import (
+    KEY,
+    MAX_JSON,
+    Evaluate,
+    Evaluation,
+    Hello,
+    Instructions,
+    Report,
+    SiteShard,
+    WireMessage,
+)
 from tests.federated.replies import instructions, report
 
 HELLO = Hello(
@@ -193,5 +202,5 @@ def test_the_code_hash_is_of_the_sources() -> None:
 def test_a_request_to_evaluate_is_of_text_that_there_is(changes: dict[str, Any]) -> None:
     asked = Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 36, 1, 2, 150.0)
     with pytest.raises(WireError, match="a Evaluate has a value out of range: share "):
-        Evaluate.asked_in(replace(asked, **changes).to_config())
-    assert Evaluate.asked_in({KEY: "{}"}) is None
+        Evaluate.found_in(replace(asked, **changes).to_config())
+    assert Evaluate.found_in({KEY: "{}"}) is None

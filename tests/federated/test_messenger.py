@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.validation import RefusedReply
-from nanofed.federated.wire.lateness import LIFE
+from nanofed.federated.wire.messages import LIFE
 from tests.federated.replies import STREAMS, instructions, request, sent
 
 CLIENT, NODE = "client-0", 1

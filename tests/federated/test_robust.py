@@ -179,10 +179,7 @@ def test_what_a_killed_server_left_behind_is_removed_and_nothing_else(tmp_path: 
             (file,) = tmp_path.glob("*.update")
             assert 0 <= file.stat().st_size - payload_bytes(FP32.encode(old)) < 64 * len(old)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-        with (
-            pytest.raises(ZeroDivisionError),
-            kind(sent_weights(old), tmp_path) as aggregator,
-        ):
+        with pytest.raises(ZeroDivisionError), kind(sent_weights(old), tmp_path) as aggregator:
             aggregator.fold("a", FP32.encode(old), 1.0)
             raise ZeroDivisionError
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

@@ -139,25 +139,6 @@ def test_a_duplicate_name_takes_no_part(tiny_corpus: Path, tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("field", ["code", "tokenizer", "dataset", "model", "streams"])
-def test_a_client_of_another_code_or_data_is_refused(tiny_corpus: Path, tmp_path: Path, field: str) -> None:
-    other = {"model": {"n_layer": 99}, "streams": 3}.get(field, "0" * 64)
-
-    def greet(hello: Any) -> Any:
-        return replace(hello, **{field: other}) if hello.name == "client-0" else hello
-
-    config = federation(tiny_corpus, tmp_path, "run", rounds=1)
-    loop, site = train(config, greet=greet)
-    assert [asked.client for asked in site.asked] == ["client-1"] and site.asked[0].participants == 1
-    here = {
-        "model": "model.n_layer 99 there, 1 here",
-        "streams": "streams 3 there, 8 here",
-        "dataset": "the validation shard holds other text",
-    }.get(field, f"{field} {other} there")
-    assert here in loop.clients.refused["client-0"]
-    assert loop.state.events.total("hello", client="client-0") == 1
-
-
 def test_a_run_that_nobody_may_join_ends_with_the_reason(tiny_corpus: Path, tmp_path: Path) -> None:
     config = federation(tiny_corpus, tmp_path, "run", grace_seconds=0.05, round_seconds=0.05)
     with pytest.raises(NanofedError, match=r"client-0: code x there"):

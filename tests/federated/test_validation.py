@@ -17,26 +17,29 @@ from nanofed.data.streams import DataState
 from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.site.client import TrainerClient
 from nanofed.federated.site.trainer import LeaseTooShort
-from nanofed.federated.wire.codec import hash_arrays
+from nanofed.federated.wire.blocks import norm_of
+from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import KEY
-from nanofed.federated.wire.weight_transport import arrays_in
+from nanofed.federated.wire.weight_transport import RoundWeights
 from tests.federated.replies import STREAMS, instructions, raw, reply, report, request, sent, weights, with_json
 
 SHARD = "shard_00000.parquet"
 
 
 def check(message: Message) -> Update:
-    return check_reply(message, instructions(), sent(), STREAMS, arrays_in)
+    def take(reply: Message) -> Arrays:
+        return RoundWeights([]).take("client-0", reply, sent().up, weights())
+
+    return check_reply(message, instructions(), sent(), STREAMS, take, most_pending=1 << 12)
 
 
 def test_an_honest_reply_is_accepted_as_it_is() -> None:
     update = check(reply())
     assert update.report == report()
-    assert update.payload_bytes == 4 * 41
     for array, theirs in zip(weights(1).values(), update.arrays, strict=True):
         assert (theirs == array).all()
     moved = [(weights(1)[name].astype(np.float64) - array).ravel() for name, array in weights().items()]
-    assert update.norm == pytest.approx(float(np.linalg.norm(np.concatenate(moved))), rel=1e-12)
+    assert norm_of(update.norms) == pytest.approx(float(np.linalg.norm(np.concatenate(moved))), rel=1e-12)
 
 
 def changed(index: int, array: Any) -> list[Any]:
@@ -61,6 +64,7 @@ def poisoned(value: float) -> Any:
         (changed(0, np.zeros((1, 4), np.float32)), r"wte.weight has shape \(1, 4\)"),
         (changed(2, np.zeros((), np.float32)), r"scale has shape \(\)"),
         (changed(2, np.zeros(1, np.float64)), "scale is float64"),
+        (changed(2, np.zeros(1, np.float16)), "scale is float16"),
         (changed(2, np.zeros(1, np.int64)), "scale is int64"),
         (list(weights(1).values())[:2], "2 arrays arrived"),
         ([*weights(1).values(), np.zeros(1, np.float32)], "4 arrays arrived"),
@@ -68,8 +72,9 @@ def poisoned(value: float) -> Any:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(arrays: list[Any], says: str) -> None:
-    with pytest.raises(RefusedReply, match=says):
+    with pytest.raises(RefusedReply, match=says) as refused:
         check(reply(arrays, report(payload_hash=hash_arrays(arrays)).to_config()))
+    assert refused.value.kind == ("not_finite" if "finite" in says else "malformed")
 
 
 def test_weights_that_were_damaged_on_their_way_are_refused() -> None:
@@ -122,25 +127,16 @@ def test_another_serialization_is_refused() -> None:
         ({"round": 2}, "for round 2, not 3"),
         ({"client": "client-1"}, "for client 'client-1'"),
         ({"base_hash": "0" * 64}, "for base_hash"),
+        ({"nonce": "0" * 32}, "for nonce"),
         ({"run": "x" * 1_000_000}, "for run"),
         ({"steps": 0, "tokens": 0}, "claims 0 steps"),
         ({"steps": -1, "tokens": -64}, "claims -1 steps"),
         ({"steps": 5, "tokens": 320}, "claims 5 steps, of 4 at most"),
         ({"steps": True, "tokens": 64}, "steps is True"),
-        ({"steps": 2.0, "tokens": 128}, "steps is 2.0"),
-        ({"steps": "3"}, "steps is '3'"),
-        ({"steps": 10**40}, "steps is 1000"),
         ({"tokens": 193}, "193 tokens for 3 steps of 64"),
-        ({"tokens": 192.0}, "tokens is 192.0"),
-        ({"tokens": True}, "tokens is True"),
         ({"seconds": -0.5}, "took -0.5 s"),
-        ({"seconds": 10**400}, "seconds is 1000"),
-        ({"seconds": None}, "seconds is None"),
         ({"seconds": float("nan")}, "should be a finite number"),
         ({"loss_last": float("inf")}, "should be a finite number"),
-        ({"loss_first": "5"}, "loss_first is '5'"),
-        ({"exhausted": "no"}, "exhausted is 'no'"),
-        ({"round": True}, "round is True"),
     ],
 )
 def test_a_report_of_something_else_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -148,6 +144,10 @@ def test_a_report_of_something_else_is_refused(changes: dict[str, Any], says: st
     with pytest.raises(RefusedReply, match=says) as refused:
         check(with_json(json.dumps(plain)))
     assert len(str(refused.value)) <= 500
+    words = str(refused.value).split()
+    repeated = {"run": "foreign", "client": "foreign", "round": "stale", "base_hash": "stale", "nonce": "stale"}
+    kind = repeated[words[3]] if words[:3] == ["it", "is", "for"] else "malformed" if words[0] == "a" else "tokens"
+    assert refused.value.kind == kind
 
 
 def streams(**changes: StreamState) -> DataState:

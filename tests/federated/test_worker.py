@@ -29,8 +29,7 @@ from nanofed.federated.site.inbox import ACQUIRE
 from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import CODECS
-from nanofed.federated.wire.evaluation import Evaluation
-from nanofed.federated.wire.messages import Hello, Report
+from nanofed.federated.wire.messages import Evaluation, Hello, Report
 from tests.federated.sites import NAME, RefusedByWorker, Rounds, Trainer, initial_weights, same, tiny_args
 from tests.ranks import in_time
 

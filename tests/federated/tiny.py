@@ -16,8 +16,7 @@ from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import Arrays, LocalTrainer
-from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.tokenizer import train_tokenizer
 
 BATCH = 512

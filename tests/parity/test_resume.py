@@ -45,12 +45,7 @@ def test_a_run_stopped_three_times_is_the_run_never_stopped(
     stopped = how == "SIGTERM"
     args = [
         *arguments(
-            corpus,
-            tmp_path,
-            name,
-            ranks=ranks,
-            save_every=0 if stopped else 3,
-            **{"data.packing": PACKING[ranks]},
+            corpus, tmp_path, name, ranks=ranks, save_every=0 if stopped else 3, **{"data.packing": PACKING[ranks]}
         ),
         "--ckpt_path=last",  # which is nothing at first
     ]

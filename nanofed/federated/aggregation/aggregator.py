@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -85,10 +84,7 @@ class Aggregator(ABC):
         Raises:
             NanofedError: the reply cannot be read any more; the round cannot be merged.
         """
-        try:
-            arrays = [self._spool.read(client, index, offset) for index, offset in enumerate(self._spool.offsets())]
-        except (OSError, ValueError) as error:
-            raise self._spool.unusable(error) from error
+        arrays = [self._spool.read(client, index) for index in range(len(self._sent.sizes))]
         self._fold(client, arrays, self._held.pop(client), scale)
         self._samples[client] = self._sent.sample(arrays)
         self._spool.remove(client)
@@ -124,9 +120,7 @@ class Aggregator(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @abstractmethod

@@ -49,25 +49,20 @@ class Mean(Aggregator):
         self._scaled += weight * scale
 
     def _result(self) -> list[Tensor]:
-        def updates() -> Callable[[int, slice], None]:
-            def finish(index: int, part: slice) -> None:
-                self._sums[index][part].div_(self._total)
-
-            return finish
-
-        def weights() -> Callable[[int, slice], None]:
+        def worker() -> Callable[[int, slice], None]:
             buffer = torch.empty(BLOCK, dtype=self._sent.dtype)
 
             def finish(index: int, part: slice) -> None:
-                base = buffer[: part.stop - part.start]
-                self._sent.read(index, part, base)
                 mean = self._sums[index][part].div_(self._total)
-                # +0.0: where nothing moved, a weight of -0.0 stays one.
-                torch.sub(base.mul_(self._scaled / self._total), mean, out=mean).add_(0.0)
+                if self._sent.up.lossless:
+                    base = buffer[: part.stop - part.start]
+                    self._sent.read(index, part, base)
+                    # +0.0: where nothing moved, a weight of -0.0 stays one.
+                    torch.sub(base.mul_(self._scaled / self._total), mean, out=mean).add_(0.0)
 
             return finish
 
-        over_blocks(self._sent.sizes, weights if self._sent.up.lossless else updates)
+        over_blocks(self._sent.sizes, worker)
         return self._sums
 
     def close(self) -> None:

@@ -98,7 +98,7 @@ class NormGuard:
     Args:
         ratio: largest length over the usual length. With None every length passes, also zero.
         action: what happens to a longer update: `clip` scales it down to the limit, `reject` refuses it.
-        movements: for every weight, in the order of the weights, how far one step of the recipe moves it.
+        movements: How far one step of the recipe moves each weight, in the order of the weights.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class NormGuard:
         Args:
             norms: L2 norm of the update of every weight, in the order of the weights.
             steps: the learning rates of the steps that the client took.
-            weight_norm: returns the L2 norm of a global weight by name. It is called where weights decay, and before a refusal.
+            weight_norm: It returns the L2 norm of a global weight by name, where weights decay and before a refusal.
 
         Raises:
             UnusualNorm: no steps of the recipe can move a weight so far, or they would have moved the weights further.
@@ -171,9 +171,9 @@ class NormGuard:
         """Return what an update is to be multiplied with: 1, or less where it is clipped.
 
         Args:
-            length: length of the update.
-            here: for every client of the round, this one included, the length of its update.
-            weights_norm: returns the L2 norm of all global weights together.
+            length: The length of the update.
+            here: The length of the update of every client of the round, this one included.
+            weights_norm: It returns the L2 norm of all global weights together.
 
         Raises:
             UnusualNorm: the update is too long and `action` is `reject`, or it is longer than ten times the weights.

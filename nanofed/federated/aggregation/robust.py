@@ -45,12 +45,8 @@ class Sorted(Aggregator):
     counts alike, or a hostile one would count more by claiming more. Memory is one accumulator and a few buffers a thread,
     for any number of clients; beside it the kernel maps one weight's arrays of all replies at a time from their files.
 
-    Args:
-        sent: the weights that the round was sent.
-        spool: the folder for the replies; files that an earlier round left there are removed.
-
     Raises:
-        NanofedError: the folder cannot be used.
+        NanofedError: The folder for the replies cannot be used.
     """
 
     def __init__(self, sent: SentWeights, spool: Path) -> None:
@@ -83,15 +79,12 @@ class Sorted(Aggregator):
         self._scales.clear()
 
     def _result(self) -> list[Tensor]:
-        self._spool.check()
         try:
             scales = list(self._scales.values())
             return [
-                self._merge_weight(index, [self._spool.read(client, index, offset) for client in self._scales], scales)
-                for index, offset in enumerate(self._spool.offsets())
+                self._merge_weight(index, [self._spool.read(client, index) for client in self._scales], scales)
+                for index in range(len(self._sent.sizes))
             ]
-        except (OSError, ValueError) as error:  # a file that is shorter than it was
-            raise self._spool.unusable(error) from error
         finally:
             self.close()
 
@@ -153,13 +146,11 @@ class TrimmedMean(Sorted):
     dropped counts among the clients: as many are cut of the others, half of them at most.
 
     Args:
-        sent: the weights that the round was sent.
-        spool: the folder for the replies.
-        trim: the share of the clients that is cut off on each side, in [0, 0.5).
+        trim: The share of the clients that is cut off on each side, in [0, 0.5).
 
     Raises:
-        ValueError: trim is out of its range.
-        NanofedError: the folder cannot be used.
+        ValueError: The share is out of its range.
+        NanofedError: The folder for the replies cannot be used.
     """
 
     def __init__(self, sent: SentWeights, spool: Path, trim: float = 0.2) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from nanofed.errors import NanofedError
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire.blocks import flat
-from nanofed.federated.wire.codec import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,9 @@ class Spool:
     """
 
     def __init__(self, sent: SentWeights, folder: Path) -> None:
-        self._sent = sent
+        self._layouts = [sent.up.layout(shape) for shape in sent.shapes.values()]
+        sizes = [sum(_padded(*array) for array in layout) for layout in self._layouts]
+        self._offsets = list(itertools.accumulate(sizes, initial=0))  # where each weight's arrays begin in a file
         self._folder = folder
         self._files: dict[str, Path] = {}
         self._written = 0
@@ -43,26 +44,27 @@ class Spool:
             for left in folder.glob(f"*{SUFFIX}"):
                 left.unlink()
         except OSError as error:
-            raise self.unusable(error) from error
+            raise self._unusable(error) from error
 
     def make(self) -> None:
         """Make the folder.
 
         Raises:
-            NanofedError: it cannot be made.
+            NanofedError: It cannot be made.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise self.unusable(error) from error
+            raise self._unusable(error) from error
 
     def write(self, client: str, opened: Sequence[Sequence[Tensor]]) -> None:
         """Keep a client's reply.
 
         Raises:
-            NanofedError: there is no room for it, or there was none for an earlier one: the round cannot be merged.
+            NanofedError: There is no room for it, or there was none for an earlier one: the round cannot be merged.
         """
-        self.check()
+        if self._broken:
+            raise self._unusable(self._broken)
         self.make()
         file = self._folder / f"{self._written:05d}{SUFFIX}"
         self._written += 1
@@ -75,33 +77,26 @@ class Spool:
         except OSError as error:
             self._broken = error
             self.close()
-            raise self.unusable(error) from error
+            raise self._unusable(error) from error
 
-    def check(self) -> None:
-        """Refuse a merge of those alone for whom there was room.
+    def read(self, client: str, index: int) -> list[Tensor]:
+        """Return the arrays of the weight number `index` in a client's reply: mapped, one-dimensional.
 
         Raises:
-            NanofedError: a reply could not be written.
+            NanofedError: The file cannot be read, or is shorter than it was: the round cannot be merged.
         """
         if self._broken:
-            raise self.unusable(self._broken)
-
-    def offsets(self) -> list[int]:
-        """Return where each weight's arrays begin in a file."""
-        sizes = [sum(_padded(*field) for field in layout) for layout in self._layouts()]
-        return list(itertools.accumulate(sizes, initial=0))[:-1]
-
-    def read(self, client: str, index: int, offset: int) -> list[Tensor]:
-        """Return the arrays of one weight in a client's reply: mapped, one-dimensional.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is shorter than it was.
-        """
-        return _map(self._files[client], self._layouts()[index], offset)
-
-    def _layouts(self) -> list[Layout]:
-        return [self._sent.up.layout(shape) for shape in self._sent.shapes.values()]
+            raise self._unusable(self._broken)
+        arrays, offset = [], self._offsets[index]
+        try:
+            for dtype, shape in self._layouts[index]:
+                size = math.prod(shape)
+                mapped = np.memmap(self._files[client], dtype, "r", offset, (size,)) if size else np.empty(0, dtype)
+                arrays.append(flat(mapped))
+                offset += _padded(dtype, shape)
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+        return arrays
 
     def remove(self, client: str) -> None:
         """Remove a client's reply."""
@@ -116,8 +111,7 @@ class Spool:
         for client in list(self._files):
             self.remove(client)
 
-    def unusable(self, error: Exception) -> NanofedError:
-        """Return why the round cannot be merged."""
+    def _unusable(self, error: Exception) -> NanofedError:
         return NanofedError(
             f"the round cannot be merged: its replies cannot be kept in {self._folder} "
             f"({getattr(error, 'strerror', None) or error}); make room there for a payload of every client, or set "
@@ -128,13 +122,3 @@ class Spool:
 def _padded(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> int:
     size = dtype.itemsize * math.prod(shape)
     return size + -size % ALIGNMENT
-
-
-def _map(file: Path, layout: Layout, offset: int) -> list[Tensor]:
-    arrays = []
-    for dtype, shape in layout:
-        size = math.prod(shape)
-        mapped = np.memmap(file, dtype, "r", offset, (size,)) if size else np.empty(0, dtype)
-        arrays.append(flat(mapped))
-        offset += _padded(dtype, shape)
-    return arrays

@@ -48,7 +48,7 @@ class SentWeights:
         """Return the arrays of a reply, grouped by weight, as tensors on the same memory.
 
         Raises:
-            WireError: they do not fit.
+            WireError: The arrays do not fit.
         """
         return self.up.tensors(arrays, self.weights)
 
@@ -62,8 +62,8 @@ class SentWeights:
         The function holds a buffer, so every thread needs its own.
 
         Args:
-            dtype: dtype of the tensor that is written to.
-            elements: largest number of elements in one call.
+            dtype: The dtype of the tensor that is written to.
+            elements: The largest number of elements in one call.
         """
         if not self.up.lossless:
             return lambda arrays, index, part, out: self.up.read(arrays, part, out)

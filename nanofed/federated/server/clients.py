@@ -24,10 +24,7 @@ logger = logging.getLogger(__name__)
 
 # What a client says of itself that may differ from the server's.
 OWN = ("name", "versions", "devices", "tokens_per_second", "shards", "dataset")
-SAME_VERSIONS = (
-    "nanofed",
-    "flwr",
-)  # they decide what travels; another Python or torch computes the same up to rounding
+SAME_VERSIONS = ("nanofed", "flwr")  # they decide what travels; another torch computes the same up to rounding
 HELLO_SECONDS = 120.0  # until a client that does not answer a hello is refused
 POLL_SECONDS = 0.1
 ASK_AGAIN_SECONDS = 60.0  # by then Flower has forgotten a dead node, whose successor goes by the same name
@@ -40,14 +37,11 @@ class Clients:
     """Flower's nodes and the named clients behind them, each checked before its first round.
 
     Args:
-        grid: the connection to the nodes.
-        expected: what every client must say of itself, except for `OWN`.
-        config: gives quorum, availability, and whether clients have text of their own.
-        events: counts refusals and rounds that could not begin.
-        policy: says whether waiting for a refused client can help.
-        seed: seed of the draws of who is available.
-        admit: is called with the hello of a client that fits; a NanofedError from it refuses the client.
-        owners: returns node -> the client whose key the node has; None where nodes have no keys.
+        expected: What every client must say of itself, except for `OWN`.
+        events: They count refusals and rounds that could not begin.
+        seed: The seed of the draws of who is available.
+        admit: It is called with the hello of a client that fits; a NanofedError from it refuses the client.
+        owners: It returns node -> the client whose key the node has; None where nodes have no keys.
 
     Attributes:
         names: node -> the client behind it, for those connected at the last look.
@@ -176,11 +170,11 @@ class Clients:
         whom the round waits for; every `quorum_seconds` that is a warning and an event.
 
         Args:
-            number: the round that is to begin.
-            meanwhile: is called twice a second with what is waited for.
+            number: The round that is to begin.
+            meanwhile: It is called twice a second with what is waited for.
 
         Raises:
-            NanofedError: the clients share this machine, and too few of them can take part.
+            NanofedError: The clients share this machine, and too few of them can take part.
         """
         config, quorum = self._config, self._config.quorum
         started = time.monotonic()
@@ -188,7 +182,7 @@ class Clients:
         while len(connected := self.connected()) < quorum:
             waited = time.monotonic() - started
             waiting = f"{quorum - len(connected)} more clients of {quorum} ({self._who(connected)})"
-            if self._policy.waits_in_vain and (self.refused or waited > config.quorum_seconds):
+            if self._policy.one_machine and (self.refused or waited > config.quorum_seconds):
                 raise NanofedError(
                     f"round {number} needs {quorum} clients, {len(connected)} can take part ({self.why()}); "
                     "the run goes on from its last checkpoint with --ckpt_path last"

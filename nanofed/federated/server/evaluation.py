@@ -8,9 +8,10 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ from nanofed.federated.server.scheduling import CLOCK_SLACK
 from nanofed.federated.server.state import State
 from nanofed.federated.server.validation import RefusedReply, check_repeated
 from nanofed.federated.wire.codec import CODECS, Weights, WireError, hash_arrays
-from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import Instructions
+from nanofed.federated.wire.messages import Evaluate, Evaluation, Instructions
 from nanofed.federated.wire.plain import plain
 from nanofed.generation.text import SAMPLE_TOKENS, generate
 from nanofed.model.loss import LOGIT_CAP
@@ -43,46 +43,19 @@ logger = logging.getLogger(__name__)
 SHARE_OF_GRACE = 0.5  # of a round's grace, in which a site evaluates; the rest is for the reply's way back
 
 
-@dataclass
-class Measurement:
-    """The bits per byte of the weights after a round.
+@dataclass(frozen=True)
+class _Wanted:
+    """The point of the curve that is wanted of the weights after a round, without its figure, and the steps by then."""
 
-    Attributes:
-        round: the round after which the weights were taken.
-        step: optimizer steps of the run by then.
-        tokens: tokens merged by then.
-        train_seconds: seconds of training by then.
-        prompts: prompts that the weights are to continue.
-        bpb: bits per byte; None before it is known, or where it could not be measured.
-        samples: prompt -> text.
-        seconds: how long the measurement took.
-        error: why there is no figure.
-    """
-
-    round: int
+    point: Point
     step: int
-    tokens: int
-    train_seconds: float
-    prompts: tuple[str, ...] = ()
-    bpb: float | None = None
-    samples: dict[str, str] | None = None
-    seconds: float = 0.0
-    error: Exception | None = None
-
-    def point(self, bpb: float) -> Point:
-        """Return the point of the run's curve."""
-        return Point(self.round, self.tokens, round(self.train_seconds, 3), bpb)
 
 
 class RoundEvaluator(ABC):
     """Has the weights after a round evaluated, and writes the figure under that round whenever it comes.
 
-    Args:
-        metrics: where figures are written.
-        options: gives how many rounds there are between two figures, and what is sampled.
-
     Attributes:
-        round: the last round that was evaluated, or is being evaluated; -1 before the first.
+        round: The last round that was evaluated, or is being evaluated; -1 before the first.
     """
 
     def __init__(self, metrics: FederationMetrics, options: RunOptions) -> None:
@@ -124,14 +97,12 @@ class RoundEvaluator(ABC):
     def end_round(self, state: State, *, merged: bool) -> None:  # noqa: B027
         """Write what the clients of a round have measured, now that no more replies come.
 
-        Args:
-            state: the run's state.
-            merged: the weights have changed since the round was sent, so that nobody can be asked for the old ones again.
+        With `merged` they have changed since the round was sent, so that nobody can be asked for the old ones again.
         """
 
-    def _measurement(self, state: State, prompts: tuple[str, ...] = ()) -> Measurement:
-        clock = state.clock
-        return Measurement(clock.round, clock.step, clock.tokens, self._metrics.summary.seconds, prompts)
+    def _wanted(self, state: State) -> _Wanted:
+        clock, seconds = state.clock, round(self._metrics.summary.seconds, 3)
+        return _Wanted(Point(clock.round, clock.tokens, seconds, math.nan), clock.step)
 
 
 # --- the server evaluates
@@ -141,10 +112,10 @@ class ServerModel:
     """A model on the server that takes the global weights to be evaluated.
 
     Args:
-        module: the GPTModule; it is configured here if it is not yet.
-        data: the shards and tokenizer.
-        device: where to evaluate.
-        shared: the module's model is also that of a trainer in this process.
+        module: The GPTModule, which is configured here if it is not yet.
+        data: The shards and the tokenizer.
+        device: The device that evaluates.
+        shared: The module's model is also that of a trainer in this process.
     """
 
     def __init__(self, module: GPTModule, data: TokenDataModule, device: torch.device, *, shared: bool) -> None:
@@ -191,17 +162,14 @@ class ServerModel:
             generate(self._gpt, self._data.tokenizer, prompt, max_tokens=max_tokens, temperature=0.0)
         )
 
-    def measure(self, wanted: Measurement) -> None:
-        """Measure the loaded weights and release them; what goes wrong is kept in the measurement."""
+    def measure(self, prompts: Sequence[str]) -> tuple[float, dict[str, str], float]:
+        """Return bits per byte of the loaded weights, their sample after each prompt, and the seconds; release them."""
         started = time.monotonic()
         try:
-            wanted.bpb = self.bits_per_byte()
-            wanted.samples = {prompt: self.sample(prompt) for prompt in wanted.prompts}
-        except Exception as error:  # of the model, the device or the data; the reader of the measurement decides
-            wanted.error = error
+            bpb = self.bits_per_byte()
+            return bpb, {prompt: self.sample(prompt) for prompt in prompts}, time.monotonic() - started
         finally:
             self.release()
-        wanted.seconds = time.monotonic() - started
 
 
 class ServerEvaluator(RoundEvaluator):
@@ -211,18 +179,15 @@ class ServerEvaluator(RoundEvaluator):
     while another is being evaluated gets no figure, and the log says so.
 
     Args:
-        model: the model that takes the weights.
-        metrics: where figures are written.
-        options: gives how many rounds there are between two figures, and what is sampled.
-        beside: evaluate while the next round runs; else at once, so that a run takes the same course each time.
+        beside: Whether the next round runs meanwhile. Where it does not, a run takes the same course each time.
     """
 
     def __init__(self, model: ServerModel, metrics: FederationMetrics, options: RunOptions, *, beside: bool) -> None:
         super().__init__(metrics, options)
         self._model = model
         self._beside = beside
-        self._thread: threading.Thread | None = None
-        self._current: Measurement | None = None
+        self._pool = ThreadPoolExecutor(1, "evaluation")
+        self._current: tuple[_Wanted, Future[tuple[float, dict[str, str], float]]] | None = None
 
     def start(self, state: State, *, last: bool = False) -> None:
         """Evaluate the weights as they are; the last ones of a run at once.
@@ -230,53 +195,48 @@ class ServerEvaluator(RoundEvaluator):
         Raises:
             NanofedError: the weights are evaluated at once and cannot be.
         """
-        every = self._options.sample_every
-        prompts = tuple(self._options.sample_prompts) if every and state.clock.round % every == 0 else ()
-        wanted = self._measurement(state, prompts)
+        every, wanted = self._options.sample_every, self._wanted(state)
+        prompts = self._options.sample_prompts if every and state.clock.round % every == 0 else ()
         if last or not self._beside:
             self.collect(state, wait=True)
             self._model.load(state.weights)
-            self._model.measure(wanted)
-            if wanted.error is not None:
-                raise wanted.error
-            self._write(wanted, state)
+            self._write(wanted, *self._model.measure(prompts))
         elif self._current is not None:
-            logger.info("round %3d  not measured: round %d still is", wanted.round, self._current.round)
+            logger.info("round %3d  not measured: round %d still is", state.clock.round, self._current[0].point.step)
         else:
             try:
                 self._model.load(state.weights)
             except Exception as error:  # the device has no room for them
                 self._model.release()
-                wanted.error = error
-                self._write(wanted, state)
+                self._fail(wanted, error, state)
                 return
-            self._current, self.round = wanted, wanted.round
-            self._thread = threading.Thread(target=self._model.measure, args=(wanted,), name="evaluation", daemon=True)
-            self._thread.start()
+            self.round = state.clock.round
+            self._current = wanted, self._pool.submit(self._model.measure, prompts)
 
     def collect(self, state: State, *, wait: bool = False) -> None:
         """Write a figure that is ready; with `wait`, also one that is under way."""
-        if self._thread is None or self._current is None or (self._thread.is_alive() and not wait):
+        if self._current is None or not (wait or self._current[1].done()):
             return
-        self._thread.join()
-        done, self._thread, self._current = self._current, None, None
-        self._write(done, state)
+        (wanted, done), self._current = self._current, None
+        if (error := done.exception()) is not None:  # of the model, the device or the data
+            self._fail(wanted, error, state)
+        else:
+            self._write(wanted, *done.result())
 
-    def _write(self, done: Measurement, state: State) -> None:
-        if done.bpb is None:
-            logger.warning("round %d: bits per byte could not be measured: %s", done.round, done.error)
-            state.events.add("evaluation", SERVER, repr(done.error), done.round)
-            return
-        self.round = max(self.round, done.round)
-        self._metrics.validation(done.point(done.bpb), step=done.step, seconds=done.seconds)
-        for prompt, sample in (done.samples or {}).items():
-            self._metrics.text(prompt, sample, done.step)
+    def _fail(self, wanted: _Wanted, error: BaseException, state: State) -> None:
+        logger.warning("round %d: bits per byte could not be measured: %s", wanted.point.step, error)
+        state.events.add("evaluation", SERVER, repr(error), wanted.point.step)
+
+    def _write(self, wanted: _Wanted, bpb: float, samples: Mapping[str, str], seconds: float) -> None:
+        self.round = max(self.round, wanted.point.step)
+        self._metrics.validation(replace(wanted.point, bpb=bpb), step=wanted.step, seconds=seconds)
+        for prompt, sample in samples.items():
+            self._metrics.text(prompt, sample, wanted.step)
 
     def stop(self) -> None:
         """End a measurement that is under way, at its next batch."""
         self._model.stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._pool.shutdown()
 
 
 # --- the sites evaluate
@@ -290,13 +250,8 @@ class SiteEvaluator(RoundEvaluator):
     Only the last weights of a run are sent for that alone.
 
     Args:
-        messenger: sends the last weights.
-        there: returns client -> node of those that can be asked now.
-        data: gives the tokenizer, the length of the text, and the pinned validation shard.
-        config: gives sharding, grace and codec.
-        metrics: where figures are written.
-        options: gives how many rounds there are between two figures.
-        policy: says whether clients take turns.
+        messenger: It sends the last weights.
+        there: It returns client -> node of those that can be asked now.
     """
 
     def __init__(
@@ -315,14 +270,14 @@ class SiteEvaluator(RoundEvaluator):
         self._data = data
         self._config = config
         self._policy = policy
-        self._waiting: list[Measurement] = []  # of rounds that ended with the weights as they are now
+        self._waiting: list[_Wanted] = []  # of rounds that ended with the weights as they are now
         self._asked: dict[str, Evaluate] = {}
         self._sums: dict[str, Evaluation] = {}
 
     def start(self, state: State, *, last: bool = False) -> None:
         """Have the weights as they are evaluated with the next round; the last ones of a run at once."""
-        if state.clock.round not in [wanted.round for wanted in self._waiting]:
-            self._waiting.append(self._measurement(state))
+        if state.clock.round not in [wanted.point.step for wanted in self._waiting]:
+            self._waiting.append(self._wanted(state))
         self.round = state.clock.round
         if last:
             self._ask_alone(state)
@@ -359,11 +314,8 @@ class SiteEvaluator(RoundEvaluator):
     def take_reply(self, client: str, metrics: ReplyMetrics, elapsed: float, state: State) -> float:
         """Take what a client's reply says of its evaluation, and return the seconds that the client spent on it.
 
-        Args:
-            client: the client's name.
-            metrics: all that came beside the client's weights; whatever it holds, the worst of it is one event.
-            elapsed: seconds since the client was asked.
-            state: counts the event.
+        The metrics are all that came beside the client's weights, `elapsed` seconds after it was asked. Whatever they hold, it
+        costs no more than the figure and one event.
         """
         asked = self._asked.get(client)
         if asked is None:
@@ -409,7 +361,7 @@ class SiteEvaluator(RoundEvaluator):
             silent = len(self._asked) - len(found)
             for wanted in self._waiting:
                 self._metrics.validation(
-                    wanted.point(bpb), step=wanted.step, seconds=seconds, sites=sites, silent=silent
+                    replace(wanted.point, bpb=bpb), step=wanted.step, seconds=seconds, sites=sites, silent=silent
                 )
             self._waiting = []
         elif merged:
@@ -443,8 +395,8 @@ class SiteEvaluator(RoundEvaluator):
 
     def _none(self, state: State, reason: str) -> None:
         for wanted in self._waiting:
-            logger.warning("round %d: no bits per byte: %s", wanted.round, reason)
-            state.events.add("evaluation", SERVER, reason, wanted.round)
+            logger.warning("round %d: no bits per byte: %s", wanted.point.step, reason)
+            state.events.add("evaluation", SERVER, reason, wanted.point.step)
         self._waiting = []
 
 
@@ -452,7 +404,7 @@ def _checked(metrics: ReplyMetrics, asked: Evaluate, elapsed: float) -> Evaluati
     """Return the evaluation that a client's reply holds.
 
     Raises:
-        RefusedReply: there is none, it is another round's, or it claims more time than has passed.
+        RefusedReply: There is none, it is another round's, or it claims more time than has passed.
     """
     if Evaluation.key not in metrics:
         raise RefusedReply("evaluation", "it was asked for one, and its answer says nothing of it")

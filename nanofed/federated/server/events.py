@@ -69,7 +69,7 @@ class Events:
         """Count an event.
 
         Args:
-            kind: what happened.
+            kind: The sort of what happened.
             client: name of the client, or `SERVER`.
             reason: why it happened, in words that may be a stranger's.
             round_number: the round in which it happened.

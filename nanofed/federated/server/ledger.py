@@ -4,51 +4,41 @@ Every row of a shard is, in each epoch, free, on lease to one client, or merged;
 epoch. A client that goes on keeps reading where it stands; one that leaves gives back what is not merged.
 
 Leases are stretches of the least-progressed shard, or with a stride, every n-th stretch of all shards in their order. Where
-every site trains on its own text there is one such ledger a client.
+every site trains on its own text there is one such ledger a client. What a client reports is held against the text of its
+lease up to where it says that its streams stand.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowRange, locate
-from nanofed.data.shards import Shard
+from nanofed.data.shards import Shard, read_texts
 from nanofed.data.streams import DataState
 from nanofed.errors import DataError
 from nanofed.federated.config import FederationConfig
-from nanofed.federated.server.reading import rows_between, rows_read
-from nanofed.federated.server.tokens import check_tokens
 from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.messages import Instructions, Report, SiteShard
 
 FREE, LEASED, MERGED = 0, 1, 2
 TEXT_BYTES_PER_TOKEN = 5.0  # more than tokenizers give: a lease is rather too long than too short
+LEAST_BYTES_PER_TOKEN = 2.0  # fewer than tokenizers make of a lot of text; of a single document there may be one
 # A lease of more parts than these is for text too small, or for a claim too large, to be worth the server's time.
 MAX_EXTENSIONS = 128  # by which one call makes a lease longer
 MAX_RANGES = 1024  # that a client holds where its lease is of stretches
 MAX_SCATTERED = 64  # parts of one call that lack rows of some stream; after them only whole stretches are looked for
 
 
-class AnyShard(Protocol):
-    """What a ledger has to know of a shard."""
-
-    @property
-    def name(self) -> str:
-        """The name of the shard's file."""
-
-    @property
-    def num_rows(self) -> int:
-        """How many documents the shard has, one a row."""
-
-    @property
-    def text_bytes(self) -> int:
-        """How many UTF-8 bytes these documents have."""
+Rows = dict[tuple[int, str], npt.NDArray[np.int64]]  # (epoch, shard) -> row numbers
 
 
 @dataclass
@@ -62,16 +52,16 @@ class Ledger:
     """The rows of all training shards and the clients that hold them.
 
     Args:
-        shards: the training shards.
-        streams: streams of every client: stream s reads the rows r with r mod streams = s.
+        shards: The training shards, of which name, number of rows and bytes of text are read.
+        streams: The number of streams of every client: stream s reads the rows r with r mod streams = s.
 
     Attributes:
-        own_text: every client has text of its own, of which the server has none.
+        own_text: Every client has text of its own, of which the server has none.
     """
 
     own_text = False
 
-    def __init__(self, shards: Iterable[AnyShard], streams: int) -> None:
+    def __init__(self, shards: Iterable[Shard | SiteShard], streams: int) -> None:
         self._shards = {shard.name: shard for shard in shards}
         self._streams = streams
         self._text_bytes = sum(shard.text_bytes for shard in self._shards.values())
@@ -83,31 +73,21 @@ class Ledger:
     def admit(self, client: str, shards: Sequence[SiteShard]) -> None:
         """Do nothing: all clients read these shards, which are compared when a client says hello."""
 
-    def share(self, client: str, clients: int) -> int:
+    def of(self, client: str) -> Ledger:
+        """Return the ledger of the shards that a client reads, which is this one."""
+        return self
+
+    def share(self, clients: int) -> int:
         """Return about how many tokens an equal share of all shards has, at `TEXT_BYTES_PER_TOKEN`."""
         return int(self._text_bytes / TEXT_BYTES_PER_TOKEN / clients)
 
-    def progress(self, shard: str) -> float:
-        """Return how often a shard has been merged: 1.25 is once, and a quarter of the second epoch."""
-        return self._merged(shard, self._opened()[shard]) / self._shards[shard].num_rows
-
     def merged_rows(self) -> int:
-        """Return the rows merged so far, over all epochs."""
-        opened = self._opened()
-        return sum(self._merged(shard, opened[shard]) for shard in self._shards)
-
-    def _opened(self) -> dict[str, dict[int, npt.NDArray[np.uint8]]]:
-        """Return the state of the rows of every shard by its open epochs."""
-        opened: dict[str, dict[int, npt.NDArray[np.uint8]]] = {name: {} for name in self._shards}
-        for (epoch, name), rows in self._rows.items():
-            opened[name][epoch] = rows
-        return opened
-
-    def _merged(self, shard: str, opened: Mapping[int, npt.NDArray[np.uint8]]) -> int:
-        """Return the rows merged of a shard: those of epochs that are closed and forgotten, and of the open ones."""
-        newest = self._epoch[shard]
-        closed = newest - sum(epoch < newest for epoch in opened)
-        return closed * self._shards[shard].num_rows + sum(int((rows == MERGED).sum()) for rows in opened.values())
+        """Return the rows merged so far, over all epochs: those of epochs that are closed and forgotten, and of the open ones."""
+        counted = sum(newest * self._shards[name].num_rows for name, newest in self._epoch.items())
+        return counted + sum(
+            int((rows == MERGED).sum()) - len(rows) * (epoch < self._epoch[name])
+            for (epoch, name), rows in self._rows.items()
+        )
 
     def lease(
         self, client: str, tokens: int, *, spare_rows: int = 0, stride: tuple[int, int] | None = None
@@ -120,9 +100,9 @@ class Ledger:
         after `MAX_SCATTERED` of these the lease goes on with whole stretches, so that no stream is left without text.
 
         Args:
-            client: who is to read.
-            tokens: about how many tokens it will train on.
-            spare_rows: rows a stream beyond them, since documents vary and packers read ahead.
+            client: The client that is to read.
+            tokens: About how many tokens it will train on.
+            spare_rows: The rows a stream beyond them, since documents vary and packers read ahead.
             stride: (i, n) to read the whole set as the i-th of n clients: of each n stretches of one row a stream, the i-th,
                 shard after shard; what absent or slower clients leave over of an epoch is read before the next begins.
                 By default the least-progressed shard is read on.
@@ -158,9 +138,9 @@ class Ledger:
         """Lease up to `turns` more rows a stream: on from where the client reads, else from the least-progressed shard.
 
         Args:
-            held: what the client holds.
-            turns: rows a stream at most; fewer where others hold the rows that follow.
-            whole: start where there are free rows of every stream in a row, instead of in the least-progressed shard.
+            held: The rows that the client holds.
+            turns: The rows a stream at most; they are fewer where others hold the rows that follow.
+            whole: Start where there are free rows of every stream in a row, instead of in the least-progressed shard.
         """
         last = held.ranges[-1] if held.ranges else None
         start = last.stop if last is not None else 0
@@ -238,15 +218,12 @@ class Ledger:
 
     def _turns(self) -> dict[str, tuple[int, float]]:
         """Return the epoch with which every shard counts, and which part of that is merged or on lease."""
-        turns = dict.fromkeys(self._shards, (0, 0.0))
-        for name, opened in self._opened().items():
-            newest = self._epoch[name]
-            free = [epoch for epoch, rows in opened.items() if (rows == FREE).any()] if opened else []
-            if free:
-                turns[name] = min(free), float((opened[min(free)] != FREE).mean())
-            elif opened or newest:
-                turns[name] = newest + (newest in opened), 0.0
-        return turns
+        turns = {name: (newest + ((newest, name) in self._rows), 0.0) for name, newest in self._epoch.items()}
+        first: dict[str, int] = {}
+        for (epoch, name), rows in self._rows.items():
+            if epoch < first.get(name, epoch + 1) and (rows == FREE).any():
+                first[name] = epoch
+        return turns | {name: (at, float((self._rows[at, name] != FREE).mean())) for name, at in first.items()}
 
     def _open(self, epoch: int, shard: str) -> npt.NDArray[np.uint8]:
         return self._rows.setdefault((epoch, shard), np.zeros(self._shards[shard].num_rows, np.uint8))
@@ -263,27 +240,31 @@ class Ledger:
         """Return where a client's streams stand in what it holds; None at its begin."""
         return self._clients[client].data if client in self._clients else None
 
-    def text_bytes(self, client: str, state: DataState) -> float:
-        """Return about how much text there is between what is merged of a client's rows and `state`."""
-        held = self._clients[client]
-        rows = rows_between(held.ranges, self._streams, held.data, state)
-        return sum(len(found) for found in rows.values()) * self._row_bytes
-
     def believed(self, report: Report, asked: Instructions) -> Report:
-        """Return a client's report as it is.
+        """Return a client's report as it is, if there is so much text between the client's old and new positions.
+
+        Mean lengths settle it nearly always; where they do not (a few rows, one of them a book), the rows are read.
 
         Raises:
-            RefusedReply: it claims more tokens than the rows that it has read have bytes of text.
+            RefusedReply: It claims more tokens than the rows that the client has read have bytes of text.
         """
-        check_tokens(report, asked, cast(Mapping[str, Shard], self._shards), self._streams)
+        rows = rows_between(asked.lease, self._streams, asked.data, report.data)
+        means = (
+            len(found) * self._shards[name].text_bytes / self._shards[name].num_rows
+            for (_, name), found in rows.items()
+        )
+        if report.tokens * LEAST_BYTES_PER_TOKEN > sum(means):
+            text = sum(_text_bytes(cast(Shard, self._shards[name]), found) for (_, name), found in rows.items())
+            if report.tokens > text:
+                count = sum(map(len, rows.values()))
+                reason = f"it claims {report.tokens} tokens; the {count} rows that it has read hold {text} bytes"
+                raise RefusedReply("tokens", reason)
         return report
 
     def commit(self, client: str, state: DataState) -> int:
         """Mark as merged what a client has read to its last token, and return the number of rows.
 
-        Args:
-            client: who held the rows.
-            state: its streams' positions; the rows before them are merged, except those still pending.
+        The rows before its streams' positions are merged, except those still pending.
         """
         held = self._clients[client]
         held.data = state
@@ -346,7 +327,7 @@ class Ledger:
         """Take up a saved ledger.
 
         Raises:
-            DataError: it is over other shards than these.
+            DataError: The ledger is over other shards than these.
         """
         if "rows" not in state:
             raise DataError("the saved ledger is of the sites' own shards: it was made with federation.sharding=local")
@@ -370,19 +351,89 @@ class Ledger:
         }
 
 
+def rows_read(ranges: Sequence[RowRange], streams: int, state: DataState) -> Rows:
+    """Return the rows of a lease that streams have begun to read, also those that are still pending.
+
+    Args:
+        ranges: The ranges of the lease, in reading order.
+        streams: The number of streams; stream s reads the rows r with r mod streams = s.
+        state: The positions of the streams.
+    """
+    parts: dict[tuple[int, str], list[npt.NDArray[np.int64]]] = defaultdict(list)
+    for stream, at in state.streams.items():
+        index = None if at.position is None else locate(ranges, at.position)
+        if at.position is None or index is None:
+            continue
+        for number, part in enumerate(ranges[: index + 1]):
+            stop = part.stop if number < index else min(part.stop, at.position.row)
+            first = part.start + (stream - part.start) % streams
+            if first < stop:
+                parts[part.epoch, part.shard].append(np.arange(first, stop, streams))
+    return {key: np.concatenate(rows) for key, rows in parts.items()}
+
+
+def rows_between(ranges: Sequence[RowRange], streams: int, before: DataState | None, after: DataState) -> Rows:
+    """Return the rows whose tokens a client may have trained on from `before` to `after`: those read since, and those begun."""
+    read = rows_read(ranges, streams, after)
+    if before is None:
+        return read
+    done = rows_read(ranges, streams, before)
+    begun: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for at in before.streams.values():
+        for row in at.pending:
+            begun[row.epoch, row.shard].append(row.row)
+    out: Rows = {}
+    for key in sorted(read.keys() | begun.keys()):
+        new = np.setdiff1d(read.get(key, np.zeros(0, np.int64)), done.get(key, np.zeros(0, np.int64)))
+        out[key] = np.union1d(new, np.array(begun.get(key, []), np.int64))
+    return out
+
+
+def _text_bytes(shard: Shard, rows: npt.NDArray[np.int64]) -> int:
+    """Return the UTF-8 bytes of rows, with one more each for the token that begins a document."""
+    ends = list(itertools.accumulate(shard.row_group_rows))
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row in rows.tolist():
+        groups[bisect.bisect_right(ends, row)].append(row)
+    total = 0
+    for group, wanted in groups.items():
+        texts = read_texts(shard, group)
+        first = ends[group] - len(texts)
+        total += sum(len(texts[row - first].encode()) + 1 for row in wanted)
+    return total
+
+
 def _runs(rows: npt.NDArray[np.uint8]) -> list[list[int]]:
     """Return runs of equal values as [value, length]."""
     ends = np.append(np.flatnonzero(np.diff(rows)) + 1, len(rows))
     return [[int(rows[end - 1]), int(length)] for end, length in zip(ends, np.diff(ends, prepend=0), strict=True)]
 
 
+class _SiteLedger(Ledger):
+    """The ledger of one site's own shards, whose text the server cannot read."""
+
+    def believed(self, report: Report, asked: Instructions) -> Report:
+        """Return a client's report with no more tokens, and steps of them, than there are bytes of text in what it has read.
+
+        Raises:
+            RefusedReply: The client has read no row.
+        """
+        held = self._clients[report.client]
+        rows = rows_between(held.ranges, self._streams, held.data, report.data)
+        possible = int(sum(len(found) for found in rows.values()) * self._row_bytes)
+        if possible < 1:
+            raise RefusedReply("tokens", f"it claims {report.tokens} tokens and has read no row")
+        steps = max(1, min(report.steps, possible * report.steps // report.tokens))
+        return replace(report, tokens=min(report.tokens, possible), steps=steps)
+
+
 class LocalLedger(Ledger):
-    """The ledgers of sites that each train on their own text, with the interface of one.
+    """The ledgers of sites that each train on their own text.
 
     The server knows names, sizes and fingerprints of a site's shards and leases rows of them; no text leaves the site.
 
     Args:
-        streams: streams of every client.
+        streams: The number of streams of every client.
     """
 
     own_text = True
@@ -396,7 +447,7 @@ class LocalLedger(Ledger):
         """Take up what a client says that it has; what it said first stays.
 
         Raises:
-            DataError: it has no text, too few rows for its streams, or other text than it had.
+            DataError: It has no text, too few rows for its streams, or other text than it had.
         """
         if not shards or max(shard.num_rows for shard in shards) < self._streams:
             raise DataError(f"its own text has no shard of {self._streams} rows, one a stream")
@@ -404,59 +455,19 @@ class LocalLedger(Ledger):
         if {shard.name: shard for shard in known} != {shard.name: shard for shard in shards}:
             changed = sorted({shard.name for shard in set(known) ^ set(shards)})
             raise DataError(f"its own text is not what it was in this run: {', '.join(changed)[:200]} differ")
-        if client not in self._ledgers:
-            self._ledgers[client] = Ledger(known, self._streams)
+        self._ledgers.setdefault(client, _SiteLedger(known, self._streams))
 
-    def share(self, client: str, clients: int) -> int:
-        """Return about how many tokens the client's own shards have."""
-        return self._ledgers[client].share(client, 1)
-
-    def progress(self, shard: str) -> float:
-        """Return how often a `client/shard` has been merged."""
-        client, name = shard.split("/", 1)
-        return self._ledgers[client].progress(name)
+    def of(self, client: str) -> Ledger:
+        """Return the ledger of a client's own shards."""
+        return self._ledgers[client]
 
     def merged_rows(self) -> int:
         """Return the rows merged so far, over all clients."""
         return sum(ledger.merged_rows() for ledger in self._ledgers.values())
 
-    def lease(
-        self, client: str, tokens: int, *, spare_rows: int = 0, stride: tuple[int, int] | None = None
-    ) -> tuple[RowRange, ...]:
-        """Return rows of the client's own shards, in order."""
-        return self._ledgers[client].lease(client, tokens, spare_rows=spare_rows)
-
     def clients(self) -> tuple[str, ...]:
         """Return the clients that hold rows."""
         return tuple(client for client, ledger in self._ledgers.items() if ledger.clients())
-
-    def held(self, client: str) -> tuple[RowRange, ...]:
-        """Return the rows that a client holds."""
-        return self._ledgers[client].held(client) if client in self._ledgers else ()
-
-    def data(self, client: str) -> DataState | None:
-        """Return where a client's streams stand in what it holds; None at its begin."""
-        return self._ledgers[client].data(client) if client in self._ledgers else None
-
-    def believed(self, report: Report, asked: Instructions) -> Report:
-        """Return a client's report with no more tokens, and steps of them, than there are bytes of text in what it has read.
-
-        Raises:
-            RefusedReply: it has read no row.
-        """
-        possible = int(self._ledgers[report.client].text_bytes(report.client, report.data))
-        if possible < 1:
-            raise RefusedReply("tokens", f"it claims {report.tokens} tokens and has read no row")
-        steps = max(1, min(report.steps, possible * report.steps // report.tokens))
-        return replace(report, tokens=min(report.tokens, possible), steps=steps)
-
-    def commit(self, client: str, state: DataState) -> int:
-        """Mark as merged what a client has read to its last token, and return the number of rows."""
-        return self._ledgers[client].commit(client, state)
-
-    def release(self, client: str) -> int:
-        """Take back what a client holds and has not merged, and return the number of rows."""
-        return self._ledgers[client].release(client) if client in self._ledgers else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ledgers as plain values."""
@@ -474,7 +485,7 @@ class LocalLedger(Ledger):
         """Take up saved ledgers.
 
         Raises:
-            DataError: they are of a run that leased the server's shards.
+            DataError: The ledgers are of a run that leased the server's shards.
         """
         if "local" not in state:
             raise DataError(
@@ -482,7 +493,7 @@ class LocalLedger(Ledger):
             )
         for client, saved in state["local"].items():
             self._own[client] = tuple(SiteShard(*shard) for shard in saved["shards"])
-            self._ledgers[client] = Ledger(self._own[client], self._streams)
+            self._ledgers[client] = _SiteLedger(self._own[client], self._streams)
             self._ledgers[client].load_state_dict(saved["ledger"])
 
 
@@ -491,3 +502,30 @@ def make_ledger(config: FederationConfig, data: TokenDataModule) -> Ledger:
     if config.sharding == "local":
         return LocalLedger(data.streams)
     return Ledger(data.dataset.train, data.streams)
+
+
+def ledger_figures(saved: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
+    """Return what a saved ledger says to those who look on.
+
+    Args:
+        saved: A ledger's `state_dict`, of either kind.
+
+    Returns:
+        The rows that each client holds, and for each shard how often it was merged (1.25 is once, and a quarter of the second
+        epoch) and how many of its rows are on lease. A shard of a site's own is named `client/shard`.
+    """
+    held: dict[str, int] = {}
+    shards: dict[str, dict[str, float]] = {}
+    for client, own in sorted(saved.get("local", {}).items()):
+        rows, figures = ledger_figures(own["ledger"])
+        held |= rows
+        shards |= {f"{client}/{name}": figure for name, figure in figures.items()}
+    for client, parts in saved.get("clients", {}).items():
+        held[client] = sum(stop - start for _, start, stop, _ in parts["ranges"])
+    for name, epoch in sorted(saved.get("epoch", {}).items()):
+        opened = {at: np.array(runs).reshape(-1, 2) for at, shard, runs in saved["rows"] if shard == name}
+        closed = sum(at not in opened for at in range(epoch))
+        merged = [int(runs[runs[:, 0] == MERGED, 1].sum()) / max(1, int(runs[:, 1].sum())) for runs in opened.values()]
+        leased = sum(int(runs[runs[:, 0] == LEASED, 1].sum()) for runs in opened.values())
+        shards[name] = {"epochs_merged": closed + sum(merged), "rows_leased": leased}
+    return held, shards

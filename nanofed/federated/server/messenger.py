@@ -16,10 +16,8 @@ from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.wire.codec import Arrays, Codec, Weights
-from nanofed.federated.wire.evaluation import Evaluate
-from nanofed.federated.wire.lateness import LIFE
-from nanofed.federated.wire.messages import Instructions
-from nanofed.federated.wire.weight_transport import InMessages, RoundWeights, WeightTransport
+from nanofed.federated.wire.messages import LIFE, Evaluate, Instructions
+from nanofed.federated.wire.weight_transport import RoundWeights, WeightTransport
 
 POLL_SECONDS = 0.1
 MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them, less often
@@ -36,10 +34,9 @@ class ClientReply(Generic[T]):
     """What came of one client's message.
 
     Attributes:
-        client: the client's name.
-        result: what was asked for, such as an update to be merged, or why there is none.
-        seconds: time from the dispatch until the reply was here and checked.
-        metrics: all that the client said beside weights, unchecked; empty where there is no result.
+        result: What was asked for, such as an update to be merged, or why there is none.
+        seconds: The time from the dispatch until the reply was here and checked.
+        metrics: All that the client said beside weights, unchecked; empty where there is no result.
     """
 
     client: str
@@ -52,18 +49,17 @@ class Messenger:
     """Sends messages to clients and takes their replies; a reply that nobody waits for is counted and dropped.
 
     Args:
-        grid: the connection to the nodes.
-        events: counts the replies that nobody waits for.
-        transport: moves the weights; by default they are in the messages.
+        events: They count the replies that nobody waits for.
+        transport: It moves the weights; by default they are in the messages.
 
     Attributes:
-        late: clients whose replies came too late since somebody emptied this set.
+        late: The clients whose replies came too late since somebody emptied this set.
     """
 
     def __init__(self, grid: Grid, events: Events, transport: WeightTransport | None = None) -> None:
         self._grid = grid
         self._events = events
-        self._transport = transport or InMessages()
+        self._transport = transport or WeightTransport()
         self.late: set[str] = set()
         self._given_up: OrderedDict[str, tuple[str, int]] = OrderedDict()  # message -> client and round
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
@@ -72,9 +68,9 @@ class Messenger:
         """Return weights as they are sent, for the next `round` or `evaluation`.
 
         Raises:
-            NanofedError: there is no room for them.
+            NanofedError: There is no room for them.
         """
-        return codec.encode(weights, self._transport.room)
+        return self._transport.encode(weights, codec)
 
     def round(
         self,
@@ -90,13 +86,13 @@ class Messenger:
         """Send a round, and yield every client with its update or why there is none, in the order of arrival.
 
         Args:
-            nodes: client -> node id.
-            instructions: client -> what it is to do.
-            sent: the weights, the same for all clients.
-            streams: streams of every client's data.
-            most_pending: documents that a stream's packer may hold.
-            seconds: until a client is given up; a reply within as much time again is named as late.
-            requests: client -> what it is to evaluate of these weights before it trains.
+            nodes: The node id of each client.
+            instructions: What each client is to do.
+            sent: The weights, the same for all clients.
+            streams: The number of streams of every client's data.
+            most_pending: The documents that a stream's packer may hold.
+            seconds: A client is given up after this time; a reply within as much time again is named as late.
+            requests: What each client is to evaluate of these weights before it trains.
         """
         configs = {client: instructions[client].to_config() for client in nodes}
         for client, request in (requests or {}).items():
@@ -106,12 +102,12 @@ class Messenger:
             def take(reply: Message) -> Arrays:
                 return round_weights.take(client, reply, sent.up, sent.weights)
 
-            update = check_reply(reply, instructions[client], sent, streams, take, most_pending=most_pending)
+            update = check_reply(reply, instructions[client], sent, streams, take, most_pending)
             return update, reply.content.config_records["fitres.metrics"]
 
-        number = next(iter(instructions.values())).round
-        round_weights = self._transport.offer(sent.payload, list(nodes), sent.up.nbytes(sent.weights), seconds)
-        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, round_weights, number, seconds, check)
+        answer_bytes, number = sent.up.nbytes(sent.weights), next(iter(instructions.values())).round
+        weights = self._transport.offer(sent.payload, list(nodes), answer_bytes, seconds)
+        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, weights, number, seconds, check)
 
     def evaluation(
         self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
@@ -119,10 +115,10 @@ class Messenger:
         """Send weights to be evaluated and nothing else, and yield every client with its reply, in the order of arrival.
 
         Args:
-            nodes: client -> node id.
-            requests: client -> what it is to evaluate.
-            payload: the weights, in the codec that the requests name.
-            seconds: until a client is given up.
+            nodes: The node id of each client.
+            requests: What each client is to evaluate.
+            payload: The weights, in the codec that the requests name.
+            seconds: A client is given up after this time.
         """
 
         def check(client: str, reply: Message, _: RoundWeights) -> tuple[None, ReplyMetrics]:
@@ -132,10 +128,8 @@ class Messenger:
 
         configs = {client: requests[client].to_config() for client in nodes}
         number = next(iter(requests.values())).round
-        round_weights = self._transport.offer(payload, list(nodes), 0, seconds)
-        return self._exchange(
-            MessageType.EVALUATE, "evaluateins", nodes, configs, round_weights, number, seconds, check
-        )
+        weights = self._transport.offer(payload, list(nodes), 0, seconds)
+        return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, weights, number, seconds, check)
 
     def _exchange(
         self,

@@ -16,8 +16,8 @@ from nanofed import streams
 from nanofed.federated.aggregation.aggregator import PseudoGradient
 from nanofed.federated.aggregation.norm_guard import Length
 from nanofed.federated.server.events import KINDS, Events
-from nanofed.federated.server.validation import Update
 from nanofed.federated.wire.blocks import l2_norm
+from nanofed.federated.wire.messages import Report
 from nanofed.federated.wire.plain import plain
 from nanofed.training.summary import Point, Summary
 
@@ -33,7 +33,8 @@ class MergedUpdate:
     """A client's part in a round that was merged.
 
     Attributes:
-        update: the client's reply without its arrays.
+        report: the client's report, with no more tokens than are counted for it.
+        bytes_up: bytes of the client's arrays on the wire.
         length: the L2 norms of the update, of the whole and by parameter group.
         weight: the client's share in the mean; shares need not sum to 1.
         scale: the factor of the update, below 1 where its norm was clipped.
@@ -42,12 +43,13 @@ class MergedUpdate:
         cosine: the cosine of the update and the merged update, None before that is known.
     """
 
-    update: Update
+    report: Report
+    bytes_up: int
     length: Length
     weight: float
-    scale: float
     seconds: float
-    held: bool = False
+    held: bool
+    scale: float = 1.0
     cosine: float | None = None
 
 
@@ -88,33 +90,33 @@ class RoundMetrics:
     @property
     def norms(self) -> list[float]:
         """The L2 norm of each client's update as it was merged."""
-        return [part.update.norm * part.scale for part in self.merged.values()]
+        return [part.length.norm * part.scale for part in self.merged.values()]
 
     @property
     def train_seconds(self) -> float:
         """The longest training: clients train at the same time, each on its own clock."""
-        return max(part.update.report.seconds for part in self.merged.values())
+        return max(part.report.seconds for part in self.merged.values())
 
     def scalars(self) -> dict[str, float]:
         """Return the scalars of the round by tag."""
         parts, norms = list(self.merged.values()), self.norms
-        reports = [part.update.report for part in parts]
+        reports = [part.report for part in parts]
         cosines = [part.cosine for part in parts if part.cosine is not None]
         mean_norm = math.fsum(norms) / len(norms)
         out = {
             "train/loss": sum(report.loss_last for report in reports) / len(reports),
-            "train/tok_per_sec": sum(report.tokens / report.seconds for report in reports if report.seconds > 0),
+            "train/tok_per_sec": sum(report.tokens_per_second for report in reports),
             "fed/round": self.round,
             "fed/clients_asked": self.asked,
             "fed/clients_merged": len(parts),
             "fed/clients_late": self.silent,
             "fed/clients_refused": self.refused,
             "fed/steps_mean": math.fsum(report.steps for report in reports) / len(parts),
-            "fed/bytes_up": sum(part.update.payload_bytes for part in parts),
+            "fed/bytes_up": sum(part.bytes_up for part in parts),
             "fed/bytes_down": self.bytes_down,
             "fed/wait_seconds": self.wait,
             "fed/train_seconds": self.train_seconds,
-            "fed/transfer_seconds": max(0.0, *(part.seconds - part.update.report.seconds for part in parts)),
+            "fed/transfer_seconds": max(0.0, *(part.seconds - part.report.seconds for part in parts)),
             "fed/merge_seconds": self.merge,
             "fed/round_seconds": self.wait + self.exchange + self.merge,
             "fed/update_norm_mean": mean_norm,
@@ -152,8 +154,8 @@ class FederationMetrics:
     figures and does not end the run.
 
     Args:
-        run: the run's folder.
-        summary: what the run has come to so far.
+        run: The run's folder.
+        summary: What the run has come to so far.
     """
 
     def __init__(self, run: Path, summary: Summary) -> None:
@@ -164,15 +166,7 @@ class FederationMetrics:
         self._bar: tqdm[Any] = tqdm(disable=True)
 
     def merged(self, figures: RoundMetrics, *, step: int, tokens: int, rows: int, events: Events) -> None:
-        """Write what a round came to.
-
-        Args:
-            figures: the round's figures.
-            step: optimizer steps of the run so far; scalars are written at this step.
-            tokens: tokens merged so far.
-            rows: rows merged so far.
-            events: what went wrong in the run so far.
-        """
+        """Write what a round came to, with the run's steps, tokens, rows and events so far; scalars stand at the step."""
         self.summary.tokens = tokens
         self.summary.seconds += figures.train_seconds
         scalars = {
@@ -187,15 +181,15 @@ class FederationMetrics:
         self._scalars("", scalars, step)
         self._scalars("", {"train/loss_by_tokens": loss}, tokens)
         for client, part in figures.merged.items():
-            report = part.update.report
+            report = part.report
             own = {
                 "train/loss": report.loss_last,
-                "train/tok_per_sec": report.tokens / report.seconds if report.seconds > 0 else 0.0,
+                "train/tok_per_sec": report.tokens_per_second,
                 "fed/steps": report.steps,
                 "fed/train_seconds": report.seconds,
-                "fed/update_norm": part.update.norm,
+                "fed/update_norm": part.length.norm,
                 "fed/update_scale": part.scale,
-                "fed/bytes_up": part.update.payload_bytes,
+                "fed/bytes_up": part.bytes_up,
                 "fed/events_total": events.total(client=client),
                 **({} if part.cosine is None else {"fed/cosine_to_merged": part.cosine}),
             }
@@ -207,7 +201,7 @@ class FederationMetrics:
             len(figures.merged),
             figures.asked,
             tokens / 1e6,
-            "+".join(str(part.update.report.steps) for part in figures.merged.values()),
+            "+".join(str(part.report.steps) for part in figures.merged.values()),
             loss,
             self.summary.seconds,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from nanofed.federated.server.scheduling import Scheduler
 from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
-from nanofed.federated.wire.codec import CODECS, hash_arrays
+from nanofed.federated.wire.codec import CODECS, hash_arrays, payload_bytes
 from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.checkpoint import SaveError, prune_checkpoints
@@ -48,17 +47,13 @@ class RoundLoop:
     """Trains a model over the clients of a grid.
 
     Args:
-        grid: the connection to the clients.
-        module: gives model, recipe and seed; the server evaluates with its model.
-        data: the shards, whose training rows are leased and whose validation rows the server reads.
-        config: the options of the federation.
-        options: the options of the run.
-        run: the run's folder.
-        metrics: where figures are written.
-        device: where the server evaluates.
-        policy: whether the clients share this machine or are sites with machines of their own.
-        owners: returns node -> the client whose key the node has; None where nodes have no keys.
-        transport: moves the weights; by default they are in the messages.
+        module: It gives model, recipe and seed; the server evaluates with its model.
+        data: The shards, whose training rows are leased and whose validation rows the server reads.
+        run: The run's folder.
+        device: The device on which the server evaluates.
+        policy: Whether the clients share this machine or are sites with machines of their own.
+        owners: It returns node -> the client whose key the node has; None where nodes have no keys.
+        transport: It moves the weights; by default they are in the messages.
     """
 
     def __init__(
@@ -76,7 +71,7 @@ class RoundLoop:
         owners: Callable[[], Mapping[int, str]] | None = None,
         transport: WeightTransport | None = None,
     ) -> None:
-        if policy.waits_in_vain and config.quorum > config.clients:
+        if policy.one_machine and config.quorum > config.clients:
             raise ConfigError(f"federation.quorum={config.quorum} is more than the {config.clients} clients there are")
         if config.sharding != "local":
             RowPlan.whole(data.dataset).check_streams(data.streams)
@@ -90,7 +85,7 @@ class RoundLoop:
         self._horizon = module.recipe.horizon(module.config)
         self._status_file = StatusFile(run)
         self._scheduler = Scheduler(module, data, config, policy)
-        model = ServerModel(module, data, device, shared=policy.shares_model)
+        model = ServerModel(module, data, device, shared=policy.one_machine)
         self.state = State.new(module, data, config, run)
         model.release()  # the state has the weights
         events = self.state.events
@@ -101,7 +96,7 @@ class RoundLoop:
         if config.evaluation == "sites":
             self._evaluator = SiteEvaluator(self._messenger, self._there, data, config, metrics, options, policy)
         else:
-            self._evaluator = ServerEvaluator(model, metrics, options, beside=policy.evaluates_beside)
+            self._evaluator = ServerEvaluator(model, metrics, options, beside=not policy.one_machine)
         self._unsaved = False  # a checkpoint was due and could not be written
 
     # --- the run
@@ -110,8 +105,8 @@ class RoundLoop:
         """Run rounds until the horizon or the last round, in a run's folder that is open and held by this process.
 
         Raises:
-            NanofedError: on one machine, nobody can take part or no round succeeds.
-            SaveError: the last checkpoint cannot be written.
+            NanofedError: On one machine, nobody can take part or no round succeeds.
+            SaveError: The last checkpoint cannot be written.
         """
         clock, summary = self.state.clock, self.metrics.summary
         cut_events(self._run, clock.step if clock.round else -1)
@@ -195,7 +190,7 @@ class RoundLoop:
 
         present = self.clients.draw(self.clients.wait(number, meanwhile), number, attempt)
         for client in set(self.state.ledger.clients()) - set(present):
-            self.state.ledger.release(client)
+            self.state.ledger.of(client).release(client)
         return present
 
     def _there(self) -> Mapping[str, int]:
@@ -264,26 +259,27 @@ class RoundLoop:
         """Check an update against what is known of its client, and fold it in, or hold it until the round's others are known.
 
         Raises:
-            RefusedReply: it must not be merged.
-            UnusualNorm: it is too long or too short.
+            RefusedReply: The update must not be merged.
+            UnusualNorm: The update is too long or too short.
         """
-        client, state, steps = reply.client, self.state, update.report.steps
-        if not self._policy.in_turns:
+        client, state = reply.client, self.state
+        if not self._policy.one_machine:
             state.speeds.check(update.report, reply.seconds)
-        update = replace(update, report=state.ledger.believed(update.report, asked))
-        length = state.norms.measure(update.norms, self.rates(asked, steps), state.weight_norm)
-        if update.report.unwritten:
+        report = state.ledger.of(client).believed(update.report, asked)
+        length = state.norms.measure(update.norms, self.rates(asked, update.report.steps), state.weight_norm)
+        if report.unwritten:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         by_tokens = self._config.weighting == "tokens"
-        weight = float(state.speeds.believed([update.report])[0].tokens) if by_tokens else 1.0
+        weight = float(state.speeds.believed([report])[0].tokens) if by_tokens else 1.0
         if held := not state.norms.is_unsuspicious(length):
             aggregator.hold(client, update.arrays, weight)
         else:
             aggregator.fold(client, update.arrays, weight)
         self.clients.refused.pop(client, None)
         evaluating = self._evaluator.take_reply(client, reply.metrics, reply.seconds, state)
-        update = replace(update, arrays=[])  # what was folded in may go
-        return MergedUpdate(update, length, weight, 1.0, reply.seconds - evaluating, held)
+        return MergedUpdate(
+            report, payload_bytes(update.arrays), length, weight, seconds=reply.seconds - evaluating, held=held
+        )
 
     def rates(self, asked: Instructions, steps: int) -> Steps:
         """Return the learning rates of a client's first steps of a round."""
@@ -318,7 +314,7 @@ class RoundLoop:
         figures.silent, figures.refused = figures.silent + silent, figures.refused + (not silent)
         self.clients.refused[client] = str(refusal)
         self.state.events.add(refusal.kind, client, refusal, figures.round)
-        self.state.ledger.release(client)
+        self.state.ledger.of(client).release(client)
         if refusal.kind == "lease":
             self.state.speeds.widen(client)
 
@@ -329,9 +325,9 @@ class RoundLoop:
         state, started = self.state, time.monotonic()
         self._say("merging", figures.round)
         parts = figures.merged.values()
-        reports = state.speeds.believed([part.update.report for part in parts])
+        reports = state.speeds.believed([part.report for part in parts])
         for part, report in zip(parts, reports, strict=True):
-            part.update = replace(part.update, report=report)
+            part.report = report
         gradient = aggregator.result()
         figures.take(gradient, aggregator.cosines())
         try:
@@ -341,8 +337,8 @@ class RoundLoop:
             logger.warning("round %d: %s", figures.round, error)
             return False
         for part, report in zip(parts, reports, strict=True):
-            state.ledger.commit(report.client, report.data)
-            state.speeds.learn(report, None if self._policy.in_turns else part.seconds)
+            state.ledger.of(report.client).commit(report.client, report.data)
+            state.speeds.learn(report, None if self._policy.one_machine else part.seconds)
         state.norms.accept({client: (part.length, part.scale) for client, part in figures.merged.items()})
         state.clock.round = figures.round
         state.clock.tokens += sum(report.tokens for report in reports)

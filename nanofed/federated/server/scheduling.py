@@ -63,14 +63,10 @@ class ClientSpeeds:
         return max(left, LEAST_SHARE * round_seconds)
 
     def check(self, report: Report, elapsed: float) -> None:
-        """Refuse training that cannot have been done since the round was sent.
-
-        Args:
-            report: the report of a client with a clock of its own.
-            elapsed: seconds since the dispatch, on the server's clock.
+        """Refuse training that cannot have been done since the round was sent, `elapsed` seconds ago on the server's clock.
 
         Raises:
-            RefusedReply: it claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
+            RefusedReply: The report claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
         """
         client = report.client
         if report.seconds > elapsed + CLOCK_SLACK:
@@ -147,14 +143,7 @@ class ClientSpeeds:
 
 
 class Scheduler:
-    """Leases rows and writes the instructions of a round.
-
-    Args:
-        module: gives the recipe.
-        data: gives micro-batch, row length and packing.
-        config: gives the length of a round, the sharding and the codecs.
-        policy: says whether clients have clocks of their own, so that an answer can be late.
-    """
+    """Leases rows and writes the instructions of a round."""
 
     def __init__(
         self, module: GPTModule, data: TokenDataModule, config: FederationConfig, policy: ClientPolicy
@@ -168,11 +157,7 @@ class Scheduler:
     def instruct(self, number: int, clients: Sequence[str], state: State, base_hash: str) -> dict[str, Instructions]:
         """Return the instructions of a round by client, and enter their leases in the ledger.
 
-        Args:
-            number: number of the round.
-            clients: the clients that take part.
-            state: the run's state after the round before.
-            base_hash: hash of the weights that will be sent along.
+        The state is that after the round before, and the hash that of the weights that will be sent along.
         """
         config, clock = self._config, state.clock
         batch_tokens = self._recipe.batch_tokens
@@ -183,25 +168,26 @@ class Scheduler:
         max_steps = min(left, config.round_steps) if config.round_steps else left
         out = {}
         for index, client in enumerate(clients):
+            ledger = state.ledger.of(client)
             tokens, margin = max_steps * batch_tokens, state.speeds.margin.get(client, 1.0)
             seconds = None
             if config.round_steps is None:
                 seconds = config.round_seconds
-                if not self._policy.in_turns:
+                if not self._policy.one_machine:
                     seconds = state.speeds.budget(client, config.round_seconds)
                 rate = state.speeds.rate.get(client)  # not known before the first round: then an equal share of all
-                share = state.ledger.share(client, len(clients))
+                share = ledger.share(1 if state.ledger.own_text else len(clients))
                 tokens = int(min(tokens, rate * config.round_seconds * LEASE_OVER_RATE if rate else share))
                 # The client's speed is its own claim where clients take turns: an epoch is the most it is leased.
-                epoch = max(batch_tokens, state.ledger.share(client, 1))
+                epoch = max(batch_tokens, ledger.share(1))
                 margin = min(margin, max(1.0, epoch / max(1, tokens)))
                 tokens = min(tokens, epoch)
             deadline = None
-            if not self._policy.in_turns:
+            if not self._policy.one_machine:
                 deadline = self.time_limit() - state.speeds.overhead.get(client, 0.0) / 2
             spare = SPARE_ROWS[self._data.packing]
             stride = (index, len(clients)) if config.sharding == "full" else None
-            lease = state.ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)
+            lease = ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)
             out[client] = Instructions(
                 run=state.run_id,
                 round=number,
@@ -219,7 +205,7 @@ class Scheduler:
                 clock_tokens=clock.tokens,
                 horizon_tokens=self._horizon,
                 lease=lease,
-                data=state.ledger.data(client),
+                data=ledger.data(client),
             )
         return out
 

@@ -86,7 +86,7 @@ class State:
         """Write the checkpoint of the round, all of it or nothing.
 
         Raises:
-            SaveError: it cannot be written; the ones before it are whole.
+            SaveError: The checkpoint cannot be written; those before it are whole.
         """
         path = run / "checkpoints" / f"round_{self.clock.round:08d}"
         set_aside(path)
@@ -116,7 +116,7 @@ class State:
         """Take up a saved round: weights, outer momentum, ledger, clocks, norms, events and the curve so far.
 
         Raises:
-            ConfigError: it is of the vanilla path, of another model, tokenizer or text, or of a nanofed that saved less.
+            ConfigError: It is of the vanilla path, of another model, tokenizer or text, or of a nanofed that saved less.
         """
         training = not self.ledger.own_text
         check_identity(path, read_manifest(path), module, data, "resume", force=force, training=training)
@@ -133,7 +133,7 @@ class State:
         """Take up everything of a saved round but its weights, which is all that can be refused; return what was saved.
 
         Raises:
-            ConfigError: it is of the vanilla path, or lacks something that a round is made of.
+            ConfigError: The checkpoint is of the vanilla path, or lacks something that a round is made of.
         """
         manifest = read_manifest(path)
         if manifest.kind != "federated":

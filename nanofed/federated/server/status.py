@@ -9,14 +9,14 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType, UnionType
+from types import UnionType
 from typing import Any, Self
 
 import torch
 
 from nanofed.errors import ConfigError
 from nanofed.federated.server.events import KINDS, SERVER, Events
-from nanofed.federated.server.ledger import LEASED, MERGED
+from nanofed.federated.server.ledger import ledger_figures
 from nanofed.files import write_atomically
 from nanofed.training.checkpoint import STATE, CheckpointError, Manifest, checkpoints, read_manifest
 from nanofed.training.summary import CONFIG
@@ -31,11 +31,7 @@ KINDS_IN_FILE: dict[str, type | UnionType] = {
 
 
 class StatusFile:
-    """Keeps `server.json` of a run up to date while a round loop runs, as a context manager.
-
-    Args:
-        run: the run's folder.
-    """
+    """Keeps `server.json` in a run's folder up to date while a round loop runs, as a context manager."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / FILE
@@ -45,10 +41,8 @@ class StatusFile:
         self.say(phase="starting")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.say(phase="ended" if error is None else "failed")
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.say(phase="ended" if kind is None else "failed")
 
     def say(self, **figures: Any) -> None:
         """Write what the server is doing; figures that were said before stay."""
@@ -65,10 +59,8 @@ def read_status_file(run: Path) -> dict[str, Any] | None:
         said = json.loads((run / FILE).read_text())
     except (OSError, ValueError):
         return None
-    whole = isinstance(said, dict) and all(
-        isinstance(said[name], kind) for name, kind in KINDS_IN_FILE.items() if name in said
-    )
-    return said if whole else None
+    right = isinstance(said, dict) and all(isinstance(said[n], kind) for n, kind in KINDS_IN_FILE.items() if n in said)
+    return said if right else None
 
 
 @dataclass(frozen=True)
@@ -117,6 +109,7 @@ def read_status(run: Path) -> Status:
     manifest, state, saved = newest or (None, {}, None)
     events = Events()
     events.load_state_dict(state.get("events", []))
+    held, shards = ledger_figures(state.get("ledger", {}))
     return Status(
         run=str(run),
         round=int(state.get("clock", {}).get("round", 0)),
@@ -125,8 +118,8 @@ def read_status(run: Path) -> Status:
         bpb=manifest.metrics.get("val/bpb") if manifest else None,
         saved=saved,
         server=None if said is None else {**said, "alive": _alive(said)},
-        sites=_sites(state),
-        shards=_shards(state.get("ledger", {})),
+        sites=_sites(state, held),
+        shards=shards,
         events={
             client: {kind: vars(count).copy() for kind, count in counts.items()}
             for client, counts in events.by_client().items()
@@ -168,14 +161,8 @@ def _alive(said: dict[str, Any]) -> bool | None:
     return True
 
 
-def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
-    pace, ledger, measured = state.get("pace", {}), state.get("ledger", {}), state.get("evaluations", {})
-    parts = [saved["ledger"] for saved in ledger["local"].values()] if "local" in ledger else [ledger]
-    held = {
-        name: sum(stop - start for _, start, stop, _ in client["ranges"])
-        for part in parts
-        for name, client in part.get("clients", {}).items()
-    }
+def _sites(state: dict[str, Any], held: dict[str, int]) -> dict[str, dict[str, float]]:
+    pace, measured = state.get("pace", {}), state.get("evaluations", {})
     return {
         name: {
             "rounds": pace.get("rounds", {}).get(name, 0),
@@ -187,29 +174,6 @@ def _sites(state: dict[str, Any]) -> dict[str, dict[str, float]]:
         }
         for name in sorted(pace.get("rounds", {}).keys() | held.keys() | measured.keys())
     }
-
-
-def _shards(ledger: dict[str, Any]) -> dict[str, dict[str, float]]:
-    if "local" in ledger:
-        return {
-            f"{client}/{name}": figures
-            for client, saved in sorted(ledger["local"].items())
-            for name, figures in _shards(saved["ledger"]).items()
-        }
-    out = {}
-    for name, epoch in sorted(ledger.get("epoch", {}).items()):
-        opened = {at: runs for at, shard, runs in ledger["rows"] if shard == name}
-        rows = {
-            at: {kind: sum(length for value, length in runs if value == kind) for kind in (LEASED, MERGED)}
-            | {"all": sum(length for _, length in runs)}
-            for at, runs in opened.items()
-        }
-        closed = sum(at not in opened for at in range(epoch))
-        out[name] = {
-            "epochs_merged": closed + sum(counts[MERGED] / max(1, counts["all"]) for counts in rows.values()),
-            "rows_leased": sum(counts[LEASED] for counts in rows.values()),
-        }
-    return out
 
 
 def as_text(status: Status) -> str:

@@ -8,14 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from flwr.app import Message
 
 from nanofed.data.rows import Row, RowRange
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import Kind
-from nanofed.federated.wire.blocks import norm_of
-from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays, payload_bytes
+from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays
 from nanofed.federated.wire.messages import Failure, Instructions, Report, RoundMessage
 from nanofed.federated.wire.plain import plain
 
@@ -49,13 +47,7 @@ class Update:
 
     arrays: Arrays
     report: Report
-    payload_bytes: int
     norms: Sequence[float]
-
-    @property
-    def norm(self) -> float:
-        """The L2 norm of the whole update."""
-        return norm_of(self.norms)
 
 
 def check_reply(
@@ -64,22 +56,21 @@ def check_reply(
     sent: SentWeights,
     streams: int,
     take: Callable[[Message], Arrays],
-    *,
-    most_pending: int = 1 << 12,
+    most_pending: int,
 ) -> Update:
     """Return the update in a reply to `instructions`.
 
     Args:
-        reply: what came back.
-        instructions: what was asked.
-        sent: the weights that the round was sent.
-        streams: streams of every client.
-        take: returns the arrays that belong to a reply.
-        most_pending: documents that a stream's packer may hold.
+        reply: The message that came back.
+        instructions: What the client was asked to do.
+        sent: The weights that the round was sent.
+        streams: The number of streams of every client.
+        take: It returns the arrays that belong to a reply.
+        most_pending: The documents that a stream's packer may hold.
 
     Raises:
-        RefusedReply: an error at the client; names, shapes or dtypes that differ; values that are not finite; another run, round,
-            client, nonce or base; figures out of their range; streams outside the lease.
+        RefusedReply: The reply is an error, of other names, shapes or dtypes, not finite, of another run, round, client, nonce or
+            base, has figures out of their range, or streams outside the lease.
     """
     if reply.has_error():
         raise RefusedReply("failed", f"the client failed: {reply.error.reason}")
@@ -91,7 +82,6 @@ def check_reply(
             raise RefusedReply(failure.kind, failure.reason)
         report = Report.from_config(metrics)
         arrays = take(reply)
-        payload = payload_bytes(arrays)
         sent.up.check(arrays, sent.weights)
     except RefusedReply:
         raise
@@ -104,9 +94,10 @@ def check_reply(
     if hash_arrays(arrays) != report.payload_hash:
         raise RefusedReply("damaged", "its weights are not the ones that it announces: they were damaged on their way")
     norms = sent.update_norms(arrays)
-    if not all(map(math.isfinite, norms)):
-        raise RefusedReply("not_finite", f"{_not_finite(arrays, sent)} is not finite")
-    return Update(arrays, report, payload, norms)
+    for name, norm in zip(sent.weights, norms, strict=True):
+        if not math.isfinite(norm):
+            raise RefusedReply("not_finite", f"{name} is not finite")
+    return Update(arrays, report, norms)
 
 
 def check_repeated(said: RoundMessage, asked: RoundMessage, kind: Kind | None = None) -> None:
@@ -117,20 +108,14 @@ def check_repeated(said: RoundMessage, asked: RoundMessage, kind: Kind | None = 
             raise RefusedReply(kind or own, f"it is for {name} {there!r}, not {here!r}")
 
 
-def _not_finite(arrays: Arrays, sent: SentWeights) -> str:
-    decoded = sent.up.decode(arrays, sent.weights)
-    return next((name for name, array in decoded.items() if not np.isfinite(array).all()), "the norm of the update")
-
-
 def _check_figures(report: Report, instructions: Instructions) -> None:
     """Refuse a figure of a report that no training of these instructions can have."""
     steps = report.steps
     if not 1 <= steps <= instructions.max_steps:
         raise RefusedReply("tokens", f"it claims {steps} steps, of {instructions.max_steps} at most")
     if report.tokens != steps * instructions.batch_tokens:
-        raise RefusedReply(
-            "tokens", f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}"
-        )
+        claim = f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}"
+        raise RefusedReply("tokens", claim)
     if not steps * LEAST_STEP_SECONDS <= report.seconds <= MAX_SECONDS:
         raise RefusedReply("tokens", f"its training took {report.seconds} s for {steps} steps")
     for name in ("loss_first", "loss_last"):

@@ -17,11 +17,8 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from nanofed.errors import NanofedError
 from nanofed.federated.site.trainer import LeaseTooShort, LocalTrainer
-from nanofed.federated.wire.evaluation import Evaluate
-from nanofed.federated.wire.lateness import is_over
-from nanofed.federated.wire.messages import Failure, Instructions
+from nanofed.federated.wire.messages import Evaluate, Failure, Instructions, StoredWeights, is_over
 from nanofed.federated.wire.names import SAFE_NAME
-from nanofed.federated.wire.stored_weights import StoredWeights
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient
 
 
@@ -41,12 +38,7 @@ def client_name(context: Context) -> str:
 
 
 def client_app(trainer: Callable[[Context], LocalTrainer], weights: WeightsClient | None = None) -> ClientApp:
-    """Return a ClientApp whose NumPyClient drives `trainer(context)`.
-
-    Args:
-        trainer: called for every message.
-        weights: fetches and delivers the weights that a message only names.
-    """
+    """Return a ClientApp whose NumPyClient drives `trainer(context)`, which is called for every message."""
 
     def client_fn(context: Context) -> Client:
         return TrainerClient(trainer(context), client_name(context), weights).to_client()
@@ -74,9 +66,8 @@ class TrainerClient(NumPyClient):
     """Hands each message to the trainer and its answer back.
 
     Args:
-        trainer: trains and evaluates.
-        name: the client's; instructions for another are refused.
-        weights: client of the server's weights, for messages that only name them.
+        name: The client's name; instructions for another are refused.
+        weights: It fetches and delivers weights, for messages that only name them.
     """
 
     def __init__(self, trainer: LocalTrainer, name: str, weights: WeightsClient | None = None) -> None:
@@ -98,7 +89,7 @@ class TrainerClient(NumPyClient):
         """
         instructions = Instructions.from_config(config)
         self._check_name(instructions.client)
-        asked = Evaluate.asked_in(config)
+        asked = Evaluate.found_in(config)
         stored = StoredWeights.found_in(config)
         arrays = self._weights(parameters, stored)
         measured: dict[str, Any] = {}

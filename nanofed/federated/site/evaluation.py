@@ -12,18 +12,8 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import NanofedError
 from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.federated.site.ranks import Ranks, SharedBatches, Turn
-from nanofed.federated.wire.evaluation import Evaluate
+from nanofed.federated.wire.messages import Evaluate
 from nanofed.training.loop import Stopwatch
-
-
-class _Unnumbered(Turn):
-    """A turn that hears of no micro-batches: these are no training."""
-
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-
-    def check(self) -> None:
-        self._turn.check()
 
 
 @torch.no_grad()
@@ -49,9 +39,9 @@ def measure(
         watch: A running stopwatch that reads the same on all ranks.
 
     Raises:
-        NanofedError: it took too long, or the loss is not finite: a part of the text would be another text's figure.
+        NanofedError: The evaluation took too long, or the loss is not finite: a part of the text would be another text's figure.
         DataError: the validation shard is damaged or too short.
-        Exception: what `turn.check` raises; with several ranks `Agreed` in the place of all these.
+        Exception: `turn.check` raises it; several ranks raise `Agreed` in the place of all these.
     """
     text = data.validation_loader(
         rank=ranks.number, world_size=ranks.size, share=asked.share, shares=asked.shares, eval_tokens=asked.eval_tokens
@@ -61,7 +51,7 @@ def measure(
     gpt.eval()
     try:
         with closing(iter(text)) as batches:
-            for number, batch in enumerate(SharedBatches(batches, _Unnumbered(turn), ranks)):
+            for number, batch in enumerate(SharedBatches(batches, ranks, turn.check)):
                 if watch.elapsed() > asked.seconds:
                     ranks.agree(
                         NanofedError(

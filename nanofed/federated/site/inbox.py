@@ -140,9 +140,7 @@ class Inbox:
             try:
                 token = self._supernode.AcquireTask(ACQUIRE_ANY).token
                 self._said = ""
-            except (
-                Exception
-            ) as error:  # no SuperNode yet, or none any more: this thread must outlive all that it is answered
+            except Exception as error:  # no SuperNode yet, or none any more: this thread outlives all answers
                 if str(error) != self._said:
                     logger.info("no message can be taken from the SuperNode at %s: %s", self._address, error)
                 self._said, token = str(error), ""

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import torch
 
+from nanofed.files import sync_folder
+
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # a server that lost its open round asks for the one before
@@ -27,10 +29,10 @@ class StateFolder:
 
     Args:
         folder: The folder of all states.
-        durable: have the disk itself take every state before it counts as saved: it survives a power cut then.
+        durable: Have the disk itself take every state before it counts as saved: it survives a power cut then.
 
     Attributes:
-        unwritten: states that could not be written so far.
+        unwritten: The number of states that could not be written so far.
     """
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
@@ -47,22 +49,16 @@ class StateFolder:
             self._write(folder, number, saved)
         except (OSError, RuntimeError) as error:  # torch raises either
             self.unwritten += 1
-            logger.warning(
-                "client %s, round %d: the optimizer state cannot be written to %s and stays in memory: %s",
-                client,
-                number,
-                folder,
-                str(error).splitlines()[0],
-            )
+            reason = f"cannot be written to {folder} and stays in memory: {str(error).splitlines()[0]}"
+            logger.warning("client %s, round %d: the optimizer state %s", client, number, reason)
             buffer = io.BytesIO()
             torch.save(saved, buffer)
             self._memory[folder][number] = buffer.getvalue()
         else:
             self._memory[folder].pop(number, None)
         files, memory = self._files(folder), self._memory[folder]
-        stay = sorted(n for n in files.keys() | memory.keys() if n <= number)[
-            -KEPT:
-        ]  # later ones: a future that was lost
+        known = sorted(n for n in files.keys() | memory.keys() if n <= number)  # later ones: a future that was lost
+        stay = known[-KEPT:]
         for n in [n for n in memory if n not in stay]:
             del memory[n]
         for n in [n for n in files if n not in stay]:
@@ -113,11 +109,7 @@ class StateFolder:
                 temporary.unlink(missing_ok=True)
             raise
         if self._durable:
-            directory = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            sync_folder(folder)
 
     @staticmethod
     def _files(folder: Path) -> dict[int, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
@@ -17,9 +17,7 @@ from nanofed.training.loop import Stopwatch
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(
-    days=365
-)  # ranks wait for the next round as long as it takes; the dead are seen by their connections
+PATIENCE = timedelta(days=365)  # ranks wait for a round as long as it takes: their connections tell of the dead
 
 
 class Agreed(NanofedError):
@@ -81,7 +79,7 @@ class Ranks:
         """Raise on every rank if one of them has an error.
 
         Raises:
-            Agreed: with the error of the first rank that has one; a rank alone raises the error itself.
+            Agreed: It says the error of the first rank that has one; a rank alone raises the error itself.
         """
         if self._group is None:
             if error is not None:
@@ -139,19 +137,33 @@ class _Next(IntEnum):
 
 
 class SharedBatches(Iterator[Batch]):
-    """Yields this rank's micro-batches until a rank has none or the round is not wanted; all ranks stop at the same one."""
+    """Yields this rank's micro-batches until a rank has none or the round is not wanted; all ranks stop at the same one.
 
-    def __init__(self, batches: Iterable[Batch], turn: Turn, ranks: Ranks) -> None:
+    Args:
+        batches: This rank's micro-batches.
+        ranks: The ranks, all of which take theirs.
+        check: It is called on the first rank before each micro-batch, and raises if the round is not wanted any more.
+        begun: It is called with the number of micro-batches that have begun.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        ranks: Ranks,
+        check: Callable[[], None],
+        begun: Callable[[int], None] = lambda number: None,
+    ) -> None:
         self._batches = iter(batches)
-        self._turn = turn
         self._ranks = ranks
+        self._check = check
+        self._hear = begun
         self._begun = 0
 
     def __next__(self) -> Batch:
         batch, error = None, None
         try:
             if self._ranks.first:
-                self._turn.check()
+                self._check()
             batch = next(self._batches, None)
         except Exception as caught:
             error = caught
@@ -162,5 +174,5 @@ class SharedBatches(Iterator[Batch]):
         if batch is None or outcome != _Next.BATCH:
             raise StopIteration
         self._begun += 1
-        self._turn.progress(self._begun)
+        self._hear(self._begun)
         return batch

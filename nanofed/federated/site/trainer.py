@@ -25,8 +25,7 @@ from nanofed.federated.site.optimizer_states import Saved, StateFolder
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
 from nanofed.federated.wire.blocks import all_finite, flat
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
-from nanofed.federated.wire.evaluation import MAX_FAILURE, Evaluate, Evaluation
-from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.federated.wire.messages import MAX_FAILURE, Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
@@ -74,10 +73,10 @@ class FabricTrainer:
     With several ranks each has a trainer, and all train the same round at the same time.
 
     Args:
-        module: the GPTModule, not yet configured.
-        data: the shards and tokenizer.
-        fabric: launched; with several devices under FabricShardedStrategy.
-        folder: where the clients' states are kept.
+        module: The GPTModule, not yet configured.
+        data: The shards and the tokenizer.
+        fabric: A Fabric that is launched; with several devices it has a FabricShardedStrategy.
+        folder: The folder of the clients' states.
         speed: A function from a client's name to its speed; 1 is this machine's own.
         durable: Whether a state counts as saved only when the disk has confirmed it.
 
@@ -140,14 +139,14 @@ class FabricTrainer:
 
         Args:
             arrays: the weights, on the first rank; the others take them from it, and return none.
-            instructions: what to do; equal on all ranks.
+            instructions: What to do; they are equal on all ranks.
             turn: The caller's view of the round: it follows the progress and may end it.
 
         Raises:
             WireError: the weights are not the ones that the instructions describe.
             NanofedError: the training cannot be done (a batch that does not divide, a loss that is not finite).
-            Exception: what `turn.check` raises.
-            Agreed: in the place of all these where there are several ranks, on all of them.
+            Exception: `turn.check` raises it.
+            Agreed: Where there are several ranks, all of them raise it in the place of all these.
         """
         turn = turn or Turn()
         ranks, data, module = self.ranks, self._data, self._module
@@ -171,14 +170,15 @@ class FabricTrainer:
         clock.horizon_tokens = instructions.horizon_tokens
         module.data_state = instructions.data
         arrived = ranks.from_first(turn.arrived)
-        watch = self._stopwatch(instructions.client, arrived)
+        own = Stopwatch(self._speed(instructions.client)) if arrived is None else Stopwatch(start=arrived)
+        watch = SharedStopwatch(ranks, own)
         before = 0.0 if arrived is None else watch.elapsed()
         with closing(iter(loader)) as batches:  # a round that is stopped leaves no thread that makes more
             result = train_steps(
                 self._fabric,
                 self._fabric_module,
                 self._fabric_optimizer,
-                SharedBatches(batches, turn, ranks),
+                SharedBatches(batches, ranks, turn.check, turn.progress),
                 accumulation=accumulation,
                 step_tokens=instructions.batch_tokens,
                 num_steps=instructions.max_steps,
@@ -229,17 +229,17 @@ class FabricTrainer:
 
         Args:
             arrays: the weights, on the first rank; the others take them from it.
-            asked: what to measure; equal on all ranks.
+            asked: What to measure; it is equal on all ranks.
             turn: The caller's view of the evaluation: it may end it.
 
         Raises:
             WireError: the weights are not the ones that the request describes.
-            Exception: what `turn.check` raises.
-            Agreed: in the place of all these where there are several ranks, on all of them.
+            Exception: `turn.check` raises it.
+            Agreed: Where there are several ranks, all of them raise it in the place of all these.
         """
         turn = turn or Turn()
         ranks = self.ranks
-        watch = self._shared(Stopwatch())
+        watch = SharedStopwatch(ranks, Stopwatch())
         with ranks.together():
             if ranks.first:
                 self._take_weights(arrays, asked)
@@ -259,15 +259,7 @@ class FabricTrainer:
             failure = str(error) if isinstance(error, NanofedError) else f"{type(error).__name__}: {error}"
             logger.warning("client %s, round %d: not evaluated: %s", asked.client, asked.round, failure)
         return Evaluation(
-            run=asked.run,
-            round=asked.round,
-            client=asked.client,
-            nonce=asked.nonce,
-            base_hash=asked.base_hash,
-            nats=nats,
-            bytes=count,
-            seconds=watch.elapsed(),
-            failure=failure[:MAX_FAILURE],
+            **asked.repeated(), nats=nats, bytes=count, seconds=watch.elapsed(), failure=failure[:MAX_FAILURE]
         )
 
     def _take_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions | Evaluate) -> None:
@@ -294,7 +286,7 @@ class FabricTrainer:
         local = {name: (t.detach().clone() if up.lossless else t.detach()).numpy() for name, t in staged.items()}
         if not all(all_finite(flat(array)) for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
-        return up.pack(local, {} if up.lossless else down.decode_each(arrays, self._like))
+        return up.pack(local, {} if up.lossless else down.parts(arrays, self._like))
 
     def _staged(self) -> dict[str, Tensor]:
         """Return memory of this machine for each weight: on a CPU the weight itself, else page-locked memory that stays.
@@ -312,12 +304,6 @@ class FabricTrainer:
         elif self._fabric.device.type == "cuda":
             torch.cuda.current_stream(self._fabric.device).synchronize()  # a copy out of it may be under way
         return self._pinned
-
-    def _stopwatch(self, client: str, arrived: float | None) -> Stopwatch:
-        return self._shared(Stopwatch(self._speed(client)) if arrived is None else Stopwatch(start=arrived))
-
-    def _shared(self, watch: Stopwatch) -> Stopwatch:
-        return SharedStopwatch(self.ranks, watch) if self.ranks.size > 1 else watch
 
     def _state_before(self, instructions: Instructions) -> defaultdict[Tensor, Any]:
         """Return the newest state from before this round: in memory, on disk, or a fresh one."""
@@ -343,8 +329,6 @@ class FabricTrainer:
 
     def _send_state(self, saved: Saved | None) -> Saved | None:
         """Give all ranks the first one's saved state, a parameter at a time."""
-        if self.ranks.size == 1:
-            return saved
         rest = self.ranks.from_first({**saved, "state": None} if saved else None)
         if rest is None:
             return None

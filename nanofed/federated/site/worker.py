@@ -36,8 +36,7 @@ from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import Arrays, FabricTrainer, LocalTrainer
 from nanofed.federated.wire.bundle import check_bundle
 from nanofed.federated.wire.codec import WireError
-from nanofed.federated.wire.evaluation import Evaluate, Evaluation
-from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.federated.wire.weights_client import WeightsClient
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.lightning_errors import lightning_errors
@@ -95,9 +94,9 @@ class SiteTrainer:
     """The trainer of a site's client on the first rank: what it is asked to do, all ranks do together.
 
     Args:
-        trainer: trains and evaluates on this rank.
-        progress: hears how far the trainer is.
-        micro_batch_tokens: tokens of one micro-batch, over all ranks.
+        trainer: It trains and evaluates on this rank.
+        progress: It hears how far the trainer is.
+        micro_batch_tokens: The tokens of one micro-batch, over all ranks.
     """
 
     def __init__(self, trainer: FabricTrainer, progress: Progress, micro_batch_tokens: int) -> None:
@@ -120,16 +119,9 @@ class SiteTrainer:
             turn = _Turn(self.task, self._progress, instructions.deadline_seconds)
             payload, report = self._trainer.train(arrays, instructions, turn)
         self._unsaved = instructions
-        speed = report.tokens / report.seconds if report.seconds > 0 else 0.0
-        self._progress.trained(report.steps, speed)
-        logger.info(
-            "round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s",
-            report.round,
-            report.steps,
-            report.loss_first,
-            report.loss_last,
-            speed,
-        )
+        self._progress.trained(report.steps, report.tokens_per_second)
+        losses, speed = (report.loss_first, report.loss_last), report.tokens_per_second
+        logger.info("round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s", report.round, report.steps, *losses, speed)
         return payload, report
 
     def evaluate(self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate) -> Evaluation:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 def flat(array: npt.NDArray[np.generic]) -> Tensor:
     """Return the array's elements as a one-dimensional tensor on the same memory; a non-contiguous array is copied.
 
-    Of a read-only array, too: then the tensor is for reading.
+    The tensor of a read-only array is for reading.
     """
     elements = np.ascontiguousarray(array).reshape(-1)
     if elements.flags.writeable:
@@ -38,8 +38,8 @@ def in_threads(jobs: Sequence[J], worker: Callable[[], Callable[[J], T]]) -> lis
     """Do the jobs on as many threads as PyTorch may use, and return their results in the order of the jobs.
 
     Args:
-        jobs: what is to be done; whichever thread is free takes the next.
-        worker: called once on every thread, for what does the jobs there: it may hold buffers of its own.
+        jobs: What is to be done; whichever thread is free takes the next.
+        worker: It is called once on every thread, and returns what does the jobs there, which may hold buffers of its own.
     """
     threads = min(torch.get_num_threads(), len(jobs))
     if threads <= 1:
@@ -65,9 +65,9 @@ def over_blocks(
     """Work on every block of several arrays, and return the results in the order of the blocks.
 
     Args:
-        sizes: of the arrays, in elements.
-        worker: called once on every thread, for a function of an array's index and the elements of a block.
-        block: elements of a block at most; `BLOCK` by default.
+        sizes: The sizes of the arrays, in elements.
+        worker: It is called once on every thread, and returns a function of an array's index and the elements of a block.
+        block: The elements of a block at most; `BLOCK` by default.
     """
     step = block or BLOCK
     blocks = [
@@ -97,8 +97,8 @@ def norms_of_blocks(sizes: Sequence[int], reader: Callable[[], Callable[[int, sl
     """Return the L2 norm, in fp64, of each of several arrays that are read block by block; not finite where an element is not.
 
     Args:
-        sizes: of the arrays, in elements.
-        reader: called once on every thread, for what writes some elements of the n-th array into a fp64 tensor.
+        sizes: The sizes of the arrays, in elements.
+        reader: It is called once on every thread, and returns what writes some elements of the n-th array into a fp64 tensor.
     """
 
     def worker() -> Callable[[int, slice], tuple[int, float]]:

@@ -46,7 +46,7 @@ def check_bundle(content: bytes) -> None:
     Whoever can submit a run to the SuperLink decides what the sites run; so a bundle's code is compared, and never executed.
 
     Raises:
-        BundleError: it is no bundle, or has other files than the package, or one that differs.
+        BundleError: The content is no bundle, or has other files than the package, or one that differs.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, over_blocks
-from nanofed.federated.wire.stored_weights import layout_of
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides
 Arrays = list[npt.NDArray[np.generic]]
 Layout = tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]  # dtype and shape of each array that one weight travels as
-Room = Callable[[int], Any]  # bytes -> a buffer of so many to write to
 Part = Callable[[slice, Tensor], Tensor]  # some elements of a weight, and a buffer for them -> these elements
 
 
@@ -39,8 +37,8 @@ class Codec(ABC):
     A codec says how one weight travels (`layout`, `_write`, `read`): as one array or several, such as integers and scales.
 
     Attributes:
-        name: as in configs and instructions.
-        lossless: what arrives is what was sent, to the bit.
+        name: The codec's name in configs and instructions.
+        lossless: What arrives is what was sent, to the bit.
     """
 
     name: str
@@ -55,52 +53,46 @@ class Codec(ABC):
         """Write the values of some elements of one weight into `out`, fp32 or fp64.
 
         Args:
-            arrays: those of the weight, one-dimensional (`blocks.flat`).
-            part: which elements, in the order of memory; it may have a step.
-            out: as many elements.
+            arrays: The arrays of the weight, one-dimensional (`blocks.flat`).
+            part: The elements, in the order of memory; the slice may have a step.
+            out: A one-dimensional tensor of as many elements.
         """
 
     @abstractmethod
     def _write(self, values: Array, base: Part | None, out: Sequence[Tensor]) -> None:
         """Write one weight, or where there is a base, what it moved, into its arrays, one-dimensional."""
 
-    def encode(self, weights: Weights, room: Room | None = None) -> Arrays:
-        """Return the arrays to send, in the weights' order, one after the other in `room` where that is given."""
-        return self._packed(weights, None, room)
+    def encode(self, weights: Weights, buffer: Any = None) -> Arrays:
+        """Return the arrays to send, in the weights' order; where a buffer of `nbytes(weights)` bytes is given, they fill it."""
+        return self._packed(weights, None, buffer)
 
-    def pack(self, local: Weights, base: Weights, room: Room | None = None) -> Arrays:
+    def pack(self, local: Weights, base: Mapping[str, Array | Part], buffer: Any = None) -> Arrays:
         """Return what a client sends up.
 
         Args:
-            local: the weights after training.
-            base: the weights as they were received, `decode` of what came down; of the same names and shapes.
-            room: as in `encode`.
+            local: The weights after training.
+            base: The weights as they were received, `decode` or `parts` of what came down; of the same names and shapes.
+            buffer: The bytes that the arrays are to fill, as in `encode`.
         """
-        return self.encode(local, room) if self.lossless else self._packed(local, base, room)
+        return self.encode(local, buffer) if self.lossless else self._packed(local, base, buffer)
 
     def over(self, buffer: Any, like: Weights) -> Arrays:
         """Return the arrays of a message whose bytes stand one after the other in a buffer, on the same memory.
 
         Args:
-            buffer: of `nbytes(like)` bytes.
-            like: names and shapes of the weights.
+            buffer: A buffer of `nbytes(like)` bytes.
+            like: Weights of the same names and shapes.
         """
-        rest: Any = np.frombuffer(buffer, np.uint8)
-        arrays: Arrays = []
-        for _, dtype, shape in self._layouts(like):
-            size = dtype.itemsize * math.prod(shape)
-            arrays.append(rest[:size].view(dtype).reshape(shape))
-            rest = rest[size:]
-        return arrays
+        return arrays_over(buffer, tuple((dtype, shape) for _, dtype, shape in self._layouts(like)))
 
-    def _packed(self, weights: Weights, base: Weights | None, room: Room | None) -> Arrays:
+    def _packed(self, weights: Weights, base: Mapping[str, Array | Part] | None, buffer: Any) -> Arrays:
         arrays: Arrays
-        if room is None:
+        if buffer is None:
             arrays = [np.empty(shape, dtype) for _, dtype, shape in self._layouts(weights)]
         else:
-            arrays = self.over(room(self.nbytes(weights)), weights)
+            arrays = self.over(buffer, weights)
         for (name, values), out in zip(weights.items(), self.tensors(arrays, weights), strict=True):
-            self._write(values, None if base is None else _part(base, name), out)
+            self._write(values, None if base is None else _part(base[name]), out)
         return arrays
 
     def _layouts(self, like: Weights) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
@@ -113,28 +105,38 @@ class Codec(ABC):
         """Return weights with the names and shapes of `like`; they may be the arrays themselves.
 
         Raises:
-            WireError: the arrays do not fit; see `check`.
+            WireError: The arrays do not fit, see `check`.
         """
-        return dict(self.decode_each(arrays, like))
+        out = {name: np.empty(expected.shape, np.float32) for name, expected in like.items()}
+        self.write_to({name: flat(array) for name, array in out.items()}, arrays, like)
+        return out
 
-    def decode_each(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> Weights:
-        """Return what `decode` does, but each weight is made anew whenever it is asked for: one at a time is in memory.
+    def parts(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Part]:
+        """Return, for each weight, a function that reads parts of what `decode` returns: nothing is made of the rest.
 
         Raises:
-            WireError: the arrays do not fit; see `check`.
+            WireError: The arrays do not fit, see `check`.
         """
-        return _Decoded(self, self.tensors(arrays, like), like)
+
+        def reader(tensors: Sequence[Tensor]) -> Part:
+            def read(part: slice, buffer: Tensor) -> Tensor:
+                self.read(tensors, part, buffer)
+                return buffer
+
+            return read
+
+        return {name: reader(tensors) for name, tensors in zip(like, self.tensors(arrays, like), strict=True)}
 
     def write_to(self, out: Mapping[str, Tensor], arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> None:
         """Write what `decode` returns into fp32 tensors in this machine's memory, block by block.
 
         Args:
-            out: contiguous tensors with the names and shapes of `like`; they may be parameters.
-            arrays: as they arrived.
-            like: names and shapes of the weights.
+            out: Contiguous tensors with the names and shapes of `like`; they may be parameters.
+            arrays: The arrays as they arrived.
+            like: Weights of the same names and shapes.
 
         Raises:
-            WireError: the arrays do not fit; see `check`. Nothing is written then.
+            WireError: The arrays do not fit, see `check`. Nothing is written then.
         """
         parts = dict(zip(like, self.tensors(arrays, like), strict=True))
         names = list(like)
@@ -149,7 +151,7 @@ class Codec(ABC):
         """Check that arrays can be read as weights with the shapes of `like`.
 
         Raises:
-            WireError: another number of arrays, or another shape or dtype; it names the first that does not fit.
+            WireError: There is another number of arrays, or another shape or dtype; the error names the first that does not fit.
         """
         layouts = list(self._layouts(like))
         if len(arrays) != len(layouts):
@@ -168,43 +170,13 @@ class Codec(ABC):
 
     def nbytes(self, like: Weights) -> int:
         """Return the exact size of weights on the wire in bytes, without the messages' own framing."""
-        return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._layouts(like))
+        return bytes_of(tuple((dtype, shape) for _, dtype, shape in self._layouts(like)))
 
 
-class _Decoded(Mapping[str, Array]):
-    """Weights as they arrived, each read when it is asked for."""
-
-    def __init__(self, codec: Codec, parts: Sequence[Sequence[Tensor]], like: Weights) -> None:
-        self._codec = codec
-        self._parts = dict(zip(like, parts, strict=True))
-        self._shapes = {name: array.shape for name, array in like.items()}
-
-    def __getitem__(self, name: str) -> Array:
-        out = np.empty(self._shapes[name], np.float32)
-        arrays, target = self._parts[name], flat(out)
-        over_blocks([target.numel()], lambda: lambda _, part: self._codec.read(arrays, part, target[part]))
-        return out
-
-    def part(self, name: str) -> Part:
-        """Return a function that reads parts of one weight: nothing is made of the rest."""
-
-        def read(part: slice, buffer: Tensor) -> Tensor:
-            self._codec.read(self._parts[name], part, buffer)
-            return buffer
-
-        return read
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-
-def _part(weights: Weights, name: str) -> Part:
-    if isinstance(weights, _Decoded):
-        return weights.part(name)
-    values = flat(weights[name])
+def _part(weight: Array | Part) -> Part:
+    if callable(weight):
+        return weight
+    values = flat(weight)
     return lambda part, _: values[part]
 
 
@@ -225,13 +197,13 @@ class Fp32Codec(Codec):
     def _write(self, values: Array, base: Part | None, out: Sequence[Tensor]) -> None:
         out[0].copy_(flat(values))
 
-    def encode(self, weights: Weights, room: Room | None = None) -> Arrays:
-        """Return the weights themselves, where they are contiguous and no room is given for them."""
-        if room is not None:
-            return super().encode(weights, room)
+    def encode(self, weights: Weights, buffer: Any = None) -> Arrays:
+        """Return the weights themselves, where they are contiguous and no buffer is given for them."""
+        if buffer is not None:
+            return super().encode(weights, buffer)
         return [np.asarray(values, dtype=np.float32, order="C") for values in weights.values()]
 
-    def decode_each(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> Weights:
+    def decode(self, arrays: Sequence[npt.NDArray[np.generic]], like: Weights) -> dict[str, Array]:
         """Check the arrays and give them their names: no copy."""
         self.check(arrays, like)
         return {name: array.astype(np.float32, copy=False) for name, array in zip(like, arrays, strict=True)}
@@ -274,6 +246,47 @@ class Bf16Codec(Codec):
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32Codec(), Bf16Codec())}
+
+
+def layout_of(arrays: Iterable[npt.NDArray[np.generic]]) -> list[tuple[str, list[int]]]:
+    """Return dtype and shape of each array, as JSON can say them."""
+    return [(array.dtype.str, list(array.shape)) for array in arrays]
+
+
+def arrays_of(layout: Iterable[tuple[str, Sequence[int]]]) -> Layout:
+    """Return dtype and shape of each array of a layout.
+
+    Raises:
+        ValueError: The layout describes no arrays of numbers.
+    """
+    found = []
+    for name, shape in layout:
+        try:
+            dtype = np.dtype(name)
+            # Numbers only: whatever else NumPy can describe would be made of foreign bytes. Its own limit is 64 dimensions.
+            right = dtype.kind in "biuf" and len(shape) <= 32 and all(0 <= n < 1 << 48 for n in shape)
+        except (TypeError, ValueError, SyntaxError):  # NumPy parses descriptions of dtypes
+            right = False
+        if not right:
+            raise ValueError(f"{repr([name, shape])[:80]} describes no array of numbers")
+        found.append((dtype, tuple(shape)))
+    return tuple(found)
+
+
+def bytes_of(layout: Layout) -> int:
+    """Return how many bytes the arrays of a layout have together."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
+
+
+def arrays_over(buffer: Any, layout: Layout) -> Arrays:
+    """Return arrays whose bytes stand one after the other in a buffer, on the same memory."""
+    rest: Any = np.frombuffer(buffer, np.uint8)
+    arrays: Arrays = []
+    for dtype, shape in layout:
+        size = dtype.itemsize * math.prod(shape)
+        arrays.append(rest[:size].view(dtype).reshape(shape))
+        rest = rest[size:]
+    return arrays
 
 
 def hash_arrays(arrays: Sequence[npt.NDArray[np.generic]]) -> str:

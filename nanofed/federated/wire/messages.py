@@ -1,8 +1,12 @@
-"""What server and site say to each other beside the weights: plain dataclasses that travel as one JSON string."""
+"""What server and site say to each other beside the weights: plain dataclasses that travel as one JSON string.
+
+A message lives longer than its answer is waited for, so that a late answer arrives, is named and dropped.
+"""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -14,9 +18,10 @@ from nanofed.data.identity import DataIdentity
 from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.federated.wire.bundle import code_hash
-from nanofed.federated.wire.codec import WireError
+from nanofed.federated.wire.codec import WireError, arrays_of
 from nanofed.federated.wire.names import SAFE_NAME
 from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.weights_calls import TICKET
 
 if TYPE_CHECKING:
     from nanofed.data.datamodule import TokenDataModule
@@ -29,6 +34,9 @@ MAX_SHARDS = 4096  # of one site: the server looks at each of them for every lea
 MAX_ROWS = 1 << 28  # of all shards of one site: the ledger takes a byte of memory for each that is on lease
 MAX_TEXT_BYTES = 1 << 50  # of one shard
 MAX_SPEED = 1e12  # tokens a second of one site
+MAX_FAILURE = 500  # characters of a reason why a site gives no figure
+MAX_ARRAYS = 1 << 16  # as which weights travel
+LIFE = 2.0  # of a message, over the time for which its answer is waited for
 SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "horizon_flops")  # with every round
 
 
@@ -57,7 +65,7 @@ class WireMessage:
         """Rebuild from what Flower carried.
 
         Raises:
-            WireError: no JSON, too much of it, or other fields or values than this nanofed sends.
+            WireError: It is no JSON, too much JSON, or has other fields or values than this nanofed sends.
         """
         text = config.get(cls.key) if hasattr(config, "get") else None
         if not isinstance(text, str) or len(text) > MAX_JSON:
@@ -70,6 +78,15 @@ class WireMessage:
         except ValueError as error:
             raise WireError(f"a {cls.__name__} has a value out of range: {error}") from error
         return message
+
+    @classmethod
+    def found_in(cls, config: Mapping[str, Any]) -> Self | None:
+        """Return the message of this kind among what Flower carried, None if there is none.
+
+        Raises:
+            WireError: There is one, in a form that cannot be read.
+        """
+        return cls.from_config(config) if cls.key in config else None
 
     def check(self) -> None:
         """Refuse values that no sender of this nanofed gives.
@@ -290,6 +307,11 @@ class Report(RoundMessage):
     data: Position
     unwritten: bool
 
+    @property
+    def tokens_per_second(self) -> float:
+        """The speed of the training."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
 
 @dataclass(frozen=True)
 class Failure(RoundMessage):
@@ -304,3 +326,102 @@ class Failure(RoundMessage):
 
     kind: Literal["lease"]
     reason: str
+
+
+@dataclass(frozen=True)
+class Evaluate(RoundMessage):
+    """What a client is to measure of the global weights, on text of its own.
+
+    The request rides with a round, in the message that brings the weights anyway, so that a slow link carries no second copy of
+    the model. Only the last weights of a run, after which no round comes, are sent to be evaluated alone.
+
+    The text is that of the server's own evaluation, of the client's validation shard: its first `eval_tokens` targets in document
+    order. Forward pass f of it (`nanofed.data.validation`) is this client's where f mod `shares` is `share`. So shares of one
+    shard are disjoint and together all of it, and a pass gives the same sums wherever it is computed on the same hardware.
+
+    Attributes:
+        down_codec: codec of the arrays that go with the message and are to be measured.
+        eval_tokens: targets of the text, all shares together.
+        share: the number of this client's share, from 0.
+        shares: how many shares there are.
+        seconds: seconds after which to give it up, on the client's own clock.
+    """
+
+    key: ClassVar[str] = "nanofed.evaluate"
+
+    down_codec: str
+    eval_tokens: Int
+    share: Int
+    shares: Int
+    seconds: float
+
+    def check(self) -> None:
+        """Refuse a share that there is not."""
+        if not (0 <= self.share < self.shares and self.eval_tokens >= 1 and self.seconds > 0):
+            raise ValueError(
+                f"share {self.share} of {self.shares} of {self.eval_tokens} tokens within {self.seconds} s"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation(RoundMessage):
+    """What a client measured: sums, since the sums of several sites pool exactly and their means do not.
+
+    Attributes:
+        nats: sum of the losses of all targets that have bytes.
+        bytes: sum of their UTF-8 lengths; 0 where the text has fewer forward passes than there are shares.
+        seconds: how long it took, on the client's own clock.
+        failure: why there are no sums, "" where there are.
+    """
+
+    key: ClassVar[str] = "nanofed.evaluation"
+
+    nats: float
+    bytes: Int
+    seconds: float
+    failure: str
+
+    def check(self) -> None:
+        """Refuse a failure of too many words."""
+        if len(self.failure) > MAX_FAILURE:
+            raise ValueError(f"failure has {len(self.failure)} characters, {MAX_FAILURE} are allowed")
+
+
+@dataclass(frozen=True)
+class StoredWeights(WireMessage):
+    """Where the weights of a round are stored at the server, and the file there that takes one site's answer.
+
+    Inside a message, weights are taken apart, copied and put together again by each of five processes. In a deployment the
+    server lays them into a store, the message names them, and the site fetches and delivers them piece by piece, at the same
+    address and with the same key: a piece that was lost is sent again, and nothing is held in memory between.
+
+    Attributes:
+        ticket: The name of the file that holds the weights.
+        layout: The dtype and shape of each array in it; their bytes follow each other.
+        answer: The name of the file for the answer; empty where no weights are to be sent back.
+        answer_bytes: The size of the answer.
+        seconds: The seconds, from the arrival of the message, for which both files exist.
+    """
+
+    key: ClassVar[str] = "stored_weights"
+
+    ticket: str
+    layout: list[tuple[str, list[Int]]]
+    answer: str
+    answer_bytes: Int
+    seconds: float
+
+    def check(self) -> None:
+        """Refuse names of no file, sizes that there are not, and what are no arrays of numbers."""
+        if not all(TICKET.fullmatch(ticket) for ticket in (self.ticket, self.answer or self.ticket)):
+            raise ValueError("it names no file of a store")
+        if self.answer_bytes < 0 or not 0 < self.seconds < 1e9:
+            raise ValueError(f"{self.answer_bytes} bytes within {self.seconds} s")
+        if len(self.layout) > MAX_ARRAYS:
+            raise ValueError(f"{len(self.layout)} arrays are announced, and {MAX_ARRAYS} are allowed")
+        arrays_of(self.layout)
+
+
+def is_over(age: float, life: float) -> bool:
+    """Tell whether nobody waits any more for the answer to a message that was sent `age` seconds ago and lives `life` seconds."""
+    return age > life / LIFE

@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError
-from nanofed.federated.wire.stored_weights import StoredWeights, layout_of
-from nanofed.federated.wire.weight_transport import RoundWeights
+from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, layout_of
+from nanofed.federated.wire.messages import StoredWeights
+from nanofed.federated.wire.weight_transport import RoundWeights, WeightTransport
 from nanofed.federated.wire.weights_calls import DOWN, UP
 
 
-class WeightStore:
-    """A WeightTransport through files that the server's and the SuperLink's process share.
+class WeightStore(WeightTransport):
+    """Moves weights through files that the server's and the SuperLink's process share.
 
     Args:
         folder: A folder that nothing else uses; what an earlier round loop left in it is removed.
@@ -47,15 +47,15 @@ class WeightStore:
         except OSError as error:
             raise self._failed(error) from error
 
-    def room(self, size: int) -> mmap.mmap:
-        """Make the file for the weights of a round, `size` bytes, and return it mapped; that of the round before is removed.
+    def encode(self, weights: Weights, codec: Codec) -> Arrays:
+        """Return weights as they are sent, in a new file of the store; the file of the round before is removed.
 
         Raises:
             NanofedError: The disk has no room for it.
         """
         self.remove()
-        self._ticket, mapped = self._file(DOWN, size)
-        return mapped
+        self._ticket, mapped = self._file(DOWN, codec.nbytes(weights))
+        return codec.encode(weights, mapped)
 
     def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
         """Make a file for each client's answer."""
@@ -116,12 +116,11 @@ class WeightStore:
         return NanofedError(f"the round's weights cannot be kept in {self._folder}: {reason}")
 
 
-class _StoredRound:
+class _StoredRound(RoundWeights):
     """The files of one round."""
 
     def __init__(self, store: WeightStore, folder: Path, stored: dict[str, StoredWeights]) -> None:
-        self.record = ArrayRecord()
-        self.message_bytes = 0
+        super().__init__([])  # the messages hold none
         self._store = store
         self._folder = folder
         self._stored = stored
@@ -129,8 +128,6 @@ class _StoredRound:
 
     def note(self, client: str) -> dict[str, Any]:
         return self._stored[client].to_config()
-
-    def sent(self) -> None: ...
 
     def take(self, client: str, reply: Message, codec: Codec, like: Weights) -> Arrays:
         """Return a client's answer over its file, which is locked and has no name any more.

@@ -1,45 +1,63 @@
-"""How the weights of a round get to its clients and back: in Flower's messages, or beside them (`weight_store.py`)."""
+"""How the weights of a round get to its clients and back: in Flower's messages, or beside them (`weight_store.py`).
+
+An array stands in a message as the bytes of a .npy file, with one copy to get in and none to get out: Flower's own ways there
+copy several times, through files in memory.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from flwr.app import ArrayRecord, Message
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, Message
 
-from nanofed.federated.wire.codec import Arrays, Codec, Room, Weights, WireError, payload_bytes
-from nanofed.federated.wire.flower_arrays import from_flower, to_flower
+from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, payload_bytes
+
+KIND = "numpy.ndarray"  # what Flower calls these arrays
 
 
-class RoundWeights(Protocol):
-    """The weights of one round on their way to the clients and back.
+class RoundWeights:
+    """The weights of one round on their way to the clients and back, in Flower's messages.
+
+    Args:
+        payload: The encoded weights, which go into a record that all messages share.
 
     Attributes:
         record: The arrays that every message of the round holds; empty where the weights travel beside the messages.
         message_bytes: The size of these arrays.
     """
 
-    record: ArrayRecord
-    message_bytes: int
+    def __init__(self, payload: Arrays) -> None:
+        self.record = ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
+        self.message_bytes = payload_bytes(payload)
 
     def note(self, client: str) -> dict[str, Any]:
         """Return the entries that tell a client, in the config of its message, where its weights are."""
+        return {}
 
     def sent(self) -> None:
-        """Free what was needed only until all messages were sent."""
+        """Free what was needed only until all messages were sent: in process, the messages shared the record."""
+        self.record = ArrayRecord()
 
     def take(self, client: str, reply: Message, codec: Codec, like: Weights) -> Arrays:
         """Return the arrays of a client's reply; nobody else can change them from now on.
 
         Args:
             client: The name of the client.
-            reply: Its message.
+            reply: Its message, whose memory is freed with the arrays.
             codec: The codec that its arrays are encoded with.
             like: Weights whose names and shapes the arrays have to fit.
 
         Raises:
             WireError: The reply has no arrays.
         """
+        record = reply.content.array_records.get("fitres.parameters")
+        if record is None:
+            raise WireError("there are no weights in it")
+        return [from_flower(record.pop(name)) for name in list(record)]
 
     def drop(self, client: str) -> None:
         """Free the arrays of a client's reply, which are not read any more."""
@@ -48,63 +66,57 @@ class RoundWeights(Protocol):
         """Free everything; a reply that comes later has nowhere to go."""
 
 
-class WeightTransport(Protocol):
-    """Moves weights between the server and its clients, round after round."""
+class WeightTransport:
+    """Moves weights between the server and its clients, round after round, in Flower's messages.
 
-    @property
-    def room(self) -> Room | None:
-        """A function that makes the buffer into which weights are encoded; None where any memory will do."""
+    That is for clients in this process or in one simulation with it.
+    """
+
+    def encode(self, weights: Weights, codec: Codec) -> Arrays:
+        """Return weights as they are sent, for the next `offer`.
+
+        Raises:
+            NanofedError: There is no room for them.
+        """
+        return codec.encode(weights)
 
     def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
         """Offer the weights of a round to its clients.
 
         Args:
-            payload: The encoded weights, in the buffer that `room` returned last.
+            payload: The weights as `encode` returned them last.
             clients: The names of the clients that may fetch them.
             answer_bytes: The size of the weights that each client sends back; 0 where it sends none.
             seconds: The seconds within which the weights are fetched and the answers delivered.
 
         Raises:
-            NanofedError: There is no room for the weights or for the answers.
+            NanofedError: There is no room for the answers.
         """
+        return RoundWeights(payload)
 
 
-class InMessages:
-    """Puts weights into Flower's messages, for clients in this process or in one simulation with it."""
-
-    room: Room | None = None
-
-    def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
-        """Put the weights into a record that all messages share."""
-        return _RoundInMessages(payload)
-
-
-class _RoundInMessages:
-    def __init__(self, payload: Arrays) -> None:
-        self.record = ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
-        self.message_bytes = payload_bytes(payload)
-
-    def note(self, client: str) -> dict[str, Any]:
-        return {}
-
-    def sent(self) -> None:
-        self.record = ArrayRecord()  # in process, the messages shared it
-
-    def take(self, client: str, reply: Message, codec: Codec, like: Weights) -> Arrays:
-        return arrays_in(reply)
-
-    def drop(self, client: str) -> None: ...
-
-    def close(self) -> None: ...
+def to_flower(array: npt.NDArray[np.generic]) -> Array:
+    """Return Flower's array with the same content."""
+    array = np.asarray(array, order="C")
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+    data = b"".join((head.getvalue(), array.reshape(-1).view(np.uint8).data))
+    return Array(dtype=str(array.dtype), shape=tuple(array.shape), stype=KIND, data=data)
 
 
-def arrays_in(reply: Message) -> Arrays:
-    """Take the arrays out of a reply, so that its memory is freed with them.
+def from_flower(array: Array) -> npt.NDArray[np.generic]:
+    """Return the content of Flower's array, read-only, on the same memory where that is aligned.
 
     Raises:
-        WireError: The reply holds no arrays.
+        ValueError: The content is no array of numbers, or has fewer or more bytes than it says.
     """
-    record = reply.content.array_records.get("fitres.parameters")
-    if record is None:
-        raise WireError("there are no weights in it")
-    return [from_flower(record.pop(name)) for name in list(record)]
+    if array.stype != KIND:
+        raise ValueError(f"it is {array.stype!r:.40}, not {KIND!r}")
+    head = io.BytesIO(array.data)  # reads, and so copies, no more than the header
+    version = np.lib.format.read_magic(head)
+    if version != (1, 0):
+        raise ValueError(f"its format has version {version}")
+    shape, in_columns, dtype = np.lib.format.read_array_header_1_0(head)
+    start = head.tell()
+    content = np.frombuffer(array.data, dtype, offset=start) if start < len(array.data) else np.empty(0, dtype)
+    return np.require(content.reshape(shape, order="F" if in_columns else "C"), requirements="A")

@@ -1,4 +1,4 @@
-"""The two calls by which a site fetches weights from its server and delivers its own: their paths and their headers."""
+"""The two calls by which a site fetches weights from its server and delivers its own: paths, headers, and the files behind."""
 
 from __future__ import annotations
 

@@ -22,28 +22,20 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from urllib3.exceptions import HTTPError
 
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.stored_weights import StoredWeights, bytes_of, shapes_of
+from nanofed.federated.wire.codec import Arrays, arrays_of, arrays_over, bytes_of
+from nanofed.federated.wire.messages import StoredWeights
 from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH
 
 CONNECTIONS = 2  # pieces under way at a time: one fills the pause in which the other is answered
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries
 SILENCE_SECONDS = 30.0  # without a byte, after which a connection is given up
-ANSWER_SECONDS = (
-    90.0  # the same once all is sent: some of it waits in buffers on its way, and the server takes its time
-)
+ANSWER_SECONDS = 90.0  # without a byte once all is sent: some of that waits in buffers, and the server takes its time
 BLOCK_BYTES = 64 << 10  # a time limit counts for all of what is sent at once
-UNABLE_SECONDS = (
-    15.0  # a server that says that it cannot is believed then: the site still tells it why the round failed
-)
+# A server that says that it cannot is asked again for this long: then the site still tells it why the round failed.
+UNABLE_SECONDS = 15.0
 UNABLE = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE)
-AGAIN = (
-    HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.BAD_GATEWAY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT,
-)
+AGAIN = (429, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)  # 429: too many calls
 
-Arrays = list[npt.NDArray[np.generic]]
 Piece = tuple[int, list[memoryview]]  # the first byte of it, and its bytes
 
 
@@ -82,26 +74,20 @@ class WeightsClient:
         """Return the weights of a round, until `end` on the monotonic clock.
 
         Raises:
-            RoundOver: they are not there any more.
+            RoundOver: The weights are not there any more.
             WeightsError: the server cannot be reached in the round's time, or refuses.
-            ValueError: the layout describes no arrays of numbers.
         """
-        whole = np.empty(bytes_of(stored.layout), np.uint8)
-        into: Any = whole
-        self._move(_pieces([memoryview(into)]), stored, self._pull, end)
-        arrays: Arrays = []
-        for dtype, shape in shapes_of(stored.layout):
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            arrays.append(whole[:size].view(dtype).reshape(shape))
-            whole = whole[size:]
-        return arrays
+        layout = arrays_of(stored.layout)
+        whole: Any = np.empty(bytes_of(layout), np.uint8)
+        self._move(_pieces([memoryview(whole)]), stored, self._pull, end)
+        return arrays_over(whole, layout)
 
     def deliver(self, stored: StoredWeights, arrays: Sequence[npt.NDArray[np.generic]], end: float) -> None:
         """Bring the answer to a round, until `end` on the monotonic clock.
 
         Raises:
-            RoundOver: nobody waits for it any more.
-            WeightsError: it is not of the size that is expected, or the server cannot be reached in time, or refuses.
+            RoundOver: Nobody waits for it any more.
+            WeightsError: The answer is not of the size that is expected, or the server cannot be reached in time, or refuses.
         """
         size = sum(array.nbytes for array in arrays)
         if size != stored.answer_bytes:

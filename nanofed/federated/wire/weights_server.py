@@ -34,14 +34,14 @@ Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Event, Receive, Send], Awaitable[None]]
 
 
-class _Refused(Exception):
+class _HttpError(Exception):
     def __init__(self, status: HTTPStatus, detail: str) -> None:
         super().__init__(detail)
         self.status = status
 
 
-def _over() -> _Refused:
-    return _Refused(HTTPStatus.NOT_FOUND, "there is no such file: its round is over")
+def _over() -> _HttpError:
+    return _HttpError(HTTPStatus.NOT_FOUND, "there is no such file: its round is over")
 
 
 class WeightsServer:
@@ -64,20 +64,20 @@ class WeightsServer:
         status, content = HTTPStatus.OK, b""
         try:
             if scope["method"] != "POST":
-                raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "calls for weights are POST")
+                raise _HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "calls for weights are POST")
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             body = await _body(headers, receive)
             if body is None:
                 return  # the site has gone
             ticket, offset = headers.get(OBJECT, ""), _number(headers, OFFSET)
             if not TICKET.fullmatch(ticket):
-                raise _Refused(HTTPStatus.BAD_REQUEST, f"the header {OBJECT} holds no ticket")
+                raise _HttpError(HTTPStatus.BAD_REQUEST, f"the header {OBJECT} holds no ticket")
             if scope["path"] == PULL:
                 length = _number(headers, LENGTH)
                 content = await asyncio.to_thread(_read, self._folder / DOWN / ticket, offset, length)
             else:
                 await asyncio.to_thread(_write, self._folder / UP / ticket, offset, body)
-        except _Refused as refused:
+        except _HttpError as refused:
             status = refused.status
             content = json.dumps({"code": int(status), "detail": str(refused)}).encode()
         kind = OCTETS if status == HTTPStatus.OK else "application/json"
@@ -88,7 +88,7 @@ class WeightsServer:
 
 async def _body(headers: MutableMapping[str, str], receive: Receive) -> bytes | None:
     if _number(headers, "content-length") > PIECE_BYTES:
-        raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a piece is of {PIECE_BYTES} bytes at most")
+        raise _HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a piece is of {PIECE_BYTES} bytes at most")
     pieces = []
     while True:
         event = await receive()
@@ -102,7 +102,7 @@ async def _body(headers: MutableMapping[str, str], receive: Receive) -> bytes | 
 def _number(headers: MutableMapping[str, str], name: str) -> int:
     text = headers.get(name, "")
     if not (text.isascii() and text.isdecimal() and len(text) <= 15):
-        raise _Refused(HTTPStatus.BAD_REQUEST, f"the header {name} holds no number")
+        raise _HttpError(HTTPStatus.BAD_REQUEST, f"the header {name} holds no number")
     return int(text)
 
 
@@ -115,8 +115,8 @@ def _open(path: Path, flags: int) -> int:
         raise _disk(error) from error
 
 
-def _disk(error: OSError) -> _Refused:
-    return _Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"the server's disk: {error.strerror}")
+def _disk(error: OSError) -> _HttpError:
+    return _HttpError(HTTPStatus.INSUFFICIENT_STORAGE, f"the server's disk: {error.strerror}")
 
 
 def _read(path: Path, offset: int, length: int) -> bytes:
@@ -128,7 +128,7 @@ def _read(path: Path, offset: int, length: int) -> bytes:
     finally:
         os.close(file)
     if len(content) != length:
-        raise _Refused(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, f"there are no {length} bytes from {offset} on")
+        raise _HttpError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, f"there are no {length} bytes from {offset} on")
     return content
 
 
@@ -142,7 +142,7 @@ def _write(path: Path, offset: int, body: bytes) -> None:
             raise _over()
         if offset + len(body) > found.st_size:
             detail = f"{len(body)} bytes from {offset} on are more than the {found.st_size} that are expected"
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+            raise _HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
         rest = memoryview(body)
         while rest:
             written = os.pwrite(file, rest, offset)
