@@ -153,6 +153,6 @@ def test_wheel_ships_the_package_typed_the_configs_and_nothing_else(tmp_path: Pa
     shipped = {line.split()[0] for line in listed.stdout.splitlines()[1:]}
     code = {name for name in shipped if ".dist-info/" not in name}
     assert "nanofed/py.typed" in code
-    configs = {f"nanofed/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    configs = {f"nanofed/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.*")}
     assert code == configs | {f"nanofed/{name_of(path)}" for path in (*FILES, PACKAGE / "py.typed")}
     assert any(name.endswith("/licenses/LICENSE") for name in shipped)
