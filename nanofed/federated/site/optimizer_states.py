@@ -9,7 +9,7 @@ import os
 import zipfile
 from collections import defaultdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -56,42 +56,39 @@ class StateFolder:
             self._memory[folder][number] = buffer.getvalue()
         else:
             self._memory[folder].pop(number, None)
-        files, memory = self._files(folder), self._memory[folder]
-        known = sorted(n for n in files.keys() | memory.keys() if n <= number)  # later ones: a future that was lost
-        stay = known[-KEPT:]
-        for n in [n for n in memory if n not in stay]:
-            del memory[n]
-        for n in [n for n in files if n not in stay]:
+        kept = self._kept(folder)
+        known = sorted(n for n in kept if n <= number)  # later ones are of a future that was lost
+        for n in kept.keys() - set(known[-KEPT:]):
+            self._memory[folder].pop(n, None)
             try:
-                files[n].unlink()
+                self._file(folder, n).unlink(missing_ok=True)
             except OSError as error:
-                logger.warning("%s cannot be removed: %s", files[n], error.strerror)
+                logger.warning("%s cannot be removed: %s", self._file(folder, n), error.strerror)
 
     def newest(self, client: str, run: str, before: int) -> int:
         """Return the newest round before `before` that has a state, 0 if none has."""
-        folder = self._folder / client / run
-        return max((n for n in self._files(folder).keys() | self._memory[folder].keys() if n < before), default=0)
+        return max((n for n in self._kept(self._folder / client / run) if n < before), default=0)
 
-    def load(self, client: str, run: str, before: int) -> tuple[int, Saved] | None:
-        """Return the newest state from before round `before` that can be read, on the CPU, and its round."""
-        folder = self._folder / client / run
-        files, memory = self._files(folder), self._memory[folder]
-        for number in sorted((n for n in files.keys() | memory.keys() if n < before), reverse=True):
-            source: Path | IO[bytes] = io.BytesIO(memory[number]) if number in memory else files[number]
+    def load(self, client: str, run: str, before: int) -> Saved | None:
+        """Return the newest state from before round `before` that can be read, on the CPU."""
+        kept = self._kept(self._folder / client / run)
+        for number in sorted((n for n in kept if n < before), reverse=True):
+            source = kept[number]
             try:
-                with zipfile.ZipFile(source) as content:  # torch writes checksums, and does not look at them
-                    if damaged := content.testzip():
-                        raise ValueError(f"{damaged} in it is damaged")
-                if isinstance(source, io.BytesIO):
-                    source.seek(0)
-                saved: Saved = torch.load(source, map_location="cpu", weights_only=True)
+                with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+                    with zipfile.ZipFile(file) as content:  # torch writes checksums, and does not look at them
+                        if damaged := content.testzip():
+                            raise ValueError(f"{damaged} in it is damaged")
+                    file.seek(0)
+                    saved: Saved = torch.load(file, map_location="cpu", weights_only=True)
                 if (saved["client"], saved["run"], saved["round"]) != (client, run, number):
                     raise ValueError(f"it is of client {saved['client']}, run {saved['run']}, round {saved['round']}")
                 state: Saved = saved["state"]
-                return number, state
+                return state
             except Exception as error:  # a damaged file: torch raises a dozen kinds
                 text = (str(error).splitlines() or [type(error).__name__])[0]
-                logger.warning("%s cannot be read and is passed over: %s", files.get(number, number), text)
+                where = number if isinstance(source, bytes) else source
+                logger.warning("%s cannot be read and is passed over: %s", where, text)
         return None
 
     def _write(self, folder: Path, number: int, saved: Saved) -> None:
@@ -103,7 +100,7 @@ class StateFolder:
                 if self._durable:
                     file.flush()
                     os.fsync(file.fileno())
-            temporary.replace(folder / f"round_{number:08d}.pt")
+            temporary.replace(self._file(folder, number))
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -111,7 +108,12 @@ class StateFolder:
         if self._durable:
             sync_folder(folder)
 
+    def _kept(self, folder: Path) -> dict[int, Path | bytes]:
+        """Return the state after each round: its file, or its content where that could not be written."""
+        names = [(file.stem.removeprefix("round_"), file) for file in folder.glob("round_*.pt")]
+        files: dict[int, Path | bytes] = {int(number): file for number, file in names if number.isdecimal()}
+        return files | self._memory[folder]
+
     @staticmethod
-    def _files(folder: Path) -> dict[int, Path]:
-        names = [(f.stem.removeprefix("round_"), f) for f in folder.glob("round_*.pt")]
-        return {int(number): file for number, file in names if number.isdecimal()}
+    def _file(folder: Path, number: int) -> Path:
+        return folder / f"round_{number:08d}.pt"

@@ -315,8 +315,7 @@ class FabricTrainer:
                 newest = self.states.newest(client, run, number)
                 if kept is not None and (kept.run != run or not newest <= kept.round < number):
                     kept = None
-                found = self.states.load(client, run, number) if kept is None else None
-                saved = found[1] if found else None
+                saved = self.states.load(client, run, number) if kept is None else None
         if self.ranks.from_first(kept is not None):
             assert kept is not None
             return kept.optimizer

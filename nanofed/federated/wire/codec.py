@@ -66,15 +66,14 @@ class Codec(ABC):
         """Return the arrays to send, in the weights' order; where a buffer of `nbytes(weights)` bytes is given, they fill it."""
         return self._packed(weights, None, buffer)
 
-    def pack(self, local: Weights, base: Mapping[str, Array | Part], buffer: Any = None) -> Arrays:
+    def pack(self, local: Weights, base: Mapping[str, Array | Part]) -> Arrays:
         """Return what a client sends up.
 
         Args:
             local: The weights after training.
             base: The weights as they were received, `decode` or `parts` of what came down; of the same names and shapes.
-            buffer: The bytes that the arrays are to fill, as in `encode`.
         """
-        return self.encode(local, buffer) if self.lossless else self._packed(local, base, buffer)
+        return self.encode(local) if self.lossless else self._packed(local, base)
 
     def over(self, buffer: Any, like: Weights) -> Arrays:
         """Return the arrays of a message whose bytes stand one after the other in a buffer, on the same memory.
@@ -85,7 +84,7 @@ class Codec(ABC):
         """
         return arrays_over(buffer, tuple((dtype, shape) for _, dtype, shape in self._layouts(like)))
 
-    def _packed(self, weights: Weights, base: Mapping[str, Array | Part] | None, buffer: Any) -> Arrays:
+    def _packed(self, weights: Weights, base: Mapping[str, Array | Part] | None, buffer: Any = None) -> Arrays:
         arrays: Arrays
         if buffer is None:
             arrays = [np.empty(shape, dtype) for _, dtype, shape in self._layouts(weights)]
