@@ -22,7 +22,6 @@ from nanofed.training.summary import Summary
 from tests.federated.tiny import BATCH, arguments
 from tests.ranks import Started
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are counted through /proc")
 STEPS = 3
 TOKENS = 2 * 2 * STEPS * BATCH  # of two clients in two rounds
 
@@ -48,7 +47,6 @@ def test_whatever_ends_a_site_is_said_with_its_name(monkeypatch: pytest.MonkeyPa
         site.check()
 
 
-@needs_proc
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
@@ -58,7 +56,7 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
     with start([*args, "--federation.round_steps=1000000"], tmp_path / "first.log") as federate:
         federate.wait_until(lambda: "training" in said(run), "round")
         names = ("superlink_process", "flwr-serverapp", "deploy.supernode", "site.worker")
-        assert [len(started(federate, name)) for name in names] == [1, 1, 2, 2]
+        assert [len(federate.processes(name)) for name in names] == [1, 1, 2, 2]
         federate.process.send_signal(signal.SIGTERM)
         assert federate.wait(60) == 143
         federate.assert_nothing_left(1)
@@ -80,12 +78,11 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
         local_deployment.run_deployment(Federation.from_args(args))
 
 
-@needs_proc
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ctrl_c_while_it_starts_leaves_no_process_behind(tiny_corpus: Path, tmp_path: Path) -> None:
     with start(options(tiny_corpus, tmp_path), tmp_path / "log") as federate:
-        federate.wait_until(lambda: bool(started(federate, "site.worker")), "worker")
+        federate.wait_until(lambda: bool(federate.processes("site.worker")), "worker")
         federate.process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         federate.process.send_signal(signal.SIGINT)  # impatient
@@ -108,18 +105,6 @@ def test_a_site_that_cannot_start_ends_the_run(tiny_corpus: Path, tmp_path: Path
         for _ in range(100):
             check()
             time.sleep(0.1)
-
-
-def started(federate: Started, name: str) -> list[int]:
-    """Return the processes of a run that have `name` in their command line."""
-    found = []
-    for pid in federate.processes():
-        try:
-            if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-        except OSError:  # ended meanwhile
-            continue
-    return found
 
 
 def said(run: Path) -> str:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError
-from nanofed.federated.deploy.process import Child, end_marked, ended_by_signals, undisturbed
+from nanofed.federated.deploy.process import SupervisedProcess, ended_by_signals, kill_marked, undisturbed
 from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.federated.site.options import SiteOptions, WorkerOptions
 from nanofed.federated.site.progress import Page
@@ -72,24 +72,24 @@ class _Site:
         home.mkdir(exist_ok=True)
         marks = {name: f"{self._folder}:{name}" for name in ("worker", "supernode")}
         for mark in marks.values():  # what a site that was killed has left behind
-            end_marked(f"{MARK}={mark}")
+            kill_marked(f"{MARK}={mark}")
         write_atomically(self._secret, secrets.token_hex(32), mode=0o600)
         cores = {} if options.threads is None else {"OMP_NUM_THREADS": str(options.threads)}
-        self._worker = Child(
+        self._worker = SupervisedProcess(
             f"worker of {options.name}",
             self._worker_command(arguments),
             # PYTHONSAFEPATH: torchrun's ranks have no -P.
             flower_environment(home, **{MARK: marks["worker"]}, PYTHONSAFEPATH="1", **cores),
+            MARK,
             self._folder / "worker.log",
-            f"{MARK}={marks['worker']}",
             outcomes=self._folder,
         )
-        self._supernode = Child(
+        self._supernode = SupervisedProcess(
             f"SuperNode of {options.name}",
             self._supernode_command(),
             flower_environment(home, **{MARK: marks["supernode"]}),
+            MARK,
             self._folder / "supernode.log",
-            f"{MARK}={marks['supernode']}",
         )
 
     def _worker_command(self, arguments: Sequence[str]) -> list[str]:
