@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from filelock import FileLock
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy import local_deployment
+from nanofed.federated.deploy.process import SupervisedProcess
 from nanofed.federated.federation import Federation
-from nanofed.federated.site.options import site_options
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
 from nanofed.training.summary import Summary
 from tests.federated.tiny import BATCH, arguments
@@ -35,16 +34,17 @@ def start(args: list[str], log: Path) -> Started:
     return Started(["-P", "-m", "nanofed", "federate", *args], log)
 
 
-def test_whatever_ends_a_site_is_said_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_whatever_ends_a_site_is_said_with_its_name(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "state")
 
-    monkeypatch.setattr(local_deployment, "run_site", full)
-    site = local_deployment._Site(site_options("127.0.0.1:1", "lab-a", state=tmp_path), [], threading.Event())
-    site.start()
-    site.join()
-    with pytest.raises(NanofedError, match="site lab-a: state: No space left on device"):
-        site.check()
+    monkeypatch.setattr(SupervisedProcess, "start", full)
+    federation = Federation.from_args(options(tiny_corpus, tmp_path, clients=1, quorum=1))
+    said = "site client-0: state: No space left on device"
+    with pytest.raises(NanofedError, match=said), local_deployment._sites(federation, tmp_path, "127.0.0.1:1"):
+        pass
 
 
 @pytest.mark.slow
@@ -91,20 +91,17 @@ def test_ctrl_c_while_it_starts_leaves_no_process_behind(tiny_corpus: Path, tmp_
         federate.assert_nothing_left(1)
 
 
-def test_a_site_that_cannot_start_ends_the_run(tiny_corpus: Path, tmp_path: Path) -> None:
-    config = Federation.from_args(options(tiny_corpus, tmp_path, clients=1, quorum=1))
-    run = config.open()
-    folder = run / local_deployment.CLIENTS / "client-0"
+def test_a_site_that_runs_already_ends_the_run(tiny_corpus: Path, tmp_path: Path) -> None:
+    federation = Federation.from_args(options(tiny_corpus, tmp_path, clients=1, quorum=1))
+    folder = tmp_path / local_deployment.CLIENTS / "client-0"
     folder.mkdir(parents=True)
-    said = r"^site client-0: the site 'client-0' is running already"
+    said = r"^the site 'client-0' is running already"
     with (
         FileLock(folder / ".lock"),
-        local_deployment._sites(config, run, "127.0.0.1:1") as check,
         pytest.raises(ConfigError, match=said),
+        local_deployment._sites(federation, tmp_path, "127.0.0.1:1"),
     ):
-        for _ in range(100):
-            check()
-            time.sleep(0.1)
+        pass
 
 
 def said(run: Path) -> str:

@@ -14,7 +14,7 @@ import pytest
 from nanofed import runtime
 from nanofed.federated.deploy import process
 from nanofed.federated.deploy.process import SupervisedProcess, last_line, marked
-from nanofed.federated.deploy.site import _Site
+from nanofed.federated.deploy.site import Site
 from nanofed.federated.outcome import Outcome
 from nanofed.federated.site.options import SiteOptions, WorkerOptions
 
@@ -131,12 +131,12 @@ def test_a_site_s_worker_and_its_supernode_share_a_secret_of_their_own(tmp_path:
     options.folder.mkdir()
     secrets = []
     for _ in range(2):
-        site = _Site(options, [])
+        site = Site(options, [])
         told = next(WorkerOptions.from_json(word) for word in site._worker.command if word.startswith("{"))
         supernode = site._supernode.command
-        assert supernode[supernode.index("--superexec-auth-secret-file") + 1] == told.secret
+        assert supernode[supernode.index("--superexec-auth-secret-file") + 1] == str(told.secret)
         assert told.supernode == f"127.0.0.1:{supernode[supernode.index('--port') + 1]}"
-        assert stat.S_IMODE(Path(told.secret).stat().st_mode) == 0o600
-        secrets.append(Path(told.secret).read_text())
-        site.stop()
+        assert stat.S_IMODE(told.secret.stat().st_mode) == 0o600
+        secrets.append(told.secret.read_text())
+        site.close()
     assert len(secrets[0]) == 64 and secrets[0] != secrets[1]
