@@ -9,7 +9,10 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from tests.parity.test_paths import arguments
 
@@ -58,23 +61,17 @@ class Started:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def processes(self) -> dict[int, int | None]:
-        """Return the living processes by id, with their rank; None for torchrun's agents."""
+    def processes(self, word: str = "") -> dict[int, int | None]:
+        """Return the living processes with a word in their command line by id, with their rank; None for torchrun's agents."""
         found: dict[int, int | None] = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = dict(
-                    entry.split("=", 1)
-                    for entry in (folder / "environ").read_bytes().decode().split("\0")
-                    if "=" in entry
-                )
-                command = (folder / "cmdline").read_bytes().decode().split("\0")
-                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:  # ended meanwhile
-                continue
-            if environment.get(MARK) == self.mark and state != "Z":
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # ended meanwhile
+                environment, command = process.environ(), process.cmdline()
+                if environment.get(MARK) != self.mark or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
                 rank = int(environment.get("RANK", environment.get("LOCAL_RANK", "0")))
-                found[int(folder.name)] = None if "torch.distributed.run" in command else rank
+                if word in " ".join(command):
+                    found[process.pid] = None if "torch.distributed.run" in command else rank
         return found
 
     def rank(self, number: int) -> int:

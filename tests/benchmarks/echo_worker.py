@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from nanofed.federated.site.inbox import Inbox
 from nanofed.federated.site.options import WorkerOptions
@@ -23,7 +22,7 @@ def main(args: Sequence[str]) -> None:
     progress = Progress(options.progress)
     trainer = EchoTrainer(args[1:])
     progress.say(state="idle", ranks=1)
-    lead(options, Inbox(options.supernode, Path(options.secret).read_bytes()), trainer, progress)
+    lead(options, Inbox(options.supernode, options.secret.read_bytes()), trainer, progress)
 
 
 if __name__ == "__main__":

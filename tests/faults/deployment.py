@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from nanofed.data.shards import open_dataset
-from nanofed.federated.deploy.process import marked_sessions, members
-
-# from nanofed.federated.deploy.site import socket_path
+from nanofed.federated.deploy.process import marked
 from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_state, read_weights
 from tests.ranks import REPOSITORY, in_time
 
@@ -71,9 +70,9 @@ def config(corpus: Path, folder: Path, **options: Any) -> Path:
 
 def command_line(pid: int) -> str:
     """Return how a process was started, and its state where it has ended already."""
-    with contextlib.suppress(OSError):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        return command or Path(f"/proc/{pid}/stat").read_text().split(" ", 4)[2]
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return " ".join(process.cmdline()) or process.status()
     return "ended since"
 
 
@@ -107,16 +106,12 @@ class Process:
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def pids(self, word: str) -> list[int]:
         """Return its processes whose command line holds `word`."""
-        found = []
-        for pid in members(marked_sessions(f"{MARK}={self.mark}")):
-            with contextlib.suppress(OSError):
-                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return found
+        return [process.pid for process in marked(f"{MARK}={self.mark}", word)]
 
     def kill(self, word: str, number: int = signal.SIGKILL) -> list[int]:
         """Send a signal to those processes, of which there must be one, and return them."""
@@ -131,7 +126,7 @@ class Process:
         """End it as an operator does and return its exit code; nothing of it may be left."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(timeout=90)
-        left = [f"{pid} ({command_line(pid)})" for pid in self.pids("") if pid != os.getpid()]
+        left = [f"{pid} ({command_line(pid)})" for pid in self.pids("")]
         assert not left, f"{self.name} left {', '.join(left)} behind"
         return code
 
@@ -272,9 +267,8 @@ class Deployment:
     def is_training(self, name: str) -> bool:
         """Look what a site's worker says of itself."""
         for pid in self.processes[name].pids("site.worker"):
-            with contextlib.suppress(OSError, ValueError, StopIteration):
-                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                told = json.loads(next(word for word in words if word.startswith("{")))
+            with contextlib.suppress(OSError, ValueError, StopIteration, psutil.Error):
+                told = json.loads(next(word for word in psutil.Process(pid).cmdline() if word.startswith("{")))
                 return bool(json.loads(Path(told["progress"]).read_bytes())["state"] == "training")
         return False
 

@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from nanofed import runtime
@@ -137,13 +139,10 @@ def launched(command: Sequence[str], args: Sequence[str], log: Path) -> subproce
 def processes_with(words: str) -> list[int]:
     """Return the living processes in whose command line `words` stand."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if words in line and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # ended meanwhile
+            if words in " ".join(process.cmdline()) and process.pid != os.getpid():
+                found.append(process.pid)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Memory and file handles of processes that live long: sampled from /proc, and whether they grow."""
+"""Memory and file handles of processes that live long: sampled, and whether they grow."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-PROC = Path("/proc")
+import psutil
+
 WARM_UP = 1 / 3  # of a process's life that does not count
 LEAST_SAMPLES = 12  # of a life, to judge it
 
@@ -66,11 +66,10 @@ class Watch:
     def sample(self, number: int, processes: Mapping[int, str]) -> None:
         """Take a sample of processes, id -> kind, in round `number`."""
         for pid, kind in processes.items():
-            with contextlib.suppress(OSError, StopIteration):  # gone by now
-                lines = (PROC / str(pid) / "status").read_text().splitlines()
-                memory = int(next(line.split()[1] for line in lines if line.startswith("RssAnon:"))) * 1024 / 1e6
-                handles = len(list((PROC / str(pid) / "fd").iterdir()))
-                self._lives[kind, pid].append(Sample(number, memory, handles))
+            with contextlib.suppress(psutil.Error):  # gone by now
+                process = psutil.Process(pid)
+                used = process.memory_info()
+                self._lives[kind, pid].append(Sample(number, (used.rss - used.shared) / 1e6, process.num_fds()))
 
     def growths(self, least_rounds: int) -> list[Growth]:
         """Return the growth of every process that lived for so many rounds, by kind."""

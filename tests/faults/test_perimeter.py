@@ -8,7 +8,6 @@ import json
 import re
 import socket
 import ssl
-import subprocess
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy.keys import Keys, init
 from nanofed.federated.deploy.nodes import NODES
 from nanofed.federated.deploy.perimeter import Perimeter
-from nanofed.federated.deploy.process import stop_marked
+from nanofed.federated.deploy.process import SupervisedProcess
 from nanofed.federated.deploy.registration import read_nodes
 from nanofed.federated.deploy.superlink import LINK, SuperLink
 from nanofed.federated.flower import flower_environment
@@ -401,23 +400,17 @@ class Flower:
             return statuses
 
     @contextlib.contextmanager
-    def supernode(self, keys: Keys, site: str) -> Iterator[subprocess.Popen[bytes]]:
+    def supernode(self, keys: Keys, site: str) -> Iterator[SupervisedProcess]:
         secure = ["--root-certificates", self.keys.ca, "--auth-supernode-private-key", keys.private_key(site)]
         address = ["--superlink", f"{HOST}:{self.client.port}", "--port", str(free_port()), "--max-retries", "1"]
-        mark = f"FLWR_HOME={self.folder / site}"
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("flower-supernode")), *map(str, [*address, *secure])],
-                env=flower_environment(self.folder / site),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        command = [str(Path(sys.executable).with_name("flower-supernode")), *map(str, [*address, *secure])]
+        environment = flower_environment(self.folder / site)
+        process = SupervisedProcess(f"SuperNode of {site}", command, environment, "FLWR_HOME", self.log)
+        process.start()
         try:
             yield process
         finally:
-            stop_marked(process, mark, 30)
+            process.stop(30)
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +435,8 @@ def test_a_registered_supernode_comes_online_and_leaves(flower: Flower, keys: Ke
 def test_a_supernode_with_an_unknown_key_is_refused(flower: Flower, strangers: Keys) -> None:
     before = flower.nodes()
     with flower.client.counts("unknown_key"), flower.supernode(strangers, "lab-a") as process:
-        process.wait(120)  # with exit code 0: Flower's client takes a 401 for its operator's Ctrl-C
+        # Flower's client takes a 401 for its operator's Ctrl-C.
+        wait_until(lambda: not process.running, 120, "the SuperNode has ended")
     assert set(flower.nodes()) == set(before)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -294,9 +295,8 @@ def test_a_dead_rank_ends_all_and_the_next_trainer_goes_on(rounds: Rounds, pair:
 
 def ranks_of(trainer: Trainer) -> list[int]:
     """Return the process ids of a trainer's ranks: torchrun's children."""
-    children_of = Path(f"/proc/{trainer.process.pid}/task")
-    found = {int(pid) for task in children_of.iterdir() for pid in (task / "children").read_text().split()}
-    return [pid for pid in found if b"nanofed.federated.site.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = psutil.Process(trainer.process.pid).children()
+    return [child.pid for child in found if "nanofed.federated.site.worker" in child.cmdline()]
 
 
 def test_the_server_has_its_answer_before_the_disk_has_the_state(

@@ -220,17 +220,18 @@ class Trainer:
     ) -> None:
         state.mkdir(parents=True, exist_ok=True)
         self.log = state / "worker.log"
-        secret = state / "secret"
-        secret.write_text("a secret")
-        self.supernode = SuperNode(secret.read_bytes())
+        secret = "a secret"
+        (state / "secret").write_text(secret)
+        self.supernode = SuperNode(secret.encode())
         self.page = Page(state)
         launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         self.options = WorkerOptions(
-            name=NAME,
-            folder=str(state),
+            "127.0.0.1:1",
+            NAME,
+            None,
+            None,
+            state,
             supernode=f"127.0.0.1:{self.supernode.port}",
-            secret=str(secret),
-            server="127.0.0.1:1",
             progress=self.page.path,
             supervisor=os.getpid(),
         )

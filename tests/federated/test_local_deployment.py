@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from filelock import FileLock
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy import local_deployment
+from nanofed.federated.deploy.process import SupervisedProcess
 from nanofed.federated.federation import Federation
-from nanofed.federated.site.options import site_options
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
 from nanofed.training.summary import Summary
 from tests.federated.tiny import BATCH, arguments
 from tests.ranks import Started
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are counted through /proc")
 STEPS = 3
 TOKENS = 2 * 2 * STEPS * BATCH  # of two clients in two rounds
 
@@ -36,19 +34,19 @@ def start(args: list[str], log: Path) -> Started:
     return Started(["-P", "-m", "nanofed", "federate", *args], log)
 
 
-def test_whatever_ends_a_site_is_said_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_whatever_ends_a_site_is_said_with_its_name(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "state")
 
-    monkeypatch.setattr(local_deployment, "run_site", full)
-    site = local_deployment._Site(site_options("127.0.0.1:1", "lab-a", state=tmp_path), [], threading.Event())
-    site.start()
-    site.join()
-    with pytest.raises(NanofedError, match="site lab-a: state: No space left on device"):
-        site.check()
+    monkeypatch.setattr(SupervisedProcess, "start", full)
+    federation = Federation.from_args(options(tiny_corpus, tmp_path, clients=1, quorum=1))
+    said = "site client-0: state: No space left on device"
+    with pytest.raises(NanofedError, match=said), local_deployment._sites(federation, tmp_path, "127.0.0.1:1"):
+        pass
 
 
-@needs_proc
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
@@ -58,7 +56,7 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
     with start([*args, "--federation.round_steps=1000000"], tmp_path / "first.log") as federate:
         federate.wait_until(lambda: "training" in said(run), "round")
         names = ("superlink_process", "flwr-serverapp", "deploy.supernode", "site.worker")
-        assert [len(started(federate, name)) for name in names] == [1, 1, 2, 2]
+        assert [len(federate.processes(name)) for name in names] == [1, 1, 2, 2]
         federate.process.send_signal(signal.SIGTERM)
         assert federate.wait(60) == 143
         federate.assert_nothing_left(1)
@@ -80,12 +78,11 @@ def test_stopped_in_a_round_it_leaves_no_process_behind_and_goes_on_to_its_end(
         local_deployment.run_deployment(Federation.from_args(args))
 
 
-@needs_proc
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ctrl_c_while_it_starts_leaves_no_process_behind(tiny_corpus: Path, tmp_path: Path) -> None:
     with start(options(tiny_corpus, tmp_path), tmp_path / "log") as federate:
-        federate.wait_until(lambda: bool(started(federate, "site.worker")), "worker")
+        federate.wait_until(lambda: bool(federate.processes("site.worker")), "worker")
         federate.process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         federate.process.send_signal(signal.SIGINT)  # impatient
@@ -94,32 +91,17 @@ def test_ctrl_c_while_it_starts_leaves_no_process_behind(tiny_corpus: Path, tmp_
         federate.assert_nothing_left(1)
 
 
-def test_a_site_that_cannot_start_ends_the_run(tiny_corpus: Path, tmp_path: Path) -> None:
-    config = Federation.from_args(options(tiny_corpus, tmp_path, clients=1, quorum=1))
-    run = config.open()
-    folder = run / local_deployment.CLIENTS / "client-0"
+def test_a_site_that_runs_already_ends_the_run(tiny_corpus: Path, tmp_path: Path) -> None:
+    federation = Federation.from_args(options(tiny_corpus, tmp_path, clients=1, quorum=1))
+    folder = tmp_path / local_deployment.CLIENTS / "client-0"
     folder.mkdir(parents=True)
-    said = r"^site client-0: the site 'client-0' is running already"
+    said = r"^the site 'client-0' is running already"
     with (
         FileLock(folder / ".lock"),
-        local_deployment._sites(config, run, "127.0.0.1:1") as check,
         pytest.raises(ConfigError, match=said),
+        local_deployment._sites(federation, tmp_path, "127.0.0.1:1"),
     ):
-        for _ in range(100):
-            check()
-            time.sleep(0.1)
-
-
-def started(federate: Started, name: str) -> list[int]:
-    """Return the processes of a run that have `name` in their command line."""
-    found = []
-    for pid in federate.processes():
-        try:
-            if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-        except OSError:  # ended meanwhile
-            continue
-    return found
+        pass
 
 
 def said(run: Path) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.deploy import superlink
-from nanofed.federated.deploy.process import marked_sessions, members, stop_marked
+from nanofed.federated.deploy.process import kill_marked, marked
 from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes import simulation
 from nanofed.federated.runtimes.connections import Resources
@@ -35,7 +35,6 @@ from tests.federated.tiny import federation, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARIES = Path(sys.executable).parent
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are counted through /proc")
 
 
 @pytest.fixture
@@ -53,9 +52,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
     }.items():
         monkeypatch.setenv(name, value)
     yield dict(os.environ)
-    left = members(marked_sessions(mark))
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
+    left = marked(mark)
+    kill_marked(mark)
     assert not left, "processes are left behind"
 
 
@@ -132,28 +130,6 @@ def test_without_ray_it_says_what_to_install(
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_proc
-def test_processes_that_left_their_parent_are_stopped_too(tmp_path: Path) -> None:
-    mark = f"NANOFED_TEST={tmp_path}"
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
-    orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True)"
-    code = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {orphan!r}]); time.sleep(600)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "NANOFED_TEST": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    sessions = marked_sessions(mark)
-    assert len(sessions) == len(members(sessions)) == 2
-    stop_marked(process, mark, 0.5)
-    process.stdout.close()
-    assert members(sessions) == [] and process.returncode == -signal.SIGTERM
-
-
-@needs_proc
 @pytest.mark.slow
 def test_a_simulation_ends_in_the_weights_of_the_in_process_run(
     tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]
@@ -189,7 +165,6 @@ def test_a_simulation_ends_in_the_weights_of_the_in_process_run(
     assert not (tmp_path / "flower" / "apps").exists(), "the run had a Flower home of its own"
 
 
-@needs_proc
 @pytest.mark.slow
 def test_flwr_run_takes_its_settings_from_the_run_config(
     tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]
@@ -236,24 +211,19 @@ def test_flwr_run_takes_its_settings_from_the_run_config(
     superlink = None
     try:
         log = flwr("run", str(ROOT), "local-simulation", "--run-config", settings, "--stream")
-        superlink = next(pid for pid in members(marked_sessions(f"FLWR_HOME={home}")) if is_superlink(pid))
+        superlink = marked(f"FLWR_HOME={home}", "flower-superlink")[0]
         listed = flwr("list", "local-simulation", "--format", "json")
     finally:  # Flower leaves its SuperLink running, for the next run
         if superlink is not None:
-            os.kill(superlink, signal.SIGTERM)
+            superlink.terminate()
         deadline = time.monotonic() + 20
-        while members(marked_sessions(f"FLWR_HOME={home}")) and time.monotonic() < deadline:
+        while marked(f"FLWR_HOME={home}") and time.monotonic() < deadline:
             time.sleep(0.2)
     (row,) = json.loads(listed[listed.index("{") :])["runs"]
     assert row["status"] == "finished:completed", log
     assert same_weights(runs / "flwr", runs / "alone")
 
 
-def is_superlink(pid: int) -> bool:
-    return b"flower-superlink" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-@needs_proc
 @pytest.mark.slow
 def test_a_run_that_fails_says_why(tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     absent, run = tmp_path / "absent", tmp_path / "runs" / "failing"
@@ -265,7 +235,6 @@ def test_a_run_that_fails_says_why(tiny_corpus: Path, tmp_path: Path, environmen
     assert "Simulation raised an exception" in (tmp_path / "flower.log").read_text(), "the whole story is in the log"
 
 
-@needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_stopped_leaves_no_processes(

@@ -279,7 +279,9 @@ def test_a_worker_ends_with_its_supervisor(args: list[str], tmp_path: Path) -> N
 
 
 def test_the_workers_options_are_one_argument() -> None:
-    options = WorkerOptions("a", "f", "127.0.0.1:1", "s", "host:2", progress="p", supervisor=3)
+    options = WorkerOptions(
+        "host:2", "a", None, Path("k"), Path("f"), supernode="127.0.0.1:1", progress="p", supervisor=3
+    )
     assert WorkerOptions.from_json(options.to_json()) == options
     for wrong in ("", "[]", "{}", '{"name": "a"}', '{"nobody": 1}'):
         with pytest.raises(ConfigError, match="options of a site's worker"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,10 @@ from nanofed import runtime
 from nanofed.errors import NanofedError, in_one_line
 from nanofed.federated.deploy.process import ended_by_signals, undisturbed
 from nanofed.federated.deploy.server import ServerOptions, run_server
-from nanofed.federated.deploy.site import run_site
+from nanofed.federated.deploy.site import Site
 from nanofed.federated.federation import Federation, client_name
 from nanofed.federated.flower import free_port
-from nanofed.federated.site.options import SiteOptions, site_options
+from nanofed.federated.site.options import site_options
 from nanofed.training.run_folder import check_usable
 from nanofed.training.summary import CONFIG, Summary
 
@@ -41,59 +41,26 @@ def run_deployment(federation: Federation) -> Summary:
 
 @contextmanager
 def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callable[[], None]]:
-    """Run the sites while the block lasts; what is yielded raises once one of them has ended.
-
-    Their supervisors are threads of this process: what they start dies with it or is found by the next one.
-    """
-    end = threading.Event()
-    names = [client_name(index) for index in range(federation.federation.clients)]
-    devices = federation.fabric_options.devices
+    """Run the sites while the block lasts; what is yielded keeps them going, and raises what ends one of them."""
+    clients, devices = federation.federation.clients, federation.fabric_options.devices
     # Else each would take all cores: N sites of N threads spend most of their time waiting for each other.
-    threads = (
-        None if "OMP_NUM_THREADS" in runtime.environment() else max(1, runtime.cpu_count() // (len(names) * devices))
-    )
-    sites = []
-    for name in names:
-        options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)
-        sites.append(_Site(replace(options, threads=threads), ["--config", str(run / CONFIG)], end))
+    own = None if "OMP_NUM_THREADS" in runtime.environment() else max(1, runtime.cpu_count() // (clients * devices))
+    sites: list[Site] = []
 
-    def check() -> None:
+    def watch() -> None:
         for site in sites:
-            site.check()
+            try:
+                site.watch()
+            except (NanofedError, OSError) as error:
+                kind = type(error) if isinstance(error, NanofedError) else NanofedError
+                raise kind(f"site {site.name}: {in_one_line(error)}") from error
 
     try:
-        for site in sites:
-            site.start()
-        yield check
+        for name in map(client_name, range(clients)):
+            options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)
+            sites.append(Site(replace(options, threads=own), ["--config", str(run / CONFIG)]))
+        watch()
+        yield watch
     finally:
-        with undisturbed():
-            end.set()
-            for site in sites:
-                if site.ident is not None:  # it was started
-                    site.join()
-
-
-class _Site(threading.Thread):
-    """A site's supervisor, as `nanofed site` runs it."""
-
-    def __init__(self, options: SiteOptions, arguments: Sequence[str], end: threading.Event) -> None:
-        super().__init__(name=f"nanofed-{options.name}")
-        self._options = options
-        self._arguments = arguments
-        self._end = end
-        self._error: Exception | None = None
-
-    def run(self) -> None:
-        """Keep the site going until it is told to end."""
-        try:
-            run_site(self._options, self._arguments, lambda: not self._end.is_set())
-        except Exception as error:
-            self._error = error
-
-    def check(self) -> None:
-        """Raise what ended the site."""
-        if self._error is not None:
-            kind = type(self._error) if isinstance(self._error, NanofedError) else NanofedError
-            raise kind(f"site {self._options.name}: {in_one_line(self._error)}") from self._error
-        if not self.is_alive() and not self._end.is_set():
-            raise NanofedError(f"site {self._options.name} has ended; see {self._options.folder}")
+        with undisturbed(), ThreadPoolExecutor() as pool:
+            list(pool.map(Site.close, sites))

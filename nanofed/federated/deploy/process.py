@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from nanofed.federated.outcome import Outcome
 from nanofed.federated.wire.plain import plain
@@ -21,7 +22,6 @@ from nanofed.training.signals import ending_signals
 
 logger = logging.getLogger(__name__)
 
-PROC = Path("/proc")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY_SECONDS = 60.0  # a process that lived so long starts again after the first pause
 STOP_SECONDS = 5.0
@@ -68,92 +68,58 @@ def _handled(handlers: dict[signal.Signals, signal._HANDLER]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop_marked(process: subprocess.Popen[bytes], marker: str, seconds: float) -> None:
-    """Stop a process and all that stems from it, wherever that is by now.
+def marked(marker: str, word: str = "", sessions: set[int] | None = None) -> list[psutil.Process]:
+    """Return the living processes of every session, but this process's own, in which one was started with a mark.
 
     Flower's and Ray's processes leave the session and the parent that started them, and some of Ray's overwrite their
-    environment: what counts is every session in which a process has `marker` in its environment. Without /proc only the
-    process's own session is stopped.
+    environment, so one process with the mark stands for its session. A process that is gone by now or another user's is passed
+    over, and on a Linux without /proc all are.
 
     Args:
-        process: leader of a session; asked to end first.
-        marker: `NAME=value` that only this run's processes were started with.
-        seconds: The seconds after which those that have not ended by themselves are killed.
+        marker: `NAME=value`, which only what one command has started has in its environment.
+        word: only processes with this in their command line are returned.
+        sessions: sessions whose processes are returned as well; those found are added.
     """
-    deadline = time.monotonic() + seconds
-    sessions = {process.pid} | marked_sessions(marker)
-    process.terminate()
-    while (process.poll() is None or members(sessions)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-        sessions |= marked_sessions(marker)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    while left := members(sessions):  # again, for what they have started meanwhile
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
-    process.wait()
-
-
-def end_marked(marker: str, name: str = "") -> None:
-    """Kill what a marked session has started, but for this process's own session.
-
-    Args:
-        marker: `NAME=value` in the environment of a process of the session.
-        name: only processes with this in their command line.
-    """
-    while left := started_as(marker, name):
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
-
-
-def started_as(marker: str, name: str) -> list[int]:
-    """Return the processes of marked sessions, but for this process's own, that have `name` in their command line."""
+    name, _, value = marker.partition("=")
+    sessions = set() if sessions is None else sessions
+    seen = []
+    with suppress(FileNotFoundError):
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, ProcessLookupError, PermissionError):
+                environment, session = process.environ(), os.getsid(process.pid)
+                seen.append((process, session))
+                if environment.get(name) == value:
+                    sessions.add(session)
     found = []
-    for pid in members(marked_sessions(marker) - {os.getsid(0)}):
-        with contextlib.suppress(OSError):
-            if name.encode() in (PROC / str(pid) / "cmdline").read_bytes():
-                found.append(pid)
+    for process, session in seen:
+        if session in sessions and session != os.getsid(0):
+            with suppress(psutil.Error):
+                if word in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
     return found
 
 
-def marked_sessions(marker: str) -> set[int]:
-    """Return the sessions in which a process was started with `marker`, `NAME=value`, in its environment."""
-    found = set()
-    for pid in _processes():
-        with contextlib.suppress(OSError):  # gone by now, or another user's
-            if marker.encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0"):
-                found.add(os.getsid(pid))
-    return found
+def kill_marked(marker: str, word: str = "", sessions: set[int] | None = None) -> None:
+    """Kill the processes that `marked` returns, and those that they have started meanwhile."""
+    while left := marked(marker, word, sessions):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.1)
 
 
-def members(sessions: Container[int]) -> list[int]:
-    """Return the processes of sessions that have not ended."""
-    found = []
-    for pid in _processes():
-        with contextlib.suppress(OSError):
-            stat = (PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
-            if int(stat[3]) in sessions and stat[0] != b"Z":
-                found.append(pid)
-    return found
+class SupervisedProcess:
+    """A process in a session of its own, which ends with all that stems from it, wherever that is by now.
 
-
-def _processes() -> Iterator[int]:
-    return (int(folder.name) for folder in PROC.glob("[0-9]*"))
-
-
-class Child:
-    """A process that is started again when it ends, later each time that it did not live long; its reason is repeated.
+    Where it is kept, it is started again when it ends, later each time that it did not live long, and its reason is repeated.
 
     Args:
         name: What people call the process.
         command: The command line that starts it.
-        environment: All of its environment, `marker` included.
+        environment: All of its environment.
+        mark: name of the variable of the environment whose value only this process and what it starts have.
         log: file to which all that it prints is appended; see `keep_short`.
-        marker: `NAME=value`, which only this process and what it starts have in their environment.
+        folder: The process's working directory; None for this process's own.
         outcomes: The folder into which the process writes an `Outcome` before it ends; None where it writes none.
     """
 
@@ -162,57 +128,69 @@ class Child:
         name: str,
         command: Sequence[str],
         environment: Mapping[str, str],
+        mark: str,
         log: Path,
-        marker: str,
+        *,
+        folder: Path | None = None,
         outcomes: Path | None = None,
     ) -> None:
         self.name = name
-        self._command = command
+        self.command = command
+        self.started = 0.0
         self._environment = environment
+        self._marker = f"{mark}={environment[mark]}"
         self._log = log
-        self._marker = marker
+        self._folder = folder
         self._outcomes = outcomes
         self._process: subprocess.Popen[bytes] | None = None
-        self._pause = FIRST_PAUSE
+        self._short_lives = 0
         self._due = 0.0
-        self.started = 0.0
 
-    def keep(self) -> Outcome | None:
-        """Start it where it is not there and its pause is over; return how it ended where it has just ended."""
-        if self._process is not None:
-            code = self._process.poll()
-            if code is None:
-                keep_short(self._log, LOG_BYTES)
-                return None
-            lived = time.monotonic() - self.started
-            self._pause = FIRST_PAUSE if lived > STEADY_SECONDS else min(LONGEST_PAUSE, 2 * self._pause)
-            self.stop()  # what it has started may still be there
-            self._due = time.monotonic() + self._pause
-            said = None if self._outcomes is None else Outcome.read(self._outcomes)
-            outcome = said or Outcome(code, last_line(self._log))
-            logger.warning(
-                "the %s ended with exit code %d after %.0f s; it is started again in %.0f s; %s says: %s",
-                self.name, code, lived, self._pause, self._log, plain(outcome.reason),
-            )  # fmt: skip
-            return outcome
-        if time.monotonic() >= self._due:
-            self._start()
-        return None
+    @property
+    def running(self) -> bool:
+        """Whether it is there."""
+        return self._process is not None and self._process.poll() is None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start it."""
         self.started = time.monotonic()
         if self._outcomes is not None:
             Outcome.clear(self._outcomes)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command,
+                self.command,
+                cwd=self._folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C is for this process, which ends the other in order
             )
+
+    def keep(self) -> Outcome | None:
+        """Start it where it is not there and its pause is over; return how it ended where it has just ended."""
+        if self.running:
+            keep_short(self._log, LOG_BYTES)
+        elif self._process is not None:
+            return self._ended(self._process.returncode)
+        elif time.monotonic() >= self._due:
+            self.start()
+        return None
+
+    def _ended(self, code: int) -> Outcome:
+        lived = time.monotonic() - self.started
+        self.stop()  # what it has started may still be there
+        self._short_lives = 1 if lived > STEADY_SECONDS else self._short_lives + 1
+        pause = pause_after(self._short_lives)
+        self._due = time.monotonic() + pause
+        said = None if self._outcomes is None else Outcome.read(self._outcomes)
+        outcome = said or Outcome(code, last_line(self._log))
+        logger.warning(
+            "the %s ended with exit code %d after %.0f s; it is started again in %.0f s; %s says: %s",
+            self.name, code, lived, pause, self._log, plain(outcome.reason),
+        )  # fmt: skip
+        return outcome
 
     def replace(self, reason: str) -> None:
         """Kill it; the next `keep` starts it at once."""
@@ -221,15 +199,25 @@ class Child:
         self._due = 0.0
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """End it and what it has started."""
-        if self._process is not None:
-            stop_marked(self._process, self._marker, seconds)
-            self._process = None
+        """Ask it to end, and kill what is left of it and of all that stems from it after some seconds."""
+        if self._process is None:
+            return
+        deadline = time.monotonic() + seconds
+        sessions = {self._process.pid}
+        marked(self._marker, sessions=sessions)  # before their leaders, whose environment tells, are gone
+        self._process.terminate()
+        while (self._process.poll() is None or marked(self._marker, "", sessions)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with suppress(ProcessLookupError):  # where no process can be looked at, its own session ends at least
+            os.killpg(self._process.pid, signal.SIGKILL)
+        kill_marked(self._marker, sessions=sessions)
+        self._process.wait()
+        self._process = None
 
-    @property
-    def running(self) -> bool:
-        """Whether it is there."""
-        return self._process is not None and self._process.poll() is None
+
+def pause_after(failures: int) -> float:
+    """Return the seconds until the next start after so many failures in a row: 1, twice as long each time, at most 60."""
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(failures - 1, 16))
 
 
 def last_line(log: Path) -> str:

@@ -17,7 +17,7 @@ from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.deploy.keys import Keys, load, read_sites
 from nanofed.federated.deploy.nodes import DATABASE, FOLDER
-from nanofed.federated.deploy.process import LOG_BYTES, end_marked, ended_by_signals, started_as, undisturbed
+from nanofed.federated.deploy.process import LOG_BYTES, ended_by_signals, kill_marked, marked, pause_after, undisturbed
 from nanofed.federated.deploy.superlink import LINK, SuperLink, write_app
 from nanofed.federated.federation import Federation
 from nanofed.federated.flower import is_loopback
@@ -33,9 +33,9 @@ SERVER_APP, SERVER_APP_WITH_KEYS = (
     f"nanofed.federated.runtimes.deployment:{n}" for n in ("server", "server_with_keys")
 )
 CLIENT_APP = "nanofed.federated.runtimes.flower_app:client"  # named, never loaded: a site runs its own
+LAUNCHER, LOOP = "flower-superexec", "flwr-serverapp"  # of a SuperLink, by words of their command lines
 WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # between crashes, doubled each time that no round was committed
 LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its end
 CRASHES = 8  # in a row without a committed round, after which the run is given up
 
@@ -113,7 +113,7 @@ def run_server(
     federation.anchor()
     folder = federation.folder / FOLDER
     leftovers = f"FLWR_HOME={folder / 'home'}"
-    with ended_by_signals(), RunFolder(federation.folder, lambda: end_marked(leftovers)) as hold:
+    with ended_by_signals(), RunFolder(federation.folder, lambda: kill_marked(leftovers)) as hold:
         run = _open(federation)
         hold.lend_rounds()
         folder.mkdir(exist_ok=True)
@@ -163,7 +163,7 @@ class _Service:
 
     def _watched_launcher(self) -> _Watched:
         """Watch a SuperLink's launcher of round loops, over all its runs: it may die between two of them."""
-        return _Watched(self._link.marker, "flower-superexec")
+        return _Watched(self._link.marker, LAUNCHER)
 
     def serve(self) -> None:
         """Run to the end."""
@@ -196,12 +196,10 @@ class _Service:
             before = now
             if crashes >= CRASHES:
                 raise NanofedError(f"the run ended {crashes} times without a round between ({reason}); see {self._log}")
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (crashes - 1))
+            pause = pause_after(crashes)
             logger.warning("the run ended (%s); it goes on from round %d in %.0f s", reason, now, pause)
             time.sleep(pause)
-            end_marked(
-                self._link.marker, "flwr-serverapp"
-            )  # now: one that was being started when the run ended has its name
+            kill_marked(self._link.marker, LOOP)  # now: one that was being started when the run ended has its name
 
     def _write_app(self) -> None:
         """Write the bundle that Flower runs, of the sources that run here; for each run, since somebody may have changed it."""
@@ -265,7 +263,7 @@ class _Service:
         follower = threading.Thread(target=self._link.follow, args=(run_id,), daemon=True)
         follower.start()
         # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
-        loop = _Watched(self._link.marker, "flwr-serverapp")
+        loop = _Watched(self._link.marker, LOOP)
         while follower.is_alive():
             follower.join(WATCH_SECONDS)
             self._check()
@@ -293,7 +291,7 @@ class _Service:
         """Stop everything."""
         with undisturbed():
             self._link.stop()
-            end_marked(self._link.marker)
+            kill_marked(self._link.marker)
 
 
 def _crash(reason: str) -> Outcome:
@@ -324,6 +322,6 @@ class _Watched:
     def is_gone(self) -> bool:
         """Look, and tell whether it was there once and has not been for `GONE_SECONDS`."""
         now = time.monotonic()
-        if started_as(self._marker, self._name):
+        if marked(self._marker, self._name):
             self._seen = now
         return self._seen is not None and now - self._seen >= GONE_SECONDS

@@ -6,14 +6,15 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from filelock import FileLock, Timeout
 
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError
-from nanofed.federated.deploy.process import Child, end_marked, ended_by_signals, undisturbed
+from nanofed.federated.deploy.process import SupervisedProcess, ended_by_signals, kill_marked, undisturbed
 from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.federated.site.options import SiteOptions, WorkerOptions
 from nanofed.federated.site.progress import Page
@@ -28,97 +29,73 @@ START_SECONDS = 1800.0  # longest time in which a worker starts, or compiles for
 MARK = "NANOFED_SITE"
 
 
-def run_site(options: SiteOptions, arguments: Sequence[str], alive: Callable[[], bool] = lambda: True) -> None:
-    """Keep a site's SuperNode and worker going until this process is told to stop.
+def run_site(options: SiteOptions, arguments: Sequence[str]) -> None:
+    """Keep a site going until this process is told to stop.
 
     Args:
         options: The site's name, keys and folder, and the address of its server.
         arguments: command-line arguments of `nanofed federate`, which the worker parses.
-        alive: asked every second; False ends the site.
 
     Raises:
         ConfigError: the worker refuses its configuration; the site runs on this machine already.
         DataError: the worker finds no data.
     """
-    runtime.make_folder(options.folder, mode=0o700)
-    lock = FileLock(options.folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"the site {options.name!r} is running already (it holds {options.folder}): two of one name cannot take part"
-        ) from None
-    with ended_by_signals(), lock:
-        site = _Site(options, arguments)
-        try:
-            while alive():
-                site.watch()
-                time.sleep(WATCH_SECONDS)
-        finally:
-            with undisturbed():
-                site.stop()
+    with ended_by_signals(), closing(Site(options, arguments)) as site:
+        while True:
+            site.watch()
+            time.sleep(WATCH_SECONDS)
 
 
-class _Site:
+class Site:
+    """A site's SuperNode and worker, which `watch` starts and keeps going and `close` ends.
+
+    Args:
+        options: The site's name, keys and folder, and the address of its server.
+        arguments: command-line arguments of `nanofed federate`, which the worker parses.
+
+    Raises:
+        ConfigError: the site runs on this machine already.
+    """
+
     def __init__(self, options: SiteOptions, arguments: Sequence[str]) -> None:
-        self._options = options
-        self._folder = options.folder.resolve()
-        self._page = Page(self._folder)
-        self._port = free_port()
-        self._secret = self._folder / "secret"
+        folder = runtime.make_folder(options.folder, mode=0o700).resolve()
+        self.name = options.name
+        self._options = replace(options, folder=folder)
+        self._lock = FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"the site {self.name!r} is running already (it holds {folder}): two of one name cannot take part"
+            ) from None
+        (folder / "flower").mkdir(exist_ok=True)
+        self._page = Page(folder)
         self._ready = False
         self._unwritten = 0  # states that the worker could not write so far
-        home = self._folder / "flower"
-        home.mkdir(exist_ok=True)
-        marks = {name: f"{self._folder}:{name}" for name in ("worker", "supernode")}
-        for mark in marks.values():  # what a site that was killed has left behind
-            end_marked(f"{MARK}={mark}")
-        write_atomically(self._secret, secrets.token_hex(32), mode=0o600)
-        cores = {} if options.threads is None else {"OMP_NUM_THREADS": str(options.threads)}
-        self._worker = Child(
-            f"worker of {options.name}",
-            self._worker_command(arguments),
-            # PYTHONSAFEPATH: torchrun's ranks have no -P.
-            flower_environment(home, **{MARK: marks["worker"]}, PYTHONSAFEPATH="1", **cores),
-            self._folder / "worker.log",
-            f"{MARK}={marks['worker']}",
-            outcomes=self._folder,
-        )
-        self._supernode = Child(
-            f"SuperNode of {options.name}",
-            self._supernode_command(),
-            flower_environment(home, **{MARK: marks["supernode"]}),
-            self._folder / "supernode.log",
-            f"{MARK}={marks['supernode']}",
-        )
-
-    def _worker_command(self, arguments: Sequence[str]) -> list[str]:
-        options = self._options
-        python = runtime.python("-m")
-        if options.devices > 1:
-            python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
         told = WorkerOptions(
-            name=options.name,
-            folder=str(self._folder),
-            supernode=f"127.0.0.1:{self._port}",
-            secret=str(self._secret),
-            server=options.superlink,
-            authority=None if options.authority is None else str(options.authority),
-            key=None if options.key is None else str(options.key),
+            **vars(self._options),
+            supernode=f"127.0.0.1:{free_port()}",
             progress=self._page.path,
             supervisor=os.getpid(),
         )
-        return [*python, options.worker, told.to_json(), *arguments, f"--fabric.devices={options.devices}"]
+        write_atomically(told.secret, secrets.token_hex(32), mode=0o600)
+        # PYTHONSAFEPATH: torchrun's ranks have no -P.
+        own = {"PYTHONSAFEPATH": "1"} | ({} if options.threads is None else {"OMP_NUM_THREADS": str(options.threads)})
+        self._worker = self._process("worker", _worker_command(told, arguments), own)
+        self._supernode = self._process("SuperNode", _supernode_command(told), {})
 
-    def _supernode_command(self) -> list[str]:
-        options = self._options
-        secure = ["--insecure"] if options.authority is None else ["--root-certificates", str(options.authority)]
-        if options.key is not None:
-            secure += ["--auth-supernode-private-key", str(options.key)]
-        where = ["--superlink", options.superlink, "--host", "127.0.0.1", "--port", str(self._port)]
-        worker = ["--isolation", "process", "--superexec-auth-secret-file", str(self._secret)]
-        name = ["--node-config", f"name={toml(options.name)}"]
-        return runtime.python("-m", "nanofed.federated.deploy.supernode", *where, *worker, *secure, *name)
+    def _process(self, name: str, command: Sequence[str], own: dict[str, str]) -> SupervisedProcess:
+        folder, log = self._options.folder, name.lower()
+        mark = f"{folder}:{log}"
+        kill_marked(f"{MARK}={mark}")  # what a site that was killed has left behind
+        return SupervisedProcess(
+            f"{name} of {self.name}",
+            command,
+            flower_environment(folder / "flower", **{MARK: mark}, **own),
+            MARK,
+            folder / f"{log}.log",
+            outcomes=folder if name == "worker" else None,
+        )
 
     def watch(self) -> None:
         """Start what is not there, and replace a worker that hangs."""
@@ -143,7 +120,7 @@ class _Site:
         if figures["unwritten"] > self._unwritten:
             logger.warning(
                 "the optimizer state cannot be written to %s: a restart of the worker would lose it",
-                self._folder / "state",
+                self._options.folder / "state",
             )
         self._unwritten = figures["unwritten"]
         if figures["state"] != "starting" and not self._ready:
@@ -159,8 +136,28 @@ class _Site:
         self._worker.replace(reason)
         self._ready = False
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End both, the SuperNode first: it says good-bye to its server."""
-        self._supernode.stop()
-        self._worker.stop()
+        with undisturbed():
+            self._supernode.stop()
+            self._worker.stop()
         self._page.close()
+        self._lock.release()
+
+
+def _worker_command(options: WorkerOptions, arguments: Sequence[str]) -> list[str]:
+    python = runtime.python("-m")
+    if options.devices > 1:
+        python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
+    return [*python, options.worker, options.to_json(), *arguments, f"--fabric.devices={options.devices}"]
+
+
+def _supernode_command(options: WorkerOptions) -> list[str]:
+    secure = ["--insecure"] if options.authority is None else ["--root-certificates", str(options.authority)]
+    if options.key is not None:
+        secure += ["--auth-supernode-private-key", str(options.key)]
+    host, port = options.supernode.split(":")
+    where = ["--superlink", options.superlink, "--host", host, "--port", port]
+    worker = ["--isolation", "process", "--superexec-auth-secret-file", str(options.secret)]
+    name = ["--node-config", f"name={toml(options.name)}"]
+    return runtime.python("-m", "nanofed.federated.deploy.supernode", *where, *worker, *secure, *name)

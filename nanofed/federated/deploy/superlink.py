@@ -17,7 +17,7 @@ from typing import Any
 import nanofed
 from nanofed import runtime
 from nanofed.errors import NanofedError
-from nanofed.federated.deploy.process import last_line, stop_marked, undisturbed
+from nanofed.federated.deploy.process import SupervisedProcess, last_line, undisturbed
 from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.federated.flower_settings import DEFAULTS, Value
 from nanofed.federated.outcome import Outcome
@@ -30,7 +30,6 @@ FLWR = runtime.python("-m", "flwr.cli.app")
 START_SECONDS = 120.0
 COMMAND_SECONDS = 120.0
 END_SECONDS = 30.0  # between the last line of a run's log and its final status
-STOP_SECONDS = 5.0
 LOG_FORMAT = "nanofed %(levelname)s: %(message)s"  # our lines among Flower's and Ray's
 LINE = re.compile(r"nanofed (DEBUG|INFO|WARNING|ERROR|CRITICAL): (.*)")
 
@@ -78,7 +77,7 @@ class SuperLink:
         self._log = log
         self._environment = flower_environment(self.home, **(environment or {}))
         self.port = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: SupervisedProcess | None = None
 
     @property
     def marker(self) -> str:
@@ -103,19 +102,14 @@ class SuperLink:
             f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
         address = ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(self.port)]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                runtime.python("-m", "nanofed.federated.deploy.superlink_process", *address, *options),
-                cwd=self._nowhere,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us: the run is stopped in order
-            )
+        command = runtime.python("-m", "nanofed.federated.deploy.superlink_process", *address, *options)
+        self._process = SupervisedProcess(
+            "SuperLink", command, self._environment, "FLWR_HOME", self._log, folder=self._nowhere
+        )
+        self._process.start()
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if not self.alive or time.monotonic() > deadline:
                 raise NanofedError(
                     f"Flower's SuperLink did not start on port {self.port}: {last_line(self._log)}; see {self._log}"
                 )
@@ -125,18 +119,12 @@ class SuperLink:
         """Stop it and everything that it has started."""
         if self._process is not None:
             with undisturbed():
-                stop_marked(self._process, self.marker, STOP_SECONDS)
-            self._process = None
+                self._process.stop()
 
     @property
     def alive(self) -> bool:
         """Whether its process is there."""
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int | None:
-        """Its process id, and that of its session."""
-        return self._process.pid if self._process else None
+        return self._process is not None and self._process.running
 
     def submit(self, app: Path, settings: Mapping[str, Value], *options: str) -> int:
         """Submit a run with settings over those of its app, and return its id."""

@@ -40,35 +40,28 @@ class SiteOptions:
     threads: int | None = None
 
 
-@dataclass(frozen=True)
-class WorkerOptions:
-    """What the supervisor tells its worker.
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions(SiteOptions):
+    """What the supervisor tells its worker: the site's options, and how the two and the SuperNode meet.
 
     Attributes:
-        name: name of the site.
-        folder: folder of the site, which keeps its optimizer states in it.
         supernode: `host:port` of the SuperNode's runtime API.
-        secret: file with what the SuperNode wants to know of who takes messages.
-        server: `host:port` of the server, for weights.
-        authority: certificate of the server's CA; None for plain HTTP.
-        key: the site's private key; None where the server knows none.
         progress: path of the supervisor's `Page`.
         supervisor: process id of the supervisor, with which the worker ends; 0 for none.
     """
 
-    name: str
-    folder: str
     supernode: str
-    secret: str
-    server: str
-    authority: str | None = None
-    key: str | None = None
     progress: str | None = None
     supervisor: int = 0
 
+    @property
+    def secret(self) -> Path:
+        """The file with what the SuperNode wants to know of who takes messages."""
+        return self.folder / "secret"
+
     def to_json(self) -> str:
         """Return the options as one argument of a command line."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -78,8 +71,10 @@ class WorkerOptions:
             ConfigError: The text is no such JSON.
         """
         try:
-            return cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+            content = json.loads(text)
+            paths = {name: content[name] and Path(content[name]) for name in ("authority", "key", "folder")}
+            return cls(**content | paths)
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the options of a site's worker cannot be read: {error}") from error
 
 

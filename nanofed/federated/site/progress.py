@@ -96,7 +96,7 @@ class Page:
     """
 
     def __init__(self, folder: Path) -> None:
-        if hasattr(os, "memfd_create"):
+        if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
             self._file = os.memfd_create("nanofed-progress")
             self.path = f"/proc/{os.getpid()}/fd/{self._file}"
         else:

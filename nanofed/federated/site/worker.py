@@ -178,8 +178,7 @@ def lead(options: WorkerOptions, inbox: Inbox, trainer: WorkerTrainer, progress:
     Raises:
         Exception: one that leaves ranks or a device in an unknown state.
     """
-    key, authority = (None if path is None else Path(path) for path in (options.key, options.authority))
-    app = client_app(lambda context: trainer, WeightsClient(options.server, authority, key))
+    app = client_app(lambda context: trainer, WeightsClient(options.superlink, options.authority, options.key))
     while True:
         trainer.task = task = inbox.next()
         try:
@@ -219,12 +218,12 @@ def main(args: Sequence[str]) -> int:
         threading.Thread(target=_end_with, args=(options.supervisor,), name="nanofed-orphan", daemon=True).start()
         first = runtime.is_first_rank()
         progress = Progress(options.progress if first else None)
-        trainer, micro_batch = build(args[1:], Path(options.folder) / "state")
+        trainer, micro_batch = build(args[1:], options.folder / "state")
         if not first:
             follow(trainer)
         progress.say(state="idle", ranks=trainer.ranks.size)
         logger.info("the worker of %s is ready: %d devices", options.name, trainer.ranks.size)
-        inbox = Inbox(options.supernode, Path(options.secret).read_bytes())
+        inbox = Inbox(options.supernode, options.secret.read_bytes())
         lead(options, inbox, SiteTrainer(trainer, progress, micro_batch), progress)
     except Exception as error:
         time.sleep(runtime.seconds_to_hold_back())
@@ -232,7 +231,7 @@ def main(args: Sequence[str]) -> int:
         logger.error("%s", outcome.reason, exc_info=not isinstance(error, NanofedError))
         if options is not None:
             with suppress(OSError):  # the disk is full; the log has it
-                outcome.write(Path(options.folder))
+                outcome.write(options.folder)
         return outcome.exit_code
     return 0
 
