@@ -11,7 +11,7 @@ import pytest
 
 from nanofed.errors import NanofedError
 from nanofed.federated.deploy.keys import init
-from nanofed.federated.deploy.process import end_marked
+from nanofed.federated.deploy.process import kill_marked
 from nanofed.federated.deploy.superlink import SuperLink
 from nanofed.runtime import process_lives
 from tests.faults.perimeter import wait_until
@@ -53,4 +53,4 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
             parent.kill()
         wait_until(lambda: not process_lives(pid), 20, "it ends")
     finally:
-        end_marked(SuperLink(tmp_path, tmp_path / "flower.log").marker)
+        kill_marked(SuperLink(tmp_path, tmp_path / "flower.log").marker)
