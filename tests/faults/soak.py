@@ -33,6 +33,7 @@ SITE = {"site.worker": "worker", "deploy.supernode": "SuperNode"}
 LIVING = {"server": [*SERVER], "site": [*SITE]}
 RECOVERY_SECONDS = 240.0
 SAMPLE_SECONDS = 2.0
+LEAST_ROUNDS = 300  # of a life that is judged: a worker's memory still settles until then, and not after (LOG.md)
 
 
 class Soak:
@@ -152,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
         logger.info(
             "%d rounds in %.0f s, %.2f s each; killed %s", done, seconds, seconds / max(1, done), dict(soak.kills)
         )
-        growths = soak.watch.growths(min(30, done // 2))
+        growths = soak.watch.growths(min(LEAST_ROUNDS, done // 2))
         for growth in growths:
             logger.info("%s", growth)
         for name in list(federation.processes):

@@ -42,8 +42,10 @@ def test_an_address_that_is_taken_is_said(tmp_path: Path) -> None:
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from nanofed.federated.deploy.superlink import SuperLink;"
+        "from nanofed.federated.deploy.process import marked;"
         "folder = Path(sys.argv[1]); link = SuperLink(folder, folder / 'flower.log');"
-        "link.start(['--folder', str(folder)]); print(link.pid, flush=True); time.sleep(600)"
+        "link.start(['--folder', str(folder)]); print(marked(link.marker, 'superlink_process')[0].pid, flush=True);"
+        "time.sleep(600)"
     )
     try:
         with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as parent:
