@@ -260,11 +260,11 @@ def serve(
         DataError: no shards or no tokenizer.
         NanofedError: the run crashed again and again.
     """
-    from nanofed.federated.deploy.server import ServerOptions, run_server
+    from nanofed.federated.deploy.server import run_server
     from nanofed.federated.federation import Federation
 
     federation = Federation.from_args([*arguments(config, overrides or {}), *args])
-    return run_server(federation, ServerOptions(listen, None if keys is None else str(keys)))
+    return run_server(federation, listen, keys)
 
 
 def join(

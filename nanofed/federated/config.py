@@ -93,9 +93,10 @@ class FederationConfig:
                 f"federation.merge={self.merge} weighs all clients the same: set federation.weighting to uniform"
             )
 
-    def speed(self, client: int) -> float:
-        """Return the speed of the n-th client, from 0."""
-        return self.client_speeds[client] if self.client_speeds else 1.0
+    @property
+    def client_names(self) -> list[str]:
+        """The names of the clients in one process: those of a simulation's partitions."""
+        return [f"client-{index}" for index in range(self.clients)]
 
 
 @dataclass

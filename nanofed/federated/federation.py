@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from flwr.serverapp import Grid
 from lightning import Fabric
@@ -20,20 +23,63 @@ from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.state import State
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.weight_transport import WeightTransport
+from nanofed.files import write_atomically
 from nanofed.training.checkpoint import find_checkpoint, read_manifest
 from nanofed.training.config_errors import resolved
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.memory import Place
 from nanofed.training.preflight import check_identity, check_start
 from nanofed.training.run_folder import RunFolder, check_usable, resume_checkpoint
-from nanofed.training.run_options import START
-from nanofed.training.summary import SUMMARY, Summary
+from nanofed.training.summary import CONFIG, SUMMARY, Summary
 
 logger = logging.getLogger(__name__)
 
+START_FILE = "nanofed-start.json"
+PASSED_ON = ("force", "ckpt_path", "init_from")  # of the options of a start; `overwrite` is done once the run is open
+
+
+@dataclass(frozen=True)
+class Start:
+    """What holds for one start of a run and is no part of its saved config, for the processes that Flower starts.
+
+    Attributes:
+        run: the run's folder, with the saved config.
+        base_dir: folder of everything that is kept between runs.
+        force: `RunOptions` says what it does.
+        ckpt_path: `RunOptions` says what it does.
+        init_from: `RunOptions` says what it does.
+        keys: whether sites have keys, so that a client's name has to be that of its node's key.
+    """
+
+    run: str
+    base_dir: str
+    force: bool = False
+    ckpt_path: str | None = None
+    init_from: str | None = None
+    keys: bool = False
+
+    def write(self, home: Path) -> None:
+        """Write this into Flower's home, which its processes find in their environment."""
+        write_atomically(home / START_FILE, json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, home: Path) -> Self | None:
+        """Return what was written into Flower's home, None where a person has started Flower."""
+        path = home / START_FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
 
 class Federation(Arguments):
-    """A parsed configuration, and the objects it describes."""
+    """The options of a federation, and the objects that every runtime needs."""
+
+    @classmethod
+    def started(cls, start: Start) -> Self:
+        """Return the federation of a run's saved config, started in the way that `start` says."""
+        runtime.use_base_dir(start.base_dir)
+        federation = cls.from_args(["--config", str(Path(start.run) / CONFIG)])
+        for name in PASSED_ON:
+            federation.config[name] = getattr(start, name)
+        return federation
 
     def anchor(self) -> None:
         """Make the config's paths absolute: Flower's processes have another working directory."""
@@ -74,11 +120,10 @@ class Federation(Arguments):
         RunFolder(self.folder).open(self.options, "federated", resolved(self.parser, self.config))
         return self.folder
 
-    @property
-    def start_options(self) -> list[str]:
-        """The arguments that say how this command starts, which the run's saved config does not hold."""
-        given = ((name, self.config[name]) for name in START if name != "overwrite")
-        return [f"--{name}={value}" for name, value in given if value]
+    def start(self, *, keys: bool = False) -> Start:
+        """Return how this command starts the run, once it has opened it."""
+        passed_on = {name: self.config[name] for name in PASSED_ON}
+        return Start(str(self.folder), str(runtime.base_dir().resolve()), keys=keys, **passed_on)
 
     def check(self) -> None:
         """Refuse what can be refused before anything is written: options, data, memory, and the state to be resumed.
@@ -123,7 +168,7 @@ class Federation(Arguments):
         """Return the trainer of this process, for every client that runs in it."""
         module, data = self.build()
         config = self.federation
-        names = {client_name(index): config.speed(index) for index in range(config.clients)}
+        names = dict(zip(config.client_names, config.client_speeds or [1.0] * config.clients, strict=True))
         return FabricTrainer(module, data, self.fabric(), self.folder / "clients", lambda name: names.get(name, 1.0))
 
     def loop(
@@ -174,8 +219,3 @@ class Federation(Arguments):
 
 def _absolute(path: str) -> str:
     return str(runtime.user_path(path).resolve())
-
-
-def client_name(index: int) -> str:
-    """Return the name of the n-th client in one process, from 0: that of the n-th partition in a simulation."""
-    return f"client-{index}"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from nanofed import runtime
+from nanofed.errors import ConfigError
 
 
 def toml(value: bool | int | float | str) -> str:
@@ -45,6 +46,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def host_port(option: str, text: str) -> tuple[str, int]:
+    """Return the host and the port of an option's `host:port`.
+
+    Raises:
+        ConfigError: The text is no `host:port`.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"{option} must be host:port, not {text!r}")
+    return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:

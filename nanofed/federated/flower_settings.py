@@ -45,7 +45,6 @@ DEFAULTS: dict[str, Value] = {
     "base_dir": "",
     "config": "",
     "overrides": "",
-    "run_dir": "",
 }
 
 
@@ -72,8 +71,7 @@ def check(settings: Mapping[str, Value]) -> dict[str, Value]:
 def to_args(settings: Mapping[str, Value], *, run_id: int, runs_dir: Path) -> list[str]:
     """Return the arguments of `nanofed federate` that a Flower run's settings mean.
 
-    `run_dir`, which `nanofed federate` passes, names a run's folder with its resolved config; it and `config`, a YAML file,
-    say everything about the training, and only `overrides` and the names of things come on top.
+    `config`, a YAML file, says everything about the training: only `overrides` and the names of things come on top.
 
     Args:
         settings: The settings of the Flower run, by name; what is missing has its default.
@@ -88,8 +86,6 @@ def to_args(settings: Mapping[str, Value], *, run_id: int, runs_dir: Path) -> li
         overrides = shlex.split(str(given["overrides"]))
     except ValueError as error:
         raise ConfigError(f"the run config's overrides cannot be split into arguments: {error}") from error
-    if given["run_dir"]:
-        return ["--config", str(_absolute("run_dir", given["run_dir"]) / "config.yaml"), *overrides]
     args = [f"--runs_dir={runs_dir}", f"--name=simulation-{run_id}", "--eval_every=1", "--save_every=1"]
     args += ["--config", str(_absolute("config", given["config"]))] if given["config"] else _training(given)
     args += [f"--name={given['name']}"] if given["name"] else []
@@ -130,7 +126,7 @@ def _lr_scale(given: Mapping[str, Value]) -> float:
 def lr_note(settings: Mapping[str, Value]) -> str | None:
     """Return what `lr` does to the recipe's rates, in a line; None where it is the recipe's own, or a config gives the rates."""
     given = check(settings)
-    if not given["lr"] or given["config"] or given["run_dir"]:
+    if not given["lr"] or given["config"]:
         return None
     return (
         f"lr = {given['lr']:g} is taken as the rate of the matrices (Muon), {RECIPE_MATRIX_LR:g} in the recipe: the rates of all "

@@ -19,8 +19,7 @@ import torch
 
 from nanofed.federated.deploy.keys import init
 from nanofed.federated.deploy.superlink import SuperLink
-from nanofed.federated.flower import flower_environment, free_port
-from nanofed.federated.flower_settings import Value
+from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.model import GPT, GPTConfig
 from nanofed.training.checkpoint import checkpoints
 from tests.benchmarks import round_probe, stock_app
@@ -170,17 +169,13 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         '[project]\nname = "stock"\nversion = "1.0.0"\ndescription = "FedAvg"\nlicense = "Apache-2.0"\n\n'
         '[tool.flwr.app]\npublisher = "nanofed"\n\n[tool.flwr.app.components]\n'
         f'serverapp = "{source.stem}:server"\nclientapp = "{source.stem}:client"\n\n'
-        '[tool.flwr.app.config]\nsites = 1\nrounds = 1\nshapes = ""\n',
+        f"[tool.flwr.app.config]\nsites = {fleet.sites}\nrounds = {fleet.rounds + 1}\n"
+        f"shapes = {toml(str(folder / 'shapes.json'))}\n",
         encoding="utf-8",
     )
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in GPT(fleet.config).state_dict().items()}
     (folder / "shapes.json").write_text(json.dumps(shapes), encoding="utf-8")
-    settings: dict[str, Value] = {
-        "sites": fleet.sites,
-        "rounds": fleet.rounds + 1,
-        "shapes": str(folder / "shapes.json"),
-    }
     log = folder / "flower.log"
     with _traced(fleet, folder) as (_, figures), ExitStack() as stack:
         settings_of_ours = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -200,7 +195,7 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
             home.mkdir()
             supernode = flower_environment(home, **own)
             stack.enter_context(_process(command, folder / f"site-{index}.log", supernode))
-        run_id = link.submit(app, settings)
+        run_id = link.submit(app)
         follower = threading.Thread(target=link.follow, args=(run_id,), daemon=True)
         follower.start()
         follower.join(fleet.seconds)

@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from nanofed.federated.federation import Federation, client_name
+from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
@@ -53,9 +53,7 @@ def play(
     """Run a federation to its end."""
     run = config.open()
     site = Site(config.trainer(), answered=deque(maxlen=0), **behaviour)  # of 10,000 answers the weights would be 8 GB
-    grid = TamperingGrid(
-        client_app(lambda context: site), names or [client_name(n) for n in range(config.federation.clients)]
-    )
+    grid = TamperingGrid(client_app(lambda context: site), names or config.federation.client_names)
     if tamper is not None:
         grid.tamper = tamper
     loop = config.loop(grid, run)

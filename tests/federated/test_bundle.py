@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 
-from nanofed.federated.deploy.server import CLIENT_APP, SERVER_APP
 from nanofed.federated.deploy.superlink import write_app
 from nanofed.federated.wire.bundle import BundleError, check_bundle, code_hash
 
@@ -21,7 +20,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     from flwr.cli.build import build_fab_from_disk
 
     app = tmp_path_factory.mktemp("app")
-    write_app(app, SERVER_APP, CLIENT_APP)
+    write_app(app)
     return build_fab_from_disk(app)
 
 

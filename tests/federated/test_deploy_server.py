@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from nanofed.errors import NanofedError
 from nanofed.federated.deploy import server
 from nanofed.federated.deploy.keys import Keys, init
-from nanofed.federated.deploy.server import ServerOptions, _Service
+from nanofed.federated.deploy.server import _Service
+from nanofed.federated.deploy.superlink import SuperLink
+from nanofed.federated.federation import Start
 from nanofed.federated.wire.bundle import installed
 
 
@@ -23,20 +26,27 @@ def service(tmp_path: Path, keys: Keys) -> _Service:
     """The service of a SuperLink that runs, as far as it looks at files."""
     folder = tmp_path / "run" / "server"
     folder.mkdir(parents=True)
-    service = _Service(folder.parent, folder, ServerOptions(keys=str(keys.folder)), keys, lambda: None, [])
+    link = SuperLink(folder, folder / "flower.log")
+    service = _Service(link, ("127.0.0.1", 9092), keys, Start(str(folder.parent), ""), lambda: None)
     service._database.write_bytes(b"of Flower")
     service._database_file = server._identity(service._database)
     return service
 
 
-def test_a_database_that_was_removed_or_replaced_ends_the_superlink(service: _Service) -> None:
-    assert service._lost() is None
+def test_a_database_that_was_removed_or_replaced_ends_the_superlink(
+    service: _Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SuperLink, "alive", True)
+    service._look(1)
     kept = service._database.rename(service._database.with_name("kept"))
-    assert "superlink.db, which the SuperLink was using, was removed or replaced" in str(service._lost())
+    lost = "superlink.db, which the SuperLink was using, was removed or replaced"
+    with pytest.raises(NanofedError, match=lost):
+        service._look(1)
     service._database.write_bytes(b"another")
-    assert "removed or replaced" in str(service._lost())
+    with pytest.raises(NanofedError, match=lost):
+        service._look(1)
     kept.replace(service._database)
-    assert service._lost() is None
+    service._look(1)
 
 
 def test_sites_that_come_and_go_are_said_once(service: _Service, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
@@ -60,12 +70,10 @@ def test_sites_that_come_and_go_are_said_once(service: _Service, keys: Keys, cap
 
 def test_the_bundle_is_written_anew_for_each_run(service: _Service) -> None:
     for _ in range(2):
-        service._write_app()
-        found = {p.relative_to(service._app).as_posix(): p.read_bytes() for p in service._app.rglob("*.py")}
+        app = service._write_app()
+        found = {p.relative_to(app).as_posix(): p.read_bytes() for p in app.rglob("*.py")}
         assert found == installed()
-        assert (
-            'serverapp = "nanofed.federated.runtimes.deployment:server_with_keys"'
-            in (service._app / "pyproject.toml").read_text()
-        )
-        (service._app / "nanofed" / "errors.py").write_text("torn")
-        (service._app / "stray.py").write_text("print('run beside the keys')")
+        settings = (app / "pyproject.toml").read_text()
+        assert 'serverapp = "nanofed.federated.runtimes.flower_app:server"' in settings
+        (app / "nanofed" / "errors.py").write_text("torn")
+        (app / "stray.py").write_text("print('run beside the keys')")

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanofed.cli import main
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.federated.federation import Federation, client_name
+from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server import evaluation
 from nanofed.federated.server.evaluation import ServerModel
@@ -91,7 +91,7 @@ def test_a_killed_server_goes_on_to_the_same_figures(when: str, tiny_corpus: Pat
 
 def _resume(config: Federation) -> tuple[RoundLoop, Site]:
     site = Site(config.trainer())
-    names = [client_name(n) for n in range(config.federation.clients)]
+    names = config.federation.client_names
     loop = config.loop(InProcessGrid(client_app(lambda context: site), names), config.open())
     loop.train()
     loop.metrics.close()

@@ -18,18 +18,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from flwr.cli.build import build_fab_from_disk
 from safetensors.torch import load_file
 
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.deploy import superlink
 from nanofed.federated.deploy.process import kill_marked, marked
-from nanofed.federated.federation import Federation
+from nanofed.federated.federation import Federation, Start
 from nanofed.federated.runtimes import simulation
 from nanofed.federated.runtimes.connections import Resources
 from nanofed.federated.runtimes.in_process import run_in_process
 from nanofed.federated.wire.bundle import code_hash
 from nanofed.training.checkpoint import checkpoints
+from nanofed.training.run_options import START
 from nanofed.training.summary import Summary
 from tests.federated.tiny import federation, prepare
 
@@ -89,7 +91,7 @@ def test_the_bundle_carries_the_package_itself(of: str, tmp_path: Path) -> None:
     if of == "package":
         app = tmp_path / "app"
         app.mkdir()
-        superlink.write_app(app, f"{simulation.APP}:server", f"{simulation.APP}:client")
+        superlink.write_app(app)
     bundle = build_fab_from_disk(app)
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
         names = set(archive.namelist())
@@ -118,6 +120,27 @@ def test_a_client_that_runs_other_code_is_refused(tiny_corpus: Path, tmp_path: P
     finally:
         loop.metrics.close()
     assert not site.asked
+
+
+def test_how_a_run_is_started_is_carried_beside_its_config(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    asked = federation(tiny_corpus, tmp_path, "run")
+    asked.open()
+    asked.config.force, asked.config.init_from = True, str(tmp_path / "other")
+    asked.start(keys=True).write(tmp_path)
+    start = Start.read(tmp_path)
+    assert start is not None and start.keys
+    told = Federation.started(start)
+    assert (told.folder, told.options.force, told.options.init_from) == (
+        tmp_path / "run",
+        True,
+        str(tmp_path / "other"),
+    )
+    assert told.parser.dump(told.config) == asked.parser.dump(asked.config)
+    assert not set(START) & set(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    assert Start.read(tmp_path / "run") is None, "a person's `flwr run`"
 
 
 def test_without_ray_it_says_what_to_install(
@@ -228,10 +251,11 @@ def test_flwr_run_takes_its_settings_from_the_run_config(
 def test_a_run_that_fails_says_why(tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     absent, run = tmp_path / "absent", tmp_path / "runs" / "failing"
     run.mkdir(parents=True)
-    config_file(federation(tiny_corpus, tmp_path / "runs", "failing"), run / "config.yaml")
-    settings = {"run_dir": str(run), "overrides": f"--data.tokenizer={absent}"}
+    failing = federation(tiny_corpus, tmp_path / "runs", "failing", **{"data.tokenizer": absent})
+    failing.config.runtime = "simulation"
+    config_file(failing, run / "config.yaml")
     with pytest.raises(DataError, match=f"data.tokenizer: there is no folder {absent}"):
-        simulation.simulate(tmp_path / "flower.log", Resources.of(2, 1, 0), settings)
+        simulation.simulate(tmp_path / "flower.log", Resources.of(2, 1, 0), failing.start())
     assert "Simulation raised an exception" in (tmp_path / "flower.log").read_text(), "the whole story is in the log"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nanofed.data.writing import write_shards
-from nanofed.federated.federation import Federation, client_name
+from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
@@ -107,7 +107,7 @@ def train(config: Federation, names: Sequence[str] | None = None, **behaviour: A
 def prepare(config: Federation, names: Sequence[str] | None = None, **behaviour: Any) -> tuple[RoundLoop, Site]:
     run = config.open()
     site = Site(config.trainer(), **behaviour)
-    names = names or [client_name(index) for index in range(config.federation.clients)]
+    names = names or config.federation.client_names
     grid = InProcessGrid(client_app(lambda context: site), names)
     return config.loop(grid, run), site
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from nanofed import runtime
 from nanofed.errors import NanofedError, in_one_line
 from nanofed.federated.deploy.process import ended_by_signals, undisturbed
-from nanofed.federated.deploy.server import ServerOptions, run_server
+from nanofed.federated.deploy.server import run_server
 from nanofed.federated.deploy.site import Site
-from nanofed.federated.federation import Federation, client_name
+from nanofed.federated.federation import Federation
 from nanofed.federated.flower import free_port
 from nanofed.federated.site.options import site_options
 from nanofed.training.run_folder import check_usable
@@ -36,7 +36,7 @@ def run_deployment(federation: Federation) -> Summary:
     check_usable(federation.options)
     listen = f"127.0.0.1:{free_port()}"
     with ended_by_signals():
-        return run_server(federation, ServerOptions(listen), beside=lambda run: _sites(federation, run, listen))
+        return run_server(federation, listen, beside=lambda run: _sites(federation, run, listen))
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callab
                 raise kind(f"site {site.name}: {in_one_line(error)}") from error
 
     try:
-        for name in map(client_name, range(clients)):
+        for name in federation.federation.client_names:
             options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)
             sites.append(Site(replace(options, threads=own), ["--config", str(run / CONFIG)]))
         watch()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
-import shlex
+import math
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from nanofed import runtime
-from nanofed.errors import ConfigError, DataError, NanofedError
+from nanofed.errors import ConfigError, DataError, NanofedError, in_one_line
 from nanofed.federated.deploy.keys import Keys, load, read_sites
 from nanofed.federated.deploy.nodes import DATABASE, FOLDER
 from nanofed.federated.deploy.process import LOG_BYTES, ended_by_signals, kill_marked, marked, pause_after, undisturbed
 from nanofed.federated.deploy.superlink import LINK, SuperLink, write_app
-from nanofed.federated.federation import Federation
-from nanofed.federated.flower import is_loopback
-from nanofed.federated.outcome import Outcome
+from nanofed.federated.federation import Federation, Start
+from nanofed.federated.flower import host_port, is_loopback
 from nanofed.files import keep_short
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run_folder import RunFolder, has_saved, is_used
@@ -29,10 +27,6 @@ from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
-SERVER_APP, SERVER_APP_WITH_KEYS = (
-    f"nanofed.federated.runtimes.deployment:{n}" for n in ("server", "server_with_keys")
-)
-CLIENT_APP = "nanofed.federated.runtimes.flower_app:client"  # named, never loaded: a site runs its own
 LAUNCHER, LOOP = "flower-superexec", "flwr-serverapp"  # of a SuperLink, by words of their command lines
 WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
@@ -40,58 +34,11 @@ LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its 
 CRASHES = 8  # in a row without a committed round, after which the run is given up
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """Where sites reach the server.
-
-    Attributes:
-        listen: `host:port`; without keys on loopback only.
-        keys: folder that `nanofed server init` wrote: then sites come by TLS, each with its key.
-    """
-
-    listen: str = "127.0.0.1:9092"
-    keys: str | None = None
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port.
-
-        Raises:
-            ConfigError: it is no `host:port`.
-        """
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-            raise ConfigError(f"--listen must be host:port, not {self.listen!r}")
-        return host.strip("[]"), int(port)
-
-    def check(self) -> Keys | None:
-        """Return the keys.
-
-        Raises:
-            ConfigError: sites would come from the network without TLS; keys that cannot be used.
-        """
-        host, _ = self.address
-        if self.keys is not None:
-            keys = load(runtime.user_path(self.keys).resolve())
-            if warning := keys.warning():
-                logger.warning("%s", warning)
-            return keys
-        if not is_loopback(host):
-            raise ConfigError(
-                f"--listen {self.listen} is reached from the network: that needs TLS and keys. Write them with "
-                f"`nanofed server init KEYS --host {host} --site NAME …` and pass --keys KEYS, or listen on 127.0.0.1"
-            )
-        return None
-
-
-def _alone(run: Path) -> AbstractContextManager[Callable[[], None]]:
-    return nullcontext(lambda: None)
-
-
 def run_server(
     federation: Federation,
-    options: ServerOptions,
-    beside: Callable[[Path], AbstractContextManager[Callable[[], None]]] = _alone,
+    listen: str,
+    keys: str | Path | None = None,
+    beside: Callable[[Path], AbstractContextManager[Callable[[], None]]] = lambda run: nullcontext(lambda: None),
 ) -> Summary:
     """Serve a federation until its end, through crashes of the SuperLink and of the round loop.
 
@@ -99,7 +46,8 @@ def run_server(
 
     Args:
         federation: The federation to be trained.
-        options: The address on which the server listens, and its keys.
+        listen: `host:port` where sites reach the server; without keys on loopback only.
+        keys: folder that `nanofed server init` wrote: then sites come by TLS, each with its key.
         beside: A context that lasts as long as the run: it gets the run's folder, and yields a function that is called twice a
             second and may raise to end the run.
 
@@ -108,22 +56,38 @@ def run_server(
         DataError: no shards or no tokenizer.
         NanofedError: the run crashed again and again.
     """
-    keys = options.check()
+    address, held = host_port("--listen", listen), _usable(listen, keys)
     federation.config.runtime = "deployment"
     federation.anchor()
     folder = federation.folder / FOLDER
-    leftovers = f"FLWR_HOME={folder / 'home'}"
-    with ended_by_signals(), RunFolder(federation.folder, lambda: kill_marked(leftovers)) as hold:
+    link = SuperLink(folder, folder / "flower.log")
+    with ended_by_signals(), RunFolder(federation.folder, lambda: kill_marked(link.marker)) as hold:
         run = _open(federation)
         hold.lend_rounds()
         folder.mkdir(exist_ok=True)
         with beside(run) as check:
-            service = _Service(run, folder, options, keys, check, federation.start_options)
+            service = _Service(link, address, held, federation.start(keys=held is not None), check)
             try:
                 service.serve()
             finally:
                 service.stop()
     return Summary.read(run)
+
+
+def _usable(listen: str, keys: str | Path | None) -> Keys | None:
+    """Return the keys; without any the address must be on loopback."""
+    host, _ = host_port("--listen", listen)
+    if keys is not None:
+        found = load(runtime.user_path(keys).resolve())
+        if warning := found.warning():
+            logger.warning("%s", warning)
+        return found
+    if not is_loopback(host):
+        raise ConfigError(
+            f"--listen {listen} is reached from the network: that needs TLS and keys. Write them with "
+            f"`nanofed server init KEYS --host {host} --site NAME …` and pass --keys KEYS, or listen on 127.0.0.1"
+        )
+    return None
 
 
 def _open(federation: Federation) -> Path:
@@ -136,58 +100,46 @@ def _open(federation: Federation) -> Path:
 
 
 class _Service:
-    """A SuperLink, and one run after another until one completes."""
+    """A SuperLink, and one round loop after another until the run is complete.
+
+    Args:
+        link: The SuperLink, which is not started yet.
+        address: host and port where sites reach it.
+        keys: The sites' keys; None where they come without.
+        start: The run, and how it is started.
+        check: called twice a second; may raise to end the run.
+    """
 
     def __init__(
-        self,
-        run: Path,
-        folder: Path,
-        options: ServerOptions,
-        keys: Keys | None,
-        check: Callable[[], None],
-        start_options: Sequence[str],
+        self, link: SuperLink, address: tuple[str, int], keys: Keys | None, start: Start, check: Callable[[], None]
     ) -> None:
-        self._run = run
-        self._start_options = start_options
-        self._folder = folder
-        self._options = options
+        self._link = link
+        self._address = address
         self._keys = keys
+        self._start = start
         self._check = check
-        self._log = folder / "flower.log"
-        self._link = SuperLink(folder, self._log)
-        self._app = folder / "app"
-        self._database = folder / DATABASE
+        self._folder = link.folder
+        self._database = link.folder / DATABASE
         self._database_file = 0  # of the SuperLink that runs
         self._said: tuple[dict[bytes, str], list[str]] = ({}, [])  # of the sites' keys
-        self._launcher = self._watched_launcher()
-
-    def _watched_launcher(self) -> _Watched:
-        """Watch a SuperLink's launcher of round loops, over all its runs: it may die between two of them."""
-        return _Watched(self._link.marker, LAUNCHER)
+        self._seen: dict[str, float] = {}  # when processes of the SuperLink were there last
 
     def serve(self) -> None:
         """Run to the end."""
-        settings = {
-            "run_dir": str(self._run),
-            "base_dir": str(runtime.base_dir().resolve()),
-            "overrides": shlex.join(self._start_options),
-        }
         crashes, before, ran = 0, self._round(), False
         while True:
             try:
-                self._start()
-                self._write_app()
-                run_id, ran = self._link.submit(self._app, settings), True
-                failure = self._watch(run_id)
+                self._start_link()
+                app = self._write_app()
+                self._start.write(self._link.home)
+                run_id, ran = self._link.submit(app), True
+                return self._watch(run_id)
+            except (ConfigError, DataError):
+                raise
             except (OSError, NanofedError, subprocess.SubprocessError) as error:
-                if not ran or isinstance(error, (ConfigError, DataError)):
+                if not ran:
                     raise
-                failure = Outcome.of(error)
-            if failure is None:
-                return
-            if failure.exit_code in (ConfigError.exit_code, DataError.exit_code):
-                raise failure.error()
-            reason = failure.reason
+                reason = in_one_line(error)
             with suppress(OSError):  # somebody has removed the folder
                 if (free := shutil.disk_usage(self._folder).free) < LEAST_FREE:  # it may have room again
                     reason += f"; the disk of {self._folder} is full: {free:,} bytes are left"
@@ -195,31 +147,35 @@ class _Service:
             crashes = 1 if now > before else crashes + 1
             before = now
             if crashes >= CRASHES:
-                raise NanofedError(f"the run ended {crashes} times without a round between ({reason}); see {self._log}")
+                raise NanofedError(
+                    f"the run ended {crashes} times without a round between ({reason}); see {self._link.log}"
+                )
             pause = pause_after(crashes)
             logger.warning("the run ended (%s); it goes on from round %d in %.0f s", reason, now, pause)
             time.sleep(pause)
             kill_marked(self._link.marker, LOOP)  # now: one that was being started when the run ended has its name
 
-    def _write_app(self) -> None:
+    def _write_app(self) -> Path:
         """Write the bundle that Flower runs, of the sources that run here; for each run, since somebody may have changed it."""
-        shutil.rmtree(self._app, ignore_errors=True)
-        self._app.mkdir(parents=True)
-        write_app(self._app, SERVER_APP if self._keys is None else SERVER_APP_WITH_KEYS, CLIENT_APP)
+        app = self._folder / "app"
+        shutil.rmtree(app, ignore_errors=True)
+        app.mkdir(parents=True)
+        write_app(app)
+        return app
 
     def _round(self) -> int:
         """Return the number of the last committed round."""
-        found = checkpoints(self._run)
+        found = checkpoints(Path(self._start.run))
         return int(found[-1].name.removeprefix("round_")) if found else 0
 
-    def _start(self) -> None:
+    def _start_link(self) -> None:
         """Start the SuperLink where it is not there."""
         self._folder.mkdir(exist_ok=True)
+        host, port = self._address
         if not self._link.alive:
             self._link.stop()
-            self._launcher = self._watched_launcher()
+            self._seen.clear()
             options = ["--folder", str(self._folder), "--disable-runtime-dependency-installation"]
-            host, port = self._options.address
             if self._keys is None:
                 self._link.start(options, port=port)
             else:
@@ -227,7 +183,7 @@ class _Service:
                 self._link.start([*options, "--keys", str(self._keys.folder), "--listen", host, str(port)])
             self._database_file = _identity(self._database)
         self._say_sites()
-        logger.info("serving sites on %s; Flower's own log is %s", self._options.listen, self._log)
+        logger.info("serving sites on %s:%d; Flower's own log is %s", host, port, self._link.log)
 
     @staticmethod
     def _check_keys(keys: Keys) -> None:
@@ -236,12 +192,6 @@ class _Service:
             load(keys.folder)
         except ConfigError as error:
             raise NanofedError(str(error)) from error
-
-    def _lost(self) -> str | None:
-        """Return why the SuperLink cannot go on though its process lives, None where it can."""
-        if _identity(self._database) != self._database_file:
-            return f"{self._database}, which the SuperLink was using, was removed or replaced"
-        return None
 
     def _say_sites(self) -> None:
         """Say which sites may take part from now on, which may not any more, and which keys cannot be used."""
@@ -258,34 +208,53 @@ class _Service:
         for public in now[0].keys() - before.keys():
             logger.info("site %s may take part", now[0][public])
 
-    def _watch(self, run_id: int) -> Outcome | None:
-        """Wait until a run ends and return why it failed, None if it completed."""
+    def _watch(self, run_id: int) -> None:
+        """Wait until a run is complete.
+
+        Raises:
+            NanofedError: It has failed.
+        """
         follower = threading.Thread(target=self._link.follow, args=(run_id,), daemon=True)
         follower.start()
-        # Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
-        loop = _Watched(self._link.marker, LOOP)
+        self._seen.pop(LOOP, None)
         while follower.is_alive():
             follower.join(WATCH_SECONDS)
             self._check()
-            if not self._link.alive:
-                return _crash("the SuperLink died")
-            if lost := self._lost():
-                self._link.stop()
-                return _crash(lost)
             self._say_sites()
-            keep_short(self._log, LOG_BYTES)
-            if self._launcher.is_gone():
-                self._link.stop()
-                return _crash("the SuperLink's launcher died")
-            if loop.is_gone():
-                self._link.command("stop", str(run_id), LINK, check=False)
-                return _crash("the round loop died")
+            keep_short(self._link.log, LOG_BYTES)
+            self._look(run_id)
         try:
-            return self._link.outcome(run_id)
-        except NanofedError:
+            self._link.check(run_id)
+        except NanofedError as error:
             if self._link.alive:
                 raise
-            return _crash("the SuperLink died")
+            raise NanofedError("the SuperLink died") from error
+
+    def _look(self, run_id: int) -> None:
+        """Look whether the SuperLink, its database and its processes are there.
+
+        Flower notices a killed round loop by its missing heartbeats, which takes a minute; a killed launcher, not at all.
+
+        Raises:
+            NanofedError: One of them is not.
+        """
+        if not self._link.alive:
+            raise NanofedError("the SuperLink died")
+        if _identity(self._database) != self._database_file:
+            self._link.stop()
+            raise NanofedError(f"{self._database}, which the SuperLink was using, was removed or replaced")
+        if self._is_gone(LAUNCHER):
+            self._link.stop()
+            raise NanofedError("the SuperLink's launcher died")
+        if self._is_gone(LOOP):
+            self._link.command("stop", str(run_id), LINK, check=False)
+            raise NanofedError("the round loop died")
+
+    def _is_gone(self, word: str) -> bool:
+        """Tell whether a process of the SuperLink was there once and has not been for `GONE_SECONDS`."""
+        if marked(self._link.marker, word):
+            self._seen[word] = time.monotonic()
+        return time.monotonic() - self._seen.get(word, math.inf) >= GONE_SECONDS
 
     def stop(self) -> None:
         """Stop everything."""
@@ -294,34 +263,9 @@ class _Service:
             kill_marked(self._link.marker)
 
 
-def _crash(reason: str) -> Outcome:
-    return Outcome(NanofedError.exit_code, reason)
-
-
 def _identity(path: Path) -> int:
     """Return which file a path names, 0 where there is none."""
     try:
         return path.stat().st_ino
     except OSError:
         return 0
-
-
-class _Watched:
-    """A process that was there and may be gone.
-
-    Args:
-        marker: `NAME=value` in the environment of the session in which the process runs.
-        name: A word of the process's command line.
-    """
-
-    def __init__(self, marker: str, name: str) -> None:
-        self._marker = marker
-        self._name = name
-        self._seen: float | None = None  # when it was there last
-
-    def is_gone(self) -> bool:
-        """Look, and tell whether it was there once and has not been for `GONE_SECONDS`."""
-        now = time.monotonic()
-        if marked(self._marker, self._name):
-            self._seen = now
-        return self._seen is not None and now - self._seen >= GONE_SECONDS

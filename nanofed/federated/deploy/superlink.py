@@ -18,13 +18,13 @@ import nanofed
 from nanofed import runtime
 from nanofed.errors import NanofedError
 from nanofed.federated.deploy.process import SupervisedProcess, last_line, undisturbed
-from nanofed.federated.flower import flower_environment, free_port, toml
-from nanofed.federated.flower_settings import DEFAULTS, Value
+from nanofed.federated.flower import flower_environment, free_port
 from nanofed.federated.outcome import Outcome
 from nanofed.federated.wire.bundle import installed
 
 logger = logging.getLogger(__name__)
 
+APP = "nanofed.federated.runtimes.flower_app"
 LINK = "nanofed"  # our own connection, in a Flower home of the run's own
 FLWR = runtime.python("-m", "flwr.cli.app")
 START_SECONDS = 120.0
@@ -34,24 +34,22 @@ LOG_FORMAT = "nanofed %(levelname)s: %(message)s"  # our lines among Flower's an
 LINE = re.compile(r"nanofed (DEBUG|INFO|WARNING|ERROR|CRITICAL): (.*)")
 
 
-def write_app(folder: Path, server: str, client: str) -> None:
+def write_app(folder: Path, server: str = f"{APP}:server", client: str = f"{APP}:client") -> None:
     """Write the app that `flwr run` bundles: this package's sources and the least pyproject.toml that Flower takes.
 
     Args:
         folder: an empty one.
         server: `module:object` of the ServerApp.
-        client: `module:object` of the ClientApp.
+        client: `module:object` of the ClientApp, which a site never loads: it runs its own.
     """
     for name, content in installed().items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in DEFAULTS.items())
     (folder / "pyproject.toml").write_text(
         f'[project]\nname = "nanofed-lightning"\nversion = "{nanofed.__version__}"\n'
         'description = "nanofed, as it runs here"\nlicense = "Apache-2.0"\n\n'
         '[tool.flwr.app]\npublisher = "nanofed"\n\n'
-        f'[tool.flwr.app.components]\nserverapp = "{server}"\nclientapp = "{client}"\n\n'
-        f"[tool.flwr.app.config]\n{settings}\n",
+        f'[tool.flwr.app.components]\nserverapp = "{server}"\nclientapp = "{client}"\n',
         encoding="utf-8",
     )
 
@@ -72,9 +70,10 @@ class SuperLink:
         *,
         environment: Mapping[str, str | None] | None = None,
     ) -> None:
+        self.folder = folder
+        self.log = log
         self._nowhere = folder / "nowhere"
         self.home = folder / "home"
-        self._log = log
         self._environment = flower_environment(self.home, **(environment or {}))
         self.port = 0
         self._process: SupervisedProcess | None = None
@@ -104,14 +103,14 @@ class SuperLink:
         address = ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(self.port)]
         command = runtime.python("-m", "nanofed.federated.deploy.superlink_process", *address, *options)
         self._process = SupervisedProcess(
-            "SuperLink", command, self._environment, "FLWR_HOME", self._log, folder=self._nowhere
+            "SuperLink", command, self._environment, "FLWR_HOME", self.log, folder=self._nowhere
         )
         self._process.start()
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
             if not self.alive or time.monotonic() > deadline:
                 raise NanofedError(
-                    f"Flower's SuperLink did not start on port {self.port}: {last_line(self._log)}; see {self._log}"
+                    f"Flower's SuperLink did not start on port {self.port}: {last_line(self.log)}; see {self.log}"
                 )
             time.sleep(0.2)
 
@@ -126,13 +125,10 @@ class SuperLink:
         """Whether its process is there."""
         return self._process is not None and self._process.running
 
-    def submit(self, app: Path, settings: Mapping[str, Value], *options: str) -> int:
-        """Submit a run with settings over those of its app, and return its id."""
+    def submit(self, app: Path, *options: str) -> int:
+        """Submit a run of an app with options of `flwr run`, and return its id."""
         Outcome.clear(self.home)
-        path = self.home / "settings.toml"
-        content = "".join(f"{key} = {toml(value)}\n" for key, value in settings.items())
-        path.write_text(content, encoding="utf-8")
-        answer = _json(self.command("run", str(app), LINK, *options, "--run-config", str(path), "--format", "json"))
+        answer = _json(self.command("run", str(app), LINK, *options, "--format", "json"))
         if not answer.get("success"):
             raise NanofedError(f"Flower did not take the run: {answer.get('error-message', answer)}")
         return int(answer["run-id"])
@@ -153,24 +149,23 @@ class SuperLink:
             try:
                 for line in process.stdout:
                     # The disk may be full: what people are told below has to go on, and so has the run.
-                    with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
+                    with suppress(OSError), self.log.open("a", encoding="utf-8") as log:
                         log.write(line)
                     if match := LINE.search(line):
                         logger.log(logging.getLevelNamesMapping()[match[1]], "%s", match[2])
             finally:
                 process.kill()
 
-    def outcome(self, run_id: int) -> Outcome | None:
-        """Return why a run failed, None where it completed: in the words of its ServerApp, else in Flower's.
+    def check(self, run_id: int) -> None:
+        """Wait until a run has ended, and look whether it is complete.
 
         Raises:
-            NanofedError: The SuperLink does not know what became of the run.
+            NanofedError: The run failed, and this is the error of its ServerApp or else Flower's; or the SuperLink does not know.
         """
         status, details = self.status(run_id)
-        if status == "finished:completed":
-            return None
-        reason = f"the run ended as {status}: {details or 'no reason given'}; see {self._log}"
-        return Outcome.read(self.home, run_id) or Outcome(NanofedError.exit_code, reason, run_id)
+        if status != "finished:completed":
+            reason = f"the run ended as {status}: {details or 'no reason given'}; see {self.log}"
+            raise (Outcome.read(self.home, run_id) or Outcome(NanofedError.exit_code, reason)).error()
 
     def status(self, run_id: int) -> tuple[str, str]:
         """Return what became of a run, and Flower's reason; waits while it is still ending.

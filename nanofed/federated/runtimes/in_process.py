@@ -6,7 +6,6 @@ import logging
 import traceback
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -15,8 +14,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from nanofed.federated.deploy.process import ended_by_signals
-from nanofed.federated.federation import Federation, client_name
-from nanofed.federated.runtimes.app import server_app
+from nanofed.federated.federation import Federation
 from nanofed.federated.site.client import client_app
 from nanofed.training.run_folder import RunFolder
 from nanofed.training.summary import Summary
@@ -107,10 +105,11 @@ def run_in_process(federation: Federation) -> Summary:
     with ended_by_signals(), RunFolder(federation.folder):
         federation.check()
         trainer = federation.trainer()
-        names = [client_name(index) for index in range(federation.federation.clients)]
-        grid = InProcessGrid(client_app(lambda context: trainer), names)
+        grid = InProcessGrid(client_app(lambda context: trainer), federation.federation.client_names)
         loop = federation.loop(grid, federation.folder)
         federation.write()
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        server_app(lambda grid, context: nullcontext(loop))(grid, context)
+        try:
+            loop.train()
+        finally:
+            loop.metrics.close()
         return loop.metrics.summary

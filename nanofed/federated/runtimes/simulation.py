@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shlex
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +13,7 @@ from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.federated.deploy.superlink import SuperLink, write_app
-from nanofed.federated.federation import Federation
-from nanofed.federated.flower_settings import Value
+from nanofed.federated.federation import Federation, Start
 from nanofed.federated.runtimes.connections import Resources, write_connections
 from nanofed.training.run_folder import RunFolder
 from nanofed.training.summary import Summary
@@ -24,7 +21,6 @@ from nanofed.training.summary import Summary
 logger = logging.getLogger(__name__)
 
 SHORT = "/tmp"  # where the folder for temporary files has a long name
-APP = "nanofed.federated.runtimes.flower_app"
 LOG = "flower.log"
 
 
@@ -56,23 +52,18 @@ def _simulate(federation: Federation, run: Path) -> Summary:
     gpus = 0 if federation.config.fabric.accelerator == "cpu" else torch.cuda.device_count()
     on_cpu, on_gpu = Resources.of(clients, cpus, 0), Resources.of(clients, cpus, max(1, gpus))
     write_connections(runtime.flower_home(), {"local-simulation": on_cpu, "local-simulation-gpu": on_gpu})
-    settings = {
-        "run_dir": str(run),
-        "base_dir": str(runtime.base_dir().resolve()),
-        "overrides": shlex.join(federation.start_options),
-    }
     with ended_by_signals():
-        simulate(run / LOG, on_gpu if gpus else on_cpu, settings)
+        simulate(run / LOG, on_gpu if gpus else on_cpu, federation.start())
     return Summary.read(run)
 
 
-def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> None:
-    """Run the app to its end with settings over the defaults of `[tool.flwr.app.config]`.
+def simulate(log: Path, resources: Resources, start: Start) -> None:
+    """Simulate a run, which is open, to its end.
 
     Args:
         log: file to which everything printed is appended.
         resources: The cores and GPUs of the simulation, and those of each client.
-        settings: The settings of the Flower run, by name.
+        start: The run, and how it is started.
 
     Raises:
         NanofedError: the run failed: the server's own error where it gave one, else Flower's reason.
@@ -83,7 +74,7 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
         folder = Path(name)
         app = folder / "app"
         app.mkdir()
-        write_app(app, f"{APP}:server", f"{APP}:client")
+        write_app(app)
         ray = {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_COLOR_PREFIX": "0",
@@ -93,9 +84,8 @@ def simulate(log: Path, resources: Resources, settings: Mapping[str, Value]) -> 
         }
         link = SuperLink(folder, log, environment=ray)
         with link.running(["--simulation"]):
-            run_id = link.submit(app, settings, "--federation-config", resources.federation_config())
+            start.write(link.home)
+            run_id = link.submit(app, "--federation-config", resources.federation_config())
             logger.info("Flower's simulation engine is starting; its own log is %s", log)
             link.follow(run_id)
-            outcome = link.outcome(run_id)
-    if outcome is not None:
-        raise outcome.error()
+            link.check(run_id)

@@ -9,7 +9,7 @@ from typing import Self
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.flower import is_loopback
+from nanofed.federated.flower import host_port, is_loopback
 from nanofed.federated.wire.names import SAFE_NAME
 
 
@@ -98,9 +98,7 @@ def site_options(
     Raises:
         ConfigError: what is no address or name, keys that are not there, or an address on the network without any.
     """
-    host, _, port = superlink.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"--superlink must be host:port, not {superlink!r}")
+    host, _ = host_port("--superlink", superlink)
     if not SAFE_NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r} must be up to 64 letters, digits, '.', '_' and '-'")
     if devices < 1:
@@ -114,7 +112,7 @@ def site_options(
                 raise ConfigError(
                     f"{path} is missing: --keys names the folder that `nanofed server init` made for this site"
                 )
-    elif not is_loopback(host.strip("[]")):
+    elif not is_loopback(host):
         raise ConfigError(
             f"--superlink {superlink} is reached over the network: that needs --keys, the folder that the server handed out"
         )
