@@ -174,7 +174,6 @@ class Federation(Arguments):
     def loop(
         self,
         grid: Grid,
-        run: Path,
         *,
         policy: ClientPolicy = ONE_MACHINE,
         owners: Callable[[], Mapping[int, str]] | None = None,
@@ -184,13 +183,12 @@ class Federation(Arguments):
 
         Args:
             grid: the connection to the clients.
-            run: the run's folder.
             policy: How the server treats the clients: whether they share this machine.
             owners: returns node -> the client whose key it has; None where nodes have no keys.
             transport: How weights get to the clients and back; by default they are in Flower's messages.
         """
         module, data = self.build()
-        options = self.options
+        options, run = self.options, self.folder
         resume = resume_checkpoint(run, options.ckpt_path)
         known = resume is not None and (run / SUMMARY).is_file()
         metrics = FederationMetrics(run, Summary.read(run) if known else Summary(options.name, "federated"))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nanofed.errors import NanofedError
 from nanofed.federated.deploy.keys import init
 from nanofed.federated.deploy.superlink import SuperLink
 from nanofed.federated.flower import flower_environment, free_port, toml
@@ -201,9 +202,10 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         follower.join(fleet.seconds)
         if follower.is_alive():
             raise FleetError(f"the stock run has taken {fleet.seconds:.0f} s: {_tail(log)}")
-        status, details = link.status(run_id)
-        if status != "finished:completed":
-            raise FleetError(f"the stock run ended as {status} ({details}): {_tail(log)}")
+        try:
+            link.check(run_id)
+        except NanofedError as error:
+            raise FleetError(f"the stock run failed: {error}{_tail(log)}") from error
     return figures
 
 

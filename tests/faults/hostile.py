@@ -56,7 +56,7 @@ def play(
     grid = TamperingGrid(client_app(lambda context: site), names or config.federation.client_names)
     if tamper is not None:
         grid.tamper = tamper
-    loop = config.loop(grid, run)
+    loop = config.loop(grid)
     try:
         loop.train()
     finally:

@@ -21,11 +21,10 @@ from flwr.proto.node_pb2 import Node
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy.keys import Keys, init
-from nanofed.federated.deploy.nodes import NODES
 from nanofed.federated.deploy.perimeter import Perimeter
 from nanofed.federated.deploy.process import SupervisedProcess
 from nanofed.federated.deploy.registration import read_nodes
-from nanofed.federated.deploy.superlink import LINK, SuperLink
+from nanofed.federated.deploy.superlink import LINK, NODES, SuperLink
 from nanofed.federated.flower import flower_environment
 from tests.faults.perimeter import HOST, Client, Recorder, Running, Site, free_port, head, read_reply, wait_until
 

@@ -120,7 +120,7 @@ def _snapshot(loop: RoundLoop) -> dict[str, Any]:
 def _loop(config: Federation) -> RoundLoop:
     site = Site(config.trainer())
     names = [f"client-{n}" for n in range(config.federation.clients)]
-    return config.loop(InProcessGrid(client_app(lambda context: site), names), config.folder)
+    return config.loop(InProcessGrid(client_app(lambda context: site), names))
 
 
 def _serve_on_a_small_disk(corpus: Path, change: str) -> None:

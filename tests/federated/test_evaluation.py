@@ -92,7 +92,8 @@ def test_a_killed_server_goes_on_to_the_same_figures(when: str, tiny_corpus: Pat
 def _resume(config: Federation) -> tuple[RoundLoop, Site]:
     site = Site(config.trainer())
     names = config.federation.client_names
-    loop = config.loop(InProcessGrid(client_app(lambda context: site), names), config.open())
+    config.open()
+    loop = config.loop(InProcessGrid(client_app(lambda context: site), names))
     loop.train()
     loop.metrics.close()
     return loop, site
@@ -116,7 +117,8 @@ def test_sites_with_text_of_their_own_show_both_domains(
     for name, site in sites.items():
         site.judge = lambda found, name=name: sums.setdefault(name, []).append(found) or found  # type: ignore[misc]
     grid = InProcessGrid(client_app(lambda context: sites[str(context.node_config["name"])]), list(sites))
-    loop = config.loop(grid, config.open())
+    config.open()
+    loop = config.loop(grid)
     with caplog.at_level(logging.INFO, logger="nanofed"):
         loop.train()
     loop.metrics.close()
@@ -198,7 +200,8 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
     config = federation(tiny_corpus, tmp_path, "run", **(TEXT | BY_SITES), clients=1, rounds=2)
     site = Site(config.trainer())
     grid = InProcessGrid(client_app(lambda context: site), ["client-0"])
-    loop = config.loop(grid, config.open(), policy=SITES)
+    config.open()
+    loop = config.loop(grid, policy=SITES)
     loop.train()
     loop.metrics.close()
     assert len(learned) == 2 and len(figures(loop)) == 3

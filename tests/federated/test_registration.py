@@ -13,8 +13,8 @@ from flwr.superlink import config_loader
 from flwr.superlink.federation import NoOpFederationManager
 
 from nanofed.federated.deploy.keys import Keys, init, read_sites
-from nanofed.federated.deploy.nodes import FOLDER, NODES, owners
 from nanofed.federated.deploy.registration import Registration, read_nodes
+from nanofed.federated.deploy.superlink import FOLDER, NODES
 from nanofed.federated.deploy.superlink_process import set_aside_damaged
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Alembic, of Flower's
@@ -32,7 +32,6 @@ class Server:
 
     def __init__(self, folder: Path, flower_database: Path) -> None:
         self.database, self.file = folder / FOLDER / "superlink.db", folder / FOLDER / NODES
-        self.run = folder
         self.file.parent.mkdir()
         shutil.copyfile(flower_database, self.database)
         self.keys = init(folder / "keys", [], ["lab-a", "lab-b"])
@@ -51,7 +50,6 @@ class Server:
         }
         assert None not in found.values()
         assert read_nodes(self.file) == found
-        assert owners(self.run) == {node: name for name, node in found.items()}
         return {name: node for name, node in found.items() if node is not None}
 
 
@@ -74,7 +72,7 @@ def test_a_restart_changes_no_node(server: Server) -> None:
 def test_a_site_whose_key_is_taken_away_is_unregistered_and_may_come_back(server: Server) -> None:
     before, key = server.nodes(), public_key(server.keys, "lab-a")
     assert server.state.activate_node(before["lab-a"], 30.0)
-    away = server.keys.public_key("lab-a").rename(server.run / "away")
+    away = server.keys.public_key("lab-a").rename(server.file.with_name("away"))
     server.keys.public_key("lab-c").write_text("rubbish")  # it keeps nobody in
     server.registration.update()
     assert server.nodes() == {"lab-b": before["lab-b"]}

@@ -105,11 +105,11 @@ def train(config: Federation, names: Sequence[str] | None = None, **behaviour: A
 
 
 def prepare(config: Federation, names: Sequence[str] | None = None, **behaviour: Any) -> tuple[RoundLoop, Site]:
-    run = config.open()
+    config.open()
     site = Site(config.trainer(), **behaviour)
     names = names or config.federation.client_names
     grid = InProcessGrid(client_app(lambda context: site), names)
-    return config.loop(grid, run), site
+    return config.loop(grid), site
 
 
 def same_bits(a: RoundLoop, b: RoundLoop) -> bool:

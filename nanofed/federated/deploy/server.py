@@ -15,9 +15,8 @@ from pathlib import Path
 from nanofed import runtime
 from nanofed.errors import ConfigError, DataError, NanofedError, in_one_line
 from nanofed.federated.deploy.keys import Keys, load, read_sites
-from nanofed.federated.deploy.nodes import DATABASE, FOLDER
 from nanofed.federated.deploy.process import LOG_BYTES, ended_by_signals, kill_marked, marked, pause_after, undisturbed
-from nanofed.federated.deploy.superlink import LINK, SuperLink, write_app
+from nanofed.federated.deploy.superlink import DATABASE, FOLDER, LINK, SuperLink, write_app
 from nanofed.federated.federation import Federation, Start
 from nanofed.federated.flower import host_port, is_loopback
 from nanofed.files import keep_short

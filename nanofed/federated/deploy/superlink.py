@@ -25,6 +25,10 @@ from nanofed.federated.wire.bundle import installed
 logger = logging.getLogger(__name__)
 
 APP = "nanofed.federated.runtimes.flower_app"
+FOLDER = "server"  # of a run's folder: what its SuperLink keeps, which is Flower's home, the log, and the following
+DATABASE = "superlink.db"
+NODES = "nodes.json"  # which node is whose
+WEIGHTS = "weights"
 LINK = "nanofed"  # our own connection, in a Flower home of the run's own
 FLWR = runtime.python("-m", "flwr.cli.app")
 START_SECONDS = 120.0
@@ -157,31 +161,23 @@ class SuperLink:
                 process.kill()
 
     def check(self, run_id: int) -> None:
-        """Wait until a run has ended, and look whether it is complete.
+        """Wait while a run is still ending, and look whether it is complete.
 
         Raises:
             NanofedError: The run failed, and this is the error of its ServerApp or else Flower's; or the SuperLink does not know.
-        """
-        status, details = self.status(run_id)
-        if status != "finished:completed":
-            reason = f"the run ended as {status}: {details or 'no reason given'}; see {self.log}"
-            raise (Outcome.read(self.home, run_id) or Outcome(NanofedError.exit_code, reason)).error()
-
-    def status(self, run_id: int) -> tuple[str, str]:
-        """Return what became of a run, and Flower's reason; waits while it is still ending.
-
-        Raises:
-            NanofedError: the SuperLink does not know.
         """
         deadline = time.monotonic() + END_SECONDS
         while True:
             answer = _json(self.command("list", LINK, "--run-id", str(run_id), "--format", "json"))
             if len(rows := answer.get("runs", [])) != 1:
                 raise NanofedError(f"Flower does not say what became of the run: {answer.get('error-message', answer)}")
-            (row,) = rows
-            if row["status"].startswith("finished") or time.monotonic() > deadline:
-                return row["status"], row["status-details"]
+            status, details = rows[0]["status"], rows[0]["status-details"]
+            if status.startswith("finished") or time.monotonic() > deadline:
+                break
             time.sleep(1)
+        if status != "finished:completed":
+            reason = f"the run ended as {status}: {details or 'no reason given'}; see {self.log}"
+            raise (Outcome.read(self.home, run_id) or Outcome(NanofedError.exit_code, reason)).error()
 
     def command(self, *args: str, check: bool = True) -> str:
         """Run `flwr` and return what it prints."""

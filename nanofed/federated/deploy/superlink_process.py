@@ -21,9 +21,9 @@ import uvicorn
 from nanofed.errors import NanofedError
 from nanofed.federated.deploy.fleet_rules import FleetRules, Refused, TooMany, bind
 from nanofed.federated.deploy.keys import Keys
-from nanofed.federated.deploy.nodes import DATABASE, NODES, WEIGHTS
 from nanofed.federated.deploy.perimeter import Perimeter, Server
 from nanofed.federated.deploy.registration import Registration, read_nodes
+from nanofed.federated.deploy.superlink import DATABASE, NODES, WEIGHTS
 from nanofed.federated.flower_patches import hold_back_unfinished
 from nanofed.federated.wire.weights_server import WeightsServer
 

@@ -106,7 +106,7 @@ def run_in_process(federation: Federation) -> Summary:
         federation.check()
         trainer = federation.trainer()
         grid = InProcessGrid(client_app(lambda context: trainer), federation.federation.client_names)
-        loop = federation.loop(grid, federation.folder)
+        loop = federation.loop(grid)
         federation.write()
         try:
             loop.train()

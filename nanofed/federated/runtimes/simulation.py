@@ -41,20 +41,16 @@ def run_simulation(federation: Federation) -> Summary:
             "in-process runtime needs nothing)"
         )
     federation.anchor()
-    with RunFolder(federation.folder) as folder:
-        run = federation.open()
-        folder.lend_rounds()
-        return _simulate(federation, run)
-
-
-def _simulate(federation: Federation, run: Path) -> Summary:
     clients, cpus = federation.federation.clients, runtime.cpu_count()
     gpus = 0 if federation.config.fabric.accelerator == "cpu" else torch.cuda.device_count()
     on_cpu, on_gpu = Resources.of(clients, cpus, 0), Resources.of(clients, cpus, max(1, gpus))
-    write_connections(runtime.flower_home(), {"local-simulation": on_cpu, "local-simulation-gpu": on_gpu})
-    with ended_by_signals():
-        simulate(run / LOG, on_gpu if gpus else on_cpu, federation.start())
-    return Summary.read(run)
+    with RunFolder(federation.folder) as folder:
+        run = federation.open()
+        folder.lend_rounds()
+        write_connections(runtime.flower_home(), {"local-simulation": on_cpu, "local-simulation-gpu": on_gpu})
+        with ended_by_signals():
+            simulate(run / LOG, on_gpu if gpus else on_cpu, federation.start())
+        return Summary.read(run)
 
 
 def simulate(log: Path, resources: Resources, start: Start) -> None:
