@@ -11,7 +11,7 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.runtimes import connections as module
 from nanofed.federated.runtimes.connections import Resources, write_connections
 
-TWO = {"local-simulation": Resources.of(2, 4, 0), "local-simulation-gpu": Resources.of(2, 4, 1)}
+TWO = {"local-simulation": Resources(2, 4, 0), "local-simulation-gpu": Resources(2, 4, 1)}
 OWN = '# mine\n[superlink]\ndefault = "work"  # keep\n\n[superlink.work]\naddress = "10.0.0.1:8000"\n'
 
 
@@ -44,7 +44,7 @@ def test_the_rest_of_the_file_stays_to_the_letter_and_ours_is_refreshed(tmp_path
     write_connections(tmp_path, TWO)
     assert path.read_text() == once
     path.write_text(once + "\n[superlink.later]\naddress = 'x'\n")
-    write_connections(tmp_path, {name: Resources.of(5, 4, 0) for name in TWO})
+    write_connections(tmp_path, {name: Resources(5, 4, 0) for name in TWO})
     after = superlinks(tmp_path)
     assert set(after) == {"default", "work", "later", *TWO} and after["default"] == "work"
     assert after["local-simulation"]["options"]["num-supernodes"] == 5
@@ -82,6 +82,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     ("cpus", "gpus", "client"), [(2, 0, (2, 0.0)), (16, 1, (16, 1.0)), (16, 4, (4, 1.0)), (2, 8, (1, 1.0))]
 )
 def test_a_client_takes_all_there_is_for_its_turn(cpus: int, gpus: int, client: tuple[int, float]) -> None:
-    resources = Resources.of(3, cpus, gpus)
+    resources = Resources(3, cpus, gpus)
     assert (resources.client_cpus, resources.client_gpus) == client
     assert (resources.clients, resources.cpus) == (3, cpus)

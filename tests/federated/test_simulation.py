@@ -198,7 +198,7 @@ def test_flwr_run_takes_its_settings_from_the_run_config(
     alone = federation(tiny_corpus, runs, "alone", eval_every=1, **{"model.recipe.lr_scale": 2.0})
     run_in_process(alone)
     home = tmp_path / "flower"
-    write_connections(home, {"local-simulation": Resources.of(2, 1, 0)})
+    write_connections(home, {"local-simulation": Resources(2, 1, 0)})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -255,7 +255,7 @@ def test_a_run_that_fails_says_why(tiny_corpus: Path, tmp_path: Path, environmen
     failing.config.runtime = "simulation"
     config_file(failing, run / "config.yaml")
     with pytest.raises(DataError, match=f"data.tokenizer: there is no folder {absent}"):
-        simulation.simulate(tmp_path / "flower.log", Resources.of(2, 1, 0), failing.start())
+        simulation.simulate(tmp_path / "flower.log", Resources(2, 1, 0), failing.start())
     assert "Simulation raised an exception" in (tmp_path / "flower.log").read_text(), "the whole story is in the log"
 
 

@@ -178,19 +178,14 @@ class _Service:
             if self._keys is None:
                 self._link.start(options, port=port)
             else:
-                self._check_keys(self._keys)
+                try:
+                    load(self._keys.folder)
+                except ConfigError as error:  # it ends no run that has begun, since it may be mended
+                    raise NanofedError(str(error)) from error
                 self._link.start([*options, "--keys", str(self._keys.folder), "--listen", host, str(port)])
             self._database_file = _identity(self._database)
         self._say_sites()
         logger.info("serving sites on %s:%d; Flower's own log is %s", host, port, self._link.log)
-
-    @staticmethod
-    def _check_keys(keys: Keys) -> None:
-        """Look at the keys as they are now; what is wrong with them ends no run that has begun, since it may be mended."""
-        try:
-            load(keys.folder)
-        except ConfigError as error:
-            raise NanofedError(str(error)) from error
 
     def _say_sites(self) -> None:
         """Say which sites may take part from now on, which may not any more, and which keys cannot be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +14,32 @@ from nanofed.files import write_atomically
 
 START = "# >>> nanofed federate --runtime simulation writes this block anew each time"
 END = "# <<< nanofed"
+BLOCK = re.compile(rf"\s*{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a simulation has and what each of its clients takes.
+    """What a simulation has; its clients take turns, so that a client's time is its own, one on each GPU.
 
     Attributes:
         clients: simulated nodes.
         cpus: cores of the machine that Ray may use.
-        client_cpus: cores of a client.
-        client_gpus: GPUs of a client.
+        gpus: GPUs of the machine.
     """
 
     clients: int
     cpus: int
-    client_cpus: int
-    client_gpus: float
+    gpus: int
 
-    @classmethod
-    def of(cls, clients: int, cpus: int, gpus: int) -> Resources:
-        """Return one client's turn at a time, so that its time is its own; with GPUs, one client on each."""
-        return cls(clients, cpus, max(1, cpus // max(1, gpus)), 1.0 if gpus else 0.0)
+    @property
+    def client_cpus(self) -> int:
+        """Cores of a client."""
+        return max(1, self.cpus // max(1, self.gpus))
+
+    @property
+    def client_gpus(self) -> float:
+        """GPUs of a client."""
+        return 1.0 if self.gpus else 0.0
 
     def federation_config(self) -> str:
         """Return what `flwr run --federation-config` takes."""
@@ -71,34 +76,21 @@ def write_connections(home: Path, connections: dict[str, Resources]) -> list[str
     try:
         home.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else DEFAULT_FLOWER_CONFIG_TOML
-        others = _without_block(text, path)
-        owned = _parse(others, path).get("superlink", {})
+        others = BLOCK.sub("\n", text)
+        if START in others:
+            raise ConfigError(f"{path} has the line {START!r} but not {END!r}: remove the block between them")
+        owned = tomllib.loads(others).get("superlink", {})
         mine = {name: resources for name, resources in connections.items() if name not in owned}
         block = "\n".join([START, *(resources.connection(name) for name, resources in mine.items()), END])
         new = f"{others.rstrip()}\n\n{block}\n" if mine else others
-        _parse(new, path)
+        tomllib.loads(new)
         if not path.exists() or new != text:
             mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
             write_atomically(path, new, mode=mode)
-    except OSError as error:
-        raise NanofedError(f"Flower's connections file {path} cannot be written: {error.strerror}") from error
-    return list(mine)
-
-
-def _without_block(text: str, path: Path) -> str:
-    if START not in text:
-        return text
-    before, rest = text.split(START, 1)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ConfigError(f"{path} has the line {START!r} but not {END!r}: remove the block between them")
-    return before.rstrip() + "\n" + after
-
-
-def _parse(text: str, path: Path) -> dict[str, dict[str, object]]:
-    try:
-        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
             f"Flower's connections file {path} is no valid TOML ({error}): correct or remove it"
         ) from error
+    except OSError as error:
+        raise NanofedError(f"Flower's connections file {path} cannot be written: {error.strerror}") from error
+    return list(mine)

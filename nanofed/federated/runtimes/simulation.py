@@ -43,7 +43,7 @@ def run_simulation(federation: Federation) -> Summary:
     federation.anchor()
     clients, cpus = federation.federation.clients, runtime.cpu_count()
     gpus = 0 if federation.config.fabric.accelerator == "cpu" else torch.cuda.device_count()
-    on_cpu, on_gpu = Resources.of(clients, cpus, 0), Resources.of(clients, cpus, max(1, gpus))
+    on_cpu, on_gpu = Resources(clients, cpus, 0), Resources(clients, cpus, max(1, gpus))
     with RunFolder(federation.folder) as folder:
         run = federation.open()
         folder.lend_rounds()
