@@ -149,7 +149,7 @@ def _worker_command(options: WorkerOptions, arguments: Sequence[str]) -> list[st
     python = runtime.python("-m")
     if options.devices > 1:
         python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.devices}", "-m"]
-    return [*python, options.worker, options.to_json(), *arguments, f"--fabric.devices={options.devices}"]
+    return [*python, options.worker, options.to_json(), *arguments]
 
 
 def _supernode_command(options: WorkerOptions) -> list[str]:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -218,7 +217,7 @@ def main(args: Sequence[str]) -> int:
         threading.Thread(target=_end_with, args=(options.supervisor,), name="nanofed-orphan", daemon=True).start()
         first = runtime.is_first_rank()
         progress = Progress(options.progress if first else None)
-        trainer, micro_batch = build(args[1:], options.folder / "state")
+        trainer, micro_batch = build(args[1:], options)
         if not first:
             follow(trainer)
         progress.say(state="idle", ranks=trainer.ranks.size)
@@ -236,12 +235,12 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def build(args: Sequence[str], states: Path) -> tuple[FabricTrainer, int]:
+def build(args: Sequence[str], site: WorkerOptions) -> tuple[FabricTrainer, int]:
     """Return this rank's trainer, and the tokens of a micro-batch on all ranks.
 
     Args:
         args: command-line arguments of `nanofed federate`.
-        states: folder of the optimizer states.
+        site: its folder is that of the optimizer states, and its devices train, whatever the arguments say.
 
     Raises:
         ConfigError: the arguments or devices are wrong, or a batch does not divide into these devices'.
@@ -249,12 +248,12 @@ def build(args: Sequence[str], states: Path) -> tuple[FabricTrainer, int]:
     """
     arguments = Arguments.from_args(args)
     module, data = arguments.build()
-    options = arguments.fabric_options
-    devices, machines = runtime.launched_ranks() or (options.devices, 1)
-    runtime.warn_of_unused_gpu(options.accelerator)
+    accelerator = arguments.fabric_options.accelerator
+    devices, machines = runtime.launched_ranks() or (site.devices, 1)
+    runtime.warn_of_unused_gpu(accelerator)
     with lightning_errors("fabric", building=True):  # devices that are not there
         fabric = Fabric(
-            accelerator=options.accelerator,
+            accelerator=accelerator,
             devices=devices,
             num_nodes=machines,
             strategy=FabricShardedStrategy(timeout=PATIENCE) if devices * machines > 1 else "auto",
@@ -268,7 +267,7 @@ def build(args: Sequence[str], states: Path) -> tuple[FabricTrainer, int]:
             sequence_len=data.sequence_len,
             world_size=fabric.world_size,
         )
-    trainer = FabricTrainer(module, data, fabric, states, durable=True)
+    trainer = FabricTrainer(module, data, fabric, site.folder / "state", durable=True)
     return trainer, data.device_batch_size * data.sequence_len * trainer.ranks.size
 
 
