@@ -282,7 +282,7 @@ def test_a_request_without_signature_is_refused(client: Client, nothing_passes: 
         (60, "stale_signature", 401, rb"lab-b signed this \d\d seconds ahead: set its clock"),
         (-250, "early_signature", 503, rb"before this server began: sign anew"),
     ],
-    ids=["old", "of the future", "from before the proxy"],
+    ids=["old", "of the future", "from before the perimeter"],
 )
 def test_the_time_of_a_signature_counts(
     client: Client, keys: Keys, nothing_passes: None, seconds: int, reason: str, status: int, says: bytes

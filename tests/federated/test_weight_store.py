@@ -108,10 +108,10 @@ def call(port: int, path: str, headers: dict[str, str], body: bytes = b"", metho
 def test_weights_go_there_and_back_bit_for_bit(store: WeightStore, port: int, tmp_path: Path) -> None:
     values, answer = weights(), BF16.encode(weights(1))
     round_weights, stored = lay(store, values)
-    road = WeightsClient(f"127.0.0.1:{port}")
-    for there, here in zip(road.fetch(stored, until(stored)), BF16.encode(values), strict=True):
+    weights_client = WeightsClient(f"127.0.0.1:{port}")
+    for there, here in zip(weights_client.fetch(stored, until(stored)), BF16.encode(values), strict=True):
         np.testing.assert_array_equal(there, here)
-    road.deliver(stored, answer, until(stored))
+    weights_client.deliver(stored, answer, until(stored))
     taken = round_weights.take("lab-a", NO_REPLY, BF16, values)
     for there, here in zip(taken, answer, strict=True):
         np.testing.assert_array_equal(there, here)
@@ -135,12 +135,12 @@ def test_what_was_taken_up_cannot_be_changed_any_more(store: WeightStore, port: 
     """Checked first and merged later: between the two nobody may write to it, not even who has the file open."""
     values, answer = weights(), BF16.encode(weights(1))
     round_weights, stored = lay(store, values)
-    road = WeightsClient(f"127.0.0.1:{port}")
-    road.deliver(stored, answer, until(stored))
+    weights_client = WeightsClient(f"127.0.0.1:{port}")
+    weights_client.deliver(stored, answer, until(stored))
     before = os.open(tmp_path / "weights" / UP / stored.answer, os.O_RDONLY)
     taken = round_weights.take("lab-a", NO_REPLY, BF16, values)
     with pytest.raises(RoundOver, match="its round is over"):
-        road.deliver(stored, BF16.encode(weights(2)), until(stored))
+        weights_client.deliver(stored, BF16.encode(weights(2)), until(stored))
     path = Path(f"/proc/self/fd/{before}")  # opens the file that has no name any more, as who opened it before holds it
     with pytest.raises(weights_server._HttpError, match="its round is over"):
         weights_server._write(path, 0, b"x" * 100)
@@ -158,11 +158,11 @@ def test_what_was_taken_up_cannot_be_changed_any_more(store: WeightStore, port: 
 def test_a_round_that_is_over_has_no_files(store: WeightStore, port: int) -> None:
     round_weights, stored = lay(store, weights())
     round_weights.close()
-    road = WeightsClient(f"127.0.0.1:{port}")
+    weights_client = WeightsClient(f"127.0.0.1:{port}")
     with pytest.raises(RoundOver):
-        road.fetch(stored, until(stored))
+        weights_client.fetch(stored, until(stored))
     with pytest.raises(RoundOver):
-        road.deliver(stored, BF16.encode(weights(1)), until(stored))
+        weights_client.deliver(stored, BF16.encode(weights(1)), until(stored))
 
 
 def test_the_round_loop_that_begins_finds_no_files_of_another(store: WeightStore, port: int, tmp_path: Path) -> None:
@@ -208,9 +208,9 @@ def test_a_link_that_breaks_or_stalls_costs_time_only(
     values, answer = weights(), BF16.encode(weights(1))
     round_weights, stored = lay(store, values)
     link = Link(port)
-    road = WeightsClient(f"127.0.0.1:{link.port}")
+    weights_client = WeightsClient(f"127.0.0.1:{link.port}")
     getattr(link, "cut" if fault == CUT else "stall")(after=PIECE_BYTES + PIECE_BYTES // 2)
-    delivery = threading.Thread(target=road.deliver, args=(stored, answer, until(stored)))
+    delivery = threading.Thread(target=weights_client.deliver, args=(stored, answer, until(stored)))
     delivery.start()
     while link.state != fault:
         time.sleep(0.01)
@@ -271,14 +271,14 @@ def test_a_server_that_cannot_is_asked_again_for_a_while(
 
     monkeypatch.setattr(os, "pwrite", full)
     monkeypatch.setattr("nanofed.federated.wire.weights_client.UNABLE_SECONDS", 1.0 if lasting else 10.0)
-    road = WeightsClient(f"127.0.0.1:{port}")
+    weights_client = WeightsClient(f"127.0.0.1:{port}")
     if lasting:
         started = time.monotonic()
         with pytest.raises(WeightsError, match="the server's disk: No space left on device"):
-            road.deliver(stored, answer, until(stored))
+            weights_client.deliver(stored, answer, until(stored))
         assert time.monotonic() - started < 6, "its round has 30 s"
     else:
-        road.deliver(stored, answer, until(stored))
+        weights_client.deliver(stored, answer, until(stored))
         np.testing.assert_array_equal(round_weights.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
     round_weights.close()
 
@@ -289,22 +289,22 @@ def test_weights_take_the_machines_way_out(store: WeightStore, tmp_path: Path, m
     values, answer = weights(), BF16.encode(weights(1))
     round_weights, stored = lay(store, values)
     with Running(tmp_path, keys, WeightsServer(behind, tmp_path / "weights")) as perimeter, wayout() as (outer, asked):
-        road = WeightsClient(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
+        weights_client = WeightsClient(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@127.0.0.1:{outer}")
-        road.fetch(stored, until(stored))
-        road.deliver(stored, answer, until(stored))
+        weights_client.fetch(stored, until(stored))
+        weights_client.deliver(stored, answer, until(stored))
         assert {line for line, _ in asked} == {f"CONNECT 127.0.0.1:{perimeter.port}"}
         assert {words for _, words in asked} == {"Basic " + b64encode(b"me:p@ss").decode()}
         count = len(asked)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        road.fetch(stored, until(stored))
+        weights_client.fetch(stored, until(stored))
         assert len(asked) == count
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
         with pytest.raises(WeightsError, match="SOCKS"):
-            road.fetch(stored, until(stored))
+            weights_client.fetch(stored, until(stored))
     round_weights.close()
 
 
@@ -468,9 +468,9 @@ def test_weights_pass_the_perimeter_of_sites_that_it_knows_only(store: WeightSto
     strangers = init(tmp_path / "strangers", ["127.0.0.1"], ["lab-a"])
     values, answer = weights(), BF16.encode(weights(1))
     round_weights, stored = lay(store, values)
-    with Running(tmp_path, keys, WeightsServer(behind, tmp_path / "weights")) as client:
-        server = f"127.0.0.1:{client.port}"
-        for road, reason in (
+    with Running(tmp_path, keys, WeightsServer(behind, tmp_path / "weights")) as perimeter:
+        server = f"127.0.0.1:{perimeter.port}"
+        for weights_client, reason in (
             (
                 WeightsClient(server, keys.ca, strangers.private_key("lab-a")),
                 "the operator has not registered this key",
@@ -478,17 +478,17 @@ def test_weights_pass_the_perimeter_of_sites_that_it_knows_only(store: WeightSto
             (WeightsClient(server, keys.ca), "no SuperNode's signature"),
         ):
             with pytest.raises(WeightsError, match=reason):
-                road.fetch(stored, until(stored))
+                weights_client.fetch(stored, until(stored))
             with pytest.raises(WeightsError, match=reason):
-                road.deliver(stored, answer, until(stored))
-        road = WeightsClient(server, keys.ca, keys.private_key("lab-a"))
-        for there, here in zip(road.fetch(stored, until(stored)), BF16.encode(values), strict=True):
+                weights_client.deliver(stored, answer, until(stored))
+        weights_client = WeightsClient(server, keys.ca, keys.private_key("lab-a"))
+        for there, here in zip(weights_client.fetch(stored, until(stored)), BF16.encode(values), strict=True):
             np.testing.assert_array_equal(there, here)
-        road.deliver(stored, answer, until(stored))
+        weights_client.deliver(stored, answer, until(stored))
         for there, here in zip(round_weights.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
             np.testing.assert_array_equal(there, here)
-        client.settled()
-        site = client.figures()["sites"]["lab-a"]
+        perimeter.settled()
+        site = perimeter.figures()["sites"]["lab-a"]
         assert site["bytes_up"] == site["bytes_down"] == stored.answer_bytes
     round_weights.close()
 
