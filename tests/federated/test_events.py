@@ -10,7 +10,7 @@ import pytest
 
 from nanofed.federated.server import events as events_module
 from nanofed.federated.server.events import OTHERS, Events
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import plain
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from nanofed.errors import NanofedError
 from nanofed.federated.deploy.admission import Bucket
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import plain
 
 logger = logging.getLogger(__name__)
 

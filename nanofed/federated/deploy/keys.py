@@ -17,8 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.federated.wire.names import SAFE_NAME
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import SAFE_NAME, plain
 from nanofed.files import write_atomically
 
 HOST_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")

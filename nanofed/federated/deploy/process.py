@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 
 from nanofed.federated.outcome import Outcome
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import plain
 from nanofed.files import keep_short
 from nanofed.training.signals import ending_signals
 

@@ -18,7 +18,7 @@ from nanofed.federated.server.events import SERVER, Events
 from nanofed.federated.server.policy import ClientPolicy
 from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.messages import Hello
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import plain
 
 logger = logging.getLogger(__name__)
 

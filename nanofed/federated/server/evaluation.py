@@ -31,7 +31,7 @@ from nanofed.federated.server.state import State
 from nanofed.federated.server.validation import RefusedReply, check_repeated
 from nanofed.federated.wire.codec import CODECS, Weights, WireError, hash_arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Instructions
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import plain
 from nanofed.generation.text import SAMPLE_TOKENS, generate
 from nanofed.model.loss import LOGIT_CAP
 from nanofed.training.module import GPTModule

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import plain
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from nanofed.federated.aggregation.norm_guard import Length
 from nanofed.federated.server.events import KINDS, Events
 from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.messages import Report
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import plain
 from nanofed.training.summary import Point, Summary
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import Kind
 from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays
 from nanofed.federated.wire.messages import Failure, Instructions, Report, RoundMessage
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import plain
 
 MAX_REASON = 500  # characters: a reply may hold what it likes, the log should not
 LEAST_STEP_SECONDS = 1e-6  # of training: no optimizer step takes less

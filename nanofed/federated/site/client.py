@@ -18,7 +18,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from nanofed.errors import NanofedError
 from nanofed.federated.site.trainer import LeaseTooShort, LocalTrainer
 from nanofed.federated.wire.messages import Evaluate, Failure, Instructions, StoredWeights, is_over
-from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.federated.wire.plain_text import SAFE_NAME
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient
 
 

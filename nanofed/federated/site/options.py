@@ -10,7 +10,7 @@ from typing import Self
 from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.flower import host_port, is_loopback
-from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.federated.wire.plain_text import SAFE_NAME
 
 
 @dataclass(frozen=True)

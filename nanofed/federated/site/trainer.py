@@ -26,7 +26,7 @@ from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedSto
 from nanofed.federated.wire.blocks import all_finite, flat
 from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
 from nanofed.federated.wire.messages import MAX_FAILURE, Evaluate, Evaluation, Hello, Instructions, Report
-from nanofed.federated.wire.names import SAFE_NAME
+from nanofed.federated.wire.plain_text import SAFE_NAME
 from nanofed.training.loop import Stopwatch, train_steps
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import accumulation_steps

@@ -19,8 +19,7 @@ from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.federated.wire.bundle import code_hash
 from nanofed.federated.wire.codec import WireError, arrays_of
-from nanofed.federated.wire.names import SAFE_NAME
-from nanofed.federated.wire.plain import plain
+from nanofed.federated.wire.plain_text import SAFE_NAME, plain
 from nanofed.federated.wire.weights_calls import TICKET
 
 if TYPE_CHECKING:

@@ -1,7 +1,10 @@
-"""Words of others, made fit for a log, a terminal and a file: cut, and without what is no printable character."""
+"""Words of others, made fit for a log, a terminal and a file: what a site may be called, and any other text cut and printable."""
 
 from __future__ import annotations
 
+import re
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a folder's and a file's, and is logged
 MAX_TEXT = 300
 
 
