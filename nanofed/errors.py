@@ -46,8 +46,8 @@ def in_one_line(error: BaseException) -> str:
         return f"{names}: {reason}" if names else reason
     if isinstance(error, ImportError):
         return f"{text}: the installation is not complete"
-    from_outside = isinstance(error, RuntimeError | subprocess.SubprocessError)
-    if from_outside and not isinstance(error, RecursionError | NotImplementedError):
+    from_outside = isinstance(error, RuntimeError | subprocess.SubprocessError)  # a kernel that a device lacks, too
+    if from_outside and not isinstance(error, RecursionError):
         return text or kind
     frames = traceback.extract_tb(error.__traceback__)
     where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""

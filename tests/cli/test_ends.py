@@ -62,6 +62,11 @@ DEBUG = " (NANOFED_DEBUG=1 shows the traceback)\n"
             "No module named 'x': the installation is not complete" + DEBUG,
         ),
         (KeyError("step"), 1, "this is a bug of nanofed: KeyError in test_ends.py, line "),
+        (
+            NotImplementedError("aten::_scaled_mm has no kernel on this device"),
+            1,
+            "aten::_scaled_mm has no kernel on this device",
+        ),
         (RecursionError("too deep"), 1, "this is a bug of nanofed: RecursionError in test_ends.py, line "),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
