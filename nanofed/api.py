@@ -182,7 +182,7 @@ def evaluate(
         eval_tokens: targets to score, as many as `TokenDataModule` scores by default.
         device_batch_size: changes nothing: which rows share a forward pass is fixed, and so the figure is.
         device: where the model runs.
-        compute_dtype: as in `load`; a figure is to be compared with those of the same dtype.
+        compute_dtype: dtype of the matmuls, as `load` takes it; only figures of one dtype can be compared.
 
     Raises:
         ConfigError: there is no checkpoint.

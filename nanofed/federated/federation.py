@@ -43,12 +43,12 @@ class Start:
     """What holds for one start of a run and is no part of its saved config, for the processes that Flower starts.
 
     Attributes:
-        run: the run's folder, with the saved config.
-        base_dir: folder of everything that is kept between runs.
-        force: `RunOptions` says what it does.
-        ckpt_path: `RunOptions` says what it does.
-        init_from: `RunOptions` says what it does.
-        keys: whether sites have keys, so that a client's name has to be that of its node's key.
+        run: The run's folder, which holds the saved config.
+        base_dir: The folder of everything that is kept between runs (`NANOCHAT_BASE_DIR`).
+        force: Whether to start where the memory does not seem to be enough, or where the config of a resumed run differs.
+        ckpt_path: The checkpoint that the run goes on from, as `RunOptions.ckpt_path` names it.
+        init_from: The checkpoint whose weights a new run starts with, as `RunOptions.init_from` names it.
+        keys: Whether sites have keys, so that a client's name has to be that of its node's key.
     """
 
     run: str

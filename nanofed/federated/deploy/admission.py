@@ -27,24 +27,25 @@ LOG_SECONDS = 60.0  # between two lines about the same address and reason
 
 @dataclass(frozen=True)
 class Limits:
-    """What a perimeter takes.
+    """How much a perimeter lets in, how fast, and how long it waits.
 
     Attributes:
-        body: bytes of a piece of weights, or of an object of Flower's.
-        small_body: bytes of any other body.
-        head: bytes of a head.
-        connections: at a time; half of them are for addresses of known sites only. Where they are used up, or those of an
-            address, the oldest one on which nothing was asked for yet ends for a new one.
-        address_connections: of one address.
-        site_bytes: of a site's bodies that are under way at a time; a piece of weights has 16 MB.
-        handshakes: a second and address.
-        handshake_burst: at once.
-        requests: a second and address; a few milliseconds too early wait, more are refused.
-        request_burst: at once.
-        handshake_seconds: of a TLS handshake.
-        head_seconds: from a connection's start, or a head's first byte, to its end.
-        idle_seconds: between two requests.
-        bytes_per_second: the slowest a body may come or be taken, on average, after `head_seconds`.
+        body: The largest body in bytes that holds a piece of weights or an object of Flower's.
+        small_body: The largest of any other body in bytes.
+        head: The largest request head in bytes.
+        connections: The connections at a time; half of them are for addresses of known sites only. Where they are used
+            up, or those of an address, the oldest one on which nothing was asked for yet ends for a new one.
+        address_connections: The connections of one address at a time.
+        site_bytes: The bytes of one site's bodies that may be under way at a time; a piece of weights has 16 MB.
+        handshakes: The TLS handshakes that one address may begin in a second, on average.
+        handshake_burst: The TLS handshakes that one address may begin at once.
+        requests: The requests that one address may make in a second, on average; those that come up to a second early
+            wait, others are refused.
+        request_burst: The requests that one address may make at once.
+        handshake_seconds: The seconds that a TLS handshake may take.
+        head_seconds: The seconds that a head may take, from the connection's start or the head's first byte to its end.
+        idle_seconds: The seconds that a connection may rest between two requests.
+        bytes_per_second: The slowest a body may come or be taken, on average, after `head_seconds`.
     """
 
     body: int = 32 << 20
@@ -71,8 +72,8 @@ class Bucket:
     """Tokens that come back at a rate; taking one that is not there yet says how long to wait for it.
 
     Args:
-        rate: tokens a second.
-        burst: tokens at most, and at first.
+        rate: The tokens that come back in a second.
+        burst: The tokens that there are at first, and at most.
     """
 
     def __init__(self, rate: float, burst: int) -> None:
@@ -106,9 +107,9 @@ class Admission:
     """Caps and rates by address, and counters.
 
     Args:
-        limits: the caps.
-        known: file in which the addresses of sites are kept, so that strangers cannot lock a site out after a restart; none if
-            left out.
+        limits: The caps and rates.
+        known: The file that keeps the addresses of sites, so that strangers cannot lock a site out after a restart; None keeps
+            them in memory only.
     """
 
     def __init__(self, limits: Limits, known: Path | None = None) -> None:

@@ -136,8 +136,8 @@ class Connection(H11Protocol):
     """A site's connection: uvicorn's, which waits for no head longer than it may take, and says why it refuses a request.
 
     Args:
-        perimeter: what it belongs to.
-        visitor: the address that it comes from.
+        perimeter: The perimeter that accepted the connection.
+        visitor: The address from which the site connects.
     """
 
     def __init__(self, perimeter: Perimeter, visitor: Visitor) -> None:
@@ -220,16 +220,16 @@ class Perimeter:
     """The public address of an application.
 
     Args:
-        app: what answers a request that has passed.
-        listen: host and port; port 0 takes a free one.
-        keys: of the federation; read again when they change.
-        folder: for the counters (`perimeter.json`) and the addresses of sites (`perimeter.addresses.json`).
-        limits: what is taken; the usual if left out.
-        tick: seconds between two looks at the keys, and two writings of the counters.
+        app: The ASGI application that answers a request that has passed.
+        listen: The public host and port; port 0 takes a free one.
+        keys: The federation's keys and certificate, whose files are read again when they change.
+        folder: The folder for the counters (`perimeter.json`) and the sites' addresses (`perimeter.addresses.json`).
+        limits: The sizes, rates and times that are allowed; None takes the defaults of `Limits`.
+        tick: The seconds between two looks at the key files, and between two writings of the counters.
 
     Raises:
-        ConfigError: certificate or key are missing, damaged or ended.
-        NanofedError: the address cannot be listened on.
+        ConfigError: The certificate or its key is missing, damaged or past its end.
+        NanofedError: The address cannot be listened on.
     """
 
     def __init__(
@@ -440,8 +440,8 @@ class Server(uvicorn.Server):
     """uvicorn on loopback, and a perimeter on the public address beside it; both end with the process's parent.
 
     Args:
-        config: of the application on loopback.
-        perimeter: none where nothing may come from the network.
+        config: uvicorn's configuration of the application that is served on loopback.
+        perimeter: The perimeter on the public address; None where nothing may come from the network.
     """
 
     def __init__(self, config: uvicorn.Config, perimeter: Perimeter | None) -> None:

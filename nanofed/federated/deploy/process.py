@@ -77,8 +77,8 @@ def marked(marker: str, word: str = "", sessions: set[int] | None = None) -> lis
 
     Args:
         marker: `NAME=value`, which only what one command has started has in its environment.
-        word: only processes with this in their command line are returned.
-        sessions: sessions whose processes are returned as well; those found are added.
+        word: Only processes with this in their command line are returned.
+        sessions: Sessions whose processes are returned as well; those found are added.
     """
     name, _, value = marker.partition("=")
     sessions = set() if sessions is None else sessions
@@ -117,8 +117,8 @@ class SupervisedProcess:
         name: What people call the process.
         command: The command line that starts it.
         environment: All of its environment.
-        mark: name of the variable of the environment whose value only this process and what it starts have.
-        log: file to which all that it prints is appended; see `keep_short`.
+        mark: The name of the variable of the environment whose value only this process and what it starts have.
+        log: The file to which all that it prints is appended; see `keep_short`.
         folder: The process's working directory; None for this process's own.
         outcomes: The folder into which the process writes an `Outcome` before it ends; None where it writes none.
     """

@@ -46,7 +46,7 @@ def run_server(
     Args:
         federation: The federation to be trained.
         listen: `host:port` where sites reach the server; without keys on loopback only.
-        keys: folder that `nanofed server init` wrote: then sites come by TLS, each with its key.
+        keys: The folder that `nanofed server init` wrote: then sites come by TLS, each with its key.
         beside: A context that lasts as long as the run: it gets the run's folder, and yields a function that is called twice a
             second and may raise to end the run.
 
@@ -103,10 +103,10 @@ class _Service:
 
     Args:
         link: The SuperLink, which is not started yet.
-        address: host and port where sites reach it.
+        address: The host and the port where sites reach it.
         keys: The sites' keys; None where they come without.
         start: The run, and how it is started.
-        check: called twice a second; may raise to end the run.
+        check: A function that is called twice a second and may raise to end the run.
     """
 
     def __init__(

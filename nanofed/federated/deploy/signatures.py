@@ -21,20 +21,18 @@ from nanofed.federated.deploy.keys import read_sites
 logger = logging.getLogger(__name__)
 
 PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
-OLDEST, NEWEST = (
-    305.0,
-    5.0,
-)  # seconds: what Flower's node authentication takes (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE)
+# Seconds of age that Flower's node authentication takes (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE).
+OLDEST, NEWEST = 305.0, 5.0
 
 
 class Refused(Exception):
     """A request is not answered.
 
     Args:
-        reason: under which it is counted.
-        status: of the answer. Flower's client tries again after 502, 503 and 504, ends its SuperNode after 401, and after 403
-            thinks that the run has ended.
-        detail: for whoever reads the site's log.
+        reason: The name under which the refusal is counted.
+        status: The HTTP status of the answer. Flower's client tries again after 502, 503 and 504, ends its
+            SuperNode after 401, and after 403 thinks that the run has ended.
+        detail: A sentence for whoever reads the site's log.
     """
 
     def __init__(self, reason: str, status: HTTPStatus, detail: str) -> None:
@@ -46,7 +44,7 @@ class Signatures:
     """The sites whose keys are in a folder, and what each has signed lately.
 
     Args:
-        folder: of `NAME.pub` files.
+        folder: The folder of the `NAME.pub` files, one for each site.
     """
 
     def __init__(self, folder: Path) -> None:

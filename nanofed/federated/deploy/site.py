@@ -34,7 +34,7 @@ def run_site(options: SiteOptions, arguments: Sequence[str]) -> None:
 
     Args:
         options: The site's name, keys and folder, and the address of its server.
-        arguments: command-line arguments of `nanofed federate`, which the worker parses.
+        arguments: The command-line arguments of `nanofed federate`, which the worker parses.
 
     Raises:
         ConfigError: the worker refuses its configuration; the site runs on this machine already.

@@ -240,7 +240,7 @@ def build(args: Sequence[str], site: WorkerOptions) -> tuple[FabricTrainer, int]
 
     Args:
         args: command-line arguments of `nanofed federate`.
-        site: its folder is that of the optimizer states, and its devices train, whatever the arguments say.
+        site: The site's options: optimizer states are kept in its folder, and its devices train, whatever the arguments say.
 
     Raises:
         ConfigError: the arguments or devices are wrong, or a batch does not divide into these devices'.

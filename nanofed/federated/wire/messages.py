@@ -339,11 +339,11 @@ class Evaluate(RoundMessage):
     shard are disjoint and together all of it, and a pass gives the same sums wherever it is computed on the same hardware.
 
     Attributes:
-        down_codec: codec of the arrays that go with the message and are to be measured.
-        eval_tokens: targets of the text, all shares together.
-        share: the number of this client's share, from 0.
-        shares: how many shares there are.
-        seconds: seconds after which to give it up, on the client's own clock.
+        down_codec: The codec of the weights that go with the message and are to be measured.
+        eval_tokens: The number of targets to score, all shares together.
+        share: The number of this client's share, from 0.
+        shares: The number of shares.
+        seconds: The seconds after which the client gives the evaluation up, on its own clock.
     """
 
     key: ClassVar[str] = "nanofed.evaluate"
@@ -367,10 +367,10 @@ class Evaluation(RoundMessage):
     """What a client measured: sums, since the sums of several sites pool exactly and their means do not.
 
     Attributes:
-        nats: sum of the losses of all targets that have bytes.
-        bytes: sum of their UTF-8 lengths; 0 where the text has fewer forward passes than there are shares.
-        seconds: how long it took, on the client's own clock.
-        failure: why there are no sums, "" where there are.
+        nats: The sum of the losses, in nats, of all targets that have bytes.
+        bytes: The sum of these targets' UTF-8 lengths; 0 where the text has fewer forward passes than there are shares.
+        seconds: The seconds that the evaluation took, on the client's own clock.
+        failure: The reason why there are no sums; empty where there are.
     """
 
     key: ClassVar[str] = "nanofed.evaluation"
