@@ -36,7 +36,7 @@ from sqlalchemy import select
 
 from nanofed.errors import NanofedError
 from nanofed.federated.deploy import fleet_rules, superlink_process
-from nanofed.federated.deploy.fleet_rules import Answer, Asked, FleetRules, Refused, TooMany, bind
+from nanofed.federated.deploy.fleet_rules import Answer, Asked, FleetRules, RefusedCall, TooMany, bind
 from nanofed.federated.deploy.keys import init
 from tests.faults.perimeter import Site as SignedCalls
 
@@ -129,7 +129,7 @@ def link(tmp_path: Path, flower_database: Path, monkeypatch: pytest.MonkeyPatch)
     for name in CALLS:
         monkeypatch.setattr(fleet_handlers, name, getattr(fleet_handlers, name))
 
-    def refuse(refused: Refused) -> NoReturn:
+    def refuse(refused: RefusedCall) -> NoReturn:
         raise refused
 
     bind(fleet_handlers, FleetRules(SERVER), refuse)
@@ -166,14 +166,14 @@ def test_a_message_in_the_servers_name_reaches_nobody(link: SuperLink) -> None:
     TaskIdentity.node_id = SERVER
     forged = Message(RecordDict({"words": ConfigRecord({"words": "evil"})}), link.b.id, "train", ttl=60.0)
     forged.metadata.__dict__["_message_id"] = forged.object_id
-    with pytest.raises(Refused, match="another node's name"):
+    with pytest.raises(RefusedCall, match="another node's name"):
         link.a.announce(forged)
 
     def as_an_answer(request: Any) -> None:
         request.messages_list[0].metadata.src_node_id = link.a.id
         request.messages_list[0].metadata.reply_to_message_id = asked.object_id
 
-    with pytest.raises(Refused, match="another than the server"):
+    with pytest.raises(RefusedCall, match="another than the server"):
         link.a.announce(forged, as_an_answer)
     assert link.b.pull() == []
 
@@ -181,9 +181,9 @@ def test_a_message_in_the_servers_name_reaches_nobody(link: SuperLink) -> None:
 def test_another_site_is_not_answered_for(link: SuperLink) -> None:
     asked = link.b.asked("words")
     link.b.pull()
-    with pytest.raises(Refused, match="another node's name"):
+    with pytest.raises(RefusedCall, match="another node's name"):
         link.a.announce(link.a.reply(asked))
-    with pytest.raises(Refused, match="was not sent"):
+    with pytest.raises(RefusedCall, match="was not sent"):
         link.a.announce(
             link.a.reply(asked), lambda request: setattr(request.messages_list[0].metadata, "src_node_id", link.a.id)
         )
@@ -196,11 +196,11 @@ def test_what_another_site_was_sent_is_neither_read_nor_deleted(link: SuperLink)
     asked = link.b.asked("words")
     link.b.pull()
     for name in get_all_nested_objects(asked):
-        with pytest.raises(Refused, match="in no message to it"):
+        with pytest.raises(RefusedCall, match="in no message to it"):
             link.a.fetch(name)
-    with pytest.raises(Refused, match="was not sent"):
+    with pytest.raises(RefusedCall, match="was not sent"):
         link.a.confirm(asked.object_id)
-    with pytest.raises(Refused, match="was sent nothing"):
+    with pytest.raises(RefusedCall, match="was sent nothing"):
         fleet_handlers.get_run(request=GetRunRequest(node=link.a.node, run_id=link.a.run), state=link.state)
     assert all(link.b.fetch(name) for name in get_all_nested_objects(asked))
 
@@ -212,7 +212,7 @@ def test_another_site_s_answer_is_not_completed(link: SuperLink) -> None:
     session, missing = link.b.announce(reply)
     content = get_all_nested_objects(reply)[missing[0]].deflate()
     for of in (session, ""):  # Flower finds the session of whoever announced it, where none is named
-        with pytest.raises(Refused, match="has not announced"):
+        with pytest.raises(RefusedCall, match="has not announced"):
             link.a.push(of, missing[0], content)
     assert link.b.push(session, missing[0], content)
 
@@ -222,7 +222,7 @@ def test_a_message_is_answered_once(link: SuperLink) -> None:
     link.a.pull()
     link.a.answer(link.a.reply(asked))
     other = link.a.reply(asked, RecordDict({"answer": ArrayRecord([np.arange(9)])}))
-    with pytest.raises(Refused, match="twice"):
+    with pytest.raises(RefusedCall, match="twice"):
         link.a.announce(other)
 
 
@@ -261,7 +261,7 @@ def test_what_is_no_answer_of_ours_is_refused_before_anything_is_stored(link: Su
     reply = link.a.reply(asked)
     before = len(link.state.object_store)
     for what, change in CHANGES.items():
-        with pytest.raises(Refused):
+        with pytest.raises(RefusedCall):
             link.a.announce(reply, change)
             pytest.fail(what)
     assert len(link.state.object_store) == before
@@ -289,15 +289,15 @@ def test_answers_that_the_round_loop_has_not_taken_are_few_and_small(
     assert [len(link.answers(message)) for message in asked] == [0, 0] + [1] * fleet_rules.HELD
     large = link.a.asked("large")
     link.a.pull()
-    with pytest.raises(Refused, match="more than"):
+    with pytest.raises(RefusedCall, match="more than"):
         link.a.answer(link.a.reply(large, RecordDict({"answer": ArrayRecord([np.zeros(10_000)])})))
 
 
 def test_a_node_that_is_gone_does_not_seem_to_be_there(link: SuperLink) -> None:
-    with pytest.raises(Refused, match="heartbeat every 1800 s"):
+    with pytest.raises(RefusedCall, match="heartbeat every 1800 s"):
         request = SendNodeHeartbeatRequest(node=link.a.node, heartbeat_interval=1800)
         fleet_handlers.send_node_heartbeat(request=request, state=link.state)
-    with pytest.raises(Refused, match="heartbeat every nan s"):
+    with pytest.raises(RefusedCall, match="heartbeat every nan s"):
         activate = ActivateNodeRequest(public_key=b"a", heartbeat_interval=float("nan"))
         fleet_handlers.activate_node(request=activate, state=link.state)
 
@@ -318,7 +318,7 @@ def test_a_bundle_is_asked_for_by_its_hash_of_which_nothing_else_is_logged(
     link.a.asked("words")
     link.a.pull()
     for name in ("\x1b[2J\nnanofed ERROR: exit 2: all is lost", "x" * 1_000_000):
-        with pytest.raises(Refused, match="no hash"):
+        with pytest.raises(RefusedCall, match="no hash"):
             fleet_handlers.get_fab(
                 request=GetFabRequest(node=link.a.node, run_id=link.a.run, hash_str=name), state=link.state
             )
@@ -327,7 +327,7 @@ def test_a_bundle_is_asked_for_by_its_hash_of_which_nothing_else_is_logged(
 
 def test_refusals_are_logged_once_a_minute(link: SuperLink, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(100):
-        with pytest.raises(Refused):
+        with pytest.raises(RefusedCall):
             link.a.confirm("x" * 1_000_000)
     (record,) = [record for record in caplog.records if record.name == fleet_rules.__name__]
     assert len(record.getMessage()) < 300 and str(link.a.id) in record.getMessage()
@@ -377,7 +377,7 @@ def test_what_is_remembered_of_nodes_does_not_grow() -> None:
     assert len(rules._nodes) <= fleet_rules.NODES
     assert max(len(known.sent), len(known.answered), len(known.pushes)) <= fleet_rules.SENT
     assert len(known.sessions) <= fleet_rules.HELD
-    with pytest.raises(Refused, match="was not sent"):
+    with pytest.raises(RefusedCall, match="was not sent"):
         rules.answer(3, replace(answer, source=3))
 
 

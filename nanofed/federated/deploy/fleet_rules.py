@@ -43,11 +43,11 @@ LOG_SECONDS = 60.0  # between two lines about the same node and reason
 OBJECT_ID = re.compile("[0-9a-f]{64}")
 
 
-class Refused(Exception):
+class RefusedCall(Exception):
     """A call is not answered; the message says why."""
 
 
-class TooMany(Refused):
+class TooMany(RefusedCall):
     """There are too many calls: it may be made again."""
 
 
@@ -140,10 +140,10 @@ class FleetRules:
         """Check what a node says of the time between two of its heartbeats.
 
         Raises:
-            Refused: it is too long: a node that is gone would seem to be there.
+            RefusedCall: it is too long: a node that is gone would seem to be there.
         """
         if not 0 < interval <= HEARTBEAT_SECONDS:
-            raise Refused(f"it announces a heartbeat every {interval:g} s: {HEARTBEAT_SECONDS:.0f} s are the most")
+            raise RefusedCall(f"it announces a heartbeat every {interval:g} s: {HEARTBEAT_SECONDS:.0f} s are the most")
 
     def delivered(self, node: int, message: str, asked: Asked) -> None:
         """Note that a node was sent a message."""
@@ -158,57 +158,59 @@ class FleetRules:
         """Check that a node was sent a message of a run.
 
         Raises:
-            Refused: it was not.
+            RefusedCall: it was not.
         """
         if all(asked.run != run for asked in self._of(node).sent.values()):
-            raise Refused("it asks for a run of which it was sent nothing")
+            raise RefusedCall("it asks for a run of which it was sent nothing")
 
     def fetch(self, node: int, run: int, object_id: str) -> None:
         """Check that an object is in a message that a node was sent.
 
         Raises:
-            Refused: it is not.
+            RefusedCall: it is not.
         """
         if not any(asked.run == run and object_id in asked.objects for asked in self._of(node).sent.values()):
-            raise Refused("it asks for an object that is in no message to it")
+            raise RefusedCall("it asks for an object that is in no message to it")
 
     def confirm(self, node: int, run: int, message: str) -> None:
         """Check that a node was sent a message that it says it has received.
 
         Raises:
-            Refused: it was not.
+            RefusedCall: it was not.
         """
         asked = self._of(node).sent.get(message)
         if asked is None or asked.run != run:
-            raise Refused("it confirms a message that it was not sent")
+            raise RefusedCall("it confirms a message that it was not sent")
 
     def answer(self, node: int, answer: Answer) -> None:
         """Check that a node may answer a message, and that the answer is one.
 
         Raises:
-            Refused: it may not, or it is none.
+            RefusedCall: it may not, or it is none.
         """
         known = self._of(node)
         asked = known.sent.get(answer.reply_to)
         if answer.source != node:
-            raise Refused("it answers in another node's name")
+            raise RefusedCall("it answers in another node's name")
         if answer.target != self._server:
-            raise Refused("it sends a message to another than the server")
+            raise RefusedCall("it sends a message to another than the server")
         if asked is None:
-            raise Refused("it answers a message that it was not sent")
+            raise RefusedCall("it answers a message that it was not sent")
         if (answer.run, answer.group, answer.kind) != (asked.run, asked.group, asked.kind):
-            raise Refused("its answer is of another run, group or kind than the message")
+            raise RefusedCall("its answer is of another run, group or kind than the message")
         if not all(math.isfinite(number) and 0 <= number < 1e10 for number in answer.numbers):
-            raise Refused("its answer's times are none")
+            raise RefusedCall("its answer's times are none")
         if len(answer.objects) > OBJECTS or answer.size > BODY_BYTES:
-            raise Refused(f"its answer has more than {OBJECTS} objects, or more than {BODY_BYTES} bytes beside them")
+            raise RefusedCall(
+                f"its answer has more than {OBJECTS} objects, or more than {BODY_BYTES} bytes beside them"
+            )
         if not all(OBJECT_ID.fullmatch(name) for name in (answer.message, *answer.objects)):
-            raise Refused("an id in its answer is none")
+            raise RefusedCall("an id in its answer is none")
         if known.answered.get(answer.reply_to, answer.message) != answer.message:
-            raise Refused("it answers a message twice")
+            raise RefusedCall("it answers a message twice")
         known.pushes[answer.reply_to] = known.pushes.get(answer.reply_to, 0) + 1
         if known.pushes[answer.reply_to] > PUSHES:
-            raise Refused(f"it has announced the answer to one message {PUSHES} times")
+            raise RefusedCall(f"it has announced the answer to one message {PUSHES} times")
 
     def accepted(self, node: int, answer: Answer, session: str, missing: Iterable[str]) -> list[str]:
         """Note that an answer was taken, of which some objects are to follow, and return older answers to be dropped."""
@@ -233,16 +235,16 @@ class FleetRules:
             held: tells whether an answer is still there, not yet taken by the round loop.
 
         Raises:
-            Refused: it announced no such object, or fills the server's disk.
+            RefusedCall: it announced no such object, or fills the server's disk.
         """
         known = self._of(node)
         of = known.sessions.get(session)
         if of is None or of.run != run or object_id not in of.pending:
-            raise Refused("it pushes an object that it has not announced")
+            raise RefusedCall("it pushes an object that it has not announced")
         for name in [name for name, other in known.sessions.items() if other is not of and not held(other.message)]:
             del known.sessions[name]
         if sum(other.size for other in known.sessions.values()) + size > HELD_BYTES:
-            raise Refused(f"its answers have more than {HELD_BYTES >> 20} MB")
+            raise RefusedCall(f"its answers have more than {HELD_BYTES >> 20} MB")
 
     def pushed(self, node: int, session: str, object_id: str, size: int) -> None:
         """Note that an object was stored."""
@@ -271,17 +273,17 @@ def _answer(request: Any) -> Answer:
     """Return what a request calls an answer.
 
     Raises:
-        Refused: it is not one message with its objects.
+        RefusedCall: it is not one message with its objects.
     """
     if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
-        raise Refused("it sends another number of messages than one")
+        raise RefusedCall("it sends another number of messages than one")
     if len(request.clientapp_runtime_list) > 1:
-        raise Refused("its answer has more than one time")
+        raise RefusedCall("its answer has more than one time")
     message, tree = request.messages_list[0], request.message_object_trees[0]
     said = message.metadata
     objects = list(itertools.islice(_ids(tree), OBJECTS + 1))
     if tree.object_id != said.message_id:
-        raise Refused("its answer's id is not that of its objects")
+        raise RefusedCall("its answer's id is not that of its objects")
     return Answer(
         message=said.message_id,
         reply_to=said.reply_to_message_id,
@@ -297,7 +299,7 @@ def _answer(request: Any) -> Answer:
 
 
 def bind(
-    handlers: Any, rules: FleetRules, refuse: Callable[[Refused], NoReturn], name: Callable[[int], str] = str
+    handlers: Any, rules: FleetRules, refuse: Callable[[RefusedCall], NoReturn], name: Callable[[int], str] = str
 ) -> None:
     """Put the rules before Flower's handlers of a site's calls.
 
@@ -313,7 +315,7 @@ def bind(
     lock = threading.Lock()
     said: OrderedDict[tuple[object, str], float] = OrderedDict()
 
-    def say(node: object, call: str, refused: Refused) -> None:
+    def say(node: object, call: str, refused: RefusedCall) -> None:
         key, now = (node, str(refused)), time.monotonic()
         if now - said.get(key, -LOG_SECONDS) >= LOG_SECONDS:
             said[key] = now
@@ -341,7 +343,7 @@ def bind(
                 with lock:
                     rules.call(node)
                     found = before(node, request, state)
-            except Refused as refused:
+            except RefusedCall as refused:
                 with lock:
                     say(node, call, refused)
                 refuse(refused)
@@ -360,7 +362,7 @@ def bind(
     def bundle(node: int, request: Any, state: Any) -> None:
         rules.run(node, request.run_id)
         if not OBJECT_ID.fullmatch(request.hash_str):  # Flower logs it
-            raise Refused("it asks for a bundle by what is no hash")
+            raise RefusedCall("it asks for a bundle by what is no hash")
 
     def delivered(node: int, request: Any, state: Any, response: Any, found: None) -> None:
         for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):

@@ -57,7 +57,7 @@ from uvicorn.server import ServerState
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy.admission import Admission, Limits, Visitor
 from nanofed.federated.deploy.keys import Keys, expiry_warning
-from nanofed.federated.deploy.signatures import Refused, Signatures
+from nanofed.federated.deploy.signatures import RefusedRequest, Signatures
 from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PULL, PUSH
 from nanofed.files import write_atomically
 
@@ -94,42 +94,46 @@ def check(scope: Event, limits: Limits) -> dict[bytes, bytes]:
     """Return the headers of a request that is one of the fleet's calls, written as they are.
 
     Raises:
-        Refused: it is not.
+        RefusedRequest: it is not.
     """
     if scope["http_version"] != "1.1":
-        raise Refused("http_version", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 is spoken here")
+        raise RefusedRequest("http_version", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 is spoken here")
     target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
     call = target.decode("latin-1")
     if call not in CALLS:
         reason = next((reason for part, reason in OTHERS.items() if part in target.lower()), "other_path")
-        raise Refused(reason, HTTPStatus.NOT_FOUND, "only the fleet's calls of a registered SuperNode are answered")
+        raise RefusedRequest(
+            reason, HTTPStatus.NOT_FOUND, "only the fleet's calls of a registered SuperNode are answered"
+        )
     if scope["method"] != "POST":
-        raise Refused("method", HTTPStatus.METHOD_NOT_ALLOWED, "the fleet's calls are POST")
+        raise RefusedRequest("method", HTTPStatus.METHOD_NOT_ALLOWED, "the fleet's calls are POST")
     if sum(len(name) + len(value) for name, value in scope["headers"]) > limits.head:
         raise _large_head(limits)
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name == b"transfer-encoding":
-            raise Refused("chunked", HTTPStatus.LENGTH_REQUIRED, "a body needs a Content-Length, not this encoding")
+            raise RefusedRequest(
+                "chunked", HTTPStatus.LENGTH_REQUIRED, "a body needs a Content-Length, not this encoding"
+            )
         if name in NEVER or name in headers:
             detail = f"the header {name.decode()!r:.80} is not taken, or stands there twice"
-            raise Refused("header", HTTPStatus.BAD_REQUEST, detail)
+            raise RefusedRequest("header", HTTPStatus.BAD_REQUEST, detail)
         headers[name] = value
     length = headers.get(b"content-length", b"")
     if not (length.isdigit() and len(length) <= 15):
-        raise Refused("length", HTTPStatus.LENGTH_REQUIRED, "a body needs a Content-Length")
+        raise RefusedRequest("length", HTTPStatus.LENGTH_REQUIRED, "a body needs a Content-Length")
     most = limits.body if call in LARGE else limits.small_body
     if int(length) > most:
         detail = f"a body of {int(length)} bytes is more than the {most} that {call} may have"
-        raise Refused("body_too_large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+        raise RefusedRequest("body_too_large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
     if headers.get(b"content-type", b"").lower() != CALLS[call].encode():
-        raise Refused("content_type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"a body is {CALLS[call]}")
+        raise RefusedRequest("content_type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"a body is {CALLS[call]}")
     return headers
 
 
-def _large_head(limits: Limits) -> Refused:
+def _large_head(limits: Limits) -> RefusedRequest:
     detail = f"a head is at most {limits.head} bytes"
-    return Refused("head_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
+    return RefusedRequest("head_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
 
 
 class Connection(H11Protocol):
@@ -179,10 +183,10 @@ class Connection(H11Protocol):
             return
         error = sys.exception()
         large = getattr(error, "error_status_hint", 0) == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        malformed = Refused("malformed", HTTPStatus.BAD_REQUEST, f"no HTTP: {error}")
+        malformed = RefusedRequest("malformed", HTTPStatus.BAD_REQUEST, f"no HTTP: {error}")
         self.refuse(_large_head(self._limits) if large else malformed)
 
-    def refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: RefusedRequest) -> None:
         """Answer in the form of Flower's own errors, and end; what else was sent is passed over."""
         self._refused = True
         self._forget_head()
@@ -210,7 +214,7 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         if self.conn.trailing_data[0]:
-            self.refuse(Refused("slow_head", HTTPStatus.REQUEST_TIMEOUT, "the head takes too long"))
+            self.refuse(RefusedRequest("slow_head", HTTPStatus.REQUEST_TIMEOUT, "the head takes too long"))
         else:
             self._admission.refuse("silent", self.visitor)
             self.transport.close()
@@ -320,7 +324,7 @@ class Perimeter:
         try:
             if (wait := connection.visitor.requests.take(PATIENCE)) is None:
                 detail = "too many requests from this address: slow down"
-                raise Refused("request_rate", HTTPStatus.SERVICE_UNAVAILABLE, detail)
+                raise RefusedRequest("request_rate", HTTPStatus.SERVICE_UNAVAILABLE, detail)
             await asyncio.sleep(wait)
             headers = check(scope, self.limits)
             site = connection.site = self._signatures.identify(headers)
@@ -328,7 +332,7 @@ class Perimeter:
             self.admission.forget(connection)
             length = int(headers[b"content-length"])
             if self._under_way[site] + length > self.limits.site_bytes:
-                raise Refused("site_bytes", HTTPStatus.SERVICE_UNAVAILABLE, f"{site} sends too much at a time")
+                raise RefusedRequest("site_bytes", HTTPStatus.SERVICE_UNAVAILABLE, f"{site} sends too much at a time")
             passed = [(name, value) for name, value in headers.items() if name in PASSED or name.startswith(FLOWER)]
             self._under_way[site] += length
             try:
@@ -336,7 +340,7 @@ class Perimeter:
                 await self._pass(connection, {**scope, "headers": passed}, body, receive, send)
             finally:
                 self._under_way[site] -= length
-        except Refused as refused:
+        except RefusedRequest as refused:
             connection.refuse(refused)
 
     async def _body(self, receive: Receive, length: int) -> bytes:
@@ -348,8 +352,10 @@ class Perimeter:
                     if not event["more_body"]:
                         return b"".join(parts)
         except TimeoutError:
-            raise Refused("slow_body", HTTPStatus.REQUEST_TIMEOUT, "the body takes too long") from None
-        raise Refused("broken_off", HTTPStatus.BAD_REQUEST, "the body is not whole")  # which nobody reads any more
+            raise RefusedRequest("slow_body", HTTPStatus.REQUEST_TIMEOUT, "the body takes too long") from None
+        raise RefusedRequest(
+            "broken_off", HTTPStatus.BAD_REQUEST, "the body is not whole"
+        )  # which nobody reads any more
 
     async def _pass(
         self, connection: Connection, scope: Event, waiting: list[bytes], receive: Receive, send: Send

@@ -25,7 +25,7 @@ PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr
 OLDEST, NEWEST = 305.0, 5.0
 
 
-class Refused(Exception):
+class RefusedRequest(Exception):
     """A request is not answered.
 
     Args:
@@ -76,7 +76,7 @@ class Signatures:
         seen a signature can write it differently (other padding in base64, n - s for s), but cannot sign another time.
 
         Raises:
-            Refused: no site's key, not its signature, a time that Flower would not take, or one that was used.
+            RefusedRequest: no site's key, not its signature, a time that Flower would not take, or one that was used.
         """
         try:
             pem = b64decode(headers[PUBLIC_KEY], validate=True)
@@ -87,23 +87,25 @@ class Signatures:
                 raise ValueError("a time without its zone")
             signed = signed_at.timestamp()
         except (KeyError, ValueError, OverflowError, binascii.Error) as error:
-            raise Refused(
+            raise RefusedRequest(
                 "unsigned", HTTPStatus.UNAUTHORIZED, "no SuperNode's signature: start it with its key"
             ) from error
         if pem not in self._keys:
-            raise Refused("unknown_key", HTTPStatus.UNAUTHORIZED, "the operator has not registered this key")
+            raise RefusedRequest("unknown_key", HTTPStatus.UNAUTHORIZED, "the operator has not registered this key")
         name, key = self._keys[pem]
         try:
             key.verify(signature, timestamp.encode(), ec.ECDSA(hashes.SHA256()))
         except InvalidSignature as error:
-            raise Refused("bad_signature", HTTPStatus.UNAUTHORIZED, f"this is not the signature of {name}") from error
+            raise RefusedRequest(
+                "bad_signature", HTTPStatus.UNAUTHORIZED, f"this is not the signature of {name}"
+            ) from error
         self._use(name, timestamp, signed)
         return name
 
     def _use(self, name: str, timestamp: str, signed: float) -> None:
         age, now = time.time() - signed, time.monotonic()
         if not -NEWEST < age < OLDEST:
-            raise Refused(
+            raise RefusedRequest(
                 "stale_signature",
                 HTTPStatus.UNAUTHORIZED,
                 f"{name} signed this {abs(age):.0f} seconds {'ago' if age > 0 else 'ahead'}: set its clock",
@@ -113,11 +115,11 @@ class Signatures:
             self._used.discard(key)
             self._floor = max(self._floor, forgotten)
         if signed <= self._floor:
-            raise Refused(
+            raise RefusedRequest(
                 "early_signature", HTTPStatus.SERVICE_UNAVAILABLE, "signed before this server began: sign anew"
             )
         if (name, timestamp) in self._used:
-            raise Refused(
+            raise RefusedRequest(
                 "replayed_signature", HTTPStatus.SERVICE_UNAVAILABLE, f"{name} has used this signature: sign anew"
             )
         self._used.add((name, timestamp))

@@ -19,7 +19,7 @@ from typing import NoReturn
 import uvicorn
 
 from nanofed.errors import NanofedError
-from nanofed.federated.deploy.fleet_rules import FleetRules, Refused, TooMany, bind
+from nanofed.federated.deploy.fleet_rules import FleetRules, RefusedCall, TooMany, bind
 from nanofed.federated.deploy.keys import Keys
 from nanofed.federated.deploy.perimeter import Perimeter, Server
 from nanofed.federated.deploy.registration import Registration, read_nodes
@@ -60,7 +60,7 @@ def set_aside_damaged(database: Path) -> bool:
     return bool(damage)
 
 
-def refuse(refused: Refused) -> NoReturn:
+def refuse(refused: RefusedCall) -> NoReturn:
     """Answer a site's call as Flower's SuperNode understands it: 503, it tries again; 403, the run is over for it."""
     from fastapi import HTTPException
 
