@@ -202,7 +202,11 @@ class ServerEvaluator(RoundEvaluator):
             self._model.load(state.weights)
             self._write(wanted, *self._model.measure(prompts))
         elif self._current is not None:
-            logger.info("round %3d  not measured: round %d still is", state.clock.round, self._current[0].point.step)
+            logger.info(
+                "round %3d  is not measured: the server is still measuring round %d",
+                state.clock.round,
+                self._current[0].point.step,
+            )
         else:
             try:
                 self._model.load(state.weights)
