@@ -11,7 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ig
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
-from nanofed.ranges import Count, Range, Seconds, check_numbers
+from nanofed.ranges import Count, Range, Seconds, Share, check_numbers
 from nanofed.training.config_errors import parse
 from nanofed.training.lightning_cli import KINDS, link_model_and_data, run_options
 from nanofed.training.module import GPTModule
@@ -48,6 +48,7 @@ class FederationConfig:
         on_large_norm: `clip` a larger update to that, or `reject` it.
         outer_lr: outer learning rate; 1 with momentum 0 is FedAvg.
         outer_momentum: outer Nesterov momentum.
+        outer_warmdown: the last part of the horizon, in which the outer step goes over to plain averaging.
         global_batch_tokens: split one batch over the clients of a round, in whole micro-batches, instead of
             `model.recipe.batch_tokens` each.
         down_codec: how weights travel to the clients.
@@ -74,6 +75,7 @@ class FederationConfig:
     on_large_norm: Literal["clip", "reject"] = "clip"
     outer_lr: Annotated[float, Range(0, 1e9, above=True)] = 0.7
     outer_momentum: Annotated[float, Range(0, 1, below=True)] = 0.6
+    outer_warmdown: Share = 0.4
     global_batch_tokens: Count | None = None
     down_codec: Literal["fp32", "bf16"] = "fp32"
     up_codec: Literal["fp32", "bf16"] = "fp32"

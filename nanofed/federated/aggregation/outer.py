@@ -1,10 +1,13 @@
-"""The outer optimizer: what the server does with the clients' mean pseudo-gradient."""
+"""The outer optimizers: what the server does with the clients' mean pseudo-gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,120 +16,208 @@ from nanofed.federated.aggregation.aggregator import PseudoGradient
 from nanofed.federated.wire.blocks import BLOCK, flat, over_blocks
 from nanofed.federated.wire.codec import Array, Weights
 
+Outer = Literal["auto", "fedavg", "nesterov", "adam"]
+
 LARGEST = float(np.finfo(np.float32).max)
 
 
-class OuterNesterov:
-    """Step the global weights along the clients' averaged pseudo-gradient.
+class OuterOptimizer(ABC):
+    """Steps the global weights along the clients' averaged pseudo-gradient.
 
     The mean pseudo-gradient g (global minus local weights, one array a parameter) is treated as an ordinary gradient
-    (Douillard et al. 2023, arXiv:2311.08105; with Muon inside, MuLoCo, arXiv:2505.23725), in its own precision, the weights in
-    fp32.
-    With `lr=1, momentum=0` this is exactly FedAvg (McMahan et al. 2017, arXiv:1602.05629).
+    (Reddi et al. 2021, arXiv:2003.00295), in its own precision, the weights in fp32. Each optimizer keeps `SLOTS` arrays of fp32
+    a parameter.
 
-    Args:
-        lr: outer learning rate.
-        momentum: Nesterov momentum.
+    Attributes:
+        lr: The outer learning rate; it may be set between two steps.
+        momentum: The momentum, or the decay of a running mean of pseudo-gradients; it may be set between two steps.
 
     Raises:
         ConfigError: lr is not positive or momentum not in [0, 1).
     """
 
-    def __init__(self, lr: float = 0.7, momentum: float = 0.6) -> None:
+    SLOTS: ClassVar[tuple[str, ...]]
+
+    def __init__(self, lr: float, momentum: float) -> None:
         if not lr > 0 or not 0 <= momentum < 1:
             raise ConfigError(
                 f"federation: outer_lr must be positive and outer_momentum in [0, 1), not {lr}, {momentum}"
             )
         self.lr = lr
         self.momentum = momentum
-        self._velocity: dict[str, Array] = {}
+        self._slots: dict[str, dict[str, Array]] = {}
 
-    def step(self, weights: Weights, gradient: PseudoGradient, *, fraction: float = 1.0) -> None:
+    def step(self, weights: Weights, gradient: PseudoGradient, *, strength: float = 1.0, fraction: float = 1.0) -> None:
         """Step the weights in place, block by block: there is no second copy of them.
 
         All is checked before the first weight moves, so that a step is made as a whole or not at all.
 
         Args:
-            weights: the global weights.
-            gradient: the mean pseudo-gradient, fp64 or fp32.
-            fraction: how much of a full round it is: a round cut short by the horizon takes that share of the momentum,
-                which was gathered over full rounds.
+            weights: The global weights.
+            gradient: The mean pseudo-gradient, fp64 or fp32.
+            strength: How far this step is from plain averaging, in [0, 1]: at 1 it is the optimizer's own, at 0 the one of
+                FedAvg, and between they are mixed linearly.
+            fraction: How much of a full round it is: a round cut short by the horizon takes that share of what was gathered
+                over full rounds.
 
         Raises:
-            ValueError: the gradient or the momentum has other names or shapes than the weights, the gradient is not finite,
-                or the step could carry a weight beyond fp32; nothing has changed then.
+            ValueError: The gradient or the state has other names or shapes than the weights, the gradient is not finite, or the
+                step could carry a weight beyond fp32; nothing has changed then.
         """
-        share = fraction * self.momentum
-        velocity = self._velocity
-        if self.momentum and not velocity:
-            velocity = {name: np.zeros(array.shape, np.float32) for name, array in weights.items()}
-        _check_shapes(weights, gradient, velocity if self.momentum else {})
+        slots = {slot: self._slots.get(slot) or _zeros(weights) for slot in self.SLOTS if self.momentum}
+        _check_shapes(weights, {"pseudo-gradient": gradient, **slots})
         names = list(weights)
         ws, gs = [flat(weights[name]) for name in names], [flat(gradient[name]) for name in names]
-        vs = [flat(velocity[name]) for name in names] if self.momentum else []
-        self._check_values(names, ws, gs, vs, share)
+        states = [[flat(arrays[name]) for arrays in slots.values()] for name in names]
 
+        def fits(index: int, part: slice) -> tuple[int, bool]:
+            g, *own = [_largest(tensor[part]) for tensor in (gs[index], *states[index])]
+            *grown, step = self._reach(g, own, strength=strength, fraction=fraction)
+            return index, all(value <= LARGEST for value in (g, *grown, _largest(ws[index][part]) + step))
+
+        for index, fitting in over_blocks([w.numel() for w in ws], lambda: fits):
+            if not fitting:
+                raise ValueError(
+                    f"the pseudo-gradient of {names[index]} is not finite, or its step would leave the range of fp32"
+                )
         kind = gs[0].dtype
-        wide = kind == torch.float64  # else all is fp32, and weights and momentum are stepped where they are
+        wide = kind == torch.float64  # else all is fp32, and weights and state are stepped where they are
 
         def worker() -> Callable[[int, slice], None]:
-            buffers = torch.empty(3, BLOCK, dtype=kind)
+            buffers = torch.empty(2 + len(slots), BLOCK, dtype=kind)
 
             def step(index: int, part: slice) -> None:
-                w, g = ws[index][part], gs[index][part]
-                update, wide_v, wide_w = buffers[:, : g.numel()]
-                if self.momentum:
-                    v = vs[index][part]
-                    new = wide_v.copy_(v) if wide else v
-                    torch.add(g, new, alpha=self.momentum, out=new)
-                    torch.add(g, new, alpha=share, out=update)
-                    if wide:
-                        v.copy_(new)
-                    g = update
+                w, g, own = ws[index][part], gs[index][part], [state[part] for state in states[index]]
+                buffer, wide_w, *wide_own = buffers[:, : g.numel()]
+                new = [copy.copy_(state) for copy, state in zip(wide_own, own, strict=True)] if wide else own
+                direction, rate = self._update(g, new, buffer, strength=strength, fraction=fraction)
                 if wide:
-                    w.copy_(wide_w.copy_(w).sub_(g, alpha=self.lr))
+                    for state, value in zip(own, new, strict=True):
+                        state.copy_(value)
+                    w.copy_(wide_w.copy_(w).sub_(direction, alpha=rate))
                 else:
-                    w.sub_(g, alpha=self.lr)
+                    w.sub_(direction, alpha=rate)
 
             return step
 
         over_blocks([w.numel() for w in ws], worker)
-        self._velocity = velocity
+        self._slots = slots
 
-    def _check_values(
-        self, names: list[str], ws: list[Tensor], gs: list[Tensor], vs: list[Tensor], share: float
-    ) -> None:
-        """Refuse a step that could end in a weight or momentum that fp32 does not hold, by the largest values of each block."""
+    @abstractmethod
+    def _update(
+        self, g: Tensor, state: Sequence[Tensor], buffer: Tensor, *, strength: float, fraction: float
+    ) -> tuple[Tensor, float]:
+        """Bring a block's state forward in place, and return its direction, which may be in the buffer, and its rate."""
 
-        def largest(tensor: Tensor) -> float:
-            low, high = torch.aminmax(tensor)  # both are NaN where one element is
-            return max(abs(float(low)), abs(float(high)))
-
-        def reach(index: int, part: slice) -> tuple[int, float]:
-            g = largest(gs[index][part])
-            velocity = self.momentum * largest(vs[index][part]) + g if vs else 0.0
-            update = g + share * velocity
-            return index, max(velocity, update, largest(ws[index][part]) + self.lr * update)
-
-        for index, bound in over_blocks([w.numel() for w in ws], lambda: reach):
-            if not bound <= LARGEST:
-                raise ValueError(
-                    f"the pseudo-gradient of {names[index]} is not finite, or its step would leave the range of fp32"
-                )
+    @abstractmethod
+    def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
+        """Return the largest values that can arise on the way, and last that of the step, from those of gradient and state."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the momentum, fp32, by parameter: as in PyTorch's optimizers the tensors themselves, which steps change."""
-        return {name: torch.from_numpy(array) for name, array in self._velocity.items()}
+        """Return the state, fp32: as in PyTorch's optimizers the tensors themselves, which steps change.
+
+        The first slot's are called as the parameters, those of another `SLOT:parameter`.
+        """
+        return {
+            name if slot == self.SLOTS[0] else f"{slot}:{name}": torch.from_numpy(array)
+            for slot, arrays in self._slots.items()
+            for name, array in arrays.items()
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up a saved momentum."""
-        self._velocity = {name: tensor.numpy().copy() for name, tensor in state.items()}
+        """Take up a saved state; what another optimizer has saved beside the first slot is passed over."""
+        slots: dict[str, dict[str, Array]] = {}
+        for key, tensor in state.items():
+            slot, _, name = key.rpartition(":")
+            slots.setdefault(slot or self.SLOTS[0], {})[name] = tensor.numpy().copy()
+        self._slots = {slot: arrays for slot, arrays in slots.items() if slot in self.SLOTS}
 
 
-def _check_shapes(weights: Weights, gradient: PseudoGradient, velocity: Weights) -> None:
-    for what, arrays in (("pseudo-gradient", gradient), ("momentum", velocity)):
-        if what == "momentum" and not velocity:
-            continue
+class OuterNesterov(OuterOptimizer):
+    """Nesterov's momentum over pseudo-gradients: DiLoCo (Douillard et al. 2023, arXiv:2311.08105), MuLoCo (arXiv:2505.23725).
+
+    With `lr=1, momentum=0` this is exactly FedAvg (McMahan et al. 2017, arXiv:1602.05629), which keeps no state. With one client
+    it is the slow weights of SNOO (arXiv:2510.15830).
+    """
+
+    SLOTS = ("momentum",)
+
+    def __init__(self, lr: float = 0.7, momentum: float = 0.6) -> None:
+        super().__init__(lr, momentum)
+
+    def _rates(self, strength: float) -> tuple[float, float]:
+        return strength * self.lr + (1.0 - strength), strength * self.momentum
+
+    def _update(
+        self, g: Tensor, state: Sequence[Tensor], buffer: Tensor, *, strength: float, fraction: float
+    ) -> tuple[Tensor, float]:
+        lr, momentum = self._rates(strength)
+        if not state:
+            return g, lr
+        torch.add(g, state[0], alpha=momentum, out=state[0])
+        return torch.add(g, state[0], alpha=fraction * momentum, out=buffer), lr
+
+    def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
+        lr, momentum = self._rates(strength)
+        velocity = momentum * state[0] + g if state else 0.0
+        update = g + fraction * momentum * velocity
+        return [velocity, update, lr * update]
+
+
+class OuterAdam(OuterOptimizer):
+    """Adam over pseudo-gradients, without bias correction: FedAdam (Reddi et al. 2021, arXiv:2003.00295).
+
+    A step moves each element by about lr, whatever the length of the pseudo-gradient.
+    """
+
+    SLOTS = ("mean", "square")
+    DECAY = 0.99  # of the squares
+    EPSILON = 1e-6  # far below the change of an element in a round
+
+    def __init__(self, lr: float = 0.01, momentum: float = 0.9) -> None:
+        super().__init__(lr, momentum)
+
+    def _update(
+        self, g: Tensor, state: Sequence[Tensor], buffer: Tensor, *, strength: float, fraction: float
+    ) -> tuple[Tensor, float]:
+        mean, square = state
+        mean.mul_(self.momentum).add_(g, alpha=1.0 - self.momentum)
+        square.mul_(self.DECAY).addcmul_(g, g, value=1.0 - self.DECAY)
+        torch.sqrt(square, out=buffer).add_(self.EPSILON)
+        torch.div(mean, buffer, out=buffer).mul_(strength * fraction * self.lr).add_(g, alpha=1.0 - strength)
+        return buffer, 1.0
+
+    def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
+        mean, square = max(state[0], g), max(state[1], g * g)
+        step = strength * self.lr * mean / self.EPSILON + (1.0 - strength) * g
+        return [mean, square, step]
+
+
+def outer_strength(progress: float, warmdown: float) -> float:
+    """Return how far the outer step is from plain averaging: 1 until the last part `warmdown` of the run, then down to 0.
+
+    Outer momentum that is still there when the inner learning rate has gone moves the weights away from where training has
+    brought them. So it goes with the rate, and the last rounds are averages.
+
+    Args:
+        progress: The merged share of the horizon, this round included.
+        warmdown: The last part of the run, in [0, 1], over which the strength falls.
+    """
+    left = max(0.0, 1.0 - progress)
+    return 1.0 if left >= warmdown else left / warmdown
+
+
+def _zeros(weights: Weights) -> dict[str, Array]:
+    return {name: np.zeros(array.shape, np.float32) for name, array in weights.items()}
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = torch.aminmax(tensor)  # both are NaN where one element is
+    return max(abs(float(low)), abs(float(high)))
+
+
+def _check_shapes(weights: Weights, others: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> None:
+    for what, arrays in others.items():
         if list(arrays) != list(weights):
             raise ValueError(f"the {what} names {sorted(set(arrays) ^ set(weights))} differently")
         for name, old in weights.items():

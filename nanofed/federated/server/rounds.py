@@ -17,6 +17,7 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.aggregation import make_aggregator
 from nanofed.federated.aggregation.aggregator import Aggregator
 from nanofed.federated.aggregation.norm_guard import Steps, UnusualNorm
+from nanofed.federated.aggregation.outer import outer_strength
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.clients import Clients
@@ -331,7 +332,10 @@ class RoundLoop:
         gradient = aggregator.result()
         figures.take(gradient, aggregator.cosines())
         try:
-            state.outer.step(state.weights, gradient, fraction=self._scheduler.fraction(reports, asked))
+            tokens = state.clock.tokens + sum(report.tokens for report in reports)
+            strength = outer_strength(tokens / self._horizon, self._config.outer_warmdown)
+            fraction = self._scheduler.fraction(reports, asked)
+            state.outer.step(state.weights, gradient, strength=strength, fraction=fraction)
         except ValueError as error:  # finite updates of which no finite model can be made
             state.events.add("not_finite", SERVER, error, figures.round)
             logger.warning("round %d: %s", figures.round, error)

@@ -39,10 +39,12 @@ class Codec(ABC):
     Attributes:
         name: The codec's name in configs and instructions.
         lossless: What arrives is what was sent, to the bit.
+        feedback: A client keeps what was rounded off and sends it with the next update (`pack_with_feedback`).
     """
 
     name: str
     lossless: bool
+    feedback = False
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> Layout:
@@ -244,7 +246,200 @@ class Bf16Codec(Codec):
         over_blocks([source.numel()], worker)
 
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32Codec(), Bf16Codec())}
+class IntCodec(Codec):
+    """Small integers, and a scale for each group of elements.
+
+    The scale makes the largest element of a group the largest integer; the others are rounded to the nearest. Vectors, and
+    matrices of fewer than `EXACT` elements, travel as they are. A group with an element that is not finite is not finite when it
+    is read.
+    """
+
+    lossless = False
+    EXACT = 4096
+    TOP: int  # the largest integer
+
+    @abstractmethod
+    def _arrays(self, shape: tuple[int, ...]) -> Layout:
+        """Return dtype and shape of the integers and of the scales of a weight."""
+
+    @abstractmethod
+    def _group(self, integers: Tensor, scales: Tensor) -> int:
+        """Return how many elements share a scale."""
+
+    @abstractmethod
+    def _put(self, values: Tensor, out: Tensor, start: int) -> None:
+        """Write whole numbers as the integers from the element `start` on, which begins a group."""
+
+    @abstractmethod
+    def _get(self, integers: Tensor, part: slice, out: Tensor) -> None:
+        """Write some of the integers into `out`."""
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Return that a weight travels as integers and scales, or, where it is small, as itself."""
+        if len(shape) < 2 or math.prod(shape) < self.EXACT:
+            return ((np.dtype(np.float32), shape),)
+        return self._arrays(shape)
+
+    def read(self, arrays: Sequence[Tensor], part: slice, out: Tensor) -> None:
+        """Write the products of integers and scales into `out`."""
+        if len(arrays) == 1:
+            out.copy_(arrays[0][part])
+            return
+        integers, scales = arrays[0], _widened(arrays[1])
+        group = self._group(*arrays)
+        self._get(integers, part, out)
+        if part.step not in (None, 1):
+            out.mul_(scales[torch.arange(part.start, part.stop, part.step).div_(group, rounding_mode="floor")])
+            return
+        # The group that the part begins in, whole groups, and the one that it ends in.
+        first = min(part.stop, -(-part.start // group) * group)
+        last = max(first, part.stop // group * group)
+        if first > part.start:
+            out[: first - part.start].mul_(scales[part.start // group])
+        if last > first:
+            out[first - part.start : last - part.start].view(-1, group).mul_(
+                scales[first // group : last // group, None]
+            )
+        if part.stop > last:
+            out[last - part.start :].mul_(scales[last // group])
+
+    def _write(self, values: Array, base: Part | None, out: Sequence[Tensor]) -> None:
+        source = flat(values)
+        exact = len(out) == 1
+        group = 1 if exact else self._group(*out)
+
+        def worker() -> Callable[[int, slice], None]:
+            buffers = torch.empty(2, min(max(BLOCK, group), -(-source.numel() // group) * group))
+
+            def write(_: int, part: slice) -> None:
+                size = part.stop - part.start
+                padded = -(-size // group) * group
+                before, moved = buffers[0, :size], buffers[1, :padded]
+                moved[size:] = 0.0
+                torch.sub(source[part], base(part, before), out=moved[:size]) if base else moved[:size].copy_(
+                    source[part]
+                )
+                if exact:
+                    out[0][part] = moved
+                    return
+                groups = moved.view(-1, group)
+                scales = out[1][part.start // group : part.start // group + len(groups)]
+                _narrow(torch.linalg.vector_norm(groups, torch.inf, 1).div_(self.TOP), scales)
+                wide = _widened(scales)
+                factors = torch.where(wide > 0, wide, 1.0).reciprocal_()
+                groups.mul_(factors[:, None]).round_().clamp_(-self.TOP, self.TOP)
+                self._put(moved[:size], out[0], part.start)
+
+            return write
+
+        over_blocks([source.numel()], worker, block=max(1, BLOCK // group) * group)
+
+
+class Int8Codec(IntCodec):
+    """A byte for each element, and a scale in fp32 for each row."""
+
+    name = "int8"
+    TOP = 127
+
+    def _arrays(self, shape: tuple[int, ...]) -> Layout:
+        return (np.dtype(np.int8), shape), (np.dtype(np.float32), shape[:-1])
+
+    def _group(self, integers: Tensor, scales: Tensor) -> int:
+        return integers.numel() // scales.numel()
+
+    def _put(self, values: Tensor, out: Tensor, start: int) -> None:
+        out[start : start + values.numel()].copy_(values)
+
+    def _get(self, integers: Tensor, part: slice, out: Tensor) -> None:
+        out.copy_(integers[part])
+
+
+class Int4Codec(IntCodec):
+    """Half a byte for each element, and a scale in bf16 for each 128 of them: DiLoCo's updates bear it (arXiv:2501.18512).
+
+    With error feedback (`pack_with_feedback`) what one round rounds off is made up for in the next.
+    """
+
+    name = "int4"
+    TOP = 7
+    feedback = True
+    GROUP = 128
+
+    def _arrays(self, shape: tuple[int, ...]) -> Layout:
+        size = math.prod(shape)
+        return (np.dtype(np.uint8), (-(-size // 2),)), (np.dtype(np.uint16), (-(-size // self.GROUP),))
+
+    def _group(self, integers: Tensor, scales: Tensor) -> int:
+        return self.GROUP
+
+    def _put(self, values: Tensor, out: Tensor, start: int) -> None:
+        halves = values.add(self.TOP + 1).to(torch.uint8)
+        target = out[start // 2 : (start + values.numel() + 1) // 2]
+        target.copy_(halves[::2])
+        target[: values.numel() // 2].bitwise_or_(halves[1::2] << 4)
+
+    def _get(self, integers: Tensor, part: slice, out: Tensor) -> None:
+        if part.step in (None, 1):
+            pairs = integers[part.start // 2 : (part.stop + 1) // 2]
+            halves = torch.stack([pairs & 15, pairs >> 4], 1).view(-1)[part.start % 2 :][: out.numel()]
+        else:
+            at = torch.arange(part.start, part.stop, part.step)
+            halves = integers[at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
+        out.copy_(halves).sub_(self.TOP + 1)
+
+
+def _widened(scales: Tensor) -> Tensor:
+    """Return scales as fp32; those of two bytes are bf16."""
+    return scales if scales.dtype == torch.float32 else scales.view(torch.bfloat16).float()
+
+
+def _narrow(scales: Tensor, out: Tensor) -> None:
+    """Write fp32 scales as they travel."""
+    (out if out.dtype == torch.float32 else out.view(torch.bfloat16)).copy_(scales)
+
+
+def pack_with_feedback(
+    codec: Codec, local: Weights, base: Mapping[str, Part], residual: Mapping[str, Tensor]
+) -> Arrays:
+    """Return what a client sends up, with what the codec has rounded off in earlier rounds added to it.
+
+    Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847): over rounds the sum of what is sent is the sum
+    of what was moved, but for the residual of the last one.
+
+    Args:
+        codec: A lossy codec.
+        local: The weights after training.
+        base: The weights as they were received, `parts` of what came down.
+        residual: What is still to be sent of each weight, fp32 and one-dimensional, zeros at first; it is brought forward.
+    """
+
+    def minus(before: Part, rest: Tensor) -> Part:
+        def read(part: slice, buffer: Tensor) -> Tensor:
+            return torch.sub(before(part, buffer), rest[part], out=buffer)
+
+        return read
+
+    arrays = codec.pack(local, {name: minus(before, residual[name]) for name, before in base.items()})
+    sent = codec.parts(arrays, local)
+    names, weights = list(local), [flat(array) for array in local.values()]
+
+    def worker() -> Callable[[int, slice], None]:
+        buffers = torch.empty(2, BLOCK)
+
+        def keep(index: int, part: slice) -> None:
+            name = names[index]
+            before, rounded = buffers[:, : part.stop - part.start]
+            residual[name][part].add_(weights[index][part]).sub_(base[name](part, before)).sub_(
+                sent[name](part, rounded)
+            )
+
+        return keep
+
+    over_blocks([weight.numel() for weight in weights], worker)
+    return arrays
+
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec())}
 
 
 def layout_of(arrays: Iterable[npt.NDArray[np.generic]]) -> list[tuple[str, list[int]]]:

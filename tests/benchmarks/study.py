@@ -1,0 +1,224 @@
+"""`bin/study FILE.yaml`: a grid of small runs over texts and seeds, and how far each falls behind the one of reference.
+
+A study's file names the options that all runs share, single runs, and axes whose entries are combined, each with options of its
+own. Runs of one seed are paired: their gap is taken before it is averaged. One run takes one thread, and as many run at a time
+as there are cores. A study that was stopped goes on: runs that have reached their horizon are not repeated.
+
+    vocab_size: 2048
+    seeds: [1, 2]
+    reference: data parallel
+    common: {model.depth: 2, model.recipe.num_steps: 300}
+    runs:
+      data parallel: {command: fit}
+    axes:
+      - {M = 1: {federation.clients: 1}, M = 2: {federation.clients: 2}}
+      - {FedAvg: {federation.outer_lr: 1, federation.outer_momentum: 0}, auto: {}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from nanofed import runtime
+from nanofed.errors import ConfigError
+from nanofed.training.summary import AT_HORIZON, SUMMARY, Summary
+from tests.benchmarks.corpus import default_data, tokenizer_folder
+from tests.benchmarks.report import progress, table
+
+PARTS = {"vocab_size", "seeds", "reference", "common", "runs", "axes"}
+ALWAYS = {"save_every": 0, "sample_every": 0, "model.compile": False}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Attributes:
+        label: The name of its variant, the same for all texts and seeds.
+        text: The name of the corpus.
+        seed: The seed of its weights and draws.
+        command: `fit` or `federate`.
+        options: Dotted options of that command.
+    """
+
+    label: str
+    text: str
+    seed: int
+    command: str
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{self.text} {self.label} {self.seed}")
+
+
+def variants(study: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield label and options of each variant: the single runs, then every combination of the axes' entries.
+
+    Raises:
+        ConfigError: The study has a part that is not known.
+    """
+    if unknown := set(study) - PARTS:
+        raise ConfigError(f"a study has no {', '.join(sorted(unknown))}: its parts are {', '.join(sorted(PARTS))}")
+    for label, options in study.get("runs", {}).items():
+        yield label, {**study.get("common", {}), **(options or {})}
+    axes: Sequence[Mapping[str, Mapping[str, Any]]] = study.get("axes", [])
+    for entries in itertools.product(*(axis.items() for axis in axes)) if axes else ():
+        options = dict(study.get("common", {}))
+        for _, more in entries:
+            options |= more or {}
+        yield ", ".join(label for label, _ in entries), options
+
+
+def plan(study: Mapping[str, Any], texts: Sequence[str]) -> list[Run]:
+    """Return all runs, one seed and text after the other, so that what has been run can be compared at any time."""
+    found = []
+    for seed, text in itertools.product(study.get("seeds", [1]), texts):
+        for label, options in variants(study):
+            command = str(options.pop("command", "federate"))
+            found.append(Run(label, Path(text).name, seed, command, options | {"data.path": text}))
+    return found
+
+
+def result(run: Run, folder: Path) -> Summary | None:
+    """Return what a run came to, None where it has not reached its horizon."""
+    if not (folder / run.name / SUMMARY).is_file():
+        return None
+    summary = Summary.read(folder / run.name)
+    return summary if summary.ended == AT_HORIZON else None
+
+
+def execute(run: Run, folder: Path, vocab_size: int) -> None:
+    """Run it in a process of one thread, unless it has been run."""
+    if result(run, folder) is not None:
+        return
+    options = {
+        **ALWAYS,
+        **run.options,
+        "seed_everything": run.seed,
+        "data.path": runtime.dataset_dir(run.options["data.path"]),
+        "data.tokenizer": tokenizer_folder(run.options["data.path"], vocab_size),
+        "runs_dir": folder,
+        "name": run.name,
+        "overwrite": True,
+    }
+    device = "trainer.accelerator" if run.command == "fit" else "fabric.accelerator"
+    options.setdefault(device, "cpu")
+    written = {key: value if isinstance(value, str | Path) else json.dumps(value) for key, value in options.items()}
+    command = [sys.executable, "-m", "nanofed", run.command, *(f"--{key}={value}" for key, value in written.items())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with (folder / f"{run.name}.log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    summary = result(run, folder) if done.returncode == 0 else None
+    said = "failed, see its log" if summary is None else f"{summary.bpb_end:.4f} in {summary.seconds:.0f} s"
+    progress(f"{run.name}: {said}")
+
+
+def collect(runs: Sequence[Run], folder: Path, reference: str | None) -> pa.Table:
+    """Return what is there of the study: a row a run, with its gap to the reference of the same text and seed."""
+    found = {run: summary for run in runs if (summary := result(run, folder)) is not None}
+    bpb = {(run.text, run.seed, run.label): summary.bpb_end for run, summary in found.items()}
+    rows = []
+    for run, summary in found.items():
+        base = bpb.get((run.text, run.seed, reference or ""))
+        rows.append(
+            {
+                "text": run.text,
+                "variant": run.label,
+                "seed": run.seed,
+                "bpb": summary.bpb_end,
+                "gap": summary.bpb_end / base - 1 if base and summary.bpb_end else None,
+                "tokens": summary.tokens,
+                "seconds": summary.seconds,
+                "curve": [[point.tokens, point.bpb] for point in summary.curve],
+                "options": json.dumps(run.options, default=str),
+            }
+        )
+    return pa.Table.from_pylist(rows)
+
+
+def summarise(results: pa.Table) -> str:
+    """Return the table of a study: mean bits per byte and gap of each variant, with the range over seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in results.to_pylist():
+        groups.setdefault((row["variant"], row["text"]), []).append(row)
+    rows = []
+    for (variant, text), found in groups.items():
+        gaps = [100 * row["gap"] for row in found if row["gap"] is not None]
+        mean = f"{statistics.mean(row['bpb'] for row in found):.4f}"
+        gap = f"{statistics.mean(gaps):+.2f}" if gaps else "-"
+        span = f"{min(gaps):+.2f} … {max(gaps):+.2f}" if len(gaps) > 1 else "-"
+        rows.append([variant, text, len(found), mean, gap, span])
+    return table(rows, ["variant", "text", "seeds", "bits per byte", "gap, %", "of seeds"])
+
+
+def plot(results: pa.Table, path: Path) -> None:
+    """Draw the curves of each text, averaged by eye: one line a run, one colour a variant."""
+    from matplotlib import pyplot
+
+    rows = results.to_pylist()
+    texts = sorted({row["text"] for row in rows})
+    colours = {variant: f"C{index}" for index, variant in enumerate(dict.fromkeys(row["variant"] for row in rows))}
+    figure, axes = pyplot.subplots(1, len(texts), figsize=(7 * len(texts), 5), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        labelled: set[str] = set()
+        for row in (row for row in rows if row["text"] == text):
+            tokens, bpb = zip(*row["curve"], strict=True)
+            label = None if row["variant"] in labelled else row["variant"]
+            axis.plot(tokens, bpb, color=colours[row["variant"]], label=label, linewidth=1)
+            labelled.add(row["variant"])
+        axis.set(title=text, xlabel="tokens", ylabel="bits per byte", xscale="log", yscale="log")
+        axis.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bin/study", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("file", type=Path, help="the study, in YAML; configs/studies/ has some")
+    parser.add_argument("--data", nargs="+", default=[default_data()], help="folders of parquet shards, or demo")
+    parser.add_argument("--folder", type=Path, help="of runs and results (default: runs/study-NAME)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--only", default="", help="regular expression: only variants whose label it is found in")
+    args = parser.parse_args(argv)
+    study = yaml.safe_load(args.file.read_text(encoding="utf-8"))
+    folder = (args.folder or Path("runs") / f"study-{args.file.stem}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = plan(study, args.data)
+    chosen = [run for run in runs if re.search(args.only, run.label)]
+    vocab_size = int(study.get("vocab_size", 2048))
+    for text in args.data:
+        tokenizer_folder(text, vocab_size)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda run: execute(run, folder, vocab_size), chosen))
+    results = collect(runs, folder, study.get("reference"))
+    pq.write_table(results, folder / "results.parquet")
+    text = summarise(results)
+    (folder / "results.txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    try:
+        plot(results, folder / "results.png")
+    except ImportError:
+        progress("no plot: matplotlib is not installed (it comes with the extra `notebooks`)")
+    return 0 if all(result(run, folder) is not None for run in chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
