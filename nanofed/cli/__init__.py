@@ -21,11 +21,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("nanofed.cli.data", "download, build, list and verify parquet shards"),
     "tokenizer": ("nanofed.cli.tokenizer", "train and evaluate the BPE tokenizer"),
     "generate": ("nanofed.cli.generate", "sample text from a checkpoint"),
+    "compare": ("nanofed.cli.compare", "runs beside each other: bits per byte at equal tokens, seconds and bytes"),
     "info": ("nanofed.cli.info", "what this machine has: devices, caches, data, versions"),
 }
 
 # Commands that are run for what they print. The others go on where nobody reads it any more, or where it has no room.
-OUTPUT_IS_ALL = {"", "-h", "--help", "help", "-V", "--version", "validate", "status", "generate", "info"} | {
+OUTPUT_IS_ALL = {"", "-h", "--help", "help", "-V", "--version", "validate", "status", "generate", "compare", "info"} | {
     "data list",
     "data verify",
     "tokenizer eval",

@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ig
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
+from nanofed.federated.aggregation.outer import Outer
 from nanofed.ranges import Count, Range, Seconds, Share, check_numbers
 from nanofed.training.config_errors import parse
 from nanofed.training.lightning_cli import KINDS, link_model_and_data, run_options
@@ -46,9 +47,12 @@ class FederationConfig:
             many steps at the same learning rate. An update that no steps of the recipe can have moved is refused in any case, and
             so is one that has moved next to nothing. None switches all of this off.
         on_large_norm: `clip` a larger update to that, or `reject` it.
-        outer_lr: outer learning rate; 1 with momentum 0 is FedAvg.
-        outer_momentum: outer Nesterov momentum.
-        outer_warmdown: the last part of the horizon, in which the outer step goes over to plain averaging.
+        outer: what the server does with the mean update. `auto` takes Nesterov's momentum with rates for the number of clients
+            and of planned rounds, `nesterov` and `adam` their own rates, `fedavg` none.
+        outer_lr: outer learning rate, in the place of the one that `outer` takes.
+        outer_momentum: outer momentum, in the place of the one that `outer` takes.
+        outer_warmdown: the last part of the horizon, in which the outer step goes over to plain averaging, as the inner learning
+            rate falls.
         global_batch_tokens: split one batch over the clients of a round, in whole micro-batches, instead of
             `model.recipe.batch_tokens` each.
         down_codec: how weights travel to the clients.
@@ -73,12 +77,13 @@ class FederationConfig:
     trim: Annotated[float, Range(0, 0.5, below=True)] = 0.2
     max_norm_ratio: Annotated[float, Range(1, 1e9, above=True)] | None = 5.0
     on_large_norm: Literal["clip", "reject"] = "clip"
-    outer_lr: Annotated[float, Range(0, 1e9, above=True)] = 0.7
-    outer_momentum: Annotated[float, Range(0, 1, below=True)] = 0.6
+    outer: Outer = "auto"
+    outer_lr: Annotated[float, Range(0, 1e9, above=True)] | None = None
+    outer_momentum: Annotated[float, Range(0, 1, below=True)] | None = None
     outer_warmdown: Share = 0.4
     global_batch_tokens: Count | None = None
     down_codec: Literal["fp32", "bf16"] = "fp32"
-    up_codec: Literal["fp32", "bf16"] = "fp32"
+    up_codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     max_failed_rounds: Count | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +95,10 @@ class FederationConfig:
             )
         if self.evaluation not in ("server", "sites"):
             raise ConfigError(f"federation.evaluation must be server or sites, not {self.evaluation!r}")
+        if self.outer == "fedavg" and (self.outer_lr or 1, self.outer_momentum or 0) != (1, 0):
+            raise ConfigError(
+                "federation.outer=fedavg has no outer_lr and no outer_momentum: leave them out, or take nesterov"
+            )
         if self.merge != "mean" and self.weighting != "uniform":
             raise ConfigError(
                 f"federation.merge={self.merge} weighs all clients the same: set federation.weighting to uniform"

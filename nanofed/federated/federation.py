@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.aggregation.outer import OuterNesterov
+from nanofed.federated.aggregation.outer import make_outer
 from nanofed.federated.config import Arguments
 from nanofed.federated.server.metrics import FederationMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
@@ -148,7 +148,7 @@ class Federation(Arguments):
                 raise ConfigError(
                     f"federation.global_batch_tokens={config.global_batch_tokens:,} is no multiple of {config.clients} clients"
                 )
-        OuterNesterov(config.outer_lr, config.outer_momentum)
+        make_outer(config.outer, config.outer_lr, config.outer_momentum)
         place = Place(self.fabric().device, clients=config.clients)  # they take turns on one model, on one device
         text = resolved(self.parser, self.config)
         check_start(

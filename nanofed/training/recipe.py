@@ -6,13 +6,15 @@ Pure functions. The defaults are nanochat's of October 2025 (karpathy/nanochat a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from nanofed.errors import ConfigError
 from nanofed.model import GPTConfig
 from nanofed.optim import Schedule
 from nanofed.ranges import Count, Factor, Range, Share, Tokens, check_numbers
 
+FULL_BATCH = 524_288  # tokens a step, for which the learning rates were tuned
+BATCH_EXPONENT = 0.15
 TOKENS_PER_PARAMETER = 20.0  # Chinchilla (Hoffmann et al. 2022, arXiv:2203.15556), as nanochat uses it
 
 
@@ -29,7 +31,7 @@ class Recipe:
         embedding_lr: AdamW's rate for the embedding, scaled by (width/768)^-0.5.
         head_lr: AdamW's rate for the head, scaled by (width/768)^-0.5.
         matrix_lr: Muon's rate for the matrices, scaled by max(1, rows/columns)^0.5.
-        lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`.
+        lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`; `auto` takes (batch_tokens / 524,288)^0.15, at most 1.
         weight_decay: decoupled decay of the AdamW groups.
         warmup_ratio: the first part of the horizon, in which the rates rise from 0.
         warmdown_ratio: the last part of the horizon, in which the rates fall linearly.
@@ -37,7 +39,7 @@ class Recipe:
         clip: largest global gradient norm; 0 switches clipping off.
     """
 
-    batch_tokens: Count = 524_288
+    batch_tokens: Count = FULL_BATCH
     num_steps: Count | None = None
     horizon_tokens: Tokens | None = None
     tokens_per_parameter: Annotated[float, Range(0, 1e9, above=True)] | None = None
@@ -45,7 +47,7 @@ class Recipe:
     embedding_lr: Factor = 0.2
     head_lr: Factor = 0.004
     matrix_lr: Factor = 0.02
-    lr_scale: Factor = 1.0
+    lr_scale: Factor | Literal["auto"] = "auto"
     weight_decay: Factor = 0.0
     warmup_ratio: Share = 0.0
     warmdown_ratio: Share = 0.2
@@ -64,6 +66,17 @@ class Recipe:
             raise ConfigError(f"model.recipe gives the horizon {len(given)} times ({', '.join(given)}): keep one")
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError("model.recipe: warmup_ratio and warmdown_ratio together are more than the whole horizon")
+
+    @property
+    def rate_scale(self) -> float:
+        """The factor on the learning rates: that of `lr_scale`, or what the batch takes.
+
+        The rates are tuned for 524,288 tokens a step. Smaller batches are noisier, and want smaller rates; the exponent was
+        measured from 1,024 to 65,536 tokens (notebooks/LOG.md). The square root, as nanochat later took it, is too low here.
+        """
+        if self.lr_scale != "auto":
+            return self.lr_scale
+        return min(1.0, (self.batch_tokens / FULL_BATCH) ** BATCH_EXPONENT)
 
     @property
     def schedule(self) -> Schedule:

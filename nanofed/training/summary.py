@@ -17,12 +17,21 @@ AT_HORIZON = "the horizon is reached"
 
 @dataclass(frozen=True)
 class Point:
-    """One validation: bits per byte after `tokens` tokens and `seconds` seconds of training."""
+    """One validation: bits per byte after `tokens` tokens and `seconds` seconds of training.
+
+    Attributes:
+        step: Optimizer steps so far, in a federation rounds.
+        tokens: Tokens trained so far, over all ranks and clients.
+        seconds: Seconds of training so far.
+        bpb: Bits per byte.
+        bytes: Bytes of weights and updates that were sent so far, to and from all clients; 0 on one machine.
+    """
 
     step: int
     tokens: int
     seconds: float
     bpb: float
+    bytes: int = 0
 
 
 @dataclass
@@ -34,6 +43,7 @@ class Summary:
         kind: `fit` or `federated`.
         tokens: tokens trained, over all ranks and clients.
         seconds: seconds of training, on this machine's clock.
+        bytes: bytes of weights and updates that were sent, to and from all clients.
         curve: every validation, the first before training.
         ended: why the run has ended; None while it goes on, and where a power cut or a SIGKILL ended it.
     """
@@ -42,6 +52,7 @@ class Summary:
     kind: str
     tokens: int = 0
     seconds: float = 0.0
+    bytes: int = 0
     curve: list[Point] = field(default_factory=list)
     ended: str | None = None
 
@@ -75,7 +86,7 @@ class Summary:
         try:
             content = json.loads((run / SUMMARY).read_text())
             curve = [Point(**point) for point in content["curve"]]
-            name, kind, tokens = content["name"], content["kind"], content["tokens"]
-            return cls(name, kind, tokens, content["seconds"], curve, content.get("ended"))
+            totals = {key: content[key] for key in ("name", "kind", "tokens", "seconds")}
+            return cls(**totals, bytes=content.get("bytes", 0), curve=curve, ended=content.get("ended"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{run} has no readable {SUMMARY}: is it a run folder? ({error})") from error

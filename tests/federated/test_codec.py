@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 import torch
 
 from nanofed.federated.wire import blocks
-from nanofed.federated.wire.codec import CODECS, Array, Codec, WireError, hash_arrays, payload_bytes
+from nanofed.federated.wire.codec import (
+    CODECS,
+    Array,
+    Codec,
+    IntCodec,
+    WireError,
+    hash_arrays,
+    pack_with_feedback,
+    payload_bytes,
+)
 from tests.federated.arrays import odd_weights, random_weights, trained
 
 CODEC = CODECS["fp32"]
@@ -30,6 +40,26 @@ def encoded(bits: Bits) -> npt.NDArray[np.uint16]:
     assert array.dtype == np.uint16
     assert array.shape == bits.shape
     return array.astype(np.uint16, copy=False)
+
+
+def expected_bytes(codec: str, shape: tuple[int, ...]) -> int:
+    size = math.prod(shape)
+    if codec in ("fp32", "bf16"):
+        return size * (4 if codec == "fp32" else 2)
+    if len(shape) < 2 or size < 4096:
+        return 4 * size
+    return size + 4 * size // shape[-1] if codec == "int8" else -(-size // 2) + 2 * -(-size // 128)
+
+
+def half_steps(codec: IntCodec, values: Array) -> Array:
+    """Half a step of each element's group: what rounding to nearest may cost; of int4 also what the scale's own rounding does."""
+    if expected_bytes(codec.name, values.shape) == 4 * values.size:
+        return np.zeros_like(values)
+    group = values.shape[-1] if codec.name == "int8" else 128
+    flat = np.abs(values).reshape(-1)
+    padded = np.pad(flat, (0, -flat.size % group)).reshape(-1, group)
+    steps = np.repeat(padded.max(axis=1) / codec.TOP, group)[: flat.size]
+    return (steps * (0.5 + (1e-5 if codec.name == "int8" else codec.TOP * 2.0**-8))).reshape(values.shape)
 
 
 def weights() -> dict[str, Array]:
@@ -82,7 +112,7 @@ def test_any_names_and_shapes_travel_in_exactly_so_many_bytes(
     for seed in range(4):
         original = odd_weights(seed)
         arrays = codec.encode(original)
-        size = {"fp32": 4, "bf16": 2}[codec.name] * sum(array.size for array in original.values())
+        size = sum(expected_bytes(codec.name, array.shape) for array in original.values())
         assert codec.nbytes(original) == payload_bytes(arrays) == size
         base = codec.decode(arrays, original)
         assert list(base) == list(original)
@@ -95,8 +125,11 @@ def test_any_names_and_shapes_travel_in_exactly_so_many_bytes(
         for name, array in codec.decode(packed, original).items():
             if codec.lossless:
                 assert array.tobytes() == local[name].tobytes()
+                continue
+            update = np.asarray(local[name] - base[name], order="C")
+            if isinstance(codec, IntCodec):
+                assert (np.abs(array - update) <= half_steps(codec, update)).all(), name
             else:
-                update = np.asarray(local[name] - base[name], order="C")
                 assert (array.view(np.uint32) == rounded(update.view(np.uint32)).astype(np.uint32) << 16).all(), name
 
 
@@ -193,3 +226,67 @@ def test_another_number_of_arrays_is_refused(number: int) -> None:
     arrays = [*CODEC.encode(weights()), np.zeros(1, np.float32)][:number]
     with pytest.raises(WireError, match=f"{number} arrays arrived, 3 are expected"):
         CODEC.decode(arrays, weights())
+
+
+INTS = [CODECS["int8"], CODECS["int4"]]
+
+
+@pytest.mark.parametrize("codec", INTS, ids=lambda codec: codec.name)
+def test_integers_are_read_alike_in_any_part(codec: Codec) -> None:
+    generator = np.random.default_rng(0)
+    old = {"w": generator.normal(size=(131, 77)).astype(np.float32)}
+    arrays = codec.encode(old)
+    whole = codec.decode(arrays, old)["w"].reshape(-1)
+    (tensors,) = codec.tensors(arrays, old)
+    for start, stop, step in (
+        (0, whole.size, 1),
+        (5, whole.size - 3, 1),
+        (76, 79, 1),
+        (129, 130, 1),
+        (0, whole.size, 7),
+    ):
+        for dtype in (torch.float32, torch.float64):
+            out = torch.empty(len(range(start, stop, step)), dtype=dtype)
+            codec.read(tensors, slice(start, stop, step), out)
+            assert (out.numpy() == whole[start:stop:step]).all()
+
+
+@pytest.mark.parametrize("codec", INTS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_not_finite(codec: Codec, value: float) -> None:
+    old = {"w": np.ones((64, 128), np.float32)}
+    old["w"][3, 5] = value
+    back = codec.decode(codec.encode(old), old)["w"]
+    assert not np.isfinite(back[3]).any()
+    np.testing.assert_allclose(np.delete(back, 3, axis=0), 1.0, rtol=0.005)
+
+
+@pytest.mark.parametrize("codec", INTS, ids=lambda codec: codec.name)
+def test_rows_of_zeros_and_the_least_numbers_stay(codec: Codec) -> None:
+    old = {"w": np.zeros((64, 128), np.float32)}
+    old["w"][1], old["w"][2] = 1e-45, 1e-38
+    back = codec.decode(codec.encode(old), old)["w"]
+    assert (back[[0, *range(3, 64)]] == 0).all()
+    assert np.isfinite(back).all()
+    np.testing.assert_allclose(back[2], 1e-38, rtol=0.05)  # such scales are denormal
+
+
+def test_feedback_loses_nothing_over_rounds() -> None:
+    """The sum of what arrives is the sum of what was moved, but for the last residual; without it the error grows."""
+    codec, rounds = CODECS["int4"], 40
+    generator = np.random.default_rng(0)
+    base = {"w": np.zeros((64, 256), np.float32), "norm": np.zeros(64, np.float32)}
+    parts = {name: (lambda part, buffer: buffer.zero_()) for name in base}
+    residual = {name: torch.zeros(array.size) for name, array in base.items()}
+    drift = generator.normal(size=(64, 256)) * np.logspace(
+        -3, 0, 256
+    )  # most of it is less than half a step of its group
+    sent, plain, moved = (np.zeros((64, 256)) for _ in range(3))
+    for _ in range(rounds):
+        local = {"w": (drift + 0.1 * generator.normal(size=drift.shape)).astype(np.float32), "norm": base["norm"] + 1}
+        sent += codec.decode(pack_with_feedback(codec, local, parts, residual), base)["w"]
+        plain += codec.decode(codec.pack(local, base), base)["w"]
+        moved += local["w"]
+    np.testing.assert_allclose(sent + residual["w"].numpy().reshape(64, 256), moved, atol=1e-4)
+    assert not residual["norm"].any(), "what travels as it is leaves nothing"
+    assert np.linalg.norm(sent - moved) < 0.5 * np.linalg.norm(plain - moved)

@@ -222,12 +222,15 @@ def test_the_norm_shows_one_value_that_is_not_finite_anywhere(up: str, value: fl
     packed = CODECS[up].pack(old, old)
     assert update_norm(packed, sent) == 0
     bad = np.array([value], np.float32)
-    pattern = bad[0] if up == "fp32" else BF16.encode({"": bad})[0][0]
+    patterns = {np.dtype(np.float32): bad[0], np.dtype(np.uint16): BF16.encode({"": bad})[0][0]}
     for index, shape in enumerate(array.shape for array in old.values()):
         size = math.prod(shape)
         for place in {p % size for p in (0, 1, 16, 1021, blocks.BLOCK - 1, blocks.BLOCK, -2, -1)} if size else ():
             arrays = [np.array(array) for array in packed]
-            CODECS[up].tensors(arrays, old)[index][0].numpy()[place] = pattern
+            target = (
+                CODECS[up].tensors(arrays, old)[index][-1].numpy()
+            )  # the weight itself, or the scales of its groups
+            target[place % size * len(target) // size] = patterns[target.dtype]
             assert not math.isfinite(update_norm(arrays, sent)), (shape, place)
 
 

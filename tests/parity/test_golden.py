@@ -63,6 +63,7 @@ def test_the_state_after_three_rounds(method: str, tiny_corpus: Path, tmp_path: 
     outer = (1.0, 0.0) if method == "fedavg" else (0.5, 0.5)  # powers of two: a fused product rounds as any other
     merge = "mean" if method == "fedavg" else method
     options = {"merge": merge, "max_norm_ratio": "null", "outer_lr": outer[0], "outer_momentum": outer[1]}
+    options["outer_warmdown"] = 0
     config = federation(tiny_corpus, tmp_path, method, clients=5, rounds=3, **options)
     loop, _ = prepare(config, hook=moved)
     for name, array in loop.state.weights.items():

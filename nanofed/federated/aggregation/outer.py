@@ -113,6 +113,15 @@ class OuterOptimizer(ABC):
     def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
         """Return the largest values that can arise on the way, and last that of the step, from those of gradient and state."""
 
+    def plan(self, clients: int, rounds: float) -> str | None:
+        """Choose the rates of the next step, where they are not fixed, and return what was chosen if that is new.
+
+        Args:
+            clients: The clients whose updates are merged in it.
+            rounds: The rounds that the run will have in all, at the tokens of those so far.
+        """
+        return None
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the state, fp32: as in PyTorch's optimizers the tensors themselves, which steps change.
 
@@ -191,6 +200,48 @@ class OuterAdam(OuterOptimizer):
         mean, square = max(state[0], g), max(state[1], g * g)
         step = strength * self.lr * mean / self.EPSILON + (1.0 - strength) * g
         return [mean, square, step]
+
+
+FEW_ROUNDS = 12  # momentum gathers over 1 / (1 - momentum) rounds, and warms down over the last 40 % of them
+
+
+class AutomaticOuter(OuterNesterov):
+    """Nesterov's momentum whose rates follow the number of clients and of planned rounds.
+
+    Args:
+        lr: The outer learning rate, in the place of the one that is chosen.
+        momentum: The momentum, in the place of the one that is chosen.
+    """
+
+    def __init__(self, lr: float | None = None, momentum: float | None = None) -> None:
+        self._given = lr, momentum
+        super().__init__(lr or 0.7, momentum or 0.0)
+
+    def plan(self, clients: int, rounds: float) -> str | None:
+        """Choose the rates for so many clients and rounds in all, and return them and why if they are new."""
+        few = rounds < FEW_ROUNDS
+        lr, momentum = (1.0, 0.0) if few else (0.7, 0.6)
+        given_lr, given_momentum = self._given
+        chosen = given_lr or lr, momentum if given_momentum is None else given_momentum
+        if chosen == (self.lr, self.momentum):
+            return None
+        self.lr, self.momentum = chosen
+        why = f"{rounds:.0f} rounds of {clients} clients"
+        return f"outer step: learning rate {self.lr:g}, momentum {self.momentum:g}, for {why}"
+
+
+def make_outer(kind: Outer, lr: float | None = None, momentum: float | None = None) -> OuterOptimizer:
+    """Return an outer optimizer with its own rates, or those that are given in their place.
+
+    Raises:
+        ConfigError: lr is not positive or momentum not in [0, 1).
+    """
+    if kind == "auto":
+        return AutomaticOuter(lr, momentum)
+    if kind == "fedavg":
+        return OuterNesterov(1.0, 0.0)
+    given = {name: value for name, value in (("lr", lr), ("momentum", momentum)) if value is not None}
+    return OuterAdam(**given) if kind == "adam" else OuterNesterov(**given)
 
 
 def outer_strength(progress: float, warmdown: float) -> float:

@@ -101,8 +101,9 @@ class RoundEvaluator(ABC):
         """
 
     def _wanted(self, state: State) -> _Wanted:
-        clock, seconds = state.clock, round(self._metrics.summary.seconds, 3)
-        return _Wanted(Point(clock.round, clock.tokens, seconds, math.nan), clock.step)
+        clock, summary = state.clock, self._metrics.summary
+        point = Point(clock.round, clock.tokens, round(summary.seconds, 3), math.nan, summary.bytes)
+        return _Wanted(point, clock.step)
 
 
 # --- the server evaluates

@@ -93,6 +93,11 @@ class RoundMetrics:
         return [part.length.norm * part.scale for part in self.merged.values()]
 
     @property
+    def bytes_up(self) -> int:
+        """Bytes of the merged updates, without framing."""
+        return sum(part.bytes_up for part in self.merged.values())
+
+    @property
     def train_seconds(self) -> float:
         """The longest training: clients train at the same time, each on its own clock."""
         return max(part.report.seconds for part in self.merged.values())
@@ -112,7 +117,7 @@ class RoundMetrics:
             "fed/clients_late": self.silent,
             "fed/clients_refused": self.refused,
             "fed/steps_mean": math.fsum(report.steps for report in reports) / len(parts),
-            "fed/bytes_up": sum(part.bytes_up for part in parts),
+            "fed/bytes_up": self.bytes_up,
             "fed/bytes_down": self.bytes_down,
             "fed/wait_seconds": self.wait,
             "fed/train_seconds": self.train_seconds,
@@ -169,8 +174,10 @@ class FederationMetrics:
         """Write what a round came to, with the run's steps, tokens, rows and events so far; scalars stand at the step."""
         self.summary.tokens = tokens
         self.summary.seconds += figures.train_seconds
+        self.summary.bytes += figures.bytes_down + figures.bytes_up
         scalars = {
             **figures.scalars(),
+            "fed/bytes_total": self.summary.bytes,
             "train/tokens": tokens,
             "train/seconds": self.summary.seconds,
             "fed/rows_merged": rows,

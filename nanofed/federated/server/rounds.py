@@ -333,6 +333,8 @@ class RoundLoop:
         figures.take(gradient, aggregator.cosines())
         try:
             tokens = state.clock.tokens + sum(report.tokens for report in reports)
+            if chosen := state.outer.plan(len(reports), self._horizon / tokens * figures.round):
+                logger.info("round %3d  %s", figures.round, chosen)
             strength = outer_strength(tokens / self._horizon, self._config.outer_warmdown)
             fraction = self._scheduler.fraction(reports, asked)
             state.outer.step(state.weights, gradient, strength=strength, fraction=fraction)

@@ -13,7 +13,7 @@ import torch
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.federated.aggregation.norm_guard import NormGuard
-from nanofed.federated.aggregation.outer import OuterNesterov
+from nanofed.federated.aggregation.outer import OuterOptimizer, make_outer
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.ledger import Ledger, make_ledger
@@ -60,7 +60,7 @@ class State:
 
     weights: dict[str, Array]
     ledger: Ledger
-    outer: OuterNesterov
+    outer: OuterOptimizer
     norms: NormGuard
     events: Events
     speeds: ClientSpeeds = field(default_factory=ClientSpeeds)
@@ -77,7 +77,7 @@ class State:
         return cls(
             weights={name: tensor.detach().cpu().numpy().copy() for name, tensor in named.items()},
             ledger=make_ledger(config, data),
-            outer=OuterNesterov(config.outer_lr, config.outer_momentum),
+            outer=make_outer(config.outer, config.outer_lr, config.outer_momentum),
             norms=NormGuard(config.max_norm_ratio, config.on_large_norm, module.movements()),
             events=Events(run),
         )
@@ -100,6 +100,7 @@ class State:
                 **{name: getattr(self, part).state_dict() for name, part in PARTS.items()},
                 "evaluations": {client: figures.copy() for client, figures in self.evaluations.items()},
                 "seconds": summary.seconds,
+                "bytes": summary.bytes,
                 "curve": [vars(point).copy() for point in summary.curve],
             },
             config=module.config,
@@ -124,7 +125,8 @@ class State:
         self.load_weights(path)
         # The summary beside it may be ahead, of rounds that were lost, or lost itself.
         known = [point for point in summary.curve if point.step <= self.clock.round]
-        summary.tokens, summary.seconds, summary.curve = self.clock.tokens, saved["seconds"], []
+        summary.tokens, summary.seconds, summary.bytes = self.clock.tokens, saved["seconds"], saved.get("bytes", 0)
+        summary.curve = []
         for point in sorted([*known, *(Point(**point) for point in saved["curve"])], key=lambda point: point.step):
             summary.add(point)
         logger.info("resuming after round %d from %s", self.clock.round, path)

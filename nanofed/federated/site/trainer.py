@@ -24,7 +24,7 @@ from nanofed.federated.site.evaluation import measure
 from nanofed.federated.site.optimizer_states import Saved, StateFolder
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
 from nanofed.federated.wire.blocks import all_finite, flat
-from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays
+from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays, pack_with_feedback
 from nanofed.federated.wire.messages import MAX_FAILURE, Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.federated.wire.plain_text import SAFE_NAME
 from nanofed.training.loop import Stopwatch, train_steps
@@ -35,6 +35,9 @@ from nanofed.training.strategy import send_weights
 logger = logging.getLogger(__name__)
 
 Arrays = list[npt.NDArray[np.generic]]
+Residual = dict[
+    str, Tensor
+]  # what codecs have rounded off and is still to be sent, of each weight; empty where nothing is
 
 
 class LeaseTooShort(NanofedError):
@@ -61,6 +64,7 @@ class ClientState:
     run: str
     round: int
     optimizer: defaultdict[Tensor, Any]
+    residual: Residual
 
 
 class FabricTrainer:
@@ -111,6 +115,7 @@ class FabricTrainer:
         self._like = {n: np.broadcast_to(np.float32(0), tuple(p.shape)) for n, p in self._parameters.items()}
         self._pinned: dict[str, Tensor] | None = None
         self._kept: dict[str, ClientState] = {}
+        self._residual: Residual = {}  # of the client whose turn it is, on the first rank
         self._pace: dict[str, float] = {}
         self._unwritten = 0  # states, when the last report was made
 
@@ -196,7 +201,9 @@ class FabricTrainer:
             if ranks.first:
                 payload = self._local_weights(arrays, instructions)
                 turn.check()
-        self._kept[instructions.client] = ClientState(instructions.run, instructions.round, self._optimizer.state)
+        self._kept[instructions.client] = ClientState(
+            instructions.run, instructions.round, self._optimizer.state, self._residual
+        )
         seconds = result.seconds - before
         self._pace[instructions.client] = result.tokens / seconds if seconds > 0 else 0.0
         unwritten, before = self.states.unwritten, self._unwritten
@@ -218,6 +225,8 @@ class FabricTrainer:
         """Save the optimizer state that `train` ended with: on the first rank, to which the others send their shards."""
         state = self._optimizer.state_dict()
         if self.ranks.first:
+            if self._residual:
+                state["residual"] = self._residual
             self.states.save(instructions.client, instructions.run, instructions.round, state)
 
     def evaluate(
@@ -286,7 +295,14 @@ class FabricTrainer:
         local = {name: (t.detach().clone() if up.lossless else t.detach()).numpy() for name, t in staged.items()}
         if not all(all_finite(flat(array)) for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
-        return up.pack(local, {} if up.lossless else down.parts(arrays, self._like))
+        if up.lossless:
+            return up.pack(local, {})
+        base = down.parts(arrays, self._like)
+        if not up.feedback:
+            return up.pack(local, base)
+        for name, weight in local.items():
+            self._residual.setdefault(name, torch.zeros(weight.size))
+        return pack_with_feedback(up, local, base, self._residual)
 
     def _staged(self) -> dict[str, Tensor]:
         """Return memory of this machine for each weight: on a CPU the weight itself, else page-locked memory that stays.
@@ -316,6 +332,7 @@ class FabricTrainer:
                 if kept is not None and (kept.run != run or not newest <= kept.round < number):
                     kept = None
                 saved = self.states.load(client, run, number) if kept is None else None
+        self._residual = kept.residual if kept is not None else saved.pop("residual", {}) if saved else {}
         if self.ranks.from_first(kept is not None):
             assert kept is not None
             return kept.optimizer

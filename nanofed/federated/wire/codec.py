@@ -281,9 +281,14 @@ class IntCodec(Codec):
         return self._arrays(shape)
 
     def read(self, arrays: Sequence[Tensor], part: slice, out: Tensor) -> None:
-        """Write the products of integers and scales into `out`."""
+        """Write the products of integers and scales, rounded to fp32, into `out`."""
         if len(arrays) == 1:
             out.copy_(arrays[0][part])
+            return
+        if out.dtype != torch.float32:  # all who read them see the same numbers
+            narrow = torch.empty(out.shape)
+            self.read(arrays, part, narrow)
+            out.copy_(narrow)
             return
         integers, scales = arrays[0], _widened(arrays[1])
         group = self._group(*arrays)
