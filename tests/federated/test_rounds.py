@@ -218,10 +218,14 @@ def test_the_horizon_is_reached_exactly(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
-def test_a_killed_server_resumes_to_the_same_bits(tiny_corpus: Path, tmp_path: Path, packing: str) -> None:
+@pytest.mark.parametrize(
+    ("packing", "more"), [("contiguous", {"up_codec": "int4", "outer": "adam"}), ("best_fit", {"outer": "nesterov"})]
+)
+def test_a_killed_server_resumes_to_the_same_bits(
+    tiny_corpus: Path, tmp_path: Path, packing: str, more: dict[str, str]
+) -> None:
     """Server and clients lose all they had in memory, in mid-round: one client has trained it, the other has not."""
-    options = {"rounds": 4, "round_steps": 2, "data.packing": packing, "keep_checkpoints": 2}
+    options = {"rounds": 4, "round_steps": 2, "data.packing": packing, "keep_checkpoints": 2, **more}
     whole, _ = train(federation(tiny_corpus, tmp_path, "whole", **options))
 
     def power_cut(fit: Fit, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:

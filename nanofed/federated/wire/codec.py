@@ -312,24 +312,29 @@ class IntCodec(Codec):
         source = flat(values)
         exact = len(out) == 1
         group = 1 if exact else self._group(*out)
+        block = (
+            max(1, 4 * BLOCK // group) * group
+        )  # a dozen short operations each: a call costs as much as its work on less
 
         def worker() -> Callable[[int, slice], None]:
-            buffers = torch.empty(2, min(max(BLOCK, group), -(-source.numel() // group) * group))
+            buffers = torch.empty(2, min(block, -(-source.numel() // group) * group))
 
             def write(_: int, part: slice) -> None:
                 size = part.stop - part.start
                 padded = -(-size // group) * group
-                before, moved = buffers[0, :size], buffers[1, :padded]
+                spare, moved = buffers[:, :padded]
                 moved[size:] = 0.0
-                torch.sub(source[part], base(part, before), out=moved[:size]) if base else moved[:size].copy_(
-                    source[part]
-                )
+                if base is None:
+                    moved[:size].copy_(source[part])
+                else:
+                    torch.sub(source[part], base(part, spare[:size]), out=moved[:size])
                 if exact:
                     out[0][part] = moved
                     return
                 groups = moved.view(-1, group)
                 scales = out[1][part.start // group : part.start // group + len(groups)]
-                _narrow(torch.linalg.vector_norm(groups, torch.inf, 1).div_(self.TOP), scales)
+                sizes = torch.abs(groups, out=spare.view(-1, group))
+                _narrow(sizes.amax(1).div_(self.TOP), scales)
                 wide = _widened(scales)
                 factors = torch.where(wide > 0, wide, 1.0).reciprocal_()
                 groups.mul_(factors[:, None]).round_().clamp_(-self.TOP, self.TOP)
@@ -337,7 +342,7 @@ class IntCodec(Codec):
 
             return write
 
-        over_blocks([source.numel()], worker, block=max(1, BLOCK // group) * group)
+        over_blocks([source.numel()], worker, block=block)
 
 
 class Int8Codec(IntCodec):
@@ -378,15 +383,17 @@ class Int4Codec(IntCodec):
         return self.GROUP
 
     def _put(self, values: Tensor, out: Tensor, start: int) -> None:
-        halves = values.add(self.TOP + 1).to(torch.uint8)
-        target = out[start // 2 : (start + values.numel() + 1) // 2]
-        target.copy_(halves[::2])
-        target[: values.numel() // 2].bitwise_or_(halves[1::2] << 4)
+        count = values.numel()
+        halves = torch.zeros(count + count % 2, dtype=torch.int8)
+        halves[:count].copy_(values).add_(self.TOP + 1)
+        pairs = halves.view(torch.int16)  # a pair's first half in the lower byte, on every machine that PyTorch runs on
+        out[start // 2 : start // 2 + pairs.numel()].copy_((pairs >> 4 | pairs) & 255)
 
     def _get(self, integers: Tensor, part: slice, out: Tensor) -> None:
         if part.step in (None, 1):
             pairs = integers[part.start // 2 : (part.stop + 1) // 2]
-            halves = torch.stack([pairs & 15, pairs >> 4], 1).view(-1)[part.start % 2 :][: out.numel()]
+            wide = pairs.to(torch.int16)
+            halves = (wide | wide << 4).bitwise_and_(0x0F0F).view(torch.uint8)[part.start % 2 :][: out.numel()]
         else:
             at = torch.arange(part.start, part.stop, part.step)
             halves = integers[at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
