@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,14 @@ import torch
 
 from nanofed.errors import ConfigError
 from nanofed.federated.aggregation.aggregator import PseudoGradient
-from nanofed.federated.aggregation.outer import OuterNesterov
+from nanofed.federated.aggregation.outer import (
+    AutomaticOuter,
+    OuterAdam,
+    OuterNesterov,
+    OuterOptimizer,
+    make_outer,
+    outer_strength,
+)
 from nanofed.federated.wire import blocks
 from nanofed.federated.wire.codec import Array, Weights
 from tests.federated.arrays import hash_weights, odd_weights
@@ -27,7 +35,7 @@ def gradient(seed: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.flo
     return {name: generator.normal(size=shape) * 1e-2 for name, shape in SHAPES.items()}
 
 
-def stepped(outer: OuterNesterov, old: Weights, g: Any, **options: float) -> dict[str, Array]:
+def stepped(outer: OuterOptimizer, old: Weights, g: Any, **options: float) -> dict[str, Array]:
     """Step a copy of the weights."""
     new = {name: np.array(array, order="C") for name, array in old.items()}
     outer.step(new, g, **options)
@@ -95,14 +103,19 @@ def test_a_part_of_a_round_takes_a_part_of_the_momentum() -> None:
         assert (array == (start[name] - first[name]).astype(np.float32)).all(), "FedAvg has no momentum to share"
 
 
-def test_a_resume_goes_on_to_the_bit() -> None:
-    outer, ours = OuterNesterov(0.7, 0.6), weights()
+MAKERS: list[Callable[[], OuterOptimizer]] = [lambda: OuterNesterov(0.7, 0.6), OuterAdam]
+made = pytest.mark.parametrize("make", MAKERS, ids=["nesterov", "adam"])
+
+
+@made
+def test_a_resume_goes_on_to_the_bit(make: Callable[[], OuterOptimizer]) -> None:
+    outer, ours = make(), weights()
     for step in range(4):
         outer.step(ours, gradient(step))
     buffer = io.BytesIO()
     torch.save(outer.state_dict(), buffer)
     buffer.seek(0)
-    resumed, theirs = OuterNesterov(0.7, 0.6), {name: array.copy() for name, array in ours.items()}
+    resumed, theirs = make(), {name: array.copy() for name, array in ours.items()}
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     for step in range(4, 8):
         outer.step(ours, gradient(step))
@@ -120,9 +133,9 @@ def test_a_loaded_momentum_is_a_copy() -> None:
     assert all(torch.equal(saved[name], copies[name]) for name in SHAPES)
 
 
-def after(g: Any) -> tuple[str, str, str]:
+def after(g: Any, make: Callable[[], OuterOptimizer] = MAKERS[0]) -> tuple[str, str, str]:
     """What a refused gradient leaves of weights and momentum, and why it was refused."""
-    outer, ours = OuterNesterov(0.7, 0.6), weights()
+    outer, ours = make(), weights()
     outer.step(ours, gradient(0))
     state = {name: tensor.numpy() for name, tensor in outer.state_dict().items()}
     before = hash_weights(ours), hash_weights(state)
@@ -130,7 +143,7 @@ def after(g: Any) -> tuple[str, str, str]:
         outer.step(ours, g)
     assert (hash_weights(ours), hash_weights(state)) == before
     outer.step(ours, gradient(1))  # and it goes on as if nothing had been
-    expected, theirs = OuterNesterov(0.7, 0.6), weights()
+    expected, theirs = make(), weights()
     expected.step(theirs, gradient(0))
     expected.step(theirs, gradient(1))
     assert hash_weights(ours) == hash_weights(theirs)
@@ -148,12 +161,15 @@ def test_other_names_and_shapes_are_refused_and_change_nothing() -> None:
     assert first.state_dict() == {}
 
 
+@pytest.mark.parametrize("make", [*MAKERS, lambda: OuterNesterov(1.0, 0.0)], ids=["nesterov", "adam", "fedavg"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39, 6e38])
 @pytest.mark.parametrize("place", [0, 5, -1])
-def test_what_is_not_finite_or_leaves_fp32_is_refused_and_changes_nothing(value: float, place: int) -> None:
+def test_what_is_not_finite_or_leaves_fp32_is_refused_and_changes_nothing(
+    value: float, place: int, make: Callable[[], OuterOptimizer]
+) -> None:
     g = gradient(0)
     g["b"][place] = value
-    assert "the pseudo-gradient of b is not finite" in after(g)[2]
+    assert "the pseudo-gradient of b is not finite" in after(g, make)[2]
 
 
 def test_a_step_in_fp32_overflows_nowhere_on_its_way() -> None:
@@ -203,3 +219,76 @@ def test_weights_that_cannot_be_stepped_in_place_are_refused() -> None:
 def test_rates_that_make_no_sense_are_refused(lr: float, momentum: float) -> None:
     with pytest.raises(ConfigError, match="outer_lr must be positive"):
         OuterNesterov(lr, momentum)
+
+
+def test_adam_is_torchs_without_bias_correction() -> None:
+    """With a first step in which both running means are the gradient's own, only their later decay is left."""
+    ours, outer = weights(), OuterAdam(0.01, 0.9)
+    start = weights()
+    mean = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    square = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for step in range(6):
+        g = gradient(step)
+        outer.step(ours, g)
+        for name in SHAPES:
+            mean[name] = 0.9 * mean[name] + 0.1 * g[name]
+            square[name] = 0.99 * square[name] + 0.01 * g[name] ** 2
+            start[name] = (start[name] - 0.01 * mean[name] / (np.sqrt(square[name]) + 1e-6)).astype(np.float32)
+            np.testing.assert_allclose(ours[name], start[name], rtol=0, atol=2e-6)
+
+
+@made
+def test_without_strength_a_step_is_plain_averaging(make: Callable[[], OuterOptimizer]) -> None:
+    outer, ours = make(), weights()
+    outer.step(ours, gradient(0))
+    new = stepped(outer, ours, gradient(1), strength=0.0)
+    for name, g in gradient(1).items():
+        np.testing.assert_allclose(new[name], ours[name] - g, rtol=0, atol=1e-6)
+
+
+def test_half_the_strength_is_half_the_way_to_averaging() -> None:
+    ours = weights()
+    half = stepped(OuterNesterov(0.7, 0.6), ours, gradient(0), strength=0.5)
+    for name, array in stepped(OuterNesterov(0.85, 0.3), ours, gradient(0)).items():
+        np.testing.assert_allclose(half[name], array, rtol=0, atol=1e-7)
+
+
+def test_strength_falls_over_the_last_part_of_the_run() -> None:
+    assert [outer_strength(p, 0.4) for p in (0.0, 0.6, 0.8, 1.0, 1.1)] == pytest.approx([1, 1, 0.5, 0, 0])
+    assert [outer_strength(p, 0.0) for p in (0.0, 1.0)] == [1, 1]
+    assert [outer_strength(p, 1.0) for p in (0.0, 0.25, 1.0)] == [1, 0.75, 0]
+
+
+def test_automatic_rates_follow_the_rounds_and_are_said_once() -> None:
+    outer = AutomaticOuter()
+    assert "momentum 0.6" in (outer.plan(2, 40.0) or "")
+    assert outer.plan(2, 41.0) is None
+    assert (outer.lr, outer.momentum) == (0.7, 0.6)
+    assert "learning rate 1, momentum 0, for 5 rounds of 2 clients" in (outer.plan(2, 5.0) or "")
+    pinned = AutomaticOuter(momentum=0.3)
+    pinned.plan(2, 40.0)
+    assert (pinned.lr, pinned.momentum) == (0.7, 0.3)
+
+
+def test_momentum_that_is_dropped_begins_anew() -> None:
+    outer, ours = AutomaticOuter(), weights()
+    outer.plan(2, 40.0)
+    outer.step(ours, gradient(0))
+    assert outer.state_dict()
+    outer.plan(2, 5.0)
+    outer.step(ours, gradient(1))
+    assert outer.state_dict() == {}, "plain averaging keeps nothing"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lr", "momentum", "expected"),
+    [
+        ("fedavg", None, None, (OuterNesterov, 1.0, 0.0)),
+        ("nesterov", None, 0.3, (OuterNesterov, 0.7, 0.3)),
+        ("adam", 0.02, None, (OuterAdam, 0.02, 0.9)),
+        ("auto", 0.5, 0.5, (AutomaticOuter, 0.5, 0.5)),
+    ],
+)
+def test_it_is_made_with_its_own_rates_or_those_given(kind: Any, lr: Any, momentum: Any, expected: Any) -> None:
+    outer = make_outer(kind, lr, momentum)
+    assert (type(outer), outer.lr, outer.momentum) == expected
