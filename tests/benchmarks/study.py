@@ -119,9 +119,13 @@ def execute(run: Run, folder: Path, vocab_size: int) -> None:
         "name": run.name,
         "overwrite": True,
     }
-    device = "trainer.accelerator" if run.command == "fit" else "fabric.accelerator"
-    options.setdefault(device, "cpu")
-    written = {key: value if isinstance(value, str | Path) else json.dumps(value) for key, value in options.items()}
+    ours, others = ("trainer", ("federation", "fabric")) if run.command == "fit" else ("fabric", ("trainer",))
+    options.setdefault(f"{ours}.accelerator", "cpu")
+    written = {
+        key: value if isinstance(value, str | Path) else json.dumps(value)
+        for key, value in options.items()
+        if key.partition(".")[0] not in others  # what all runs share is for either command
+    }
     command = [sys.executable, "-m", "nanofed", run.command, *(f"--{key}={value}" for key, value in written.items())]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with (folder / f"{run.name}.log").open("w") as log:
@@ -133,10 +137,10 @@ def execute(run: Run, folder: Path, vocab_size: int) -> None:
 
 def collect(runs: Sequence[Run], folder: Path, reference: str | None) -> pa.Table:
     """Return what is there of the study: a row a run, with its gap to the reference of the same text and seed."""
-    found = {run: summary for run in runs if (summary := result(run, folder)) is not None}
-    bpb = {(run.text, run.seed, run.label): summary.bpb_end for run, summary in found.items()}
+    found = [(run, summary) for run in runs if (summary := result(run, folder)) is not None]
+    bpb = {(run.text, run.seed, run.label): summary.bpb_end for run, summary in found}
     rows = []
-    for run, summary in found.items():
+    for run, summary in found:
         base = bpb.get((run.text, run.seed, reference or ""))
         rows.append(
             {

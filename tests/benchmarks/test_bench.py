@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import random
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from nanofed.data.writing import write_shards
 from nanofed.model import GPTConfig
 from tests.benchmarks import gemm
 from tests.benchmarks.__main__ import BENCHMARKS
@@ -22,17 +20,6 @@ from tests.benchmarks.time_to_bpb import seconds_to
 from tests.benchmarks.training import Training
 
 SMALL = ["--depth=1", "--sequence_len=32", "--device_batch_size=8", "--vocab_size=300"]
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # the tests' own process keeps what it has
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefghij", k=generator.randint(1, 9))) for _ in range(2000)]
-    texts = [" ".join(generator.choices(words, k=200)) for _ in range(240)]
-    write_shards(texts, tmp_path / "data", num_shards=3, rows_per_group=8)
-    return str(tmp_path / "data")
 
 
 def run(capsys: pytest.CaptureFixture[str], name: str, *args: str) -> dict[str, Any]:

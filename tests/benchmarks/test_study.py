@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from nanofed.errors import ConfigError
+from tests.benchmarks.machine import ROOT
+from tests.benchmarks.study import main, plan, summarise
+
+STUDY: dict[str, Any] = {
+    "vocab_size": 300,
+    "seeds": [1, 2],
+    "reference": "one machine",
+    "common": {
+        "model.depth": 1,
+        "model.sequence_len": 32,
+        "model.recipe.batch_tokens": 128,
+        "model.recipe.num_steps": 4,
+        "data.device_batch_size": 2,
+        "data.eval_tokens": 512,
+    },
+    "runs": {"one machine": {"command": "fit"}},
+    "axes": [
+        {"M = 1": {"federation.clients": 1}, "M = 2": {"federation.clients": 2}},
+        {"FedAvg": {"federation.outer": "fedavg", "federation.round_steps": 1}},
+    ],
+}
+
+
+def test_runs_are_the_single_ones_and_every_combination_for_each_text_and_seed() -> None:
+    runs = plan(STUDY, ["texts/a", "b"])
+    assert len(runs) == 2 * 2 * 3
+    assert [run.label for run in runs[:3]] == ["one machine", "M = 1, FedAvg", "M = 2, FedAvg"]
+    assert (runs[0].command, runs[2].command) == ("fit", "federate")
+    assert runs[2].name == "a-M-2-FedAvg-1"
+    assert runs[2].options["federation.clients"] == 2
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_a_part_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a study has no axis"):
+        plan({**STUDY, "axis": []}, ["a"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_can_be_planned(path: Path) -> None:
+    study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    runs = plan(study, ["a"])
+    assert study["reference"] in {run.label for run in runs}
+    assert len({run.name for run in runs}) == len(runs)
+
+
+@pytest.mark.slow
+def test_a_study_runs_compares_and_goes_on(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, folder = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({**STUDY, "seeds": [1]}))
+    command = [str(file), "--data", corpus, "--folder", str(folder)]
+    assert main([*command, "--only", "one machine|M = 1"]) == 0
+    before = (folder / f"{Path(corpus).name}-one-machine-1" / "summary.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (folder / f"{Path(corpus).name}-one-machine-1" / "summary.json").stat().st_mtime_ns == before
+    results = pq.read_table(folder / "results.parquet")
+    rows = {row["variant"]: row for row in results.to_pylist()}
+    assert rows.keys() == {"one machine", "M = 1, FedAvg", "M = 2, FedAvg"}
+    assert rows["one machine"]["gap"] == 0
+    assert all(row["tokens"] == 512 for row in rows.values())
+    assert summarise(results) in capsys.readouterr().out
