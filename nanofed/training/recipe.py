@@ -13,8 +13,10 @@ from nanofed.model import GPTConfig
 from nanofed.optim import Schedule
 from nanofed.ranges import Count, Factor, Range, Share, Tokens, check_numbers
 
-FULL_BATCH = 524_288  # tokens a step, for which the learning rates were tuned
-BATCH_EXPONENT = 0.15
+FULL_BATCH, FULL_HORIZON = (
+    524_288,
+    11_219_763_200,
+)  # tokens of a step and of the run, for which the rates are tuned: d20's
 TOKENS_PER_PARAMETER = 20.0  # Chinchilla (Hoffmann et al. 2022, arXiv:2203.15556), as nanochat uses it
 
 
@@ -31,7 +33,8 @@ class Recipe:
         embedding_lr: AdamW's rate for the embedding, scaled by (width/768)^-0.5.
         head_lr: AdamW's rate for the head, scaled by (width/768)^-0.5.
         matrix_lr: Muon's rate for the matrices, scaled by max(1, rows/columns)^0.5.
-        lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`; `auto` takes (batch_tokens / 524,288)^0.15, at most 1.
+        lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`; `auto` makes them fit batch and horizon
+            (`rate_scale`).
         weight_decay: decoupled decay of the AdamW groups.
         warmup_ratio: the first part of the horizon, in which the rates rise from 0.
         warmdown_ratio: the last part of the horizon, in which the rates fall linearly.
@@ -67,16 +70,31 @@ class Recipe:
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError("model.recipe: warmup_ratio and warmdown_ratio together are more than the whole horizon")
 
-    @property
-    def rate_scale(self) -> float:
-        """The factor on the learning rates: that of `lr_scale`, or what the batch takes.
+    def rate_scale(self, config: GPTConfig) -> float:
+        """Return the factor on the learning rates: that of `lr_scale`, or the one that batch and horizon ask for.
 
-        The rates are tuned for 524,288 tokens a step. Smaller batches are noisier, and want smaller rates; the exponent was
-        measured from 1,024 to 65,536 tokens (notebooks/LOG.md). The square root, as nanochat later took it, is too low here.
+        The rates are nanochat's for steps of 524,288 tokens on a horizon of 11.2 billion (d20), where the factor is 1. A smaller
+        batch is noisier, and wants rates that fall with its square root; the batch from which on rates need not grow any more
+        rises with the square root of the horizon. So the factor is (batch / b)^1/2 with b = 524,288 (horizon / 11.2 billion)^1/2,
+        at most 1. It was fitted to small models from 1,024 to 16,384 tokens a step (notebooks/LOG.md).
         """
         if self.lr_scale != "auto":
             return self.lr_scale
-        return min(1.0, (self.batch_tokens / FULL_BATCH) ** BATCH_EXPONENT)
+        if self.batch_tokens >= FULL_BATCH:
+            return 1.0
+        enough = FULL_BATCH * (self.horizon(config) / FULL_HORIZON) ** 0.5
+        return min(1.0, (self.batch_tokens / enough) ** 0.5)
+
+    def rate_note(self, config: GPTConfig) -> str | None:
+        """Return by what the learning rates are scaled and why, in a line; None where they are the recipe's own."""
+        if (scale := self.rate_scale(config)) == 1.0:
+            return None
+        why = (
+            f"steps of {self.batch_tokens:,} tokens on {self.horizon(config):,}"
+            if self.lr_scale == "auto"
+            else "as asked for"
+        )
+        return f"learning rates x {scale:.3g} (model.recipe.lr_scale={self.lr_scale}: {why})"
 
     @property
     def schedule(self) -> Schedule:

@@ -259,15 +259,32 @@ def test_strength_falls_over_the_last_part_of_the_run() -> None:
     assert [outer_strength(p, 1.0) for p in (0.0, 0.25, 1.0)] == [1, 0.75, 0]
 
 
-def test_automatic_rates_follow_the_rounds_and_are_said_once() -> None:
+@pytest.mark.parametrize(
+    ("clients", "rounds", "lr", "momentum"),
+    [
+        (1, 40, 0.7, 0.6),
+        (4, 40, 0.7, 0.6),
+        (8, 40, 0.85, 0.75),
+        (16, 40, 1.0, 0.9),
+        (64, 40, 1.0, 0.9),
+        (2, 4, 0.7, 0.5),
+        (2, 1, 0.7, 0),
+    ],
+)
+def test_automatic_rates_follow_clients_and_rounds(clients: int, rounds: float, lr: float, momentum: float) -> None:
     outer = AutomaticOuter()
-    assert "momentum 0.6" in (outer.plan(2, 40.0) or "")
-    assert outer.plan(2, 41.0) is None
-    assert (outer.lr, outer.momentum) == (0.7, 0.6)
-    assert "learning rate 1, momentum 0, for 5 rounds of 2 clients" in (outer.plan(2, 5.0) or "")
+    outer.plan(clients, rounds)
+    assert (outer.lr, outer.momentum) == pytest.approx((lr, momentum))
+
+
+def test_automatic_rates_are_said_when_they_are_new() -> None:
+    outer = AutomaticOuter()
+    assert outer.plan(2, 40.0) == "outer step: learning rate 0.7, momentum 0.6, for 2 clients and some 40 rounds in all"
+    assert outer.plan(3, 41.0) is None
+    assert "momentum 0.75, for 8 clients" in (outer.plan(8, 40.0) or "")
     pinned = AutomaticOuter(momentum=0.3)
-    pinned.plan(2, 40.0)
-    assert (pinned.lr, pinned.momentum) == (0.7, 0.3)
+    pinned.plan(16, 40.0)
+    assert (pinned.lr, pinned.momentum) == (1.0, 0.3)
 
 
 def test_momentum_that_is_dropped_begins_anew() -> None:
@@ -275,7 +292,7 @@ def test_momentum_that_is_dropped_begins_anew() -> None:
     outer.plan(2, 40.0)
     outer.step(ours, gradient(0))
     assert outer.state_dict()
-    outer.plan(2, 5.0)
+    outer.plan(2, 1.0)
     outer.step(ours, gradient(1))
     assert outer.state_dict() == {}, "plain averaging keeps nothing"
 

@@ -184,7 +184,7 @@ class Hello(WireMessage):
             tokenizer=data.tokenizer.fingerprint,
             dataset=dataset.fingerprint(),
             streams=data.streams,
-            training={**recipe, "packing": data.packing},
+            training={**recipe, "lr_scale": str(module.recipe.rate_scale(module.config)), "packing": data.packing},
             versions={"python": platform.python_version(), "nanofed": nanofed.__version__}
             | {package: version(package) for package in ("torch", "flwr")},
             devices=devices,
