@@ -13,7 +13,7 @@ import pytest
 from nanofed.errors import DataError, NanofedError
 from nanofed.federated.site.trainer import Arrays
 from nanofed.federated.wire.codec import hash_arrays
-from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.federated.wire.messages import Hello, Instructions, Report
 from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest, read_weights
 from nanofed.training.loop import Stopwatch
 from tests.federated.tiny import BATCH, Fit, federation, prepare, same_bits, train
@@ -297,3 +297,13 @@ def test_no_row_is_leased_to_two_clients(tiny_corpus: Path, tmp_path: Path) -> N
         by_round[asked.round] += [(p.epoch, p.shard, n) for p in asked.lease for n in range(p.start, p.stop)]
     for rows in by_round.values():
         assert len(rows) == len(set(rows))
+
+
+def test_a_site_of_another_horizon_would_train_at_other_rates_and_says_so(tiny_corpus: Path, tmp_path: Path) -> None:
+    """Its steps take their horizon from the server, but `lr_scale: auto` follows that of its own config."""
+    said = []
+    for steps in (1000, 4000):
+        module, data = federation(tiny_corpus, tmp_path, "run", **{"model.recipe.num_steps": steps}).build()
+        said.append(Hello.of("a", module, data).training)
+    assert {key for key in said[0] if said[0][key] != said[1][key]} == {"lr_scale"}
+    assert float(said[0]["lr_scale"]) == pytest.approx(2**0.5 * float(said[1]["lr_scale"]))
