@@ -86,8 +86,6 @@ class FederationConfig:
             raise ConfigError(
                 f"federation.client_speeds names {len(self.client_speeds)} speeds for {self.clients} clients"
             )
-        if self.evaluation not in ("server", "sites"):
-            raise ConfigError(f"federation.evaluation must be server or sites, not {self.evaluation!r}")
         if self.merge != "mean" and self.weighting != "uniform":
             raise ConfigError(
                 f"federation.merge={self.merge} weighs all clients the same: set federation.weighting to uniform"
