@@ -271,7 +271,7 @@ def test_addresses_without_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) ->
         admission.requests(address).take()
         admission.refuse("malformed", address)
     assert admission.refused["malformed"] == 2000
-    assert admission._bucket.cache_info().currsize == len(admission._lines._said) == 100
+    assert admission.requests.cache_info().currsize == len(admission._lines._said) == 100
     assert len(admission.refused_by_address) == 256
     assert "2001:db8:7:cf::/64" in admission.refused_by_address  # the last one
 

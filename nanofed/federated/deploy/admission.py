@@ -113,17 +113,14 @@ class Admission:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._bucket = functools.lru_cache(ADDRESSES)(lambda address: Bucket(limits.requests, limits.request_burst))
+        # By address; whose requests were longest ago is forgotten.
+        self.requests = functools.lru_cache(ADDRESSES)(lambda address: Bucket(limits.requests, limits.request_burst))
         self._lines = Throttle(LOG_SECONDS)
         self._began = time.time()
         self.passed: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.refused_by_address: OrderedDict[str, Counter[str]] = OrderedDict()
         self.sites: dict[str, dict[str, float]] = {}
-
-    def requests(self, address: str) -> Bucket:
-        """Return the tokens for an address's requests."""
-        return self._bucket(address)
 
     def refuse(self, reason: str, address: str, detail: str = "") -> None:
         """Count a refusal, and say it in the log where it is not just the same again."""

@@ -48,11 +48,11 @@ logger = logging.getLogger(__name__)
 # What FleetHttpClient of Flower calls with a key that the operator has registered (`register-node` and `unregister-node` are for
 # SuperNodes without one), and our own two, which move weights in pieces of 16 MB.
 PROTOBUF = "application/protobuf"
-FLEET = "activate-node deactivate-node send-node-heartbeat pull-messages push-messages get-run get-fab push-object pull-object"
-CALLS = {f"/v1/fleet/{call}": PROTOBUF for call in [*FLEET.split(), "confirm-message-received"]} | {
-    PULL: OCTETS,
-    PUSH: OCTETS,
-}
+FLEET = (
+    "activate-node deactivate-node send-node-heartbeat get-run get-fab "
+    "pull-messages push-messages confirm-message-received pull-object push-object"
+)
+CALLS = {f"/v1/fleet/{call}": PROTOBUF for call in FLEET.split()} | {PULL: OCTETS, PUSH: OCTETS}
 LARGE = ("/v1/fleet/push-object", PUSH)  # calls whose bodies may be large
 OTHERS = {b"control": "control_call", b"runtime": "runtime_call", b"register-node": "registration"}
 PASSED = (b"accept", b"content-type", b"content-length", *(name.encode() for name in (OBJECT, OFFSET, LENGTH)))
@@ -165,13 +165,11 @@ class Connection(H11Protocol):
         self._forget_head()
         self._perimeter.admission.refuse(refused.reason, self.address, refused.detail)
         body = json.dumps({"code": int(refused.status), "detail": f"nanofed's perimeter: {refused.detail}"}).encode()
-        lines = [
-            f"HTTP/1.1 {refused.status:d} {refused.status.phrase}",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-            "connection: close",
-        ]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        head = (
+            f"HTTP/1.1 {refused.status:d} {refused.status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
         if self.cycle is not None:
             self.cycle.disconnected = True  # to uvicorn: nobody waits for another answer
         self.flow.resume_reading()
