@@ -93,8 +93,6 @@ class FederationConfig:
             raise ConfigError(
                 f"federation.client_speeds names {len(self.client_speeds)} speeds for {self.clients} clients"
             )
-        if self.evaluation not in ("server", "sites"):
-            raise ConfigError(f"federation.evaluation must be server or sites, not {self.evaluation!r}")
         if self.outer == "fedavg" and (self.outer_lr or 1, self.outer_momentum or 0) != (1, 0):
             raise ConfigError(
                 "federation.outer=fedavg has no outer_lr and no outer_momentum: leave them out, or take nesterov"

@@ -20,10 +20,11 @@ from typing import Any
 import uvicorn
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanofed.federated.deploy.admission import Limits
 from nanofed.federated.deploy.keys import Keys
-from nanofed.federated.deploy.perimeter import Application, Event, Perimeter, Receive, Send, Server
+from nanofed.federated.deploy.perimeter import Perimeter, Server
 
 HOST = "127.0.0.1"
 
@@ -169,7 +170,7 @@ class Recorder:
         self.wait = 0.0  # seconds before an answer
         self.answer = b"ok"
 
-    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, more = b"", True
         while more:
             event = await receive()
@@ -191,7 +192,7 @@ class Running:
         limits: other than the usual.
     """
 
-    def __init__(self, folder: Path, keys: Keys, app: Application, **limits: Any) -> None:
+    def __init__(self, folder: Path, keys: Keys, app: ASGIApp, **limits: Any) -> None:
         folder.mkdir(exist_ok=True)
         perimeter = Perimeter(app, (HOST, 0), keys, folder, Limits(**limits), tick=0.05)
         loopback = uvicorn.Config(app, host=HOST, port=0, ws="none", lifespan="off", log_config=None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
@@ -18,9 +19,22 @@ from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID as SERVER
 from flwr.common.serde import message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    Metadata,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.message_pb2 import Message as Proto
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
@@ -35,8 +49,8 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy import select
 
 from nanofed.errors import NanofedError
-from nanofed.federated.deploy import fleet_rules, superlink_process
-from nanofed.federated.deploy.fleet_rules import Answer, Asked, FleetRules, RefusedCall, TooMany, bind
+from nanofed.federated.deploy import fleet_rules
+from nanofed.federated.deploy.fleet_rules import FleetRules, RefusedCall, TooMany, bind
 from nanofed.federated.deploy.keys import init
 from tests.faults.perimeter import Site as SignedCalls
 
@@ -129,10 +143,7 @@ def link(tmp_path: Path, flower_database: Path, monkeypatch: pytest.MonkeyPatch)
     for name in CALLS:
         monkeypatch.setattr(fleet_handlers, name, getattr(fleet_handlers, name))
 
-    def refuse(refused: RefusedCall) -> NoReturn:
-        raise refused
-
-    bind(fleet_handlers, FleetRules(SERVER), refuse)
+    bind(fleet_handlers, FleetRules(SERVER))
     database = tmp_path / "superlink.db"
     shutil.copyfile(flower_database, database)
     _, factory = config_loader.get_objectstore_linkstate_factories(str(database), NoOpFederationManager())
@@ -339,7 +350,7 @@ def test_a_refusal_is_one_that_a_supernode_understands(
     """403: its client takes the run for over and goes on; any other status would end it or be tried again for ever."""
     for name in CALLS:
         monkeypatch.setattr(fleet_handlers, name, getattr(fleet_handlers, name))
-    bind(fleet_handlers, FleetRules(SERVER), superlink_process.refuse)
+    bind(fleet_handlers, FleetRules(SERVER))
     shutil.copyfile(flower_database, tmp_path / "superlink.db")
     monkeypatch.setattr(superlink, "get_ee_linkstate_db", lambda: str(tmp_path / "superlink.db"))
     app = superlink.create_app()
@@ -364,23 +375,25 @@ def test_a_refusal_is_one_that_a_supernode_understands(
 
 
 def test_what_is_remembered_of_nodes_does_not_grow() -> None:
-    rules = FleetRules(SERVER)
-    for node in range(2, 2 * fleet_rules.NODES):
-        rules.call(node)
+    rules, state = FleetRules(SERVER), MagicMock()
+    for number in range(2, 2 * fleet_rules.NODES):
+        node = rules.of(number)
     for n in range(10_000):
-        message, asked = f"{n:064x}", Asked(1, "1", "train", frozenset([f"{n:064x}"]))
-        rules.delivered(2, message, asked)
-        answer = Answer(f"{n + 1:064x}", message, 1, 2, SERVER, "1", "train", (0.0,), {f"{n:064x}"}, 10)
-        rules.answer(2, answer)
-        rules.accepted(2, answer, f"session {n}", answer.objects)
-    known = rules._nodes[2]
+        asked = Metadata(message_id=f"{n:064x}", run_id=1, group_id="1", message_type="train")
+        sent = PullMessagesResponse(messages_list=[Proto(metadata=asked)], message_object_trees=[ObjectTree()])
+        rules.sent(node, None, state, sent)
+        said = Metadata(message_id=f"{n + 1:064x}", reply_to_message_id=asked.message_id, dst_node_id=SERVER)
+        said.MergeFrom(Metadata(run_id=1, group_id="1", message_type="train", src_node_id=number))
+        request = PushMessagesRequest(node=Node(node_id=number), messages_list=[Proto(metadata=said)])
+        request.message_object_trees.add(object_id=said.message_id)
+        rules.answer(node, request, state)
+        rules.announced(node, request, state, PushMessagesResponse(session_id=f"session {n}"))
     assert len(rules._nodes) <= fleet_rules.NODES
-    assert max(len(known.sent), len(known.answered), len(known.pushes)) <= fleet_rules.SENT
-    assert len(known.sessions) <= fleet_rules.HELD
+    assert len(node.asked) <= fleet_rules.SENT and len(node.uploads) <= fleet_rules.HELD
     with pytest.raises(RefusedCall, match="was not sent"):
-        rules.answer(3, replace(answer, source=3))
+        rules.answer(rules.of(3), request, state)
 
 
 def test_another_flower_is_refused() -> None:
     with pytest.raises(NanofedError, match="another way"):
-        bind(ModuleType("another"), FleetRules(SERVER), lambda refused: pytest.fail())
+        bind(ModuleType("another"), FleetRules(SERVER))

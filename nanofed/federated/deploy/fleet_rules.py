@@ -2,8 +2,8 @@
 
 Flower checks who calls, and then takes the call at its word: with its own key a site could send messages in the server's name to
 other sites, answer, fetch and delete what others were sent, and fill memory and database. Here a node may answer a message that
-it was sent itself, once, and may fetch and confirm no others'. The rules know nothing of Flower; `bind` puts them before its
-handlers, in the SuperLink's process, where all of a site's calls arrive.
+it was sent itself, once, and may fetch and confirm no others'. `bind` puts the rules around Flower's handlers, in the SuperLink's
+process, where all of a site's calls arrive.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import re
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import HTTPException
 
 from nanofed.errors import NanofedError
-from nanofed.federated.deploy.admission import Bucket
+from nanofed.federated.deploy.admission import LOG_SECONDS, Bucket, Throttle
 from nanofed.federated.wire.plain_text import plain
 
 logger = logging.getLogger(__name__)
@@ -32,77 +33,48 @@ SENT = 64  # messages to a node that it may still answer: those sent last
 PUSHES = 16  # of the answer to one message: a SuperNode tries again where it gets no reply
 OBJECTS = 64  # in an answer; those of ours have about ten, whatever the model: weights travel beside them
 BODY_BYTES = 16 << 10  # of what an answer says beside its objects
-HELD_BYTES = (
-    64 << 20
-)  # of a node's answers that the round loop has not taken; a report is 16 MB at most, most are 100 kB
+# Of a node's answers that the round loop has not taken; a report is 16 MB at most, most are 100 kB.
+HELD_BYTES = 64 << 20
 HELD = 8  # answers of a node that the round loop has not taken; older ones are dropped
-SHORT = 256  # characters of a name in an answer
+SHORT = 256  # characters of a name in a log
 ERROR = 2000  # characters of an error
 NODES = 4096  # remembered at a time
-LOG_SECONDS = 60.0  # between two lines about the same node and reason
 OBJECT_ID = re.compile("[0-9a-f]{64}")
 
 
-class RefusedCall(Exception):
-    """A call is not answered; the message says why."""
+class RefusedCall(HTTPException):
+    """A call is not answered, with a status after which a SuperNode takes the run for over and goes on; the detail says why."""
+
+    status = HTTPStatus.FORBIDDEN
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(self.status, detail)
 
 
 class TooMany(RefusedCall):
-    """There are too many calls: it may be made again."""
+    """There are too many calls, and a SuperNode makes this one again."""
 
-
-@dataclass(frozen=True)
-class Asked:
-    """A message that a node was sent.
-
-    Attributes:
-        run: of Flower.
-        group: its group id.
-        kind: its message type.
-        objects: ids of what is in it.
-    """
-
-    run: int
-    group: str
-    kind: str
-    objects: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a node calls the answer to a message.
-
-    Attributes:
-        message: its own id: that of its outermost object.
-        reply_to: id of the message that it answers.
-        run: of Flower.
-        source: node that it says it comes from.
-        target: node that it says it goes to.
-        group: its group id.
-        kind: its message type.
-        numbers: its time, its time to live, and how long it took, in seconds.
-        objects: ids of what is in it.
-        size: bytes of what it says beside.
-    """
-
-    message: str
-    reply_to: str
-    run: int
-    source: int
-    target: int
-    group: str
-    kind: str
-    numbers: tuple[float, ...]
-    objects: Collection[str]
-    size: int
+    status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 @dataclass
-class _Session:
-    """The objects of an answer that is being pushed."""
+class _Asked:
+    """A message that a node was sent, and the answer."""
 
     run: int
-    message: str
+    group: str
+    kind: str
+    objects: frozenset[str]  # ids of what is in it
+    answer: str = ""  # the answer's id, which is that of its outermost object
+    pushes: int = 0  # tries to answer it
+
+
+@dataclass
+class _Upload:
+    """The objects of an answer that are being pushed."""
+
+    run: int
+    answer: str
     pending: set[str]
     size: int = 0
 
@@ -110,154 +82,143 @@ class _Session:
 @dataclass
 class _Node:
     calls: Bucket = field(default_factory=lambda: Bucket(CALLS, CALL_BURST))
-    sent: OrderedDict[str, Asked] = field(default_factory=OrderedDict)
-    answered: dict[str, str] = field(default_factory=dict)  # message -> its answer
-    pushes: dict[str, int] = field(default_factory=dict)  # message -> tries to answer it
-    sessions: OrderedDict[str, _Session] = field(default_factory=OrderedDict)
+    asked: OrderedDict[str, _Asked] = field(default_factory=OrderedDict)  # by the message's id
+    uploads: OrderedDict[str, _Upload] = field(default_factory=OrderedDict)  # by Flower's session
+    lines: Throttle = field(default_factory=lambda: Throttle(LOG_SECONDS))
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class FleetRules:
-    """What each node was sent and has answered, and whether it may make a call.
+    """What each node was sent and has answered, and whether it may make a call: methods that `bind` puts around Flower's.
 
     Args:
-        server: the node id under which the round loop sends its messages.
+        server: The node id under which the round loop sends its messages.
     """
 
     def __init__(self, server: int) -> None:
         self._server = server
         self._nodes: OrderedDict[object, _Node] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def call(self, node: object) -> None:
-        """Count a call of a node (or of a key that has none yet).
+    def of(self, caller: object) -> _Node:
+        """Return what is known of a node, or of a key that has none yet."""
+        with self._lock:
+            known = self._nodes.setdefault(caller, _Node())
+            self._nodes.move_to_end(caller)
+            if len(self._nodes) > NODES:
+                self._nodes.popitem(last=False)
+            return known
+
+    def call(self, node: _Node) -> None:
+        """Count a call.
 
         Raises:
-            TooMany: it makes too many.
+            TooMany: The node makes too many.
         """
-        if self._of(node).calls.take() is None:
+        if node.calls.take() is None:
             raise TooMany(f"it makes more than {CALLS:.0f} calls a second")
 
-    def heartbeat(self, interval: float) -> None:
-        """Check what a node says of the time between two of its heartbeats.
+    def heartbeat(self, node: _Node, request: Any, state: Any) -> None:
+        """Refuse a long time between two heartbeats: a node that is gone would seem to be there."""
+        if not 0 < request.heartbeat_interval <= HEARTBEAT_SECONDS:
+            raise RefusedCall(
+                f"it announces a heartbeat every {request.heartbeat_interval:g} s: {HEARTBEAT_SECONDS:.0f} s are the most"
+            )
 
-        Raises:
-            RefusedCall: it is too long: a node that is gone would seem to be there.
-        """
-        if not 0 < interval <= HEARTBEAT_SECONDS:
-            raise RefusedCall(f"it announces a heartbeat every {interval:g} s: {HEARTBEAT_SECONDS:.0f} s are the most")
+    def sent(self, node: _Node, request: Any, state: Any, response: Any) -> None:
+        """Note the messages that a node is sent."""
+        for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            of = message.metadata
+            node.asked[of.message_id] = _Asked(of.run_id, of.group_id, of.message_type, frozenset(_ids(tree)))
+            if len(node.asked) > SENT:
+                node.asked.popitem(last=False)
 
-    def delivered(self, node: int, message: str, asked: Asked) -> None:
-        """Note that a node was sent a message."""
-        known = self._of(node)
-        known.sent[message] = asked
-        while len(known.sent) > SENT:
-            old, _ = known.sent.popitem(last=False)
-            known.answered.pop(old, None)
-            known.pushes.pop(old, None)
-
-    def run(self, node: int, run: int) -> None:
-        """Check that a node was sent a message of a run.
-
-        Raises:
-            RefusedCall: it was not.
-        """
-        if all(asked.run != run for asked in self._of(node).sent.values()):
+    def run(self, node: _Node, request: Any, state: Any) -> None:
+        """Refuse a run of which a node was sent no message."""
+        if all(asked.run != request.run_id for asked in node.asked.values()):
             raise RefusedCall("it asks for a run of which it was sent nothing")
 
-    def fetch(self, node: int, run: int, object_id: str) -> None:
-        """Check that an object is in a message that a node was sent.
+    def bundle(self, node: _Node, request: Any, state: Any) -> None:
+        """Refuse the bundle of such a run, and a hash that is none, which Flower would log."""
+        self.run(node, request, state)
+        if not OBJECT_ID.fullmatch(request.hash_str):
+            raise RefusedCall("it asks for a bundle by what is no hash")
 
-        Raises:
-            RefusedCall: it is not.
-        """
-        if not any(asked.run == run and object_id in asked.objects for asked in self._of(node).sent.values()):
+    def fetch(self, node: _Node, request: Any, state: Any) -> None:
+        """Refuse an object that is in no message to a node."""
+        if not any(asked.run == request.run_id and request.object_id in asked.objects for asked in node.asked.values()):
             raise RefusedCall("it asks for an object that is in no message to it")
 
-    def confirm(self, node: int, run: int, message: str) -> None:
-        """Check that a node was sent a message that it says it has received.
-
-        Raises:
-            RefusedCall: it was not.
-        """
-        asked = self._of(node).sent.get(message)
-        if asked is None or asked.run != run:
+    def confirm(self, node: _Node, request: Any, state: Any) -> None:
+        """Refuse to delete what another node was sent: Flower deletes a message that is confirmed."""
+        asked = node.asked.get(request.message_object_id)
+        if asked is None or asked.run != request.run_id:
             raise RefusedCall("it confirms a message that it was not sent")
 
-    def answer(self, node: int, answer: Answer) -> None:
-        """Check that a node may answer a message, and that the answer is one.
-
-        Raises:
-            RefusedCall: it may not, or it is none.
-        """
-        known = self._of(node)
-        asked = known.sent.get(answer.reply_to)
-        if answer.source != node:
+    def answer(self, node: _Node, request: Any, state: Any) -> None:
+        """Refuse what is not the one answer to a message that a node was sent; an error's words are cut."""
+        if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+            raise RefusedCall("it sends another number of messages than one")
+        if len(request.clientapp_runtime_list) > 1:
+            raise RefusedCall("its answer has more than one time")
+        message, tree = request.messages_list[0], request.message_object_trees[0]
+        of = message.metadata
+        asked = node.asked.get(of.reply_to_message_id)
+        if of.src_node_id != request.node.node_id:
             raise RefusedCall("it answers in another node's name")
-        if answer.target != self._server:
+        if of.dst_node_id != self._server:
             raise RefusedCall("it sends a message to another than the server")
         if asked is None:
             raise RefusedCall("it answers a message that it was not sent")
-        if (answer.run, answer.group, answer.kind) != (asked.run, asked.group, asked.kind):
+        if (of.run_id, of.group_id, of.message_type) != (asked.run, asked.group, asked.kind):
             raise RefusedCall("its answer is of another run, group or kind than the message")
-        if not all(math.isfinite(number) and 0 <= number < 1e10 for number in answer.numbers):
+        if not all(0 <= number < 1e10 for number in (of.created_at, of.ttl, *request.clientapp_runtime_list)):
             raise RefusedCall("its answer's times are none")
-        if len(answer.objects) > OBJECTS or answer.size > BODY_BYTES:
+        if message.HasField("error"):
+            message.error.reason = message.error.reason[:ERROR]
+        objects = list(itertools.islice(_ids(tree), OBJECTS + 1))
+        if len(objects) > OBJECTS or request.ByteSize() - tree.ByteSize() > BODY_BYTES:
             raise RefusedCall(
                 f"its answer has more than {OBJECTS} objects, or more than {BODY_BYTES} bytes beside them"
             )
-        if not all(OBJECT_ID.fullmatch(name) for name in (answer.message, *answer.objects)):
-            raise RefusedCall("an id in its answer is none")
-        if known.answered.get(answer.reply_to, answer.message) != answer.message:
+        if tree.object_id != of.message_id or not all(OBJECT_ID.fullmatch(name) for name in objects):
+            raise RefusedCall("its answer's id is not that of its objects, or an id of theirs is none")
+        if asked.answer not in ("", of.message_id):
             raise RefusedCall("it answers a message twice")
-        known.pushes[answer.reply_to] = known.pushes.get(answer.reply_to, 0) + 1
-        if known.pushes[answer.reply_to] > PUSHES:
+        asked.pushes += 1
+        if asked.pushes > PUSHES:
             raise RefusedCall(f"it has announced the answer to one message {PUSHES} times")
 
-    def accepted(self, node: int, answer: Answer, session: str, missing: Iterable[str]) -> list[str]:
-        """Note that an answer was taken, of which some objects are to follow, and return older answers to be dropped."""
-        known = self._of(node)
-        known.answered[answer.reply_to] = answer.message
-        known.sessions[session] = _Session(answer.run, answer.message, set(missing))
-        dropped = []
-        while len(known.sessions) > HELD:
-            _, old = known.sessions.popitem(last=False)
-            dropped.append(old.message)
-        return [message for message in dropped if all(s.message != message for s in known.sessions.values())]
+    def announced(self, node: _Node, request: Any, state: Any, response: Any) -> None:
+        """Note an answer whose objects are to follow; where the round loop has not taken many, the oldest are dropped."""
+        of = request.messages_list[0].metadata
+        if asked := node.asked.get(of.reply_to_message_id):
+            asked.answer = of.message_id
+        node.uploads[response.session_id] = _Upload(of.run_id, of.message_id, set(response.objects_to_push))
+        while len(node.uploads) > HELD:
+            _, oldest = node.uploads.popitem(last=False)
+            if all(upload.answer != oldest.answer for upload in node.uploads.values()):
+                state._on_push_session_expired({oldest.answer})
+                state.object_store.delete(oldest.answer)
 
-    def push(self, node: int, run: int, session: str, object_id: str, size: int, held: Callable[[str], bool]) -> None:
-        """Check that a node may push an object of an answer.
-
-        Args:
-            node: that calls.
-            run: of Flower, as it says.
-            session: that it was given with its answer.
-            object_id: of the object.
-            size: bytes of it.
-            held: tells whether an answer is still there, not yet taken by the round loop.
-
-        Raises:
-            RefusedCall: it announced no such object, or fills the server's disk.
-        """
-        known = self._of(node)
-        of = known.sessions.get(session)
-        if of is None or of.run != run or object_id not in of.pending:
+    def push(self, node: _Node, request: Any, state: Any) -> None:
+        """Refuse an object that was not announced, and more bytes than a node's answers may have until they are taken."""
+        upload = node.uploads.get(request.session_id)
+        if upload is None or upload.run != request.run_id or request.object_id not in upload.pending:
             raise RefusedCall("it pushes an object that it has not announced")
-        for name in [name for name, other in known.sessions.items() if other is not of and not held(other.message)]:
-            del known.sessions[name]
-        if sum(other.size for other in known.sessions.values()) + size > HELD_BYTES:
+        for session, other in list(node.uploads.items()):
+            if other is not upload and other.answer not in state.object_store:
+                del node.uploads[session]
+        size = sum(other.size for other in node.uploads.values()) + len(request.object_content)
+        if size > HELD_BYTES:
             raise RefusedCall(f"its answers have more than {HELD_BYTES >> 20} MB")
 
-    def pushed(self, node: int, session: str, object_id: str, size: int) -> None:
-        """Note that an object was stored."""
-        if (of := self._of(node).sessions.get(session)) is not None and object_id in of.pending:
-            of.pending.remove(object_id)
-            of.size += size
-
-    def _of(self, node: object) -> _Node:
-        known = self._nodes.setdefault(node, _Node())
-        self._nodes.move_to_end(node)
-        while len(self._nodes) > NODES:
-            self._nodes.popitem(last=False)
-        return known
+    def pushed(self, node: _Node, request: Any, state: Any, response: Any) -> None:
+        """Note an object that was stored."""
+        upload = node.uploads.get(request.session_id)
+        if response.stored and upload is not None and request.object_id in upload.pending:
+            upload.pending.remove(request.object_id)
+            upload.size += len(request.object_content)
 
 
 def _ids(tree: Any) -> Iterator[str]:
@@ -269,65 +230,22 @@ def _ids(tree: Any) -> Iterator[str]:
         waiting.extend(found.children)
 
 
-def _answer(request: Any) -> Answer:
-    """Return what a request calls an answer.
-
-    Raises:
-        RefusedCall: it is not one message with its objects.
-    """
-    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
-        raise RefusedCall("it sends another number of messages than one")
-    if len(request.clientapp_runtime_list) > 1:
-        raise RefusedCall("its answer has more than one time")
-    message, tree = request.messages_list[0], request.message_object_trees[0]
-    said = message.metadata
-    objects = list(itertools.islice(_ids(tree), OBJECTS + 1))
-    if tree.object_id != said.message_id:
-        raise RefusedCall("its answer's id is not that of its objects")
-    return Answer(
-        message=said.message_id,
-        reply_to=said.reply_to_message_id,
-        run=said.run_id,
-        source=said.src_node_id,
-        target=said.dst_node_id,
-        group=said.group_id,
-        kind=said.message_type,
-        numbers=(said.created_at, said.ttl, *request.clientapp_runtime_list),
-        objects=objects,
-        size=request.ByteSize() - tree.ByteSize(),
-    )
-
-
-def bind(
-    handlers: Any, rules: FleetRules, refuse: Callable[[RefusedCall], NoReturn], name: Callable[[int], str] = str
-) -> None:
-    """Put the rules before Flower's handlers of a site's calls.
+def bind(handlers: Any, rules: FleetRules, name: Callable[[int], str] = str) -> None:
+    """Put the rules around Flower's handlers of a site's calls.
 
     Args:
-        handlers: Flower's module of them.
-        rules: of all nodes.
-        refuse: raises what Flower answers a refused call with.
-        name: returns what a node is called in the log.
+        handlers: Flower's module of the handlers.
+        rules: The rules of all nodes.
+        name: A function that returns what a node is called in the log.
 
     Raises:
-        NanofedError: this Flower is another one than was made for.
+        NanofedError: This Flower is another one than was made for.
     """
-    lock = threading.Lock()
-    said: OrderedDict[tuple[object, str], float] = OrderedDict()
-
-    def say(node: object, call: str, refused: RefusedCall) -> None:
-        key, now = (node, str(refused)), time.monotonic()
-        if now - said.get(key, -LOG_SECONDS) >= LOG_SECONDS:
-            said[key] = now
-            who = name(node) if isinstance(node, int) else "one that has no node yet"
-            logger.warning("%s of %s is refused: %s", call, plain(who, SHORT), plain(refused))
-        while len(said) > NODES:
-            said.popitem(last=False)
 
     def guard(
         call: str,
-        before: Callable[[Any, Any, Any], Any] = lambda node, request, state: None,
-        after: Callable[[Any, Any, Any, Any, Any], None] = lambda node, request, state, response, found: None,
+        before: Callable[[_Node, Any, Any], None] = lambda node, request, state: None,
+        after: Callable[[_Node, Any, Any, Any], None] = lambda node, request, state, response: None,
         caller: Callable[[Any], object] = lambda request: request.node.node_id,
     ) -> None:
         flowers = getattr(handlers, call, None)
@@ -338,73 +256,31 @@ def bind(
 
         @functools.wraps(flowers)
         def handler(*, request: Any, state: Any, **others: Any) -> Any:
-            node = caller(request)
-            try:
-                with lock:
+            number = caller(request)
+            node = rules.of(number)
+            with node.lock:
+                try:
                     rules.call(node)
-                    found = before(node, request, state)
-            except RefusedCall as refused:
-                with lock:
-                    say(node, call, refused)
-                refuse(refused)
+                    before(node, request, state)
+                except RefusedCall as refused:
+                    if node.lines.due((call, refused.detail)):
+                        who = name(number) if isinstance(number, int) else "one that has no node yet"
+                        logger.warning("%s of %s is refused: %s", call, plain(who, SHORT), plain(refused.detail))
+                    raise
             response = flowers(request=request, state=state, **others)
-            after(node, request, state, response, found)
+            with node.lock:
+                after(node, request, state, response)
             return response
 
         setattr(handlers, call, handler)
 
-    def heartbeat(node: object, request: Any, state: Any) -> None:
-        rules.heartbeat(request.heartbeat_interval)
-
-    def run(node: int, request: Any, state: Any) -> None:
-        rules.run(node, request.run_id)
-
-    def bundle(node: int, request: Any, state: Any) -> None:
-        rules.run(node, request.run_id)
-        if not OBJECT_ID.fullmatch(request.hash_str):  # Flower logs it
-            raise RefusedCall("it asks for a bundle by what is no hash")
-
-    def delivered(node: int, request: Any, state: Any, response: Any, found: None) -> None:
-        for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-            of = message.metadata
-            asked = Asked(of.run_id, of.group_id, of.message_type, frozenset(_ids(tree)))
-            with lock:
-                rules.delivered(node, of.message_id, asked)
-
-    def answer(node: int, request: Any, state: Any) -> Answer:
-        for message in request.messages_list:
-            if message.HasField("error"):
-                message.error.reason = message.error.reason[:ERROR]
-        found = _answer(request)
-        rules.answer(node, found)
-        return found
-
-    def accepted(node: int, request: Any, state: Any, response: Any, found: Answer) -> None:
-        with lock:
-            dropped = rules.accepted(node, found, response.session_id, response.objects_to_push)
-        for message in dropped:  # the database may have to be waited for: not while others wait for the lock
-            state._on_push_session_expired({message})
-            state.object_store.delete(message)
-
-    def push(node: int, request: Any, state: Any) -> None:
-        size, held = len(request.object_content), state.object_store.__contains__
-        rules.push(node, request.run_id, request.session_id, request.object_id, size, held)
-
-    def pushed(node: int, request: Any, state: Any, response: Any, found: None) -> None:
-        if response.stored:
-            with lock:
-                rules.pushed(node, request.session_id, request.object_id, len(request.object_content))
-
-    guard("activate_node", heartbeat, caller=lambda request: request.public_key)
+    guard("activate_node", rules.heartbeat, caller=lambda request: request.public_key)
     guard("deactivate_node", caller=lambda request: request.node_id)
-    guard("send_node_heartbeat", heartbeat)
-    guard("pull_messages", after=delivered)
-    guard("push_messages", answer, accepted)
-    guard("get_run", run)
-    guard("get_fab", bundle)
-    guard("push_object", push, pushed)
-    guard("pull_object", lambda node, request, state: rules.fetch(node, request.run_id, request.object_id))
-    guard(
-        "confirm_message_received",
-        lambda node, request, state: rules.confirm(node, request.run_id, request.message_object_id),
-    )
+    guard("send_node_heartbeat", rules.heartbeat)
+    guard("pull_messages", after=rules.sent)
+    guard("push_messages", rules.answer, rules.announced)
+    guard("get_run", rules.run)
+    guard("get_fab", rules.bundle)
+    guard("push_object", rules.push, rules.pushed)
+    guard("pull_object", rules.fetch)
+    guard("confirm_message_received", rules.confirm)

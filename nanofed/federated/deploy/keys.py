@@ -7,7 +7,6 @@ import ipaddress
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -29,46 +28,26 @@ KEY_BYTES = 64 << 10  # of a public key's file
 _CLOCKS = datetime.timedelta(hours=1)  # a site's clock may be behind by so much
 
 
-@dataclass(frozen=True)
 class Keys:
     """The folder of a federation's certificates and keys; private ones have mode 0600, folders 0700.
 
-    `ca.pem` and `ca.key` sign; `server.pem` and `server.key` are for the public address; `sites/NAME.pub` is what the
-    perimeter and the registration of nodes read; `handout/NAME` (`ca.pem` and `site.key`) goes to the site, by a safe way,
-    and may be deleted here afterwards.
+    A folder `handout/NAME` (`ca.pem` and `site.key`) goes to a site, by a safe way, and may be deleted here afterwards.
 
     Attributes:
-        folder: see above.
+        folder: The folder.
+        ca: The authority's certificate, which a SuperNode takes as `--root-certificates`.
+        ca_key: The authority's private key: needed only to issue a server certificate, so it may be kept elsewhere.
+        certificate: The server's certificate.
+        key: The server's private key.
+        sites: The folder of the sites' public keys, `NAME.pub`.
         created: The files that `init` wrote, relative to the folder.
     """
 
-    folder: Path
-    created: tuple[str, ...] = ()
-
-    @property
-    def ca(self) -> Path:
-        """The authority's certificate: what a SuperNode takes as `--root-certificates`."""
-        return self.folder / "ca.pem"
-
-    @property
-    def ca_key(self) -> Path:
-        """The authority's private key: needed only to issue a server certificate, so it may be kept elsewhere."""
-        return self.folder / "ca.key"
-
-    @property
-    def certificate(self) -> Path:
-        """The server's certificate."""
-        return self.folder / "server.pem"
-
-    @property
-    def key(self) -> Path:
-        """The server's private key."""
-        return self.folder / "server.key"
-
-    @property
-    def sites(self) -> Path:
-        """The folder of the sites' public keys."""
-        return self.folder / "sites"
+    def __init__(self, folder: Path, created: Sequence[str] = ()) -> None:
+        self.folder, self.created = folder, created
+        self.ca, self.ca_key = folder / "ca.pem", folder / "ca.key"
+        self.certificate, self.key = folder / "server.pem", folder / "server.key"
+        self.sites = folder / "sites"
 
     def public_key(self, site: str) -> Path:
         """Return where a site's public key is, in OpenSSH's form: what `flwr supernode register` takes."""
@@ -95,13 +74,19 @@ class Keys:
         """Return when the first of server certificate and authority ends, UTC."""
         return min(read_certificate(path).not_valid_after_utc for path in (self.certificate, self.ca))
 
-    def days_left(self) -> float:
-        """Return the days until `expiry`; negative afterwards."""
-        return (self.expiry() - _now()).total_seconds() / 86400
-
     def warning(self, days: float = WARN_DAYS) -> str | None:
-        """Return what to tell the operator where fewer than `days` are left of server certificate or authority, else None."""
-        return expiry_warning(self.certificate, days) or expiry_warning(self.ca, days)
+        """Return what to tell the operator where fewer than `days` are left of server certificate or authority, else None.
+
+        Raises:
+            ConfigError: One of the two cannot be read.
+        """
+        for path in (self.certificate, self.ca):
+            ends = read_certificate(path).not_valid_after_utc
+            left = (ends - _now()).total_seconds() / 86400
+            if left <= days:
+                when = f"ends in {left:.0f} days" if left > 0 else f"ended {-left:.0f} days ago"
+                return f"the certificate {path} {when} ({ends:%Y-%m-%d}): issue a new one with --force"
+        return None
 
 
 def init(folder: Path, hosts: Sequence[str], sites: Sequence[str], *, days: int = DAYS, force: bool = False) -> Keys:
@@ -149,7 +134,7 @@ def init(folder: Path, hosts: Sequence[str], sites: Sequence[str], *, days: int 
                 created += _make_site(keys, site)
     except OSError as error:
         raise NanofedError(f"the keys cannot be written to {folder}: {error.strerror or error}") from error
-    return Keys(folder, tuple(path.relative_to(folder).as_posix() for path in created))
+    return Keys(folder, [path.relative_to(folder).as_posix() for path in created])
 
 
 def load(folder: Path) -> Keys:
@@ -174,8 +159,8 @@ def load(folder: Path) -> Keys:
         raise ConfigError(
             f"{keys.certificate} is not of the authority {keys.ca}: issue it anew with `nanofed server init {folder} --force`"
         ) from error
-    if keys.days_left() <= 0:
-        raise ConfigError(str(keys.warning(0)))
+    if ended := keys.warning(0):
+        raise ConfigError(ended)
     return keys
 
 
@@ -223,20 +208,6 @@ def read_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as a certificate: {error}") from error
-
-
-def expiry_warning(path: Path, days: float = WARN_DAYS) -> str | None:
-    """Return what to tell the operator where a certificate has fewer than `days` left, else None.
-
-    Raises:
-        ConfigError: see `read_certificate`.
-    """
-    ends = read_certificate(path).not_valid_after_utc
-    left = (ends - _now()).total_seconds() / 86400
-    if left > days:
-        return None
-    when = f"ends in {left:.0f} days" if left > 0 else f"ended {-left:.0f} days ago"
-    return f"the certificate {path} {when} ({ends:%Y-%m-%d}): issue a new one with --force"
 
 
 def _now() -> datetime.datetime:
@@ -314,17 +285,8 @@ def _certificate(
     authority: bool = False,
 ) -> x509.Certificate:
     """Return a signed certificate with what RFC 5280 wants: Python 3.13 refuses an authority without it."""
-    usage = dict.fromkeys(
-        (
-            "content_commitment",
-            "key_encipherment",
-            "data_encipherment",
-            "key_agreement",
-            "encipher_only",
-            "decipher_only",
-        ),
-        False,
-    )
+    unused = "content_commitment key_encipherment data_encipherment key_agreement encipher_only decipher_only"
+    usage = dict.fromkeys(unused.split(), False)
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)

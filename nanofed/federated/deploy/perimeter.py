@@ -2,33 +2,17 @@
 
 A SuperLink answers three APIs on one port: Fleet (the sites'), Control (submit a run: have code run on every site) and Runtime
 (the ServerApp's). It parses bodies before it knows who sent them, and takes a signature again within 310 seconds. So it is served
-whole on loopback only; on the public address, TLS ends here, and each request is checked before Flower sees it.
+whole on loopback only; on the public address, TLS 1.2 or later ends here, and each request is checked before Flower sees it:
 
-What is covered, and by what:
+- It is one of twelve calls, letter by letter, as HTTP/1.1 that can be read in one way only: one strict parser (h11) reads it;
+  chunked bodies, upgrades and headers that stand twice are refused, and Flower sees known headers only.
+- A registered site has signed it with its key (Flower's SuperNode authentication), and a signature counts once (`signatures.py`).
+  Flower signs each attempt of a call anew, so what is refused for this is told to try again (503).
+- Its size and its seconds are bounded, and the requests and connections of its address (`Limits`).
 
-- Eavesdropping and meddling on the way: TLS 1.2 or later, with a certificate of the federation's own authority (`keys.py`).
-- Strangers: each request carries a site's public key and its signature over a time (Flower's SuperNode authentication); key,
-  time and signature are checked here, before the body is read, and once more by Flower. A site whose `NAME.pub` is taken away is
-  refused within seconds.
-- Replays: a signature counts once (`signatures.py`). It covers a time only, not the path or the body, so this matters only where
-  TLS was broken or a site leaks its own traffic. What was signed before the perimeter began is refused, since it cannot know
-  whether it was used. Flower signs each attempt of a call anew, so nobody who retries is refused; what is refused for this is
-  told to try again (503).
-- Control and Runtime calls, documentation, registering by oneself: not among the twelve paths that are answered, letter by
-  letter.
-- Ambiguous requests: one strict parser (h11) reads them; chunked bodies, upgrades, HTTP other than 1.1 and headers that stand
-  twice are refused, and Flower sees known headers only.
-- Exhaustion: bytes of a head and a body, seconds of a handshake, a head, a body and an idle connection, connections in all and an
-  address, handshakes and requests a second and an address, bytes of a site's bodies at a time (`admission.py`).
-
-What is not:
-
-- A site that is trusted and lies. It holds a valid key; which calls it may make is decided by `fleet_rules.py`, and what it sends
-  is checked by `server/validation.py`.
-- A stolen site key, until its file is taken away. A stolen authority: everything.
-- A flood that fills the line or comes from very many addresses.
-- Whoever may run processes as this user on the server's machine, or reaches its loopback: Control needs no credentials there.
-- What the sites can learn: TLS ends here, the server reads every update. There is no secure aggregation, no differential privacy.
+What a site with a valid key may call is decided by `fleet_rules.py`, and what it sends is checked by `server/validation.py`. Not
+covered are a stolen key, until its file is taken away; a flood that fills the line, or of TLS handshakes that are begun and not
+ended (README.md says what can be put in front); and whoever reaches the server's loopback, where Control needs no credentials.
 """
 
 from __future__ import annotations
@@ -44,38 +28,31 @@ import ssl
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.federated.deploy.admission import Admission, Limits, Visitor
-from nanofed.federated.deploy.keys import Keys, expiry_warning
+from nanofed.federated.deploy.admission import LOG_SECONDS, Admission, Limits, Throttle, address_of
+from nanofed.federated.deploy.keys import Keys
 from nanofed.federated.deploy.signatures import RefusedRequest, Signatures
 from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PULL, PUSH
 from nanofed.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-Application = Callable[[Event, Receive, Send], Awaitable[None]]
-
 # What FleetHttpClient of Flower calls with a key that the operator has registered (`register-node` and `unregister-node` are for
 # SuperNodes without one), and our own two, which move weights in pieces of 16 MB.
 PROTOBUF = "application/protobuf"
-FLEET = "activate-node deactivate-node send-node-heartbeat pull-messages push-messages get-run get-fab push-object pull-object"
-CALLS = {f"/v1/fleet/{call}": PROTOBUF for call in [*FLEET.split(), "confirm-message-received"]} | {
-    PULL: OCTETS,
-    PUSH: OCTETS,
-}
+FLEET = (
+    "activate-node deactivate-node send-node-heartbeat get-run get-fab "
+    "pull-messages push-messages confirm-message-received pull-object push-object"
+)
+CALLS = {f"/v1/fleet/{call}": PROTOBUF for call in FLEET.split()} | {PULL: OCTETS, PUSH: OCTETS}
 LARGE = ("/v1/fleet/push-object", PUSH)  # calls whose bodies may be large
 OTHERS = {b"control": "control_call", b"runtime": "runtime_call", b"register-node": "registration"}
 PASSED = (b"accept", b"content-type", b"content-length", *(name.encode() for name in (OBJECT, OFFSET, LENGTH)))
@@ -83,6 +60,7 @@ FLOWER = b"flwr-"  # what its own headers begin with, which are passed too
 NEVER = (b"upgrade", b"expect", b"trailer", b"te", b"http2-settings", b"content-encoding")
 PATIENCE = 1.0  # seconds that a request over the rate may wait
 LINGER_SECONDS = 1.0  # to read on after a refusal: closed with bytes unread, a connection is reset, the answer lost
+BACKLOG = 512  # connections that wait to be accepted
 SHUTDOWN_SECONDS = 1.0  # for the other side's part of ending TLS
 GRACE_SECONDS = 3  # for requests under way at the end
 PART_BYTES = 256 << 10  # of an answer, between two looks whether the site takes it
@@ -90,50 +68,45 @@ WARN_SECONDS = 86400.0  # between two warnings that the certificate ends soon
 PARENT = os.getppid()  # on import, right after the start: it lives then
 
 
-def check(scope: Event, limits: Limits) -> dict[bytes, bytes]:
+def check(scope: Scope, limits: Limits) -> dict[bytes, bytes]:
     """Return the headers of a request that is one of the fleet's calls, written as they are.
 
     Raises:
         RefusedRequest: it is not.
     """
     if scope["http_version"] != "1.1":
-        raise RefusedRequest("http_version", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 is spoken here")
+        raise RefusedRequest("http_version", 505, "only HTTP/1.1 is spoken here")
     target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
     call = target.decode("latin-1")
     if call not in CALLS:
         reason = next((reason for part, reason in OTHERS.items() if part in target.lower()), "other_path")
-        raise RefusedRequest(
-            reason, HTTPStatus.NOT_FOUND, "only the fleet's calls of a registered SuperNode are answered"
-        )
+        raise RefusedRequest(reason, 404, "only the fleet's calls of a registered SuperNode are answered")
     if scope["method"] != "POST":
-        raise RefusedRequest("method", HTTPStatus.METHOD_NOT_ALLOWED, "the fleet's calls are POST")
+        raise RefusedRequest("method", 405, "the fleet's calls are POST")
     if sum(len(name) + len(value) for name, value in scope["headers"]) > limits.head:
         raise _large_head(limits)
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name == b"transfer-encoding":
-            raise RefusedRequest(
-                "chunked", HTTPStatus.LENGTH_REQUIRED, "a body needs a Content-Length, not this encoding"
-            )
+            raise RefusedRequest("chunked", 411, "a body needs a Content-Length, not this encoding")
         if name in NEVER or name in headers:
             detail = f"the header {name.decode()!r:.80} is not taken, or stands there twice"
-            raise RefusedRequest("header", HTTPStatus.BAD_REQUEST, detail)
+            raise RefusedRequest("header", 400, detail)
         headers[name] = value
     length = headers.get(b"content-length", b"")
     if not (length.isdigit() and len(length) <= 15):
-        raise RefusedRequest("length", HTTPStatus.LENGTH_REQUIRED, "a body needs a Content-Length")
+        raise RefusedRequest("length", 411, "a body needs a Content-Length")
     most = limits.body if call in LARGE else limits.small_body
     if int(length) > most:
         detail = f"a body of {int(length)} bytes is more than the {most} that {call} may have"
-        raise RefusedRequest("body_too_large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+        raise RefusedRequest("body_too_large", 413, detail)
     if headers.get(b"content-type", b"").lower() != CALLS[call].encode():
-        raise RefusedRequest("content_type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"a body is {CALLS[call]}")
+        raise RefusedRequest("content_type", 415, f"a body is {CALLS[call]}")
     return headers
 
 
 def _large_head(limits: Limits) -> RefusedRequest:
-    detail = f"a head is at most {limits.head} bytes"
-    return RefusedRequest("head_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, detail)
+    return RefusedRequest("head_too_large", 431, f"a head is at most {limits.head} bytes")
 
 
 class Connection(H11Protocol):
@@ -141,22 +114,23 @@ class Connection(H11Protocol):
 
     Args:
         perimeter: The perimeter that accepted the connection.
-        visitor: The address from which the site connects.
     """
 
-    def __init__(self, perimeter: Perimeter, visitor: Visitor) -> None:
+    def __init__(self, perimeter: Perimeter) -> None:
         super().__init__(perimeter.config, perimeter.state, {})
         self.app = functools.partial(perimeter.answer, self)
-        self.visitor, self.closed = visitor, self.loop.create_future()
+        self.address = ""
         self.site = ""  # which has called
-        self._limits, self._admission = perimeter.limits, perimeter.admission
+        self._perimeter = perimeter
         self._head: asyncio.TimerHandle | None = None
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first head."""
+        """Wait for the first head, after TLS's handshake."""
         super().connection_made(transport)
+        self.address = address_of(transport.get_extra_info("peername")[0])
         self._await_head()
+        self._perimeter.enter(self)
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come; the time of a head begins with its first byte."""
@@ -169,11 +143,10 @@ class Connection(H11Protocol):
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go whoever waits for the end."""
+        """Make room for another connection."""
         super().connection_lost(exc)
         self._forget_head()
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self._perimeter.connections.pop(self, None)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or more of it than a head may have."""
@@ -182,30 +155,28 @@ class Connection(H11Protocol):
             self._refused = True  # in a chunked body, which is being refused
             return
         error = sys.exception()
-        large = getattr(error, "error_status_hint", 0) == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        malformed = RefusedRequest("malformed", HTTPStatus.BAD_REQUEST, f"no HTTP: {error}")
-        self.refuse(_large_head(self._limits) if large else malformed)
+        large = getattr(error, "error_status_hint", 0) == 431
+        malformed = RefusedRequest("malformed", 400, f"no HTTP: {error}")
+        self.refuse(_large_head(self._perimeter.limits) if large else malformed)
 
     def refuse(self, refused: RefusedRequest) -> None:
         """Answer in the form of Flower's own errors, and end; what else was sent is passed over."""
         self._refused = True
         self._forget_head()
-        self._admission.refuse(refused.reason, self.visitor, refused.detail)
+        self._perimeter.admission.refuse(refused.reason, self.address, refused.detail)
         body = json.dumps({"code": int(refused.status), "detail": f"nanofed's perimeter: {refused.detail}"}).encode()
-        lines = [
-            f"HTTP/1.1 {refused.status:d} {refused.status.phrase}",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-            "connection: close",
-        ]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        head = (
+            f"HTTP/1.1 {refused.status:d} {refused.status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
         if self.cycle is not None:
             self.cycle.disconnected = True  # to uvicorn: nobody waits for another answer
         self.flow.resume_reading()
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _await_head(self) -> None:
-        self._head = self.loop.call_later(self._limits.head_seconds, self._head_is_late)
+        self._head = self.loop.call_later(self._perimeter.limits.head_seconds, self._head_is_late)
 
     def _forget_head(self) -> None:
         if self._head is not None:
@@ -214,9 +185,9 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         if self.conn.trailing_data[0]:
-            self.refuse(RefusedRequest("slow_head", HTTPStatus.REQUEST_TIMEOUT, "the head takes too long"))
+            self.refuse(RefusedRequest("slow_head", 408, "the head takes too long"))
         else:
-            self._admission.refuse("silent", self.visitor)
+            self._perimeter.admission.refuse("silent", self.address)
             self.transport.close()
 
 
@@ -227,7 +198,7 @@ class Perimeter:
         app: The ASGI application that answers a request that has passed.
         listen: The public host and port; port 0 takes a free one.
         keys: The federation's keys and certificate, whose files are read again when they change.
-        folder: The folder for the counters (`perimeter.json`) and the sites' addresses (`perimeter.addresses.json`).
+        folder: The folder for the counters (`perimeter.json`).
         limits: The sizes, rates and times that are allowed; None takes the defaults of `Limits`.
         tick: The seconds between two looks at the key files, and between two writings of the counters.
 
@@ -238,7 +209,7 @@ class Perimeter:
 
     def __init__(
         self,
-        app: Application,
+        app: ASGIApp,
         listen: tuple[str, int],
         keys: Keys,
         folder: Path,
@@ -246,7 +217,8 @@ class Perimeter:
         tick: float = 1.0,
     ) -> None:
         self.limits = limits = limits or Limits()
-        self.admission = Admission(limits, folder / "perimeter.addresses.json")
+        self.admission = Admission(limits)
+        self.connections: dict[Connection, None] = {}  # in the order in which they came
         self.config = uvicorn.Config(
             app,
             ws="none",
@@ -259,80 +231,64 @@ class Perimeter:
         self._app, self._keys, self._tick, self._status = app, keys, tick, folder / "perimeter.json"
         self._signatures = Signatures(keys.sites)
         self._context = _context(keys)
-        self._files = self._state_of_files()
+        self._files = self._read_certificate()
         self._under_way: Counter[str] = Counter()  # bytes of bodies, by site
-        self._tasks: set[asyncio.Task[None]] = set()  # one for each connection
         self._listener = _listen(*listen)
         self.port = int(self._listener.getsockname()[1])
-        self._warned = -WARN_SECONDS
-        self._unwritten = ""  # why the counters cannot be written, where it was said
+        self._warnings, self._faults = Throttle(WARN_SECONDS), Throttle(LOG_SECONDS)
 
-    def open(self, state: ServerState) -> None:
+    async def open(self, state: ServerState) -> asyncio.Server:
         """Begin to serve, in the running event loop, as a part of uvicorn's server whose state is given."""
         self.state = state
-        self._running = [asyncio.create_task(work()) for work in (self._accept, self._keep)]
+        self._keeper = asyncio.create_task(self._keep())
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(self),
+            sock=self._listener,
+            backlog=BACKLOG,
+            ssl=self._context,
+            ssl_handshake_timeout=self.limits.handshake_seconds,
+            ssl_shutdown_timeout=SHUTDOWN_SECONDS,
+        )
         logger.info("sites are served on port %d: %s", self.port, ", ".join(self._keys.names()) or "none yet")
+        return server
 
-    def close(self) -> None:
-        """Listen no more; uvicorn's server ends the connections."""
-        for task in self._running:
-            task.cancel()
-        self._listener.close()
+    def enter(self, connection: Connection) -> None:
+        """Let a connection in, or end it where there are too many, all of which sites have called on."""
+        neighbours = [other for other in self.connections if other.address == connection.address]
+        if not self._make_room(neighbours, self.limits.address_connections):
+            reason = "address_connections"
+        elif not self._make_room(list(self.connections), self.limits.connections):
+            reason = "connections"
+        else:
+            self.connections[connection] = None
+            return
+        self.admission.refuse(reason, connection.address)
+        connection.transport.abort()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                channel, peer = await loop.sock_accept(self._listener)
-            except OSError as error:  # out of file handles, or gone before it was accepted
-                logger.warning("a connection cannot be accepted: %s", error.strerror)
-                await asyncio.sleep(0.1)
-                continue
-            visitor = self.admission.enter(peer[0])
-            if visitor is None:
-                channel.close()
-                continue
-            connection = Connection(self, visitor)
-            task = asyncio.create_task(self._connect(channel, connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            self.admission.watch(connection, visitor, task.cancel)
+    def _make_room(self, others: list[Connection], most: int) -> bool:
+        """Tell whether there is room beside others; the oldest of them on which no site has called gives way."""
+        if len(others) < most:
+            return True
+        silent = next((other for other in others if not other.site), None)
+        if silent is None:
+            return False
+        del self.connections[silent]
+        self.admission.refuse("silent", silent.address, "another connection needed its place")
+        silent.transport.abort()
+        return True
 
-    async def _connect(self, channel: socket.socket, connection: Connection) -> None:
-        """Shake hands on a connection, and wait for its end."""
-        visitor = connection.visitor
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: connection,
-                channel,
-                ssl=self._context,
-                ssl_handshake_timeout=self.limits.handshake_seconds,
-                ssl_shutdown_timeout=SHUTDOWN_SECONDS,
-            )
-            await connection.closed
-        except OSError as error:  # of TLS, too
-            reason = str(getattr(error, "reason", None) or error.strerror or error)
-            self.admission.refuse("plain_http" if reason == "HTTP_REQUEST" else "handshake", visitor, reason)
-        finally:
-            if connection.transport is not None:  # there was a handshake
-                connection.transport.close()
-            self.admission.forget(connection)
-            self.admission.leave(visitor)
-
-    async def answer(self, connection: Connection, scope: Event, receive: Receive, send: Send) -> None:
+    async def answer(self, connection: Connection, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request of a connection: the application's ASGI interface, behind all checks."""
         try:
-            if (wait := connection.visitor.requests.take(PATIENCE)) is None:
+            if (wait := self.admission.requests(connection.address).take(PATIENCE)) is None:
                 detail = "too many requests from this address: slow down"
-                raise RefusedRequest("request_rate", HTTPStatus.SERVICE_UNAVAILABLE, detail)
+                raise RefusedRequest("request_rate", 503, detail)
             await asyncio.sleep(wait)
             headers = check(scope, self.limits)
             site = connection.site = self._signatures.identify(headers)
-            self.admission.know(connection.visitor, site)
-            self.admission.forget(connection)
             length = int(headers[b"content-length"])
             if self._under_way[site] + length > self.limits.site_bytes:
-                raise RefusedRequest("site_bytes", HTTPStatus.SERVICE_UNAVAILABLE, f"{site} sends too much at a time")
+                raise RefusedRequest("site_bytes", 503, f"{site} sends too much at a time")
             passed = [(name, value) for name, value in headers.items() if name in PASSED or name.startswith(FLOWER)]
             self._under_way[site] += length
             try:
@@ -352,21 +308,19 @@ class Perimeter:
                     if not event["more_body"]:
                         return b"".join(parts)
         except TimeoutError:
-            raise RefusedRequest("slow_body", HTTPStatus.REQUEST_TIMEOUT, "the body takes too long") from None
-        raise RefusedRequest(
-            "broken_off", HTTPStatus.BAD_REQUEST, "the body is not whole"
-        )  # which nobody reads any more
+            raise RefusedRequest("slow_body", 408, "the body takes too long") from None
+        raise RefusedRequest("broken_off", 400, "the body is not whole")  # which nobody reads any more
 
     async def _pass(
-        self, connection: Connection, scope: Event, waiting: list[bytes], receive: Receive, send: Send
+        self, connection: Connection, scope: Scope, waiting: list[bytes], receive: Receive, send: Send
     ) -> None:
         """Let the application answer a request, and count it once the site has taken the answer."""
         up, down, deadline = len(waiting[0]), 0, 0.0
 
-        async def receive_body() -> Event:
+        async def receive_body() -> Message:
             return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
 
-        async def send_parts(event: Event) -> None:
+        async def send_parts(event: Message) -> None:
             nonlocal down, deadline
             if event["type"] == "http.response.start":
                 length = int(dict(event["headers"]).get(b"content-length", b"0"))
@@ -380,11 +334,11 @@ class Perimeter:
                         await send({**event, "body": bytes(content[start : start + PART_BYTES]), "more_body": True})
                     await send({**event, "body": b""})
             except TimeoutError:
-                self.admission.refuse("slow_reader", connection.visitor)
+                self.admission.refuse("slow_reader", connection.address)
                 connection.transport.abort()
                 return
             down += len(content)
-            if not event.get("more_body") and not connection.closed.done():
+            if not event.get("more_body") and connection in self.connections:
                 self.admission.count(connection.site, scope["path"].rpartition("/")[2], up, down)
 
         await self._app(scope, receive_body, send_parts)
@@ -392,53 +346,42 @@ class Perimeter:
     async def _keep(self) -> None:
         """Follow the files of keys, and say what was counted."""
         while True:
-            self._read_again()
-            with contextlib.suppress(OSError):  # a full disk: as for the counters, which say so
-                self.admission.keep_known()
+            gone = self._signatures.read()
+            for connection in self.connections:
+                if connection.site in gone:
+                    connection.transport.abort()
+            self._renew_certificate()
             self._write_status()
-            if time.monotonic() - self._warned >= WARN_SECONDS:
-                self._warned = time.monotonic()
-                with contextlib.suppress(ConfigError):  # just being replaced
-                    if warning := expiry_warning(self._keys.certificate):
-                        logger.warning("%s", warning)
             await asyncio.sleep(self._tick)
 
-    def _read_again(self) -> None:
-        """Take over certificates and keys that were changed; what cannot be read is said, and an old certificate stays."""
-        if (files := self._state_of_files()) == self._files:
+    def _renew_certificate(self) -> None:
+        """Take a changed certificate over; where it cannot be used, that is said, and the old one stays."""
+        if (files := self._read_certificate()) == self._files:
             return
         self._files = files
-        gone = self._signatures.read()
-        for site in gone:
-            self.admission.forget_site(site)  # its addresses are a stranger's
-        for connection in list(self.state.connections):
-            if isinstance(connection, Connection) and connection.site in gone:
-                connection.transport.abort()
         try:
-            self._context = _context(self._keys)
+            _context(self._keys)  # or a key that does not fit would spoil the context that is served with
+            self._context.load_cert_chain(self._keys.certificate, self._keys.key)
         except (NanofedError, OSError) as error:
             logger.error("the changed certificate is not taken over: %s", error)
-            return
-        self._warned = -WARN_SECONDS
 
-    def _state_of_files(self) -> list[tuple[str, int, int]]:
-        state = []
-        for path in (self._keys.certificate, self._keys.key, *sorted(self._keys.sites.glob("*.pub"))):
-            with contextlib.suppress(OSError):
-                found = path.stat()
-                state.append((path.name, found.st_mtime_ns, found.st_ino))
-        return state
+    def _read_certificate(self) -> list[bytes]:
+        """Return what the files of certificate and key hold; nothing while they are missing."""
+        with contextlib.suppress(OSError):
+            return [path.read_bytes() for path in (self._keys.certificate, self._keys.key)]
+        return []
 
     def _write_status(self) -> None:
-        figures = {**self.admission.figures(), "port": self.port, "pid": os.getpid(), "written": round(time.time(), 3)}
+        figures = {**self.admission.figures(), "connections": len(self.connections), "port": self.port}
+        figures |= {"pid": os.getpid(), "written": round(time.time(), 3)}
         with contextlib.suppress(ConfigError):  # just being replaced
             figures["certificate_ends"] = self._keys.expiry().isoformat()
+            if (warning := self._keys.warning()) and self._warnings.due(self._keys.certificate):
+                logger.warning("%s", warning)
         try:
             write_atomically(self._status, json.dumps(figures))
-            self._unwritten = ""
         except OSError as error:  # a full disk must not end the perimeter
-            if self._unwritten != str(error):
-                self._unwritten = str(error)
+            if self._faults.due(self._status):
                 logger.warning("the perimeter's counters cannot be written to %s: %s", self._status, error.strerror)
 
 
@@ -459,32 +402,24 @@ class Server(uvicorn.Server):
         """Begin on loopback, then on the public address."""
         await super().startup(sockets)
         if self.started and self._perimeter is not None:
-            self._perimeter.open(self.server_state)
+            self.servers.append(await self._perimeter.open(self.server_state))
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end."""
         return await super().on_tick(counter) or os.getppid() != PARENT
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more connections, and end those that are there, of both addresses."""
-        if self._perimeter is not None:
-            self._perimeter.close()
-        await super().shutdown(sockets)
-
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=host == "::")
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
     except OSError as error:
         raise NanofedError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
-    listener.setblocking(False)
-    return listener
 
 
 def _context(keys: Keys) -> ssl.SSLContext:
-    if warning := expiry_warning(keys.certificate, 0):
-        raise ConfigError(warning)
+    if ended := keys.warning(0):
+        raise ConfigError(ended)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION

@@ -7,8 +7,9 @@ import logging
 import threading
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from nanofed.federated.deploy.admission import LOG_SECONDS, Throttle
 from nanofed.federated.deploy.keys import read_sites
 from nanofed.files import write_atomically
 
@@ -16,14 +17,6 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 30.0  # what Flower registers a node with, until it says its own
-
-
-class Node(Protocol):
-    """What Flower's SuperLink knows of a node."""
-
-    node_id: int
-    owner_aid: str
-    public_key: bytes
 
 
 class Registration:
@@ -57,7 +50,9 @@ class Registration:
         """
         keys, _ = read_sites(self._sites)
         if keys != self._keys:
-            known = {node.public_key: int(node.node_id) for node in self._registered()}
+            nodes = self._state.get_node_info(owner_aids=[self._owner[0]])
+            found = {node.public_key: self._state.get_node_id_by_public_key(node.public_key) for node in nodes}
+            known = {public: int(node) for public, node in found.items() if node is not None}  # None: unregistered
             for public in known.keys() - keys.keys():
                 self._state.delete_node(self._owner[0], known[public])
             for public in keys.keys() - known.keys():
@@ -69,10 +64,6 @@ class Registration:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file, json.dumps(self._nodes))
 
-    def _registered(self) -> list[Node]:
-        nodes = self._state.get_node_info(owner_aids=[self._owner[0]])
-        return [node for node in nodes if self._state.get_node_id_by_public_key(node.public_key) == node.node_id]
-
     def _forget(self, public: bytes) -> None:
         """Remove a key's node that was unregistered: Flower registers no key a second time, and this one is back."""
         node = self._linkstate.NodeModel
@@ -80,21 +71,19 @@ class Registration:
             session.execute(self._linkstate.delete(node).where(node.public_key == public))
 
     def keep_up(self) -> None:
-        """Update once, and then every second in a thread of its own, through errors, each of which is said once."""
+        """Update once, and then every second in a thread of its own, through errors, each of which is said once a minute."""
         self.update()
         threading.Thread(target=self._follow, name="nanofed-registration", daemon=True).start()
 
     def _follow(self) -> None:
-        said = ""
+        lines = Throttle(LOG_SECONDS)
         while True:
             time.sleep(LOOK_SECONDS)
             try:
                 self.update()
-                said = ""
             except Exception as error:  # a database that is busy, a disk that is full: there is another look
-                if str(error) != said:
-                    said = str(error)
-                    logger.error("the registration of sites cannot be brought up to date: %s", said)
+                if lines.due(str(error)):
+                    logger.error("the registration of sites cannot be brought up to date: %s", error)
 
 
 def read_nodes(file: Path) -> dict[str, int]:
@@ -104,3 +93,8 @@ def read_nodes(file: Path) -> dict[str, int]:
         return {str(name): int(node) for name, node in nodes.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def read_owners(file: Path) -> dict[int, str]:
+    """Return the site of each node id, as `read_nodes` finds them."""
+    return {node: site for site, node in read_nodes(file).items()}

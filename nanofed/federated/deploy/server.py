@@ -99,25 +99,14 @@ def _open(federation: Federation) -> Path:
 
 
 class _Service:
-    """A SuperLink, and one round loop after another until the run is complete.
-
-    Args:
-        link: The SuperLink, which is not started yet.
-        address: The host and the port where sites reach it.
-        keys: The sites' keys; None where they come without.
-        start: The run, and how it is started.
-        check: A function that is called twice a second and may raise to end the run.
-    """
+    """A SuperLink, and one round loop after another until the run is complete; without keys sites come without, too."""
 
     def __init__(
         self, link: SuperLink, address: tuple[str, int], keys: Keys | None, start: Start, check: Callable[[], None]
     ) -> None:
-        self._link = link
-        self._address = address
-        self._keys = keys
-        self._start = start
-        self._check = check
-        self._folder = link.folder
+        self._link, self._folder = link, link.folder
+        self._address, self._keys = address, keys
+        self._start, self._check = start, check
         self._database = link.folder / DATABASE
         self._database_file = 0  # of the SuperLink that runs
         self._said: tuple[dict[bytes, str], list[str]] = ({}, [])  # of the sites' keys

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import binascii
 import datetime
-import logging
 import time
 from base64 import b64decode
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -17,8 +16,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from nanofed.federated.deploy.keys import read_sites
-
-logger = logging.getLogger(__name__)
 
 PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
 # Seconds of age that Flower's node authentication takes (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE).
@@ -35,9 +32,9 @@ class RefusedRequest(Exception):
         detail: A sentence for whoever reads the site's log.
     """
 
-    def __init__(self, reason: str, status: HTTPStatus, detail: str) -> None:
+    def __init__(self, reason: str, status: int, detail: str) -> None:
         super().__init__(reason)
-        self.reason, self.status, self.detail = reason, status, detail
+        self.reason, self.status, self.detail = reason, HTTPStatus(status), detail
 
 
 class Signatures:
@@ -49,25 +46,16 @@ class Signatures:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._used: set[tuple[str, str]] = set()
-        self._order: deque[tuple[float, float, tuple[str, str]]] = deque()  # when to forget, when signed
+        self._used: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()  # when to forget, when signed
         self._floor = time.time()  # what was signed until then may have been used and forgotten, however clocks jump
-        self._keys: dict[bytes, tuple[str, ec.EllipticCurvePublicKey]] = {}
+        self._sites: dict[bytes, str] = {}
         self.read()
 
     def read(self) -> set[str]:
         """Read the folder again, and return the sites whose key has gone: it is refused from now on."""
-        keys = {}
-        found, unusable = read_sites(self._folder)
-        for pem, name in found.items():
-            key = serialization.load_pem_public_key(pem)
-            assert isinstance(key, ec.EllipticCurvePublicKey)
-            keys[pem] = (name, key)
-        gone = {name for pem, (name, _) in self._keys.items() if pem not in keys}
-        self._keys = keys
-        for reason in unusable:
-            logger.error("passed over: %s", reason)
-        return gone
+        before = self._sites
+        self._sites, _ = read_sites(self._folder)  # what is passed over is said by the server's own process
+        return {before[pem] for pem in before.keys() - self._sites.keys()}
 
     def identify(self, headers: Mapping[bytes, bytes]) -> str:
         """Return the name of the site that signed a request.
@@ -87,18 +75,15 @@ class Signatures:
                 raise ValueError("a time without its zone")
             signed = signed_at.timestamp()
         except (KeyError, ValueError, OverflowError, binascii.Error) as error:
-            raise RefusedRequest(
-                "unsigned", HTTPStatus.UNAUTHORIZED, "no SuperNode's signature: start it with its key"
-            ) from error
-        if pem not in self._keys:
-            raise RefusedRequest("unknown_key", HTTPStatus.UNAUTHORIZED, "the operator has not registered this key")
-        name, key = self._keys[pem]
+            raise RefusedRequest("unsigned", 401, "no SuperNode's signature: start it with its key") from error
+        if pem not in self._sites:
+            raise RefusedRequest("unknown_key", 401, "the operator has not registered this key")
+        name, key = self._sites[pem], serialization.load_pem_public_key(pem)
+        assert isinstance(key, ec.EllipticCurvePublicKey)
         try:
             key.verify(signature, timestamp.encode(), ec.ECDSA(hashes.SHA256()))
         except InvalidSignature as error:
-            raise RefusedRequest(
-                "bad_signature", HTTPStatus.UNAUTHORIZED, f"this is not the signature of {name}"
-            ) from error
+            raise RefusedRequest("bad_signature", 401, f"this is not the signature of {name}") from error
         self._use(name, timestamp, signed)
         return name
 
@@ -107,20 +92,14 @@ class Signatures:
         if not -NEWEST < age < OLDEST:
             raise RefusedRequest(
                 "stale_signature",
-                HTTPStatus.UNAUTHORIZED,
+                401,
                 f"{name} signed this {abs(age):.0f} seconds {'ago' if age > 0 else 'ahead'}: set its clock",
             )
-        while self._order and self._order[0][0] < now:
-            _, forgotten, key = self._order.popleft()
-            self._used.discard(key)
+        while self._used and next(iter(self._used.values()))[0] < now:
+            _, (_, forgotten) = self._used.popitem(last=False)
             self._floor = max(self._floor, forgotten)
         if signed <= self._floor:
-            raise RefusedRequest(
-                "early_signature", HTTPStatus.SERVICE_UNAVAILABLE, "signed before this server began: sign anew"
-            )
+            raise RefusedRequest("early_signature", 503, "signed before this server began: sign anew")
         if (name, timestamp) in self._used:
-            raise RefusedRequest(
-                "replayed_signature", HTTPStatus.SERVICE_UNAVAILABLE, f"{name} has used this signature: sign anew"
-            )
-        self._used.add((name, timestamp))
-        self._order.append((now + OLDEST + NEWEST, signed, (name, timestamp)))
+            raise RefusedRequest("replayed_signature", 503, f"{name} has used this signature: sign anew")
+        self._used[name, timestamp] = (now + OLDEST + NEWEST, signed)

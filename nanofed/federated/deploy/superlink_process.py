@@ -12,17 +12,15 @@ import logging
 import sqlite3
 import sys
 from dataclasses import replace
-from http import HTTPStatus
 from pathlib import Path
-from typing import NoReturn
 
 import uvicorn
 
 from nanofed.errors import NanofedError
-from nanofed.federated.deploy.fleet_rules import FleetRules, RefusedCall, TooMany, bind
+from nanofed.federated.deploy.fleet_rules import FleetRules, bind
 from nanofed.federated.deploy.keys import Keys
 from nanofed.federated.deploy.perimeter import Perimeter, Server
-from nanofed.federated.deploy.registration import Registration, read_nodes
+from nanofed.federated.deploy.registration import Registration, read_owners
 from nanofed.federated.deploy.superlink import DATABASE, NODES, WEIGHTS
 from nanofed.federated.flower_patches import hold_back_unfinished
 from nanofed.federated.wire.weights_server import WeightsServer
@@ -60,18 +58,10 @@ def set_aside_damaged(database: Path) -> bool:
     return bool(damage)
 
 
-def refuse(refused: RefusedCall) -> NoReturn:
-    """Answer a site's call as Flower's SuperNode understands it: 503, it tries again; 403, the run is over for it."""
-    from fastapi import HTTPException
-
-    status = HTTPStatus.SERVICE_UNAVAILABLE if isinstance(refused, TooMany) else HTTPStatus.FORBIDDEN
-    raise HTTPException(status, str(refused))
-
-
 def _named(nodes: Path | None, node: int) -> str:
     """Return the name of a node's site, where it has a key."""
-    names = {number: site for site, number in read_nodes(nodes).items()} if nodes is not None else {}
-    return f"site {names[node]}" if node in names else f"node {node}"
+    sites = {} if nodes is None else read_owners(nodes)
+    return f"site {sites[node]}" if node in sites else f"node {node}"
 
 
 def main() -> int:
@@ -96,7 +86,7 @@ def main() -> int:
     own, rest = parser.parse_known_args()
     hold_back_unfinished(sql_linkstate, sql_corestate)
     nodes = own.folder and own.folder / NODES
-    bind(fleet_handlers, FleetRules(SUPERLINK_NODE_ID), refuse, functools.partial(_named, nodes))
+    bind(fleet_handlers, FleetRules(SUPERLINK_NODE_ID), functools.partial(_named, nodes))
     if own.folder is not None:
         set_aside_damaged(own.folder / DATABASE)
         rest += ["--database", str(own.folder / DATABASE)]

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -20,7 +19,7 @@ from flwr.superlink.grid import http_grid
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
-from nanofed.federated.deploy.registration import read_nodes
+from nanofed.federated.deploy.registration import read_owners
 from nanofed.federated.deploy.superlink import FOLDER, LOG_FORMAT, NODES, WEIGHTS
 from nanofed.federated.federation import Federation, Start
 from nanofed.federated.flower_patches import ask_again_soon
@@ -98,7 +97,7 @@ def round_loop(grid: Grid, context: Context, start: Start | None) -> Iterator[Ro
         ask_again_soon(http_grid)
         if has_saved(run):  # it has crashed since it was started
             federation.config.ckpt_path = "last"
-        owners = functools.partial(_owners, run / FOLDER / NODES) if start.keys else None
+        owners = functools.partial(read_owners, run / FOLDER / NODES) if start.keys else None
         with RunLock(run, ROUNDS, patience=KILLED_SECONDS):
             loop = federation.loop(grid, policy=SITES, owners=owners, transport=WeightStore(run / FOLDER / WEIGHTS))
             runtime.return_freed_memory()  # its model, which only evaluates, has just asked for the contrary
@@ -112,11 +111,6 @@ def _federation(context: Context, start: Start | None) -> Federation:
     if settings["base_dir"]:
         runtime.use_base_dir(str(settings["base_dir"]))
     return Federation.from_args(to_args(settings, run_id=context.run_id, runs_dir=runtime.base_dir() / "runs"))
-
-
-def _owners(nodes: Path) -> dict[int, str]:
-    """Return node -> the site whose key it has."""
-    return {node: site for site, node in read_nodes(nodes).items()}
 
 
 def _wait_for_clients(grid: Grid, clients: int) -> None:

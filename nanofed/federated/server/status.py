@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 
+from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.server.events import KINDS, SERVER, Events
 from nanofed.federated.server.ledger import ledger_figures
@@ -152,13 +153,7 @@ def _alive(said: dict[str, Any]) -> bool | None:
         return False
     if said.get("host") != socket.gethostname():
         return None
-    try:
-        os.kill(int(said["pid"]), 0)
-    except PermissionError:
-        return True
-    except (OSError, KeyError, TypeError, ValueError):
-        return False
-    return True
+    return "pid" in said and runtime.process_lives(said["pid"])
 
 
 def _sites(state: dict[str, Any], held: dict[str, int]) -> dict[str, dict[str, float]]:
