@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanofed.api import evaluate, federate, fit, generate, load
     from nanofed.model import GPT, GPTConfig
-    from nanofed.tokenizer import Tokenizer
+    from nanofed.tokenizer.bpe import Tokenizer
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ _PUBLIC = {
     "generate": "nanofed.api",
     "GPT": "nanofed.model",
     "GPTConfig": "nanofed.model",
-    "Tokenizer": "nanofed.tokenizer",
+    "Tokenizer": "nanofed.tokenizer.bpe",
 }
 
 __all__ = ["GPT", "GPTConfig", "Tokenizer", "__version__", "evaluate", "federate", "fit", "generate", "load"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from nanofed.model import GPT
-    from nanofed.tokenizer import Tokenizer
+    from nanofed.tokenizer.bpe import Tokenizer
     from nanofed.training.startup import Startup
     from nanofed.training.summary import Summary
 
@@ -33,31 +33,29 @@ def arguments(config: str | Path | None, overrides: Mapping[str, Any]) -> list[s
     """
     import json
 
+    def plain(value: Any) -> Any:
+        """Return what JSON knows in the place of what it does not know."""
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, os.PathLike):
+            return os.fsdecode(value)
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, set | frozenset | range):
+            return list(value)
+        numbers = getattr(value, "tolist", None)  # of NumPy's scalars and arrays, and of tensors
+        if callable(numbers) and not isinstance(value, type):
+            return numbers()
+        raise ConfigError(
+            f"overrides: {key} is a {type(value).__name__}, which no option can be set to: {str(value)[:60]!r}"
+        )
+
     args = ["--config", str(config)] if config is not None else []
     for key, value in overrides.items():
-        plain = _plain(key, value)
-        args.append(f"--{key}={plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)}")
+        text = json.dumps(value, default=plain, ensure_ascii=False)
+        said = json.loads(text)
+        args.append(f"--{key}={said if isinstance(said, str) else text}")
     return args
-
-
-def _plain(key: str, value: Any) -> Any:
-    """Return an override as JSON knows it: paths as text, members of an Enum by value, arrays and tensors as lists of numbers."""
-    if isinstance(value, Enum):
-        return _plain(key, value.value)
-    if isinstance(value, os.PathLike):
-        return os.fsdecode(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): _plain(f"{key}.{name}", part) for name, part in value.items()}
-    if isinstance(value, list | tuple | set | frozenset | range):
-        return [_plain(key, part) for part in value]
-    numbers = getattr(value, "tolist", None)  # of NumPy's scalars and arrays, and of tensors
-    if callable(numbers) and not isinstance(value, type) and type(plain := numbers()) is not type(value):
-        return _plain(key, plain)
-    raise ConfigError(
-        f"overrides: {key} is a {type(value).__name__}, which no option can be set to: {str(value)[:60]!r}"
-    )
 
 
 def fit(
@@ -130,7 +128,7 @@ def load(
     import torch
 
     from nanofed.model import GPT
-    from nanofed.tokenizer import Tokenizer
+    from nanofed.tokenizer.bpe import Tokenizer
     from nanofed.training.checkpoint import TOKENIZER, find_checkpoint, read_manifest, read_weights
 
     path = find_checkpoint(checkpoint)
@@ -194,13 +192,11 @@ def evaluate(
     from nanofed.data.datamodule import TokenDataModule
     from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
     from nanofed.training.checkpoint import TOKENIZER
-    from nanofed.training.preflight import check_data_options
 
     loaded = load(checkpoint, device=device, compute_dtype=compute_dtype)
-    module = TokenDataModule(data, str(loaded.path / TOKENIZER), sequence_len=loaded.model.config.sequence_len)
-    if eval_tokens is not None:
-        module.eval_tokens = eval_tokens
-    check_data_options(module)
+    options: dict[str, Any] = {} if eval_tokens is None else {"eval_tokens": eval_tokens}
+    sequence_len = loaded.model.config.sequence_len
+    module = TokenDataModule(data, str(loaded.path / TOKENIZER), sequence_len=sequence_len, **options)
     metric = BitsPerByte(torch.tensor(loaded.tokenizer.token_bytes)).to(device)
     with closing(iter(module.validation_loader())) as text:
         batches = ((batch.inputs, batch.targets) for batch in text)

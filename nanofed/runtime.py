@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.streams import hold_descriptors
 
@@ -172,20 +174,17 @@ def why_not_compiled(device: torch.device | str = "cpu") -> str | None:
     if not header.is_file():
         return f"Python's own headers are not installed ({header})"
     if kind == "cuda":
-        return _triton_fault(device) or compiler_fault(compiler, "c")
+        import torch
+
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 7:
+            return f"Triton has no code for a GPU of compute capability {major}.{minor}"
+        return compiler_fault(compiler, "c")
     if any(character.isspace() for character in sysconfig.get_path("purelib")):
         return "torch is installed under a path with a space, which the compiler commands of torch.compile break at"
     return compiler_fault(compiler, "c++", "-std=c++20", "-fopenmp")
-
-
-def _triton_fault(device: torch.device | str) -> str | None:
-    """Return why Triton makes no code for a GPU, None where it does."""
-    import torch
-
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"Triton has no code for a GPU of compute capability {major}.{minor}" if major < 7 else None
 
 
 @functools.cache
@@ -323,13 +322,7 @@ def seconds_to_hold_back() -> float:
 
 def process_lives(pid: int) -> bool:
     """Tell whether a process of this machine is there, whoever's it is."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's, but there
-        return True
-    return True
+    return psutil.pid_exists(pid)
 
 
 def launcher_is_gone() -> bool:
@@ -456,11 +449,8 @@ def why_gpu_is_unused(root: Path = Path("/")) -> str | None:
     import torch
 
     driver = nvidia_driver(root)
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in (
-        "",
-        "-1",
-        "NoDevFiles",
-    )  # a scheduler sets it to a card's number
+    # A scheduler sets it to a card's number.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
     if torch.cuda.is_available() or hidden or not (driver or _nvidia_devices(root)):
         return None
     version = torch.version.cuda
@@ -534,8 +524,5 @@ def _set_malloc(mmap_threshold: int, trim_threshold: int) -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    for parameter, value in (
-        (-3, mmap_threshold),
-        (-1, trim_threshold),
-    ):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-        mallopt(parameter, value)
+    mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD of malloc.h
+    mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD

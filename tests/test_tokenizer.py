@@ -16,15 +16,10 @@ import tiktoken
 import tokenizers
 
 from nanofed.errors import ConfigError, DataError
-from nanofed.tokenizer import (
-    SPECIAL_TOKENS,
-    SPLIT_PATTERN,
-    Tokenizer,
-    Vocabulary,
-    load_tokenizer,
-    storage,
-    train_tokenizer,
-)
+from nanofed.tokenizer import storage
+from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
+from nanofed.tokenizer.training import train_tokenizer
+from nanofed.tokenizer.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It's what it does; it doesn't stop.",

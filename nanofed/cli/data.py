@@ -198,26 +198,12 @@ def _as_json(dataset: Dataset, shards: list[Shard]) -> str:
 
 
 def _as_table(dataset: Dataset, shards: list[Shard]) -> str:
-    header = ("shard", "rows", "row groups", "bytes", "text bytes", "")
-    rows = [
-        (
-            shard.name,
-            f"{shard.num_rows:,}",
-            f"{len(shard.row_group_rows):,}",
-            f"{shard.num_bytes:,}",
-            f"{shard.text_bytes:,}",
-            "validation" if shard == dataset.validation else "",
-        )
-        for shard in shards
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(
-            [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:5], strict=True)), use]
-        )
-        for name, *cells, use in (header, *rows)
-    ]
-    return "\n".join([*(line.rstrip() for line in lines), "", _summary(dataset)])
+    width = max(len(shard.name) for shard in shards)
+    lines = [f"{'shard':<{width}}{'rows':>14}{'row groups':>14}{'bytes':>18}{'text bytes':>18}"]
+    for shard in shards:
+        counts = f"{shard.num_rows:>14,}{len(shard.row_group_rows):>14,}{shard.num_bytes:>18,}{shard.text_bytes:>18,}"
+        lines.append(f"{shard.name:<{width}}{counts}{'  validation' * (shard == dataset.validation)}")
+    return "\n".join([*lines, "", _summary(dataset)])
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import threading
@@ -13,6 +12,8 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from nanofed import runtime
 
@@ -65,24 +66,23 @@ def _software() -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    found: dict[str, Any] = {
+    memory, why_not = psutil.virtual_memory(), runtime.why_not_compiled()
+    return {
         "cores": runtime.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "compiler": why_not is None,
+        "why_not_compiled": why_not,
+        "nvidia_driver": runtime.nvidia_driver(),
     }
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
-        found["memory_available_bytes"] = int(lines["MemAvailable"].split()[0]) * 1024
-    why_not = runtime.why_not_compiled()
-    compiler = {"compiler": why_not is None, "why_not_compiled": why_not}
-    return found | compiler | {"nvidia_driver": runtime.nvidia_driver()}
 
 
 def _devices() -> list[dict[str, Any]]:
     import torch
 
     def device(name: str, kind: str, **more: Any) -> dict[str, Any]:
-        return {"device": kind, "name": name, **more, "compute_dtype": _dtype(kind)}
+        dtype = str(runtime.default_compute_dtype(kind)).removeprefix("torch.")
+        return {"device": kind, "name": name, **more, "compute_dtype": dtype}
 
     found = [device(_cpu_name(), "cpu", threads=torch.get_num_threads())]
     for index in range(torch.cuda.device_count()):
@@ -95,10 +95,6 @@ def _devices() -> list[dict[str, Any]]:
     if why := runtime.why_gpu_is_unused():
         found.append({"device": "gpu", "name": "an NVIDIA GPU", "unused": why})
     return found
-
-
-def _dtype(kind: str) -> str:
-    return str(runtime.default_compute_dtype(kind)).removeprefix("torch.")
 
 
 def _cpu_name() -> str:
@@ -199,9 +195,8 @@ def _as_text(report: dict[str, Any]) -> str:
 
 
 def _machine_text(part: dict[str, Any]) -> str:
-    available = part.get("memory_available_bytes")
-    more = f", {_gib(available)} of it available" if available is not None else ""
-    return f"{part['cores']} cores, {_gib(part['memory_bytes'])} memory{more}"
+    memory, available = _gib(part["memory_bytes"]), _gib(part["memory_available_bytes"])
+    return f"{part['cores']} cores, {memory} memory, {available} of it available"
 
 
 def _device_text(part: dict[str, Any]) -> str:

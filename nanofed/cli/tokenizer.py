@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -34,50 +35,47 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="train | eval")
     train = actions.add_parser("train", help="train one on a dataset's training shards")
     evaluate = actions.add_parser("eval", help="bytes per token, against GPT-2's where it is to be had")
+    own = "folder (default: the dataset's own)"
     for action in (train, evaluate):
-        action.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-        action.add_argument("--data", default="fineweb-edu", help="demo, fineweb-edu or a folder of parquet shards")
-    vocab_size = Annotated[int, Range(1, 1 << 24)]
-    add_number(train, "--vocab_size", kind=vocab_size, default=VOCAB_SIZE, help="tokens, the special ones included")
-    add_number(train, "--max_chars", kind=Count, default=MAX_CHARS, help="characters to train on, at most")
-    add_number(train, "--doc_cap", kind=Count, default=DOC_CAP, help="characters used of one document, at most")
+        action.add_argument(
+            "--data",
+            default="fineweb-edu",
+            help="demo, fineweb-edu or a folder of parquet shards (default: %(default)s)",
+        )
+    number = functools.partial(add_number, train)
+    vocab_size, size = Annotated[int, Range(1, 1 << 24)], "tokens, the special ones included (default: %(default)s)"
+    number("--vocab_size", kind=vocab_size, default=VOCAB_SIZE, help=size)
+    number("--max_chars", kind=Count, default=MAX_CHARS, help="most characters to train on (default: %(default)s)")
+    number("--doc_cap", kind=Count, default=DOC_CAP, help="most characters used of a document (default: %(default)s)")
     train.add_argument(
-        "--special_tokens", nargs="+", default=SPECIAL_TOKENS, metavar="TOKEN", help="the first starts every document"
+        "--special_tokens",
+        nargs="+",
+        default=SPECIAL_TOKENS,
+        metavar="TOKEN",
+        help="the first starts every document (default: nanochat's nine)",
     )
     train.add_argument(
         "--split_pattern",
-        default=argparse.SUPPRESS,
+        default=SPLIT_PATTERN,
         help="regular expression whose matches are merged one by one (default: nanochat's)",
     )
-    train.add_argument(
-        "--output", type=runtime.user_path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)"
-    )
+    train.add_argument("--output", type=runtime.user_path, help=own)
     train.add_argument(
         "--force", action="store_true", help="replace a tokenizer that is in the folder; the old file is kept beside it"
     )
-    evaluate.add_argument(
-        "--tokenizer", type=runtime.user_path, default=argparse.SUPPRESS, help="folder (default: the dataset's own)"
-    )
-    add_number(
-        evaluate,
-        "--max_chars",
-        kind=Count,
-        default=SAMPLE_CHARS,
-        help="characters to encode of validation and of training, at most",
-    )
+    evaluate.add_argument("--tokenizer", type=runtime.user_path, help=own)
+    sample = "most characters to encode of validation and of training (default: %(default)s)"
+    add_number(evaluate, "--max_chars", kind=Count, default=SAMPLE_CHARS, help=sample)
     return parser
-
-
-def _folder(args: argparse.Namespace, option: str) -> Path:
-    given = getattr(args, option, None)
-    return runtime.tokenizer_dir(args.data) if given is None else runtime.user_path(given)
 
 
 def _train(args: argparse.Namespace) -> None:
     from nanofed.data.shards import open_dataset
-    from nanofed.tokenizer import Tokenizer, check_writable, train_tokenizer
+    from nanofed.tokenizer.bpe import Tokenizer
+    from nanofed.tokenizer.storage import check_writable
+    from nanofed.tokenizer.training import train_tokenizer
 
-    folder: Path = _folder(args, "output")
+    folder: Path = args.output or runtime.tokenizer_dir(args.data)
     dataset = open_dataset(runtime.dataset_dir(args.data))
     check_writable(folder, force=args.force)
     started = time.monotonic()
@@ -87,7 +85,7 @@ def _train(args: argparse.Namespace) -> None:
         max_chars=args.max_chars,
         doc_cap=args.doc_cap,
         special_tokens=args.special_tokens,
-        split_pattern=getattr(args, "split_pattern", SPLIT_PATTERN),
+        split_pattern=args.split_pattern,
     )
     seconds = time.monotonic() - started
     tokenizer.save(folder, force=args.force)
@@ -104,9 +102,9 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from nanofed.data.shards import open_dataset
     from nanofed.errors import DataError
-    from nanofed.tokenizer import Tokenizer
+    from nanofed.tokenizer.bpe import Tokenizer
 
-    folder: Path = _folder(args, "tokenizer")
+    folder: Path = args.tokenizer or runtime.tokenizer_dir(args.data)
     dataset = open_dataset(runtime.dataset_dir(args.data))
     tokenizers = {"this": Tokenizer.load(folder)}
     try:

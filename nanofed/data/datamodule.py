@@ -16,7 +16,7 @@ from nanofed.data.streams import Batch, DataState, TokenLoader, Wait
 from nanofed.data.validation import ValidationLoader, ValidationText
 from nanofed.errors import DataError
 from nanofed.ranges import Count, Range, Rows, Tokens, check_numbers
-from nanofed.tokenizer import Tokenizer, load_tokenizer
+from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn

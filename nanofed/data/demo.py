@@ -27,8 +27,8 @@ from nanofed.data.manifest import read_manifest
 from nanofed.data.shards import Dataset, all_texts, open_dataset, verify_shard
 from nanofed.data.writing import check_output, write_shards
 from nanofed.errors import DataError, NanofedError
-from nanofed.tokenizer import train_tokenizer
 from nanofed.tokenizer.storage import has_tokenizer
+from nanofed.tokenizer.training import train_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 DATASET = "karpathy/fineweb-edu-100b-shuffle"
 LAST_SHARD = 1822  # the one for validation, as in nanochat
-_SAMPLE = 8  # shards whose size is asked for to estimate the whole
 _PROBES = 3
 _OFFLINE = "without a network build a corpus with `nanofed data demo` or `nanofed data pack PATH --output DIR`"
 
@@ -166,16 +164,12 @@ def _record_all(folder: Path, known: dict[str, Recorded]) -> dict[str, Recorded]
 
 
 def _estimate(source: Source, names: Sequence[str], retry: Retry) -> int | None:
-    """Return about how many bytes the shards have, None where the server does not say."""
-    sizes = []
+    """Return about how many bytes the shards have, by the size of the last one; None where the server does not say."""
     with requests.Session() as session:
-        for name in names[:: -(-len(names) // _SAMPLE)]:
-            answer = _probe(session, source, name, retry)
-            linked = [hop.headers.get("X-Linked-Size", "") for hop in answer.history]
-            size = next((int(value) for value in linked if value.isdecimal()), length(answer))
-            if answer.ok and size is not None:
-                sizes.append(size)
-    return round(statistics.fmean(sizes) * len(names)) if sizes else None
+        answer = _probe(session, source, names[-1], retry)
+    linked = [hop.headers.get("X-Linked-Size", "") for hop in answer.history]
+    size = next((int(value) for value in linked if value.isdecimal()), length(answer))
+    return size * len(names) if answer.ok and size is not None else None
 
 
 def _probe(session: requests.Session, source: Source, name: str, retry: Retry) -> requests.Response:

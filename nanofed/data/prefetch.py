@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Generic, TypeVar
+from queue import SimpleQueue
+from typing import TypeVar
 
 from nanofed.errors import ConfigError
 
@@ -45,88 +46,49 @@ class Prefetcher(Iterator[T]):
     """
 
     def __init__(self, source: Iterator[T], depth: int) -> None:
-        self._buffer = _Buffer[T](depth)
+        self._made = SimpleQueue[Future[T]]()
+        self._room = threading.Semaphore(depth)
+        self._over = threading.Event()
+        work = (source, self._made, self._room, self._over)  # without `self`, so that both can end
         # A daemon that never gets to be one: the finalizer stops it before the interpreter would cut it off anywhere.
-        thread = threading.Thread(target=_work, args=(source, self._buffer), name="nanofed-prefetch", daemon=True)
-        self._finalizer = weakref.finalize(self, _stop, self._buffer, thread)
+        thread = threading.Thread(target=_make, args=work, name="nanofed-prefetch", daemon=True)
+        self._finalizer = weakref.finalize(self, _stop, self._made, self._room, self._over, thread)
         thread.start()
 
     def __next__(self) -> T:
-        return self._buffer.take()
+        if self._over.is_set():
+            raise StopIteration
+        self._room.release()
+        try:
+            return self._made.get().result()
+        except BaseException:  # the end of the source, too, is a StopIteration
+            self._over.set()
+            raise
 
     def close(self) -> None:
         """End the thread and drop what it made."""
         self._finalizer()
 
 
-class _Buffer(Generic[T]):
-    """The items between the thread and the iterator. It refers to neither of them, so that both can end."""
-
-    def __init__(self, depth: int) -> None:
-        self._depth = depth
-        self._changed = threading.Condition()
-        self._items: deque[T] = deque()
-        self._error: BaseException | None = None
-        self._ended = False  # nothing will be put any more
-        self._closed = False  # nothing will be taken any more
-
-    def wait_for_room(self) -> bool:
-        """Sleep until another item is wanted; False: none will be."""
-        with self._changed:
-            while len(self._items) >= self._depth and not self._closed:
-                self._changed.wait()
-            return not self._closed
-
-    def put(self, item: T) -> None:
-        with self._changed:
-            if not self._closed:
-                self._items.append(item)
-            self._changed.notify_all()
-
-    def end(self, error: BaseException | None = None) -> None:
-        with self._changed:
-            self._ended, self._error = True, None if self._closed else error
-            self._changed.notify_all()
-
-    def take(self) -> T:
-        with self._changed:
-            while not self._items and not self._ended:
-                self._changed.wait()
-            if self._items:
-                self._changed.notify_all()
-                return self._items.popleft()
-            error, self._error = self._error, None
-        if error is None:
-            raise StopIteration
+def _make(source: Iterator[T], made: SimpleQueue[Future[T]], room: threading.Semaphore, over: threading.Event) -> None:
+    ended = False
+    while not ended and room.acquire() and not over.is_set():
+        item: Future[T] = Future()
         try:
-            raise error
-        finally:
-            del error  # its traceback holds this frame
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = self._ended = True
-            self._error = None
-            self._items.clear()
-            self._changed.notify_all()
+            item.set_result(next(source))
+        except BaseException as error:  # whatever it is, the one who iterates is to get it
+            item.set_exception(error)
+            ended = True
+        made.put(item)
+        del item  # or the thread would hold it through its next sleep
 
 
-def _work(source: Iterator[T], buffer: _Buffer[T]) -> None:
-    try:
-        while buffer.wait_for_room():
-            try:
-                item = next(source)
-            except StopIteration:
-                break
-            buffer.put(item)
-            del item  # or the thread would hold it through its next sleep
-    except BaseException as error:  # whatever it is, the one who iterates is to get it
-        buffer.end(error)
-    else:
-        buffer.end()
-
-
-def _stop(buffer: _Buffer[T], thread: threading.Thread) -> None:
-    buffer.close()
+def _stop(
+    made: SimpleQueue[Future[T]], room: threading.Semaphore, over: threading.Event, thread: threading.Thread
+) -> None:
+    over.set()
+    room.release()
     if thread is not threading.current_thread():  # the garbage collector may call this from any thread
         thread.join(_JOIN_SECONDS)
+    while not made.empty():
+        made.get()

@@ -27,13 +27,6 @@ class RowRange:
     stop: int
     epoch: int = 0
 
-    def __contains__(self, row: object) -> bool:
-        return isinstance(row, Row) and (row.epoch, row.shard) == (self.epoch, self.shard) and self.covers(row.row)
-
-    def covers(self, row: int) -> bool:
-        """Tell whether a row number lies in the range."""
-        return self.start <= row < self.stop
-
 
 def locate(ranges: Sequence[RowRange], position: Row, *, any_epoch: bool = False) -> int | None:
     """Return the index of the range from which a stream at `position` (the next row to look at) has read last, None if none.
@@ -42,7 +35,7 @@ def locate(ranges: Sequence[RowRange], position: Row, *, any_epoch: bool = False
     """
     for index, part in enumerate(ranges):
         same_epoch = any_epoch or part.epoch == position.epoch
-        if same_epoch and part.shard == position.shard and part.covers(position.row - 1):
+        if same_epoch and part.shard == position.shard and part.start < position.row <= part.stop:
             return index
     return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ MAX_GROUP_BYTES = 2 << 30  # uncompressed: a row group beyond it is a decompress
 MAX_EXPANSION = 1000  # uncompressed over the bytes of the file; text compresses some 3 to 10 times
 PLAUSIBLE_BYTES = 256 << 20  # of a row group, however small the file: one text may stand there many times
 _EXPANDED_BYTES = 16 << 20  # at most, of the rows that are decoded at a time; one row may be longer
+# Arrow's types of text; bytes have to be UTF-8.
+_TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 _REMEDY = "build one offline with `nanofed data demo`, or download text with `nanofed data download -n 8`"
 
 
@@ -188,57 +190,28 @@ def _text_leaf(path: Path, file: pq.ParquetFile, column: str) -> int:
     Raises:
         DataError: the column is not there, or holds no text: names the columns and what to do.
     """
-    schema = file.schema_arrow
-    named = f"its columns are {', '.join(_columns(schema)) or 'none'}"
+    import pyarrow as pa
+
+    columns = list(_columns(file.schema_arrow))
+    named = f"its columns are {', '.join(name for name, _ in columns) or 'none'}"
     remedy = f"`nanofed data pack {path.parent} --key NAME --output DIR` makes shards of the column that holds the text"
-    kind = _kind(schema, column)
-    if kind is None:
+    kinds = [kind for name, kind in columns if name == column]
+    if len(kinds) != 1:
         raise DataError(f"{path} has no `{column}` column; {named}: {remedy}")
-    if not _is_text(kind):
+    (kind,) = kinds
+    if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in _TEXT:
         raise DataError(f"{path}: the column `{column}` holds {str(kind)[:80]}, not string; {named}: {remedy}")
     return [file.schema.column(i).path for i in range(len(file.schema))].index(column)
 
 
-def _kind(schema: pa.Schema, column: str) -> pa.DataType | None:
-    """Return the type of a column or, as `a.b`, of a field of one; None where there is no such column, or two of a name."""
+def _columns(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """Yield name and type of the columns, and of the fields of a column that is a struct as `a.b`."""
     import pyarrow as pa
 
-    parts = [column] if column in schema.names else column.split(".")
-    if schema.names.count(parts[0]) != 1:
-        return None
-    kind = schema.field(parts[0]).type
-    for part in parts[1:]:
-        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
-            return None
-        kind = kind.field(part).type
-    return kind
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Tell whether a type holds text: any string, or bytes that have to be UTF-8, themselves or by a dictionary."""
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    tests = (
-        types.is_string,
-        types.is_large_string,
-        types.is_string_view,
-        types.is_binary,
-        types.is_large_binary,
-        types.is_binary_view,
-    )
-    return any(test(kind) for test in tests)
-
-
-def _columns(schema: pa.Schema) -> Iterator[str]:
-    """Yield the names of the columns, those of a struct's fields as `a.b`."""
-    import pyarrow as pa
-
-    for field in schema:
-        yield field.name
+    for field in fields:
+        yield prefix + field.name, field.type
         if pa.types.is_struct(field.type):
-            yield from (f"{field.name}.{name}" for name in _columns(pa.schema(list(field.type))))
+            yield from _columns(field.type, f"{prefix}{field.name}.")
 
 
 def read_shard(path: Path, column: str = "text") -> Shard:

@@ -44,13 +44,8 @@ class DataState:
         return {
             "rows": self.rows,
             "streams": [
-                [
-                    stream,
-                    list(state.position) if state.position else None,
-                    [list(r) for r in state.pending],
-                    state.offset,
-                ]
-                for stream, state in sorted(self.streams.items())
+                [stream, at.position and list(at.position), [list(row) for row in at.pending], at.offset]
+                for stream, at in sorted(self.streams.items())
             ],
         }
 

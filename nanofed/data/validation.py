@@ -126,7 +126,7 @@ class ValidationLoader(Iterable[Batch]):
         self, text: ValidationText, *, rank: int, world_size: int, share: int = 0, shares: int = 1, prefetch: int = 0
     ) -> None:
         self._text = text
-        self._share, self._shares = share, shares
+        self._share = share
         self._own = share + shares * rank
         self._passes = shares * world_size
         self._prefetch = prefetch

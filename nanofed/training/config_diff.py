@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +52,6 @@ TEXT = ("data.path", "data.num_shards", "data.validation_shard")  # where the te
 UNCOMPARED = ("config", "name", "runs_dir", *START)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A field of two configs: its dotted key, its value in the run so far and in the one that is to go on."""
-
-    key: str
-    there: Any
-    here: Any
-
-    def __str__(self) -> str:
-        """Write `key there -> here`."""
-        return f"{self.key} {_plain(self.there)} -> {_plain(self.here)}"
-
-
 def check_resumed_config(there: Path, here: str, *, force: bool, by_content: bool = False) -> None:
     """Compare a run's saved config with the one it is to go on with; list what differs in the log.
 
@@ -89,46 +75,40 @@ def check_resumed_config(there: Path, here: str, *, force: bool, by_content: boo
         raise ConfigError(f"{there} is no config of a run: it holds no mapping of keys to values")
     differing = differences(saved, yaml.safe_load(here))
     if by_content:
-        differing = [d for d in differing if d.key not in TEXT]
-    refused = [d for d in differing if _is_arithmetic(d.key)]
+        differing = {key: shown for key, shown in differing.items() if key not in TEXT}
+    refused = [key for key in differing if _below(key, ARITHMETIC) and not _below(key, (*HORIZON, *FREE))]
     if refused:
-        listed = "; ".join(map(str, refused))
+        listed = "; ".join(differing[key] for key in refused)
         if not force:
-            other = (
-                ""
-                if any(d.key in SHAPE for d in refused)
-                else ", start another run with --init_from, or pass --force true"
-            )
+            shaped = any(key in SHAPE for key in refused)
+            other = "" if shaped else ", start another run with --init_from, or pass --force true"
             raise ConfigError(f"{there} differs in what is trained (there -> here): {listed}: take its values{other}")
         logger.warning("forced: the run goes on as another one (there -> here): %s", listed)
-    allowed = [d for d in differing if d not in refused]
-    for found, meaning in (
-        ([d for d in allowed if _below(d.key, HORIZON)], "the horizon changes, and with it the rates from here on"),
-        (
-            [d for d in allowed if not _below(d.key, HORIZON)],
-            "options that change no more of the training than its rounding",
-        ),
+    horizon = [key for key in differing if _below(key, HORIZON)]
+    rounding = [key for key in differing if key not in (*refused, *horizon)]
+    for keys, meaning in (
+        (horizon, "the horizon changes, and with it the rates from here on"),
+        (rounding, "options that change no more of the training than its rounding"),
     ):
-        if found:
-            logger.info("%s (there -> here): %s", meaning, "; ".join(map(str, found)))
+        if keys:
+            logger.info("%s (there -> here): %s", meaning, "; ".join(differing[key] for key in keys))
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:
-    """Return the fields that differ, by key; what only one config knows (of another version, say) has no counterpart."""
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """Return the dotted keys of two configs that differ, sorted, and for each one `key there -> here`.
+
+    What only one config knows (of another version, say) has no counterpart.
+    """
     a, b = dict(_flat(there)), dict(_flat(here))
-    return [
-        Difference(k, a[k], b[k])
-        for k in sorted(a.keys() & b.keys())
-        if a[k] != b[k] and not _below(k, UNCOMPARED) and not (k == "data.path" and _same_place(a[k], b[k]))
-    ]
+    return {
+        key: f"{key} {_plain(a[key])} -> {_plain(b[key])}"
+        for key in sorted(a.keys() & b.keys())
+        if a[key] != b[key] and not _below(key, UNCOMPARED) and not (key == "data.path" and _same_place(a[key], b[key]))
+    }
 
 
 def _same_place(there: object, here: object) -> bool:
     return runtime.dataset_dir(str(there)).resolve() == runtime.dataset_dir(str(here)).resolve()
-
-
-def _is_arithmetic(key: str) -> bool:
-    return _below(key, ARITHMETIC) and not _below(key, HORIZON) and not _below(key, FREE)
 
 
 def _below(key: str, names: tuple[str, ...]) -> bool:

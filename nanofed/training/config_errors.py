@@ -57,7 +57,7 @@ def parse(parser: Any, args: Sequence[str], kinds: Mapping[str, Any]) -> Any:
     except ConfigError as error:
         message, failure = str(error), error
     is_typed = any(arg == f"--{key}" or arg.startswith(f"--{key}=") for arg in args)
-    holding = [path for path, content in files.items() if key and _holds(content, key.split("."))]
+    holding = [path for path, content in files.items() if key and _holds(content, key)]
     source = None if is_typed or not holding else holding[-1]
     raise ConfigError(f"{source}: {message}" if source else message) from failure
 
@@ -272,9 +272,5 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _holds(content: object, keys: Sequence[str]) -> bool:
-    for key in keys:
-        if not isinstance(content, Mapping) or key not in content:
-            return False
-        content = content[key]
-    return True
+def _holds(content: Mapping[str, Any], key: str) -> bool:
+    return any(f"{name}.".startswith(f"{key}.") for name, _ in _leaves(content))

@@ -17,7 +17,7 @@ from nanofed.training.checkpoint import check_model, find_checkpoint, read_manif
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.memory import Place
 from nanofed.training.module import GPTModule
-from nanofed.training.preflight import check_data_options, check_identity, check_start
+from nanofed.training.preflight import check_identity, check_start
 from nanofed.training.run_folder import RunFolder, resume_checkpoint
 from nanofed.training.summary import AT_HORIZON, SUMMARY, Summary
 
@@ -121,7 +121,6 @@ def run_validate(cli: FitCLI) -> float:
     options = cli.run_options
     if options.ckpt_path is None:
         raise ConfigError("name what to validate: --ckpt_path RUN_OR_CHECKPOINT, or last for the config's own run")
-    check_data_options(cli.datamodule)
     path = find_checkpoint(options.folder if options.ckpt_path == "last" else options.ckpt_path)
     check_identity(path, read_manifest(path), cli.model, cli.datamodule, "validate")
     start_from(cli.model, path)

@@ -32,7 +32,6 @@ from nanofed.training.run_options import RunOptions
 from nanofed.training.signals import Signals
 from nanofed.training.startup import Startup
 from nanofed.training.strategy import automatic, cluster_environment
-from nanofed.training.summary import Summary
 
 # Trainer options that a run sets itself: what is asked for is said by another key.
 TAKEN = {
@@ -150,22 +149,19 @@ class FitCLI(LightningCLI):
         if self.validate_only:
             kwargs["logger"] = False
         else:
-            folder = options.folder
-            self.dashboard = Dashboard(folder, Summary(options.name, "fit"), options.log_every)
+            self.dashboard = Dashboard(options)
             self.opening = Opening(options, self.resolved_config, self.dashboard.summary)
-            self.saver = SaveCheckpoint(
-                folder, options.save_every, options.keep_checkpoints, options.keep_every, self.dashboard, self.garbage
-            )
+            self.saver = SaveCheckpoint(options, self.dashboard, self.garbage)
             callbacks += [
                 self.opening,
                 self.dashboard,
                 Progress(self.dashboard, self.startup),
-                TextSamples(options.sample_every, options.sample_prompts),
+                TextSamples(options),
                 self.saver,
                 Stopping(self.signals, self.saver),
             ]
             if trainer.get("logger") in (None, True):
-                kwargs["logger"] = RunLogger(folder, name="", version="", default_hp_metric=False)
+                kwargs["logger"] = RunLogger(options.folder, name="", version="", default_hp_metric=False)
         io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer, self.datamodule)
         plugins = trainer.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]

@@ -38,9 +38,8 @@ def lightning_errors(section: str, given: Sequence[str] = (), *, building: bool 
         if not (building or _is_about_options(error)):
             raise
         text = str(error)
-        if found := re.search(
-            r"Problem with given class_path '(?:.*\.)?(\w+)':\s*(.+)", text
-        ):  # among jsonargparse's alternatives
+        # Among jsonargparse's alternatives.
+        if found := re.search(r"Problem with given class_path '(?:.*\.)?(\w+)':\s*(.+)", text):
             text = f"{found[1]}: {found[2]}"
         text = f"{'unknown key ' * isinstance(error, KeyError)}{' '.join(text.split())[:240] or type(error).__name__}"
         raise ConfigError(f"{section}: {text}" + f" (set: {', '.join(given)})" * bool(given)) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -43,8 +43,9 @@ SLACK = {"cpu": 1.4, "cuda": 1.06}
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device (on CPU: of one rank), by what they are for."""
+    """Bytes on one device (on CPU: of one rank): the most at once, and by what they are for."""
 
+    peak: int
     weights: int
     gradients: int
     optimizer: int
@@ -53,27 +54,11 @@ class MemoryEstimate:
     head: int
     update: int
     floor: int
-    accumulates: bool
-    sharded: bool
-    slack: float
-
-    @property
-    def peak(self) -> int:
-        """The most at once: all activations and the head, or all gradients and the optimizer's temporaries.
-
-        Gradients of earlier micro-batches are there while the next one's activations are. What a sharded optimizer receives is
-        there for its update only, DDP's buckets always.
-        """
-        received, buckets = (self.communication, 0) if self.sharded else (0, self.communication)
-        micro_batch = self.activations + self.head + (self.gradients if self.accumulates else 0)
-        moving = max(micro_batch, self.gradients + received + self.update)
-        return self.floor + self.weights + self.optimizer + buckets + int(self.slack * moving)
 
     def __str__(self) -> str:
         """Name every part, the largest first."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
-        named = sorted(((size, name) for name, size in parts.items() if size >= 50 * MIB), reverse=True)
-        return ", ".join(f"{name} {format_bytes(size)}" for size, name in named)
+        parts = sorted(((size, name) for name, size in vars(self).items() if name != "peak"), reverse=True)
+        return ", ".join(f"{name} {format_bytes(size)}" for size, name in parts if size >= 50 * MIB)
 
 
 @dataclass(frozen=True)
@@ -132,24 +117,35 @@ class Setting:
     place: Place
 
     def estimate(self) -> MemoryEstimate:
-        """Return what the run needs on one device."""
+        """Return what the run needs on one device.
+
+        The most at once is all activations and the head, or all gradients and the optimizer's temporaries. Gradients of earlier
+        micro-batches are there while the next one's activations are. What a sharded optimizer receives is there for its update
+        only, DDP's buckets always.
+        """
         config, place, device = self.config, self.place, self.place.device.type
         masters = MASTER_BYTES * config.num_parameters
         # Embedding and head are AdamW's, with two states; the rest is Muon's, with one.
         tables = MASTER_BYTES * 2 * config.num_embedding_parameters
-        received_or_buckets = masters // place.owners  # parts that a sharded optimizer receives, or DDP's buckets
+        optimizer = place.clients * (masters + tables) // place.owners
+        # The parts that a sharded optimizer receives, or DDP's buckets.
+        communication = masters // place.owners if place.ranks > 1 else 0
+        received, buckets = (communication, 0) if place.sharded else (0, communication)
+        activations, head, update = activation_bytes(self), head_bytes(self), update_bytes(self)
+        accumulated = masters if self.batch_tokens >= 2 * self._tokens_at_once else 0
+        moving = max(activations + head + accumulated, masters + received + update)
+        floor = FLOOR_BYTES[device] + (COMPILER_BYTES[device] if self.compiled else 0)
+        peak = floor + masters + optimizer + buckets + int(SLACK[device] * moving)
         return MemoryEstimate(
+            peak=peak,
             weights=masters,
             gradients=masters,
-            optimizer=place.clients * (masters + tables) // place.owners,
-            communication=received_or_buckets if place.ranks > 1 else 0,
-            activations=activation_bytes(self),
-            head=head_bytes(self),
-            update=update_bytes(self),
-            floor=FLOOR_BYTES[device] + (COMPILER_BYTES[device] if self.compiled else 0),
-            accumulates=self.batch_tokens >= 2 * self._tokens_at_once,
-            sharded=place.sharded,
-            slack=SLACK[device],
+            optimizer=optimizer,
+            communication=communication,
+            activations=activations,
+            head=head,
+            update=update,
+            floor=floor,
         )
 
     def divides(self) -> bool:
@@ -304,12 +300,13 @@ def check_memory(module: GPTModule, data: TokenDataModule, place: Place, *, batc
     available = available_bytes(place.device, sharing=place.local_ranks)
     if available is None:
         return
+    wanted = module.compile_model
     setting = Setting(
         config=module.config,
         device_batch_size=data.device_batch_size,
         batch_tokens=batch_tokens,
         compute_dtype=DTYPES.get(module.compute_dtype, runtime.default_compute_dtype(place.device)),
-        compiled=_compiles(module.compile_model, place.device),
+        compiled=runtime.why_not_compiled(place.device) is None if wanted == "auto" else bool(wanted),
         place=place,
     )
     estimate = setting.estimate()
@@ -324,10 +321,6 @@ def check_memory(module: GPTModule, data: TokenDataModule, place: Place, *, batc
         logger.warning("forced: %s", needs)
         return
     raise ConfigError(f"{needs}: {suggest(setting, available)}, or --force true")
-
-
-def _compiles(wanted: bool | str, device: torch.device) -> bool:
-    return bool(wanted) if wanted != "auto" else runtime.why_not_compiled(device) is None
 
 
 def suggest(setting: Setting, available: int) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Literal
 
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.data.packing import PACKERS
 from nanofed.errors import ConfigError
 from nanofed.generation.text import SAMPLE_TOKENS
-from nanofed.ranges import check_numbers
 from nanofed.training.checkpoint import TOKENIZER, Manifest, check_model, checkpoints, find_checkpoint, read_manifest
+from nanofed.training.checkpoint.format import say_once
 from nanofed.training.config_diff import check_resumed_config
 from nanofed.training.memory import Place, check_memory
 from nanofed.training.module import GPTModule
@@ -21,8 +19,6 @@ from nanofed.training.recipe import accumulation_steps
 from nanofed.training.run_folder import check_usable, is_used, resume_checkpoint
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import CONFIG, SUMMARY, Summary
-
-logger = logging.getLogger(__name__)
 
 Use = Literal["resume", "init_from", "validate"]
 
@@ -58,12 +54,8 @@ def check_start(
         DataError: no data or no tokenizer, or one that is damaged.
         CheckpointError: the checkpoint is damaged.
     """
-    check_data_options(data)
     accumulation = accumulation_steps(
-        batch_tokens,
-        device_batch_size=data.device_batch_size,
-        sequence_len=data.sequence_len,
-        world_size=place.ranks,
+        batch_tokens, device_batch_size=data.device_batch_size, sequence_len=data.sequence_len, world_size=place.ranks
     )
     if runtime.is_first_rank():
         check_usable(options)
@@ -76,13 +68,6 @@ def check_start(
         next(iter(data.validation_loader(world_size=place.ranks)))
         next(data.loader(world_size=place.ranks).take(1))  # one, and none made ahead
     return accumulation
-
-
-def check_data_options(data: TokenDataModule) -> None:
-    """Refuse numbers that are out of range, and a packing that is not known."""
-    check_numbers(data, "data.", kind=TokenDataModule)
-    if data.packing not in PACKERS:
-        raise ConfigError(f"data.packing={data.packing!r} is unknown: choose {' or '.join(PACKERS)}")
 
 
 def check_samples(options: RunOptions, data: TokenDataModule, module: GPTModule) -> None:
@@ -157,15 +142,13 @@ def check_identity(
         if not (possible and force):
             other = ", or start from the weights all the same with --force true" if possible else ""
             raise ConfigError(f"{problem}: take the checkpoint's own, --data.tokenizer {path / TOKENIZER}{other}")
-        _say_once(logging.WARNING, f"forced: {problem}")
+        say_once(logging.WARNING, f"forced: {problem}")
     check_model(manifest, module.config, path)
     if use != "resume":
         return
     if manifest.data is None:
-        said = (
-            "was saved by an older nanofed and does not record its text: that data.path holds the same is not checked"
-        )
-        _say_once(logging.INFO, f"{path} {said}")
+        older = f"{path} was saved by an older nanofed and does not record its text"
+        say_once(logging.INFO, f"{older}: that data.path holds the same is not checked")
         return
     differing = manifest.data.differences(data.dataset.identity, training=training)
     if not differing:
@@ -173,9 +156,4 @@ def check_identity(
     problem = f"{data.dataset.path} is not the text that {path} was trained with: {'; '.join(differing)}"
     if not force:
         raise ConfigError(f"{problem}: restore it, start another run with --init_from, or pass --force true")
-    _say_once(logging.WARNING, f"forced: {problem}")
-
-
-@functools.cache
-def _say_once(level: int, line: str) -> None:
-    logger.log(level, "%s", line)  # a checkpoint is looked at more than once on the way to the first step
+    say_once(logging.WARNING, f"forced: {problem}")

@@ -150,7 +150,8 @@ def check_usable(options: RunOptions) -> None:
         elif marker is None:
             taken = _taken(run)
             if checkpoints(run) and not options.ckpt_path:
-                raise ConfigError(_holds_a_run(run, overwrite=False))  # of an older nanofed
+                # Of an older nanofed.
+                raise ConfigError(f"{run} already holds a run: go on with --ckpt_path last, choose another --name")
             if taken and not checkpoints(run):
                 raise ConfigError(f"{run} is no run of this nanofed and holds {taken}: choose another --name")
         elif options.ckpt_path or marker.reached == Reached.OPENED:
@@ -163,7 +164,9 @@ def check_usable(options: RunOptions) -> None:
         elif not candidates(run):
             raise ConfigError(f"{_lost(run)}; to start anew, choose another --name or pass --overwrite true")
         else:
-            raise ConfigError(_holds_a_run(run))
+            raise ConfigError(
+                f"{run} already holds a run: go on with --ckpt_path last, choose another --name, or pass --overwrite true"
+            )
 
 
 def _check_replaceable(run: Path, marker: Marker | None) -> None:
@@ -190,11 +193,6 @@ def _taken(run: Path) -> str | None:
         if path.name in _OWN_FOLDERS and any(below.name != "weights" for below in path.iterdir()):
             return path.name
     return None
-
-
-def _holds_a_run(run: Path, *, overwrite: bool = True) -> str:
-    ways = "go on with --ckpt_path last, choose another --name, or pass --overwrite true"
-    return f"{run} already holds a run: {ways if overwrite else ways.replace(', or pass --overwrite true', '')}"
 
 
 def _lost(run: Path) -> str:
@@ -261,7 +259,7 @@ class RunFolder:
         with _writing(run):
             if options.overwrite and read_marker(run) is not None:
                 real = run.resolve()
-                real.rename(_replaced(real))
+                real.rename(_beside(real, "replaced"))
                 sync_folder(real.parent)
                 real.mkdir()
             elif options.ckpt_path == "last" and not candidates(run):
@@ -277,7 +275,7 @@ class RunFolder:
             marker = read_marker(real)
             if marker is not None and marker.reached > Reached.OPENED:
                 _finish_replacing(real)
-            elif (old := _replaced(real)).exists():
+            elif (old := _beside(real, "replaced")).exists():
                 failed = _beside(real, "failed")
                 if failed.exists():
                     _remove(failed, old)
@@ -297,13 +295,9 @@ def _beside(real: Path, word: str) -> Path:
     return real.parent / f".{real.name}.{word}"
 
 
-def _replaced(real: Path) -> Path:
-    return _beside(real, "replaced")
-
-
 def _finish_replacing(real: Path) -> None:
     """Delete the run that another one has replaced; what nanofed did not write goes into the new one's folder."""
-    if (old := _replaced(real)).exists():
+    if (old := _beside(real, "replaced")).exists():
         _remove(old, real)
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
@@ -84,39 +84,32 @@ class RunLock:
         end = time.monotonic() + self._patience
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = _holder(descriptor)
-                os.close(descriptor)
-                if time.monotonic() >= end:
+            with ExitStack() as closing:
+                closing.callback(os.close, descriptor)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    if time.monotonic() < end:
+                        time.sleep(POLL)
+                        continue
+                    holder = _holder(descriptor)
                     raise ConfigError(
                         f"{self._run} is in use by {holder}: end it first, or choose another --name"
                     ) from error
-                time.sleep(POLL)
-                continue
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    os.close(descriptor)
-                    raise
-                logger.warning(
-                    "%s: its file system has no locks (%s), so a second start on this run would not be noticed",
-                    self._run,
-                    error.strerror,
-                )
-                return descriptor
-            try:
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    said = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(said).encode(), 0)
-                    return descriptor
-            except FileNotFoundError:
-                pass
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)  # its holder has just removed it
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    no_locks = (
+                        "%s: its file system has no locks (%s), so a second start on this run would not be noticed"
+                    )
+                    logger.warning(no_locks, self._run, error.strerror)
+                with suppress(FileNotFoundError):  # its holder has just removed it
+                    if os.path.samestat(os.fstat(descriptor), path.stat()):
+                        said = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, json.dumps(said).encode(), 0)
+                        closing.pop_all()
+                        return descriptor
 
 
 def _holder(descriptor: int) -> str:

@@ -26,9 +26,7 @@ class Startup:
     """
 
     def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        compiling: Callable[[], float] = compile_seconds,
+        self, clock: Callable[[], float] = time.monotonic, compiling: Callable[[], float] = compile_seconds
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._clock = clock

@@ -18,7 +18,7 @@ import torch
 from nanofed.errors import ConfigError
 from nanofed.model import GPT, GPTConfig
 from nanofed.optim import Clock, MuonAdamW, Schedule, parameter_groups
-from nanofed.tokenizer import load_tokenizer
+from nanofed.tokenizer.bpe import load_tokenizer
 from nanofed.training.checkpoint.lightning_io import PREFIX, DirectoryCheckpointIO
 from tests.benchmarks import machine
 from tests.benchmarks.corpus import default_data, tokenizer_folder

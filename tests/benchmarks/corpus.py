@@ -34,7 +34,7 @@ def tokenizer_folder(data: str, vocab_size: int) -> Path:
     dataset = open_dataset(runtime.dataset_dir(data))
     folder = runtime.base_dir() / "bench" / f"tokenizer_{dataset.fingerprint()[:12]}_{vocab_size}"
     if not folder.is_dir():
-        from nanofed.tokenizer import train_tokenizer  # not every machine that trains models has rustbpe
+        from nanofed.tokenizer.training import train_tokenizer  # not every machine that trains models has rustbpe
 
         progress(f"training a tokenizer of {vocab_size:,} on {dataset.path.name}, once")
         tokenizer = train_tokenizer(texts(dataset), vocab_size=vocab_size)

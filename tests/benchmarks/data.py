@@ -21,7 +21,7 @@ from nanofed.data import streams
 from nanofed.data.packing import PACKERS, Tokens
 from nanofed.data.rows import RowPlan
 from nanofed.data.shards import open_dataset
-from nanofed.tokenizer import Tokenizer, load_tokenizer
+from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
 from tests.benchmarks import machine
 from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.report import print_json, progress, spread, table

@@ -20,7 +20,7 @@ from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.model import GPTConfig
-from nanofed.tokenizer import load_tokenizer
+from nanofed.tokenizer.bpe import load_tokenizer
 from tests.benchmarks import machine
 from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.report import print_json, progress, table

@@ -15,7 +15,8 @@ import torch
 
 from nanofed import runtime
 from nanofed.data.shards import open_dataset
-from nanofed.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
+from nanofed.tokenizer.training import train_tokenizer
 from tests.benchmarks import machine
 from tests.benchmarks.corpus import default_data, texts, tokenizer_folder
 from tests.benchmarks.report import print_json, progress, spread, table

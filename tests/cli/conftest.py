@@ -13,7 +13,7 @@ import yaml
 
 from nanofed import cli
 from nanofed.data.writing import write_shards
-from nanofed.tokenizer import train_tokenizer
+from nanofed.tokenizer.training import train_tokenizer
 
 WORDS = [
     "the",

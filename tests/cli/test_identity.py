@@ -12,7 +12,7 @@ import pytest
 
 from nanofed import cli
 from nanofed.data.writing import write_shards
-from nanofed.tokenizer import train_tokenizer
+from nanofed.tokenizer.training import train_tokenizer
 from nanofed.training.checkpoint import MANIFEST, find_checkpoint
 from nanofed.training.checkpoint import format as checkpoint_format
 from tests.cli.conftest import TEXTS, Corpus

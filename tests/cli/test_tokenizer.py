@@ -10,7 +10,9 @@ import tiktoken
 
 from nanofed.cli import main
 from nanofed.data.writing import write_shards
-from nanofed.tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
+from nanofed.tokenizer.bpe import Tokenizer
+from nanofed.tokenizer.training import train_tokenizer
+from nanofed.tokenizer.vocabulary import SPLIT_PATTERN
 
 TEXTS = [f"Document {n}: the quick brown fox jumps over the lazy dog, naïve café number {n * n}.\n" for n in range(60)]
 

@@ -21,7 +21,7 @@ from nanofed.data.rows import RowRange
 from nanofed.data.shards import Dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader
 from nanofed.errors import ConfigError, DataError
-from nanofed.tokenizer import Tokenizer
+from nanofed.tokenizer.bpe import Tokenizer
 from tests.data.corpus import Bytes, build, texts
 from tests.data.test_streams import PACKINGS, epoch, lease, loader, same, through_json
 

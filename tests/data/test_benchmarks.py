@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanofed.tokenizer import train_tokenizer
+from nanofed.tokenizer.training import train_tokenizer
 from tests.benchmarks import data, tokenizer
 from tests.data.corpus import build, texts
 

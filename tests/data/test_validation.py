@@ -19,7 +19,7 @@ from nanofed.data.shards import Dataset, all_texts, read_texts
 from nanofed.data.streams import NO_DATA, Batch
 from nanofed.data.validation import FORWARD_TOKENS, ValidationText, rows_at_once, tokens_of_share
 from nanofed.errors import ConfigError, DataError
-from nanofed.tokenizer import Tokenizer
+from nanofed.tokenizer.bpe import Tokenizer
 from tests.data.corpus import Bytes, build, texts
 
 LENGTH = 16

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nanofed.data.shards import all_texts, open_dataset
 from nanofed.federated.server.ledger import MERGED
 from nanofed.federated.server.scheduling import DEVICE_MARGIN
-from nanofed.tokenizer import load_tokenizer
+from nanofed.tokenizer.bpe import load_tokenizer
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state, read_weights
 
 Lengths = dict[str, npt.NDArray[np.int64]]  # shard -> tokens of each of its rows

@@ -17,7 +17,7 @@ from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import Arrays, LocalTrainer
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
-from nanofed.tokenizer import train_tokenizer
+from nanofed.tokenizer.training import train_tokenizer
 
 BATCH = 512
 Fit = Callable[[Sequence[Any], Instructions], tuple[Arrays, Report]]

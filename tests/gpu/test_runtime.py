@@ -17,7 +17,7 @@ from nanofed import runtime
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError
 from nanofed.federated.config import Arguments
-from nanofed.tokenizer import train_tokenizer
+from nanofed.tokenizer.training import train_tokenizer
 from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe

@@ -117,4 +117,4 @@ def test_a_config_that_is_not_there_or_damaged(saved: Path, caplog: pytest.LogCa
 
 def test_keys_of_one_version_only_are_not_compared() -> None:
     found = differences({"model": {"old": 1, "depth": 2}}, {"model": {"new": 1, "depth": 4}, "name": "x"})
-    assert [str(difference) for difference in found] == ["model.depth 2 -> 4"]
+    assert list(found.values()) == ["model.depth 2 -> 4"]

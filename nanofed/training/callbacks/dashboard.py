@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
@@ -17,6 +16,7 @@ from nanofed import runtime
 from nanofed.generation.text import SAMPLE_TOKENS, generate
 from nanofed.training.losses import LossWindow, SmoothedLoss
 from nanofed.training.module import GPTModule
+from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 
 
@@ -57,19 +57,19 @@ class Dashboard(Callback):
     are no training time. A resumed run goes on with average, seconds and curve.
 
     Args:
-        run: the run's folder.
+        options: the run's folder, and the steps between two readings of the losses, which wait for the device.
+
+    Attributes:
         summary: what the run has come to so far.
-        log_every: optimizer steps between two readings of the losses, which wait for the device.
 
     Raises:
         NonFiniteError: a step's loss or gradients are not finite; found at the next reading or save.
     """
 
-    def __init__(self, run: Path, summary: Summary, log_every: int) -> None:
-        self.summary = summary
+    def __init__(self, options: RunOptions) -> None:
+        self.summary = Summary(options.name, "fit")
         self.tokens_per_second: float | None = None
-        self._run = run
-        self._log_every = max(1, log_every)
+        self._options = options
         self._smoothed = SmoothedLoss()
         self._losses = LossWindow()
         self._grad_norm = float("nan")
@@ -132,13 +132,11 @@ class Dashboard(Callback):
             self.summary.seconds += now - self._mark
             self._mark = now
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Note a full step's losses; write loss, speed and rates every `log_every` of them."""
         module = cast(GPTModule, pl_module)
         optimizer: Any = trainer.optimizers[0]
-        if self.note_step(module, optimizer) and self._step % self._log_every == 0:
+        if self.note_step(module, optimizer) and self._step % self._options.log_every == 0:
             self.read_losses()
             self._log(trainer, module, optimizer.schedule.lr_multiplier(module.clock.progress))
 
@@ -198,7 +196,7 @@ class Dashboard(Callback):
             writer.add_scalar("val/bpb_by_tokens", value, clock.tokens)
             writer.flush()
         if trainer.is_global_zero:
-            self.summary.write(self._run)
+            self.summary.write(self._options.folder)
         self._mark = time.monotonic() if trainer.state.fn == TrainerFn.FITTING else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,17 +209,17 @@ class Dashboard(Callback):
 class TextSamples(Callback):
     """Writes what the model says to a few prompts into TensorBoard, every n optimizer steps."""
 
-    def __init__(self, every: int, prompts: Sequence[str]) -> None:
-        self._every = every
-        self._prompts = tuple(prompts)
+    def __init__(self, options: RunOptions) -> None:
+        self._options = options
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample after a validation, where the model stands still anyway."""
         module = cast(GPTModule, pl_module)
         writer = _writer(trainer)
-        if writer is None or not self._every or module.clock.step % self._every:
+        every = self._options.sample_every
+        if writer is None or not every or module.clock.step % every:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for prompt in self._prompts:
+        for prompt in self._options.sample_prompts:
             pieces = generate(module.gpt, datamodule.tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0)
             writer.add_text(f"sample/{prompt[:40]}", prompt + "".join(pieces), module.clock.step)

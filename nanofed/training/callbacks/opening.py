@@ -58,9 +58,7 @@ class Opening(Callback):
         self._step = module.clock.step
         self.open(trainer, module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Note the first full step."""
         if self._step is not None and cast(GPTModule, pl_module).clock.step > self._step:
             self._step = None

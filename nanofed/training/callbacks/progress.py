@@ -55,9 +55,7 @@ class Progress(Callback):
                 leave=False,
             )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Move the bar; log how long the start took when the first optimizer step is done."""
         step = cast(GPTModule, pl_module).clock.step
         if self._bar is not None:

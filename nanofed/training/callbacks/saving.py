@@ -15,11 +15,12 @@ from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
 from nanofed.training.callbacks.dashboard import Dashboard
 from nanofed.training.checkpoint import CheckpointError, prune_checkpoints
-from nanofed.training.checkpoint.folder import set_aside
+from nanofed.training.checkpoint.folder import FOLDER, set_aside
 from nanofed.training.gc_control import ManualCollection
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule
 from nanofed.training.run_folder import Reached, reach
+from nanofed.training.run_options import RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -27,28 +28,19 @@ logger = logging.getLogger(__name__)
 class SaveCheckpoint(Callback):
     """Saves at full optimizer steps, and only what is finite.
 
-    Every `every` steps, at the end of training (before the final validation), when the run is stopped (`Stopping` asks for it),
-    and after an error, as of the last full step. A periodic save that cannot be written (no space, a folder that is gone)
-    is told and the run goes on, with the older ones kept; any other one ends the run.
+    Every `save_every` steps, at the end of training (before the final validation), when the run is stopped (`Stopping` asks
+    for it), and after an error, as of the last full step. A periodic save that cannot be written (no space, a folder that is
+    gone) is told and the run goes on, with the older ones kept; any other one ends the run.
 
     Args:
-        run: the run's folder.
-        every: optimizer steps between two saves; 0 for none but the last.
-        keep: newest checkpoints to keep; 0 keeps all.
-        keep_every: checkpoints at multiples of so many steps stay for good; 0 for none.
+        options: the run's folder, how often it is saved, and which checkpoints stay.
         dashboard: a save checks its losses and stops its clock.
         garbage: a save ends with a collection.
     """
 
-    def __init__(
-        self, run: Path, every: int, keep: int, keep_every: int, dashboard: Dashboard, garbage: ManualCollection
-    ) -> None:
+    def __init__(self, options: RunOptions, dashboard: Dashboard, garbage: ManualCollection) -> None:
         self.newest: Path | None = None  # the last good one that this process has written or read
-        self._folder = run / "checkpoints"
-        self._run = run
-        self._every = every
-        self._keep = keep
-        self._keep_every = keep_every
+        self._options = options
         self._dashboard = dashboard
         self._garbage = garbage
         self._saved_step = -1
@@ -93,9 +85,7 @@ class SaveCheckpoint(Callback):
         module = cast(GPTModule, pl_module)
         self._updating = (module.clock.step, module.data_state)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Save when a full optimizer step is done and its turn has come, or it was the last."""
         self._between_batches = True
         module = cast(GPTModule, pl_module)
@@ -105,7 +95,7 @@ class SaveCheckpoint(Callback):
         self._commit(module)
         if step == module.num_steps:  # a validation at that step comes after the save
             self.save(trainer, module)
-        elif self._every and step % self._every == 0:
+        elif self._options.save_every and step % self._options.save_every == 0:
             self.save(trainer, module, last=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -148,7 +138,7 @@ class SaveCheckpoint(Callback):
             return
         self._dashboard.read_losses()
         check_finite(module)
-        path = self._folder / f"step_{step:08d}"
+        path = self._options.folder / FOLDER / f"step_{step:08d}"
         with self._dashboard.paused():
             failure = self._write(trainer, path)
         if failure is None:
@@ -170,8 +160,9 @@ class SaveCheckpoint(Callback):
                 set_aside(path)
             trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
-                reach(self._run, Reached.CHECKPOINT)
-                prune_checkpoints(self._run, self._keep, self._keep_every)
+                run, keep, every = self._options.folder, self._options.keep_checkpoints, self._options.keep_every
+                reach(run, Reached.CHECKPOINT)
+                prune_checkpoints(run, keep, every)
         except (OSError, CheckpointError) as error:
             failure = " ".join(str(error).split())
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait

@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from nanofed.training.callbacks.saving import SaveCheckpoint
 from nanofed.training.module import GPTModule
@@ -83,9 +82,7 @@ class Stopping(Callback):
         self._step = cast(GPTModule, pl_module).clock.step
         self._vote = Vote(trainer.strategy.root_device) if trainer.world_size > 1 else None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Stop at a full step if that is what was agreed."""
         module = cast(GPTModule, pl_module)
         if module.clock.step == self._step:
@@ -100,9 +97,7 @@ class Stopping(Callback):
         if outcome:
             self._stop(trainer, module, outcome)
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Skip the rest of a validation within the training; other ranks may not know yet, and come to its end."""
         if self._signals.received and self._signals.patient:
             raise StopIteration
@@ -128,17 +123,11 @@ class Stopping(Callback):
         raise Stopped(self._signals.received or outcome)
 
 
-class _NoSignals(_SignalConnector):
-    """Leaves the process's signals to `Signals`: Lightning's own handling raises in the middle of an accumulation."""
-
-    def register_signal_handlers(self) -> None:
-        """Register nothing."""
-
-    def teardown(self) -> None:
-        """Restore nothing."""
-
-
 def take_signals(trainer: Trainer) -> None:
-    """Keep Lightning out of the signals, and from asking all ranks for them before every micro-batch (a device sync)."""
-    trainer._signal_connector = _NoSignals(trainer)
+    """Keep Lightning out of the signals, and from asking all ranks for them before every micro-batch (a device sync).
+
+    Its own handling of a signal raises in the middle of an accumulation.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer._signal_connector.teardown = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -115,7 +115,9 @@ class Watchdog(Callback):
         """End this rank: by its own error, or without a word where another rank has failed first."""
         lost = isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
         if lost:  # by a rank that has failed and told, or that has died, which shows in a moment
-            self._await_news(peers)
+            for _ in range(4):
+                if peers.failure() is None:
+                    time.sleep(POLL)
         code = getattr(error, "exit_code", 1)
         own = Failure(peers.rank, code, f"rank {peers.rank} at step {self._step}: {_line(error)}")
         said = peers.announce((peers.failure() if lost else None) or own)
@@ -126,12 +128,6 @@ class Watchdog(Callback):
         if lost:
             raise NanofedError(f"{said.message}: all ranks end") from error
         raise error
-
-    def _await_news(self, peers: Peers) -> None:
-        for _ in range(4):
-            if peers.failure() is not None:
-                return
-            time.sleep(POLL)
 
     # The watching thread
 
@@ -198,9 +194,7 @@ class Watchdog(Callback):
         self._step = self._first_step = trainer.global_step
         self._beaten = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Count progress; a start is over with the first full optimizer step, which compiles its own graphs."""
         now = time.monotonic()
         if self._phase in ("startup", "step"):  # not the time of a validation or a save
@@ -213,15 +207,7 @@ class Watchdog(Callback):
         """Give an evaluation its own time, its compile included."""
         self._expect("evaluation")
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Count progress."""
         self._idle = 0.0
 

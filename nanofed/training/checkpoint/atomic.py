@@ -3,8 +3,6 @@
 The directory is written under a temporary name beside its own. Every file is hashed while it is written, and synced. Then the
 directory takes its name in one rename. A directory that has the name already is renamed to `.NAME.old` before, and is deleted
 when the new one is in place: a process killed between the two renames leaves the old directory whole under that name.
-
-A save that fails raises SaveError (NoSpaceError where the disk or a quota is full), and what was saved before is as it was.
 """
 
 from __future__ import annotations

@@ -5,9 +5,6 @@ model.safetensors   the GPT's weights under nanochat's names, fp32
 state.pt            everything else (optimizer, data position, clocks); loads with `weights_only`
 tokenizer/          the tokenizer, so that a checkpoint can be sampled from and validated anywhere
 manifest.json       format_version, model, progress, size and SHA-256 of every file, and a checksum of itself
-
-A save that cannot be written raises SaveError (NoSpaceError where the disk is full): nothing of the new checkpoint is left, the
-older ones are whole, and a run may log the error and go on. Any other error of a save is a mistake in the program.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -32,17 +29,11 @@ from nanofed.data.identity import DataIdentity
 from nanofed.errors import ConfigError
 from nanofed.files import sha256_once
 from nanofed.model import GPTConfig
-from nanofed.tokenizer import Tokenizer
+from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.storage import TOKENIZER_JSON, to_json
 from nanofed.tokenizer.vocabulary import Vocabulary
-from nanofed.training.checkpoint.atomic import CheckpointError, written
-from nanofed.training.checkpoint.folder import (
-    FOLDER,
-    MANIFEST,
-    candidates,
-    set_aside_later,
-)
-from nanofed.training.checkpoint.tensors import storage_bytes, write_safetensors
+from nanofed.training.checkpoint.atomic import CheckpointError, HashedFile, written
+from nanofed.training.checkpoint.folder import FOLDER, MANIFEST, candidates, set_aside_later
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +45,16 @@ TOKENIZER = "tokenizer"
 TOKENIZER_FILE = f"{TOKENIZER}/{TOKENIZER_JSON}"
 SMALL_BYTES = 1 << 20  # room for the manifest and for the headers around the tensors
 _FILE_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,41 @@ def write_checkpoint(
         with staging.file(MANIFEST) as file:
             file.write((json.dumps({**manifest, CHECKSUM: _checksum(manifest)}, indent=1) + "\n").encode())
         set_aside_later(path)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], file: HashedFile) -> None:
+    """Write tensors in the safetensors format: length of the header, header, then the bytes end to end.
+
+    The library's own writer (github.com/huggingface/safetensors, where the format is described) writes to a path only.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for tensor in tensors.values():
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def storage_bytes(values: Any) -> int:
+    """Return the bytes of all tensors in a nest of mappings and lists; what two of them share counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(values)}
+    return sum(storages.values())
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _tensors(value)
 
 
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
@@ -215,7 +251,7 @@ def newest_whole(run: Path) -> Path | None:
             damaged.append(str(error))
             continue
         for reason in damaged:
-            _warn_once(f"skipped: {reason}; the newest whole checkpoint is {path}")
+            say_once(logging.WARNING, f"skipped: {reason}; the newest whole checkpoint is {path}")
         return path
     if damaged:
         briefly = [
@@ -267,5 +303,6 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _warn_once(line: str) -> None:
-    logger.warning("%s", line)  # a checkpoint is looked for more than once on the way to the first step
+def say_once(level: int, line: str) -> None:
+    """Log a line, once a process: a checkpoint is looked at more than once on the way to the first step."""
+    logger.log(level, "%s", line)

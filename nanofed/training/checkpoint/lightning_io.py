@@ -8,7 +8,7 @@ from lightning.fabric.plugins.io import CheckpointIO
 
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.model import GPTConfig
-from nanofed.tokenizer import Tokenizer
+from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.training.checkpoint import (
     CheckpointError,
     check_model,

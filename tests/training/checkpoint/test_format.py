@@ -13,7 +13,7 @@ from safetensors.torch import save as save_bytes
 
 from nanofed.errors import ConfigError
 from nanofed.model import GPT, GPTConfig
-from nanofed.tokenizer import Tokenizer
+from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.training.checkpoint import (
     MANIFEST,
     CheckpointError,
