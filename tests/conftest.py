@@ -14,9 +14,7 @@ CAMPAIGN_SECONDS = 4 * 3600  # of one test
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="run fault, fuzz and soak tests at their full counts")
-    parser.addoption(
-        "--fake-gpu", metavar="FOLDER", help="of a fake H100 (its README): run the tests that need a CUDA build"
-    )
+    parser.addoption("--fake-gpu", metavar="FOLDER", help="of a fake H100 (its README): run tests of a CUDA build")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,16 +24,10 @@ def small_tokenizer() -> Tokenizer:
 
 def save_small(path: Path, number: int, values: int = 20_000) -> Path:
     """Save a checkpoint that is full of `number`, of about 16 bytes for each of the `values`."""
-    write_checkpoint(
-        path,
-        kind="fit",
-        weights={name: torch.full((values,), float(number)) for name in NAMES},
-        state={"number": number, "momentum": [torch.full((values,), number) for _ in range(2)]},
-        config=CONFIG,
-        tokenizer=small_tokenizer(),
-        step=number,
-        tokens=number,
-    )
+    weights = {name: torch.full((values,), float(number)) for name in NAMES}
+    state = {"number": number, "momentum": [torch.full((values,), number) for _ in range(2)]}
+    model: dict[str, Any] = {"weights": weights, "state": state, "config": CONFIG, "tokenizer": small_tokenizer()}
+    write_checkpoint(path, kind="fit", **model, step=number, tokens=number)
     return path
 
 

@@ -24,26 +24,12 @@ def test_it_is_nats_over_bytes_of_what_counts() -> None:
     assert metric.compute().item() == pytest.approx(6 / (7 * math.log(2)))
 
 
-def test_it_is_no_mean_of_means() -> None:
-    metric = BitsPerByte(TOKEN_BYTES)
-    metric.update(torch.tensor([8.0, 8.0]), torch.tensor([3, 3]))
-    metric.update(torch.tensor([8.0]), torch.tensor([1]))
-    assert metric.compute().item() == pytest.approx(24 / (9 * math.log(2)))
-
-
 def test_losses_of_uncounted_positions_cannot_spoil_it() -> None:
     metric = BitsPerByte(TOKEN_BYTES)
     metric.update(torch.tensor([math.nan, math.inf, 1.0]), torch.tensor([-1, 0, 1]))
     assert metric.compute().item() == pytest.approx(1 / math.log(2))
     metric.update(torch.tensor([math.nan]), torch.tensor([1]))  # this one counts and must not be hidden
     assert math.isnan(metric.compute().item())
-
-
-def test_no_byte_is_no_figure() -> None:
-    metric = BitsPerByte(TOKEN_BYTES)
-    metric.update(torch.tensor([1.0]), torch.tensor([0]))
-    with pytest.raises(DataError, match="no text to score"):
-        metric.compute()
 
 
 def test_no_order_of_adding_changes_a_bit() -> None:

@@ -52,18 +52,10 @@ def test_a_file_is_hashed_once_for_every_state_of_it(tmp_path: Path, monkeypatch
         return sha256(file)
 
     monkeypatch.setattr(files, "sha256", counted)
-    states = [
-        ("a", -hour, 1),
-        ("a", -hour, 1),
-        ("b", -2 * hour, 2),
-        ("b", hour, 3),
-        ("b", hour, 3),
-        ("b", 0, 4),
-        ("b", 0, 5),
-    ]
-    for content, changed, reads in states:
+    states = [("a", -1, 1), ("a", -1, 1), ("b", -2, 2), ("b", 1, 3), ("b", 1, 3), ("b", 0, 4), ("b", 0, 5)]
+    for content, hours, reads in states:
         path.write_text(content)
-        os.utime(path, ns=(now + changed, now + changed))
+        os.utime(path, ns=(now + hours * hour,) * 2)
         assert files.sha256_once(path) == sha256(path)
         assert len(read) == reads, "a file that has just been changed may change again within the same tick"
 

@@ -54,9 +54,7 @@ def given(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, Launch()),
     ],
 )
-def test_how_this_process_was_started(
-    variables: Mapping[str, str], launched: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_it_was_started(variables: Mapping[str, str], launched: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, variables)
     assert runtime.launch() == launched
     assert runtime.is_first_rank() == (launched.rank == 0)
@@ -130,9 +128,7 @@ def test_every_command_that_trains_refuses_a_stray_rank(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_commands_that_train_nothing_do_not_mind(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_commands_do_not_mind(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["status", "nowhere"]) != 0
     assert "RANK" not in capsys.readouterr().err

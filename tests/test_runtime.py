@@ -93,41 +93,35 @@ def test_a_path_that_no_file_can_have_is_refused(path: str, says: str) -> None:
 # --- compilers
 
 
-@needs_compiler
-def test_the_compiler_of_this_machine_can_build_what_torch_compile_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    assert runtime.why_not_compiled() is None
-
-
 def test_auto_is_eager_with_a_line_where_CXX_names_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     with caplog.at_level(logging.WARNING):
         assert runtime.should_compile("auto", "cpu") is False
-    assert caplog.messages == [
-        "the model runs eager, which is slower: CXX names '/nonexistent/c++', which cannot be run"
-    ]
+    reason = "CXX names '/nonexistent/c++', which cannot be run"
+    assert caplog.messages == [f"the model runs eager, which is slower: {reason}"]
 
 
-def test_auto_is_eager_where_CXX_is_no_program_but_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "ccache g++")
-    assert runtime.should_compile("auto", "cpu") is False
-    assert "the name of one program" in (runtime.why_not_compiled() or "")
+FAILS = 'case "$*" in *--version*) echo 1;; *) echo "c++: fatal error: no licence" >&2; exit 1;; esac'
+WORKS = f'exec {shutil.which("g++") or "c++"} "$@"'
 
 
-@needs_compiler
-def test_auto_is_eager_where_CXX_does_not_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    answers_but_fails = 'case "$*" in *--version*) echo 1;; *) echo "c++: fatal error: no licence" >&2; exit 1;; esac'
-    monkeypatch.setenv("CXX", compiler_that(tmp_path, answers_but_fails))
-    assert runtime.should_compile("auto", "cpu") is False
-    assert "fatal error: no licence" in (runtime.why_not_compiled() or "")
-
-
-@needs_compiler
-def test_a_path_to_a_compiler_that_works_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CXX", compiler_that(tmp_path, f'exec {shutil.which("g++") or "c++"} "$@"'))
-    assert runtime.should_compile("auto", "cpu") is True
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        ("ccache g++", "the name of one program"),
+        pytest.param(FAILS, "fatal error: no licence", marks=needs_compiler, id="one that fails"),
+        pytest.param(WORKS, "", marks=needs_compiler, id="one that works"),
+    ],
+)
+def test_auto_compiles_where_CXX_names_a_compiler_that_works(
+    compiler: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = compiler in (FAILS, WORKS)
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, compiler) if script else compiler)
+    assert runtime.should_compile("auto", "cpu") is (says == "")
+    assert says in (runtime.why_not_compiled() or "")
 
 
 def test_compiling_that_is_asked_for_and_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import REPOSITORY, ended
+
 SECURE = "import sys; from nanofed import streams; streams.secure(lasting={lasting})\n"
 
 
 def python(code: str, shell: str = "", *, lasting: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code after `secure` under a shell's redirections."""
-    line = f'"$0" -c "$1" {shell}'
-    return subprocess.run(
-        ["bash", "-c", line, sys.executable, SECURE.format(lasting=lasting) + code],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).resolve().parents[1]), **environment},
-        capture_output=True,
-        errors="replace",
-        text=True,
-        check=False,
-    )
+    command = ["bash", "-c", f'"$0" -c "$1" {shell}', sys.executable, SECURE.format(lasting=lasting) + code]
+    environment |= {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+    return ended(command, env=environment, errors="replace")
 
 
 WRITES = "print('x' * 100_000, flush=True); print('more', flush=True); print('end', file=sys.stderr)"

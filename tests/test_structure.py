@@ -18,9 +18,9 @@ import nanofed
 from nanofed import runtime
 from nanofed.cli import COMMANDS
 from nanofed.federated.flower import flower_environment
+from tests.support import REPOSITORY, ended
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "nanofed"
+PACKAGE = REPOSITORY / "nanofed"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "lightning", "flwr", "pyarrow", "numpy", "requests", "tiktoken", "tokenizers", "jsonargparse"}
 
@@ -30,7 +30,7 @@ def name_of(path: Path) -> str:
 
 
 def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -65,7 +65,7 @@ def test_starting_is_fast(arguments: list[str], record_property: Callable[[str, 
 @pytest.mark.slow
 def test_layers_hold() -> None:
     lint = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = ended([lint, "--no-cache"], cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -110,14 +110,14 @@ def test_every_python_process_is_started_with_safe_paths() -> None:
     assert using == {"runtime.py", "federated/flower.py"}
     assert naming == set()
     assert {"cli/data.py", "federated/deploy/superlink.py"} <= starting
-    assert flower_environment(ROOT)["PYTHONSAFEPATH"] == "1"
+    assert flower_environment(REPOSITORY)["PYTHONSAFEPATH"] == "1"
 
 
 def test_a_module_in_the_working_directory_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "h11.py").write_text("raise SystemExit('run beside the keys')")
     command = runtime.python("-m", "nanofed.federated.deploy.superlink_process", "--help")
-    environment = runtime.environment(PYTHONPATH=f":{ROOT}")  # as of `export PYTHONPATH=$PYTHONPATH:…`
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    environment = runtime.environment(PYTHONPATH=f":{REPOSITORY}")  # as of `export PYTHONPATH=$PYTHONPATH:…`
+    done = ended(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -131,7 +131,7 @@ def test_help_of_the_small_commands_loads_nothing_heavy(command: str) -> None:
     code = f"import sys; sys.argv = ['nanofed', {command!r}, '--help']\nfrom nanofed.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
     code += f"assert not {HEAVY} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = ended([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: nanofed")
 
@@ -147,12 +147,12 @@ def test_public_names_exist_and_are_listed() -> None:
 @pytest.mark.slow
 def test_wheel_ships_the_package_typed_the_configs_and_nothing_else(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("nanofed_lightning-*.whl")
     listed = subprocess.run([sys.executable, "-m", "zipfile", "-l", wheel], check=True, capture_output=True, text=True)
     shipped = {line.split()[0] for line in listed.stdout.splitlines()[1:]}
     code = {name for name in shipped if ".dist-info/" not in name}
     assert "nanofed/py.typed" in code
-    configs = {f"nanofed/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.*")}
+    configs = {f"nanofed/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "configs").rglob("*.*")}
     assert code == configs | {f"nanofed/{name_of(path)}" for path in (*FILES, PACKAGE / "py.typed")}
     assert any(name.endswith("/licenses/LICENSE") for name in shipped)

@@ -20,6 +20,8 @@ from nanofed.training.run_folder import check_usable, is_used, resume_checkpoint
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import CONFIG, SUMMARY, Summary
 
+logger = logging.getLogger(__name__)
+
 Use = Literal["resume", "init_from", "validate"]
 
 

@@ -15,22 +15,8 @@ from nanofed import cli
 from nanofed.data.writing import write_shards
 from nanofed.tokenizer.training import train_tokenizer
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "naïve",
-    "wizards",
-    "mix",
-    "potions",
-]
+SENTENCE = "the quick brown fox jumps over a lazy dog while naïve wizards mix potions"
+WORDS = SENTENCE.split()
 TEXTS = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(3, 63)) + f", number {n}." for n in range(240)]
 
 
@@ -54,21 +40,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("corpus")
     write_shards(TEXTS, folder / "data", num_shards=4, rows_per_group=12)
     train_tokenizer(TEXTS, vocab_size=300).save(folder / "tokenizer")
+    rows = {"device_batch_size": 8, "eval_tokens": 1024}
     config = {
         "runs_dir": str(folder / "runs"),
         "eval_every": 2,
-        "model": {
-            "depth": 1,
-            "sequence_len": 32,
-            "compile": False,
-            "recipe": {"batch_tokens": 512, "num_steps": 4},
-        },
-        "data": {
-            "path": str(folder / "data"),
-            "tokenizer": str(folder / "tokenizer"),
-            "device_batch_size": 8,
-            "eval_tokens": 1024,
-        },
+        "model": {"depth": 1, "sequence_len": 32, "compile": False, "recipe": {"batch_tokens": 512, "num_steps": 4}},
+        "data": {"path": str(folder / "data"), "tokenizer": str(folder / "tokenizer"), **rows},
     }
     fit = {**config, "name": "fit", "trainer": {"accelerator": "cpu", "devices": 1}}
     federation = {"clients": 2, "rounds": 2, "round_steps": 1}

@@ -375,9 +375,7 @@ def test_a_checkpoint_that_does_not_fit(command: str, key: str, corpus: Corpus, 
     start = corpus.start(command, f"--runs_dir={runs}", "--name=new")
     refused([*start, f"--{key}=nonsense"], 2, "there is no checkpoint in nonsense")
     refused([*start, f"--{key}=https://example.org/run"], 2, "https://example.org/run is a URL")
-    other = (
-        "holds another model: n_layer 1 there, 2 here" if key == "init_from" else "model.depth 1 -> 2: take its values"
-    )
+    other = "holds another model: n_layer 1 there" if key == "init_from" else "model.depth 1 -> 2: take its values"
     refused([*start, f"--{key}={runs / command}", "--model.depth=2"], 2, other)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanofed import cli
-from nanofed.errors import DataError
+from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.training.run_folder import RunFolder
 from tests.cli.conftest import Corpus
@@ -43,6 +43,8 @@ DEBUG = " (NANOFED_DEBUG=1 shows the traceback)\n"
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
+        (NanofedError("it failed"), 1, "it failed\n"),
+        (ConfigError("it failed"), 2, "it failed\n"),
         (DataError("no shards\nhere"), 3, "no shards here\n"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), 1, "a/b: No space left on device" + DEBUG),
         (OSError(errno.ENAMETOOLONG, "File name too long"), 1, "File name too long" + DEBUG),

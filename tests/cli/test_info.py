@@ -70,9 +70,7 @@ def test_json_on_an_empty_machine(capsys: pytest.CaptureFixture[str], empty_offl
     assert not empty_offline_machine.exists()  # looking changes nothing
 
 
-def test_any_answer_of_the_hub_is_online(
-    hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_any_answer_is_online(hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub)
     assert report(capsys)["network"] == {"endpoint": hub, "online": True}
 
@@ -93,12 +91,8 @@ def test_finds_shards_and_tokenizers(capsys: pytest.CaptureFixture[str], empty_o
     (empty_offline_machine / "demo" / "tokenizer").mkdir(parents=True)
     (empty_offline_machine / "demo" / "tokenizer" / "tokenizer.json").write_text("{}")
     found = report(capsys)
-    assert found["data"]["fineweb-edu"] == {
-        "folder": str(shards),
-        "shards": 3,
-        "bytes": 3000,
-        "validation": "shard_00002.parquet",
-    }
+    counted = {"shards": 3, "bytes": 3000, "validation": "shard_00002.parquet"}
+    assert found["data"]["fineweb-edu"] == {"folder": str(shards)} | counted
     assert found["tokenizers"]["demo"]["files"] == ["tokenizer.json"]
 
 
@@ -138,12 +132,6 @@ def test_a_damaged_manifest_is_named(empty_offline_machine: Path, capsys: pytest
     (folder / "a.parquet").write_bytes(b"x")
     (folder / "dataset.json").write_text("{ not json")
     assert str(folder / "dataset.json") in report(capsys)["data"]["demo"]["error"]
-
-
-def test_unknown_option_is_a_usage_error() -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main(["info", "--jsno"])
-    assert end.value.code == 2
 
 
 def test_a_gpu_that_is_not_used_is_named_with_its_reason(

@@ -56,9 +56,7 @@ def test_a_validation_builds_its_model_on_the_device(corpus: Corpus, fit_run: Pa
     assert built_in == [True]
 
 
-def test_dtype_is_that_of_the_device_the_model_is_built_on(
-    fit_run: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dtype_is_that_of_the_models_device(fit_run: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def dtype(device: torch.device | str) -> torch.dtype:

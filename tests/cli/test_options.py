@@ -53,9 +53,7 @@ def test_print_config_shows_the_resolved_config_and_runs_nothing(
 
 
 @pytest.mark.parametrize("command", ["fit", "federate"])
-def test_the_saved_config_makes_the_same_run_again(
-    command: str, fit_run: Path, federated_run: Path, tmp_path: Path
-) -> None:
+def test_a_saved_config_makes_the_run_again(command: str, fit_run: Path, federated_run: Path, tmp_path: Path) -> None:
     run = fit_run if command == "fit" else federated_run
     assert cli.main([command, "--config", str(run / CONFIG), f"--runs_dir={tmp_path}"]) == 0
     first, again = Summary.read(run), Summary.read(tmp_path / command)

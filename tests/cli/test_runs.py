@@ -116,9 +116,7 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_has_done_a_step(
     assert not (runs / f".{name}.replaced").exists()
 
 
-def test_a_run_that_ends_before_its_horizon_says_why(
-    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_ends_early_says_why(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limited = command("fit", corpus, tmp_path, "--trainer.max_time=00:00:00:00", "--name=limited")
     assert cli.main(limited) == 0
     assert "ended before its horizon: the time limit trainer.max_time is over" in capsys.readouterr().out

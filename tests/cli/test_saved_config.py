@@ -21,90 +21,18 @@ from nanofed.training.run_options import START
 from tests.cli.conftest import Corpus
 
 # Each of them is something else than a string to some reader of YAML, or looks like its syntax.
+WORDS = """
+    8612e71 1e3 1E3 0x1f 0b1 1_000 007 0o17 1. -.5 +1 1:30 12:30:45 2024-01-01 .inf .nan nan inf on off yes no y n true
+    False None null1 ~a << = - -- --- ... ? : # #c a: a:b %d @a `a !a !!str &a *a | > == [1] [ ] {a:1} { } , "d" 'q' " '
+"""
 AWKWARD = [
-    *[
-        "8612e71",
-        "1e3",
-        "1E3",
-        "0x1f",
-        "0b1",
-        "1_000",
-        "007",
-        "0o17",
-        "1.",
-        "-.5",
-        "+1",
-        "1:30",
-        "12:30:45",
-        "2024-01-01",
-    ],
-    *[
-        ".inf",
-        ".nan",
-        "nan",
-        "inf",
-        "on",
-        "off",
-        "yes",
-        "no",
-        "y",
-        "n",
-        "true",
-        "False",
-        "None",
-        "null1",
-        "~a",
-        "<<",
-        "=",
-    ],
-    *[
-        "-",
-        "--",
-        "---",
-        "...",
-        "?",
-        ":",
-        "#",
-        "#c",
-        "a:",
-        "a:b",
-        "%d",
-        "@a",
-        "`a",
-        "!a",
-        "!!str",
-        "&a",
-        "*a",
-        "|",
-        ">",
-        "==",
-    ],
-    *[
-        "[1]",
-        "[",
-        "]",
-        "{a:1}",
-        "{",
-        "}",
-        ",",
-        '"d"',
-        "'q'",
-        '"',
-        "'",
-        "\\",
-        "\\n",
-        "- a",
-        "? a",
-        "a: b",
-        "a #c",
-        "a, b",
-    ],
+    *WORDS.split(),
+    *["\\", "\\n", "- a", "? a", "a: b", "a #c", "a, b"],
     *["", " ", " a", "a ", "\ta", "a\nb", "a\n", "\n", "a\r\nb", "2024-01-01 10:00:00", "a" * 300],
     *["ü", "日本", "🙂", "\u2028", "\x85", "\x7f", "\x07", "\ufeff", "e\u0301"],
 ]
-NULL = re.compile(
-    r"(null|~|#.*|&\w*|---|\ufeff)\s*", re.IGNORECASE | re.DOTALL
-)  # means "not set" where an option may be that
+# What means "not set" where an option may be that.
+NULL = re.compile(r"(null|~|#.*|&\w*|---|\ufeff)\s*", re.IGNORECASE | re.DOTALL)
 
 Parser = tuple[Any, list[str]]
 
@@ -114,10 +42,8 @@ def parsers(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> dict[str, Parser
     """Both paths' parsers, and the config that each is given."""
     monkeypatch.setattr(FitCLI, "instantiate_classes", lambda self: None)
     fit = FitCLI([f"--config={corpus.fit}"])
-    return {
-        "fit": (fit.parser, [f"--config={corpus.fit}"]),
-        "federate": (build_parser(), [f"--config={corpus.federate}"]),
-    }
+    federate = (build_parser(), [f"--config={corpus.federate}"])
+    return {"fit": (fit.parser, [f"--config={corpus.fit}"]), "federate": federate}
 
 
 def string_options(parser: Any) -> dict[str, bool]:
@@ -169,9 +95,7 @@ def test_what_is_printed_reads_back_too(
 ) -> None:
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        cli.main(
-            [path, f"--config={corpus.fit if path == 'fit' else corpus.federate}", "--name=8612e71", "--print_config"]
-        )
+        cli.main(corpus.start(path, "--name=8612e71", "--print_config"))
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     with pytest.raises(SystemExit):
         cli.main([path, f"--config={tmp_path / 'printed.yaml'}", "--print_config"])

@@ -30,10 +30,8 @@ def test_says_what_the_run_came_to(
     base = ["--config", str(corpus.fit)]
     assert said(capsys, *base, f"--ckpt_path={run}") == f"{end:.4f} bits per byte\n"
     assert said(capsys, *base, f"--ckpt_path={find_checkpoint(run)}") == f"{end:.4f} bits per byte\n"
-    assert (
-        said(capsys, *base, f"--runs_dir={run.parent}", f"--name={path}", "--ckpt_path=last")
-        == f"{end:.4f} bits per byte\n"
-    )
+    by_name = [f"--runs_dir={run.parent}", f"--name={path}", "--ckpt_path=last"]
+    assert said(capsys, *base, *by_name) == f"{end:.4f} bits per byte\n"
     assert api.validate(corpus.fit, overrides={"ckpt_path": str(run)}) == pytest.approx(end, abs=1e-12)
 
 

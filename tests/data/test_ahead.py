@@ -19,7 +19,7 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.packing import Tokens
 from nanofed.data.rows import RowRange
 from nanofed.data.shards import Dataset
-from nanofed.data.streams import Batch, DataState, TokenLoader
+from nanofed.data.streams import Batch, TokenLoader
 from nanofed.errors import ConfigError, DataError
 from nanofed.tokenizer.bpe import Tokenizer
 from tests.data.corpus import Bytes, build, texts
@@ -83,19 +83,6 @@ def test_what_was_made_but_not_taken_does_not_count(dataset: Dataset, packing: s
     same(itertools.islice(resumed, 20), expected[at : at + 20])
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_two_ranks_have_the_batches_of_one(dataset: Dataset, packing: str) -> None:
-    ranks = [
-        iter(loader(dataset, rank=rank, world_size=2, device_batch_size=2, packing=packing, prefetch=3))
-        for rank in range(2)
-    ]
-    for whole in itertools.islice(loader(dataset, packing=packing), 60):
-        parts = [next(rank) for rank in ranks]
-        assert torch.equal(whole.inputs[0::2], parts[0].inputs) and torch.equal(whole.inputs[1::2], parts[1].inputs)
-        assert DataState.merge([part.state for part in parts]) == whole.state
-    ranks.clear()
-
-
 @pytest.mark.parametrize("depth", [0, 2])
 def test_take_makes_no_more_than_its_limit(dataset: Dataset, depth: int) -> None:
     class Counted(Bytes):
@@ -108,9 +95,8 @@ def test_take_makes_no_more_than_its_limit(dataset: Dataset, depth: int) -> None
     def documents(depth: int, limit: int | None, taken: int) -> int:
         """Take batches, and count the documents that were encoded for them."""
         encoder = Counted()
-        made = TokenLoader(
-            epoch(dataset), encoder, sequence_len=16, device_batch_size=4, streams=4, prefetch=depth
-        ).take(limit)
+        sizes: dict[str, Any] = {"sequence_len": 16, "device_batch_size": 4, "streams": 4, "prefetch": depth}
+        made = TokenLoader(epoch(dataset), encoder, **sizes).take(limit)
         same(itertools.islice(made, taken), itertools.islice(loader(dataset, epoch(dataset)), 3))
         return encoder.documents
 
@@ -204,17 +190,14 @@ def test_the_trainer_gets_them_and_leaves_no_thread(dataset: Dataset, tmp_path: 
                 raise ValueError("in the step")
 
     data, module = Data(dataset, eval_tokens=128, prefetch=3), Failing()
-    trainer = Trainer(
-        max_steps=12,
-        val_check_interval=4,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    options: dict[str, Any] = {"max_steps": 12, "val_check_interval": 4, "num_sanity_val_steps": 0, **quiet}
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, **options)
     if fails:
         with pytest.raises(ValueError, match="in the step"):
             trainer.fit(module, datamodule=data)

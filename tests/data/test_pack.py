@@ -41,12 +41,8 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-EXPECTED = {
-    "plain text\r\nof two lines",
-    "# Überschrift\n",
-    *(f"line {i}" for i in range(50)),
-    *(f"row {i}" for i in range(30)),
-}
+LINES, ROWS = {f"line {i}" for i in range(50)}, {f"row {i}" for i in range(30)}
+EXPECTED = {"plain text\r\nof two lines", "# Überschrift\n"} | LINES | ROWS
 
 
 def test_every_document_once(source: Path, tmp_path: Path) -> None:
@@ -119,9 +115,8 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
     lines = {name: "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(40)).encode() for name in "abcd"}
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "a.jsonl.gz").write_bytes(
-        gzip.compress(lines["a"][:700]) + gzip.compress(lines["a"][700:])
-    )  # as pigz does
+    as_pigz = gzip.compress(lines["a"][:700]) + gzip.compress(lines["a"][700:])
+    (folder / "a.jsonl.gz").write_bytes(as_pigz)
     (folder / "b.jsonl.zst").write_bytes(zstd(lines["b"]) + zstd(b""))
     (folder / "c.json.gz").write_bytes(gzip.compress(lines["c"]))
     (folder / "d.ndjson.BZ2").write_bytes(bz2.compress(lines["d"]))
@@ -145,18 +140,14 @@ def test_what_is_left_out_is_said(source: Path, tmp_path: Path, caplog: pytest.L
     assert f"files without text: 1, such as {source / 'deep' / 'blank.txt'}" in caplog.text
 
 
-def test_many_kinds_that_are_left_out_are_counted(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_many_kinds_left_out_are_counted(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(40):
         (source / f"log.{number}").write_text("")
     pack([source], tmp_path / "out")
     assert "30 others; what can be packed" in caplog.text
 
 
-def test_a_dataset_inside_the_input_is_not_mixed_in(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_dataset_in_the_input_is_left_out(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What was packed before would be trained on twice; a corpus of another origin is asked for by its name."""
     earlier = pack([source], source / "earlier").path
     dataset = pack([source], tmp_path / "out")

@@ -182,9 +182,8 @@ ahead = Prefetcher(source(), 2)
 
 def run(work: str, body: str) -> subprocess.Popen[str]:
     program = PROGRAM.format(work=work, body=body)
-    return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    )
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, bufsize=1)
 
 
 @pytest.mark.parametrize(

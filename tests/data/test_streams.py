@@ -78,30 +78,6 @@ def test_every_token_is_a_target_exactly_once_an_epoch(dataset: Dataset, streams
     assert min(map(len, expected.values())) < shortest + LENGTH + 1
 
 
-def test_best_fit_rows_begin_with_bos_and_count_what_they_crop(dataset: Dataset) -> None:
-    whole = loader(dataset, epoch(dataset), packing="best_fit")
-    batches = list(whole)
-    assert all((batch.inputs[:, 0] == 256).all() for batch in batches)
-    state = batches[-1].state
-    reads: Counter[int] = Counter(dict.fromkeys(range(4), 0))
-    for stream, at in state.streams.items():
-        assert at.position is not None
-        for shard in dataset.train:
-            stop = at.position.row if shard.name == at.position.shard else shard.num_rows
-            if shard.name > at.position.shard:
-                continue
-            kept = {row.row for row in at.pending if row.shard == shard.name}
-            for number, text in enumerate(documents(dataset, shard.name)[:stop]):
-                if number % 4 == stream and number not in kept:
-                    reads[stream] += 1 + len(text.encode())
-    fresh = loader(dataset, epoch(dataset), packing="best_fit")
-    for _, _batch in zip(range(len(batches)), fresh, strict=False):
-        pass
-    for stream, packer in fresh.packers.items():
-        assert packer.cropped_tokens > 0
-        assert reads[stream] == (LENGTH + 1) * len(batches) + packer.cropped_tokens
-
-
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("device_batch_size", [1, 4, 6])  # 1 and 6 are no whole turns of the 4 streams
 def test_a_resume_from_any_batch_goes_on_bit_for_bit(dataset: Dataset, packing: str, device_batch_size: int) -> None:
@@ -291,9 +267,7 @@ def test_a_position_in_shards_that_left_the_training_set_is_refused(dataset: Dat
 
 def test_other_streams_are_refused(dataset: Dataset) -> None:
     state = next(iter(loader(dataset))).state
-    with pytest.raises(
-        ConfigError, match=r"no stream 4: it was made with data\.streams=4, this run has data\.streams=8"
-    ):
+    with pytest.raises(ConfigError, match=r"no stream 4: .* made with data\.streams=4, this run has data\.streams=8"):
         loader(dataset, streams=8).load_state(state)
 
 

@@ -18,7 +18,7 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.shards import Dataset, all_texts, read_texts
 from nanofed.data.streams import NO_DATA, Batch
 from nanofed.data.validation import FORWARD_TOKENS, ValidationText, rows_at_once, tokens_of_share
-from nanofed.errors import ConfigError, DataError
+from nanofed.errors import DataError
 from nanofed.tokenizer.bpe import Tokenizer
 from tests.data.corpus import Bytes, build, texts
 
@@ -182,8 +182,3 @@ def test_after_an_error_it_is_the_same_text(dataset: Dataset, monkeypatch: pytes
         with pytest.raises(DataError, match="the disk is gone"):
             list(text)
     assert [row.tolist() for row in text] == expected
-
-
-def test_a_negative_prefetch_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(ConfigError, match=r"data\.prefetch must be at least 0, not -1"):
-        next(iter(module(dataset, prefetch=-1).validation_loader()))

@@ -46,20 +46,9 @@ def odd_weights(seed: int) -> dict[str, Array]:
 
     frozen = normal(3, 5)
     frozen.flags.writeable = False
-    arrays = [
-        normal(),
-        normal(0),
-        normal(4, 0, 3),
-        normal(1),
-        normal(*generator.integers(1, 9, 3)),
-        normal(64, 33).T,
-        normal(40, 14)[::2, ::-2],
-        frozen,
-        normal(BLOCK - 1),
-        normal(2, BLOCK // 2),
-        normal(BLOCK + 1),
-        normal(3, BLOCK - 5),
-    ]
+    arrays = [normal(), normal(0), normal(4, 0, 3), normal(1), normal(*generator.integers(1, 9, 3))]
+    arrays += [normal(64, 33).T, normal(40, 14)[::2, ::-2], frozen]
+    arrays += [normal(BLOCK - 1), normal(2, BLOCK // 2), normal(BLOCK + 1), normal(3, BLOCK - 5)]
     generator.shuffle(arrays)
     names = [f"layer.{generator.integers(1000)}.{n}" for n in range(len(arrays))]
     return dict(zip(names, arrays, strict=True))

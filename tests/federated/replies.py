@@ -37,19 +37,11 @@ def instructions(**changes: Any) -> Instructions:
         "client": "client-0",
         "base_hash": hash_arrays(list(weights().values())),
         "nonce": "c" * 32,
-        "down_codec": "fp32",
-        "up_codec": "fp32",
-        "max_steps": 4,
-        "seconds": None,
-        "deadline_seconds": None,
-        "participants": 2,
-        "batch_tokens": 64,
-        "clock_step": 8,
-        "clock_tokens": 1024,
-        "horizon_tokens": 8192,
         "lease": (RowRange("shard_00000.parquet", 8, 24, 1), RowRange("shard_00002.parquet", 0, 10, 0)),
         "data": state(9),
     }
+    values |= {"down_codec": "fp32", "up_codec": "fp32", "max_steps": 4, "seconds": None, "deadline_seconds": None}
+    values |= {"participants": 2, "batch_tokens": 64, "clock_step": 8, "clock_tokens": 1024, "horizon_tokens": 8192}
     return Instructions(**{**values, **changes})
 
 
@@ -66,22 +58,9 @@ def state(row: int) -> DataState:
 
 def report(**changes: Any) -> Report:
     asked = instructions()
-    values: dict[str, Any] = {
-        "run": asked.run,
-        "round": asked.round,
-        "client": asked.client,
-        "nonce": asked.nonce,
-        "base_hash": asked.base_hash,
-        "payload_hash": hash_arrays(list(weights(1).values())),
-        "steps": 3,
-        "tokens": 192,
-        "seconds": 1.5,
-        "loss_first": 5.5,
-        "loss_last": 5.0,
-        "exhausted": False,
-        "unwritten": False,
-        "data": state(13),
-    }
+    values: dict[str, Any] = {name: getattr(asked, name) for name in ("run", "round", "client", "nonce", "base_hash")}
+    values |= {"payload_hash": hash_arrays(list(weights(1).values())), "data": state(13), "steps": 3, "tokens": 192}
+    values |= {"seconds": 1.5, "loss_first": 5.5, "loss_last": 5.0, "exhausted": False, "unwritten": False}
     return Report(**{**values, **changes})
 
 

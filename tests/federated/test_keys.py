@@ -101,23 +101,24 @@ def test_a_certificate_that_lacks_a_host_is_not_taken_for_one_that_has_it(tmp_pa
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("site", ["", ".", "../a", "a/b", "-a", "a b", "ä", "a" * 65, "a\n"])
-def test_a_site_needs_a_plain_name(tmp_path: Path, site: str) -> None:
-    with pytest.raises(ConfigError, match="no name for a site"):
-        init(tmp_path / "keys", HOSTS, [site])
+NO_SITES = ["", ".", "../a", "a/b", "-a", "a b", "ä", "a" * 65, "a\n"]
+NO_HOSTS = ["", "https://a.org", "a.org:443", "a..org", "-a.org", "10.1.2.999", "ä.org", "*"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "sites", "says"),
+    [
+        *((HOSTS, [site], "no name for a site") for site in NO_SITES),
+        *(([host], [], "neither a host's name nor an address") for host in NO_HOSTS),
+        (HOSTS, ["lab-a", "lab-a"], "lab-a is named twice"),
+    ],
+)
+def test_a_site_has_one_plain_name_and_a_host_a_name_or_an_address(
+    tmp_path: Path, hosts: list[str], sites: list[str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        init(tmp_path / "keys", hosts, sites)
     assert not (tmp_path / "keys").exists()
-
-
-@pytest.mark.parametrize("host", ["", "https://a.org", "a.org:443", "a..org", "-a.org", "10.1.2.999", "ä.org", "*"])
-def test_a_host_is_a_name_or_an_address(tmp_path: Path, host: str) -> None:
-    with pytest.raises(ConfigError, match="neither a host's name nor an address"):
-        init(tmp_path / "keys", [host], [])
-    assert not (tmp_path / "keys").exists()
-
-
-def test_a_site_is_named_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lab-a is named twice"):
-        init(tmp_path, HOSTS, ["lab-a", "lab-a"])
 
 
 def test_days_are_kept_and_their_end_is_warned_of(tmp_path: Path) -> None:

@@ -86,12 +86,6 @@ def test_where_the_mean_of_one_client_is_not_exact() -> None:
     assert (np.abs(new.astype(np.float64) - local["w"]) <= 2.0**-52 * np.abs(old["w"])).all()
 
 
-def test_fp32_would_not_do() -> None:
-    old = random_weights(0)["b"]
-    local = trained({"b": old}, 1)["b"]
-    assert (old - (old - local) != local).mean() > 0.01
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("down", "up"), LINKS)
 def test_it_is_numpys_for_any_shape_codec_and_number_of_clients(
@@ -255,15 +249,9 @@ def test_what_does_not_fit_is_refused_and_nothing_of_it_is_folded_in(up: str, me
                 update_norm(arrays, sent_weights(old, up=up))
     with pytest.raises(WireError, match=f"{len(good) - 1} arrays arrived, {len(good)} are expected"):
         round_.fold("bad", good[:-1], 1.0)
-    for weight, scale in (
-        (0.0, 1.0),
-        (-9.0, 1.0),
-        (math.nan, 1.0),
-        (math.inf, 1.0),
-        (1.0, 0.0),
-        (1.0, 1.5),
-        (1.0, math.nan),
-    ):
+    wrong = [(weight, 1.0) for weight in (0.0, -9.0, math.nan, math.inf)]
+    wrong += [(1.0, scale) for scale in (0.0, 1.5, math.nan)]
+    for weight, scale in wrong:
         with pytest.raises(ValueError, match="share of bad"):
             round_.fold("bad", good, weight, scale)
     with pytest.raises(ValueError, match="good has been folded in already"):

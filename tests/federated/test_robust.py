@@ -144,18 +144,6 @@ def test_who_is_dropped_leaves_no_trace_and_saves_no_other_from_being_cut(
 
 
 @pytest.mark.parametrize("method", ROBUST)
-def test_of_fewer_than_three_clients_it_is_their_mean(method: Method, tmp_path: Path) -> None:
-    old = random_weights(2)
-    locals_ = [trained(old, seed) for seed in range(2)]
-    for clients in (1, 2):
-        aggregator = make_aggregator(method, sent_weights(old), tmp_path)
-        for client, local in enumerate(locals_[:clients]):
-            aggregator.fold(str(client), FP32.encode(local), 7.0 * client + 1)
-        expected = np.mean([vector(old) - vector(local) for local in locals_[:clients]], axis=0)
-        np.testing.assert_allclose(vector(aggregator.result()), expected, rtol=1e-15)
-
-
-@pytest.mark.parametrize("method", ROBUST)
 def test_one_that_is_not_finite_is_seen_by_the_outer_step(method: Method, tmp_path: Path) -> None:
     """Validation refuses it before; were it to slip through, no weight would move."""
     old = odd_weights(2)

@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,7 @@ from nanofed.federated.server.events import Events
 from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire import weights_server
-from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
+from nanofed.federated.wire.codec import CODECS, Array, Arrays, WireError, hash_arrays
 from nanofed.federated.wire.messages import Instructions, StoredWeights
 from nanofed.federated.wire.weight_store import WeightStore
 from nanofed.federated.wire.weights_calls import DOWN, LENGTH, OBJECT, OFFSET, PIECE_BYTES, PULL, PUSH, UP
@@ -45,7 +45,6 @@ from tests.federated import replies
 
 BF16, FP32 = CODECS["bf16"], CODECS["fp32"]
 NO_REPLY = cast(Message, None)
-HEADERS = {"Content-Type": "application/octet-stream"}
 
 pytestmark = pytest.mark.slow
 
@@ -83,12 +82,59 @@ def store(tmp_path: Path) -> WeightStore:
     return WeightStore(tmp_path / "weights")
 
 
-def lay(store: WeightStore, values: dict[str, Array], seconds: float = 30.0) -> tuple[Any, StoredWeights]:
-    """Lay weights down for one client and return what its message says."""
-    round_weights = store.offer(store.encode(values, BF16), ["lab-a"], BF16.nbytes(values), seconds)
-    stored = StoredWeights.found_in(round_weights.note("lab-a"))
-    assert stored is not None and round_weights.message_bytes == 0
-    return round_weights, stored
+class Laid:
+    """Weights that lie in a store for one client, and what the client does by what its message says."""
+
+    def __init__(self, store: WeightStore, values: dict[str, Array] | None = None, seconds: float = 30.0) -> None:
+        self.values = values or weights()
+        self.answer: Arrays = BF16.encode({name: array + 1 for name, array in self.values.items()})
+        self.round = store.offer(store.encode(self.values, BF16), ["lab-a"], BF16.nbytes(self.values), seconds)
+        stored = StoredWeights.found_in(self.round.note("lab-a"))
+        assert stored is not None and self.round.message_bytes == 0
+        self.stored = stored
+
+    def fetch(self, client: WeightsClient) -> Arrays:
+        return client.fetch(self.stored, until(self.stored))
+
+    def deliver(self, client: WeightsClient) -> None:
+        client.deliver(self.stored, self.answer, until(self.stored))
+
+    def take(self) -> Arrays:
+        return self.round.take("lab-a", NO_REPLY, BF16, self.values)
+
+
+@pytest.fixture
+def lay(store: WeightStore) -> Iterator[Callable[..., Laid]]:
+    """Lays weights down; the round is closed at the end of the test."""
+    with contextlib.ExitStack() as rounds:
+
+        def made(*args: Any, **options: Any) -> Laid:
+            laid = Laid(store, *args, **options)
+            rounds.callback(laid.round.close)
+            return laid
+
+        yield made
+
+
+@pytest.fixture
+def laid(lay: Callable[..., Laid]) -> Laid:
+    return lay()
+
+
+@pytest.fixture
+def client(port: int) -> WeightsClient:
+    return WeightsClient(f"127.0.0.1:{port}")
+
+
+@pytest.fixture
+def link(port: int) -> Iterator[Link]:
+    with contextlib.closing(Link(port)) as made:
+        yield made
+
+
+def same(there: Arrays, here: Iterable[Any]) -> None:
+    for a, b in zip(there, here, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def until(stored: StoredWeights) -> float:
@@ -96,121 +142,90 @@ def until(stored: StoredWeights) -> float:
     return time.monotonic() + stored.seconds
 
 
-def call(port: int, path: str, headers: dict[str, str], body: bytes = b"", method: str = "POST") -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.request(method, path, body, HEADERS | headers)
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer.status, content
+def call(port: int, path: str, headers: dict[str, str], body: bytes = b"", method: str = "POST") -> int:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request(method, path, body, {"Content-Type": "application/octet-stream", **headers})
+        return connection.getresponse().status
 
 
-def test_weights_go_there_and_back_bit_for_bit(store: WeightStore, port: int, tmp_path: Path) -> None:
-    values, answer = weights(), BF16.encode(weights(1))
-    round_weights, stored = lay(store, values)
-    weights_client = WeightsClient(f"127.0.0.1:{port}")
-    for there, here in zip(weights_client.fetch(stored, until(stored)), BF16.encode(values), strict=True):
-        np.testing.assert_array_equal(there, here)
-    weights_client.deliver(stored, answer, until(stored))
-    taken = round_weights.take("lab-a", NO_REPLY, BF16, values)
-    for there, here in zip(taken, answer, strict=True):
-        np.testing.assert_array_equal(there, here)
-    round_weights.drop("lab-a")
-    round_weights.close()
+def test_weights_go_there_and_back_bit_for_bit(laid: Laid, client: WeightsClient, tmp_path: Path) -> None:
+    same(laid.fetch(client), BF16.encode(laid.values))
+    laid.deliver(client)
+    same(laid.take(), laid.answer)
+    laid.round.close()
     assert not [path for name in (DOWN, UP) for path in (tmp_path / "weights" / name).iterdir()]
 
 
-def test_lossless_weights_are_laid_down_as_they_are(store: WeightStore, port: int) -> None:
+def test_lossless_weights_are_laid_down_as_they_are(store: WeightStore, client: WeightsClient) -> None:
     values = weights()
     round_weights = store.offer(store.encode(values, FP32), ["lab-a"], 0, 30.0)
     stored = StoredWeights.found_in(round_weights.note("lab-a"))
     assert stored is not None and stored.answer == ""
-    arrived = WeightsClient(f"127.0.0.1:{port}").fetch(stored, until(stored))
-    for there, here in zip(arrived, values.values(), strict=True):
-        np.testing.assert_array_equal(there, here)
+    same(client.fetch(stored, until(stored)), values.values())
     round_weights.close()
 
 
-def test_what_was_taken_up_cannot_be_changed_any_more(store: WeightStore, port: int, tmp_path: Path) -> None:
+def test_what_was_taken_up_cannot_be_changed_any_more(laid: Laid, client: WeightsClient, tmp_path: Path) -> None:
     """Checked first and merged later: between the two nobody may write to it, not even who has the file open."""
-    values, answer = weights(), BF16.encode(weights(1))
-    round_weights, stored = lay(store, values)
-    weights_client = WeightsClient(f"127.0.0.1:{port}")
-    weights_client.deliver(stored, answer, until(stored))
-    before = os.open(tmp_path / "weights" / UP / stored.answer, os.O_RDONLY)
-    taken = round_weights.take("lab-a", NO_REPLY, BF16, values)
+    laid.deliver(client)
+    before = os.open(tmp_path / "weights" / UP / laid.stored.answer, os.O_RDONLY)
+    taken = laid.take()
     with pytest.raises(RoundOver, match="its round is over"):
-        weights_client.deliver(stored, BF16.encode(weights(2)), until(stored))
+        client.deliver(laid.stored, BF16.encode(weights(2)), until(laid.stored))
     path = Path(f"/proc/self/fd/{before}")  # opens the file that has no name any more, as who opened it before holds it
     with pytest.raises(weights_server._HttpError, match="its round is over"):
         weights_server._write(path, 0, b"x" * 100)
-    for there, here in zip(taken, answer, strict=True):
-        np.testing.assert_array_equal(there, here)
-    round_weights.drop("lab-a")
+    same(taken, laid.answer)
+    laid.round.drop("lab-a")
     with pytest.raises(weights_server._HttpError, match="its round is over"):
         weights_server._write(path, 0, b"x" * 100)
     os.close(before)
     with pytest.raises(WireError, match="no room for its answer"):
-        round_weights.take("lab-a", NO_REPLY, BF16, values)
-    round_weights.close()
+        laid.take()
 
 
-def test_a_round_that_is_over_has_no_files(store: WeightStore, port: int) -> None:
-    round_weights, stored = lay(store, weights())
-    round_weights.close()
-    weights_client = WeightsClient(f"127.0.0.1:{port}")
+@pytest.mark.parametrize("ended_by", ["its end", "the next round loop"])
+def test_a_round_that_is_over_has_no_files(ended_by: str, laid: Laid, client: WeightsClient, tmp_path: Path) -> None:
+    laid.round.close() if ended_by == "its end" else WeightStore(tmp_path / "weights")
     with pytest.raises(RoundOver):
-        weights_client.fetch(stored, until(stored))
+        laid.fetch(client)
     with pytest.raises(RoundOver):
-        weights_client.deliver(stored, BF16.encode(weights(1)), until(stored))
+        laid.deliver(client)
 
 
-def test_the_round_loop_that_begins_finds_no_files_of_another(store: WeightStore, port: int, tmp_path: Path) -> None:
-    _, stored = lay(store, weights())
-    WeightStore(tmp_path / "weights")
-    with pytest.raises(RoundOver):
-        WeightsClient(f"127.0.0.1:{port}").fetch(stored, until(stored))
-
-
-def test_an_answer_of_another_size_is_not_sent(store: WeightStore, port: int) -> None:
-    round_weights, stored = lay(store, weights())
+def test_an_answer_of_another_size_is_not_sent(laid: Laid, client: WeightsClient) -> None:
+    laid.answer = [np.zeros(10, np.uint8)]
     with pytest.raises(WeightsError, match=r"the answer has 10 bytes, the server expects \d+"):
-        WeightsClient(f"127.0.0.1:{port}").deliver(stored, [np.zeros(10, np.uint8)], until(stored))
-    round_weights.close()
+        laid.deliver(client)
 
 
-def test_calls_that_are_none(store: WeightStore, port: int, tmp_path: Path) -> None:
-    round_weights, stored = lay(store, weights())
-    size = (tmp_path / "weights" / UP / stored.answer).stat().st_size
-    at = {OBJECT: stored.answer, OFFSET: "0"}
+def test_calls_that_are_none(laid: Laid, port: int, tmp_path: Path) -> None:
+    stored, answer = laid.stored, tmp_path / "weights" / UP / laid.stored.answer
+    size = answer.stat().st_size
+    up = {OBJECT: stored.answer, OFFSET: "0"}
     down = {OBJECT: stored.ticket, OFFSET: "0", LENGTH: "10"}
-    assert call(port, "/v1/fleet/get-run", {})[0] == 418
-    assert call(port, PULL, down)[0] == 200
-    assert call(port, PULL, down, method="GET")[0] == 405
-    for wrong in ("", "../up", stored.ticket.upper() + "x", f"{stored.ticket}/"):
-        assert call(port, PULL, down | {OBJECT: wrong})[0] == 400
-    assert call(port, PULL, down | {OBJECT: stored.answer})[0] == 404  # what others deliver cannot be fetched
-    assert call(port, PUSH, at | {OBJECT: stored.ticket}, b"x")[0] == 404  # nor the weights be changed
-    for name, text in ((OFFSET, "-1"), (OFFSET, ""), (LENGTH, "ten"), (LENGTH, "1" * 16)):
-        assert call(port, PULL, down | {name: text})[0] == 400
-    assert call(port, PULL, down | {OFFSET: str(size), LENGTH: "1"})[0] == 416
-    assert call(port, PUSH, at | {OFFSET: str(size - 1)}, b"xy")[0] == 413
-    assert call(port, PUSH, at, b"x" * (PIECE_BYTES + 1))[0] == 413
-    assert (tmp_path / "weights" / UP / stored.answer).stat().st_size == size
-    round_weights.close()
+    wrong: list[tuple[int, str, dict[str, str], bytes]] = [
+        (418, "/v1/fleet/get-run", {}, b""),
+        *((400, PULL, down | {OBJECT: name}, b"") for name in ("", "../up", f"{stored.ticket}X", f"{stored.ticket}/")),
+        (404, PULL, down | {OBJECT: stored.answer}, b""),  # what others deliver cannot be fetched
+        (404, PUSH, up | {OBJECT: stored.ticket}, b"x"),  # nor the weights be changed
+        *((400, PULL, down | {OFFSET: text}, b"") for text in ("-1", "")),
+        *((400, PULL, down | {LENGTH: text}, b"") for text in ("ten", "1" * 16)),
+        (416, PULL, down | {OFFSET: str(size), LENGTH: "1"}, b""),
+        (413, PUSH, up | {OFFSET: str(size - 1)}, b"xy"),
+        (413, PUSH, up, b"x" * (PIECE_BYTES + 1)),
+    ]
+    assert call(port, PULL, down) == 200 and call(port, PULL, down, method="GET") == 405
+    for status, path, headers, body in wrong:
+        assert call(port, path, headers, body) == status, (path, headers)
+    assert answer.stat().st_size == size
 
 
 @pytest.mark.parametrize("fault", [CUT, STALLED])
-def test_a_link_that_breaks_or_stalls_costs_time_only(
-    store: WeightStore, port: int, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_link_costs_time_only(laid: Laid, link: Link, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanofed.federated.wire.weights_client.SILENCE_SECONDS", 1.0)
-    values, answer = weights(), BF16.encode(weights(1))
-    round_weights, stored = lay(store, values)
-    link = Link(port)
-    weights_client = WeightsClient(f"127.0.0.1:{link.port}")
-    getattr(link, "cut" if fault == CUT else "stall")(after=PIECE_BYTES + PIECE_BYTES // 2)
-    delivery = threading.Thread(target=weights_client.deliver, args=(stored, answer, until(stored)))
+    (link.cut if fault == CUT else link.stall)(after=PIECE_BYTES + PIECE_BYTES // 2)
+    delivery = threading.Thread(target=laid.deliver, args=(WeightsClient(f"127.0.0.1:{link.port}"),))
     delivery.start()
     while link.state != fault:
         time.sleep(0.01)
@@ -218,51 +233,36 @@ def test_a_link_that_breaks_or_stalls_costs_time_only(
     link.heal()
     delivery.join(20)
     assert not delivery.is_alive()
-    for there, here in zip(round_weights.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
-        np.testing.assert_array_equal(there, here)
-    round_weights.close()
-    link.close()
+    same(laid.take(), laid.answer)
 
 
 def test_a_slow_line_carries_a_whole_piece(
-    store: WeightStore, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    lay: Callable[..., Laid], link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A piece takes longer than a silence may, and then its end waits in buffers: neither is a silence."""
     monkeypatch.setattr("nanofed.federated.wire.weights_client.SILENCE_SECONDS", 0.5)
-    values = {"w": weights()["big"][: PIECE_BYTES // 2 // 64]}
-    answer = BF16.encode({"w": values["w"] + 1})
-    round_weights, stored = lay(store, values, seconds=60.0)
-    assert stored.answer_bytes == PIECE_BYTES
-    link = Link(port)
+    laid = lay({"w": weights()["big"][: PIECE_BYTES // 2 // 64]}, seconds=60.0)
+    assert laid.stored.answer_bytes == PIECE_BYTES
     link.bytes_per_second = 3e6
-    WeightsClient(f"127.0.0.1:{link.port}").deliver(stored, answer, until(stored))
+    laid.deliver(WeightsClient(f"127.0.0.1:{link.port}"))
     assert link.sent < 1.1 * PIECE_BYTES, "it went once"
-    np.testing.assert_array_equal(round_weights.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
-    round_weights.close()
-    link.close()
+    same(laid.take(), laid.answer)
 
 
-def test_a_delivery_ends_with_its_round(store: WeightStore, port: int) -> None:
+def test_a_delivery_ends_with_its_round(lay: Callable[..., Laid], link: Link) -> None:
     """A line too slow for its piece is not sent to until the piece is through: the next round is waiting."""
-    values = weights()
-    round_weights, stored = lay(store, values, seconds=2.0)
-    link = Link(port)
+    laid, started = lay(seconds=2.0), time.monotonic()
     link.bytes_per_second = 1e5
-    started = time.monotonic()
     with pytest.raises(WeightsError, match="did not pass to or from"):
-        WeightsClient(f"127.0.0.1:{link.port}").deliver(stored, BF16.encode(values), until(stored))
+        laid.deliver(WeightsClient(f"127.0.0.1:{link.port}"))
     assert time.monotonic() - started < 6
-    link.close()
-    round_weights.close()
 
 
 @pytest.mark.parametrize("lasting", [False, True])
 def test_a_server_that_cannot_is_asked_again_for_a_while(
-    lasting: bool, store: WeightStore, port: int, monkeypatch: pytest.MonkeyPatch
+    lasting: bool, laid: Laid, client: WeightsClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values, answer = weights(), BF16.encode(weights(1))
-    round_weights, stored = lay(store, values)
-    tries, real = itertools.count(), os.pwrite
+    tries, real, started = itertools.count(), os.pwrite, time.monotonic()
 
     def full(*args: Any) -> int:
         if lasting or next(tries) < 3:
@@ -271,41 +271,35 @@ def test_a_server_that_cannot_is_asked_again_for_a_while(
 
     monkeypatch.setattr(os, "pwrite", full)
     monkeypatch.setattr("nanofed.federated.wire.weights_client.UNABLE_SECONDS", 1.0 if lasting else 10.0)
-    weights_client = WeightsClient(f"127.0.0.1:{port}")
     if lasting:
-        started = time.monotonic()
         with pytest.raises(WeightsError, match="the server's disk: No space left on device"):
-            weights_client.deliver(stored, answer, until(stored))
+            laid.deliver(client)
         assert time.monotonic() - started < 6, "its round has 30 s"
     else:
-        weights_client.deliver(stored, answer, until(stored))
-        np.testing.assert_array_equal(round_weights.take("lab-a", NO_REPLY, BF16, values)[0], answer[0])
-    round_weights.close()
+        laid.deliver(client)
+        same(laid.take(), laid.answer)
 
 
-def test_weights_take_the_machines_way_out(store: WeightStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_take_the_machines_way_out(laid: Laid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where others are reached through an HTTP proxy, as Flower's own calls are."""
     keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
-    values, answer = weights(), BF16.encode(weights(1))
-    round_weights, stored = lay(store, values)
     with Running(tmp_path, keys, WeightsServer(behind, tmp_path / "weights")) as perimeter, wayout() as (outer, asked):
-        weights_client = WeightsClient(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
+        client = WeightsClient(f"127.0.0.1:{perimeter.port}", keys.ca, keys.private_key("lab-a"))
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@127.0.0.1:{outer}")
-        weights_client.fetch(stored, until(stored))
-        weights_client.deliver(stored, answer, until(stored))
-        assert {line for line, _ in asked} == {f"CONNECT 127.0.0.1:{perimeter.port}"}
-        assert {words for _, words in asked} == {"Basic " + b64encode(b"me:p@ss").decode()}
-        count = len(asked)
+        laid.fetch(client)
+        laid.deliver(client)
+        words = "Basic " + b64encode(b"me:p@ss").decode()
+        assert set(asked) == {(f"CONNECT 127.0.0.1:{perimeter.port}", words)}
+        asked.clear()
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        weights_client.fetch(stored, until(stored))
-        assert len(asked) == count
+        laid.fetch(client)
+        assert not asked
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
         with pytest.raises(WeightsError, match="SOCKS"):
-            weights_client.fetch(stored, until(stored))
-    round_weights.close()
+            laid.fetch(client)
 
 
 @contextlib.contextmanager
@@ -338,11 +332,9 @@ def pass_on(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
 
 
-def test_writers_cannot_hold_up_who_takes_an_answer(store: WeightStore, port: int, tmp_path: Path) -> None:
+def test_writers_cannot_hold_up_who_takes_an_answer(laid: Laid, tmp_path: Path) -> None:
     """A site that goes on sending, as fast as it can, does not keep the round loop from its other answers."""
-    values = weights()
-    round_weights, stored = lay(store, values)
-    path, over = tmp_path / "weights" / UP / stored.answer, threading.Event()
+    path, over = tmp_path / "weights" / UP / laid.stored.answer, threading.Event()
 
     def write() -> None:
         with pytest.raises(weights_server._HttpError, match="its round is over"):
@@ -354,13 +346,12 @@ def test_writers_cannot_hold_up_who_takes_an_answer(store: WeightStore, port: in
     for writer in writers:
         writer.start()
     time.sleep(0.2)
-    taking = threading.Thread(target=round_weights.take, args=("lab-a", NO_REPLY, BF16, values), daemon=True)
+    taking = threading.Thread(target=laid.take, daemon=True)
     taking.start()
     taking.join(10)
     assert not taking.is_alive() and over.is_set()
     for writer in writers:
         writer.join(10)
-    round_weights.close()
 
 
 def test_refused_answers_leave_neither_files_nor_memory(store: WeightStore, tmp_path: Path) -> None:
@@ -375,18 +366,12 @@ def test_refused_answers_leave_neither_files_nor_memory(store: WeightStore, tmp_
             asked = replies.instructions(round=number, base_hash=hash_arrays(payload))
             nodes = {"client-0": 1, "client-1": 2}
             instructed = {client: replace(asked, client=client) for client in nodes}
-            found = exchange.round(
-                nodes,
-                instructed,
-                SentWeights(values, payload, FP32, FP32),
-                streams=replies.STREAMS,
-                most_pending=1,
-                seconds=0.3,
-            )
+            sent = SentWeights(values, payload, FP32, FP32)
+            found = exchange.round(nodes, instructed, sent, streams=replies.STREAMS, most_pending=1, seconds=0.3)
             for answer in found:
                 assert isinstance(answer.result, RefusedReply)
                 events.add(answer.result.kind, answer.client, answer.result, number)
-            del payload, found, answer
+            del payload, sent, found, answer
             assert events.total() == 2 * number
             assert not gone(), f"after round {number}"
     event = events.last("damaged", "client-0")
@@ -426,83 +411,65 @@ def test_the_folder_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "weights").symlink_to(tmp_path / "disk")
     for _ in range(2):
-        store = WeightStore(tmp_path / "weights")
-        lay(store, weights())
+        Laid(WeightStore(tmp_path / "weights"))
     assert len(list((tmp_path / "disk" / DOWN).iterdir())) == 1
 
 
-def test_a_depot_that_somebody_removes_is_made_anew_for_the_next_round(
-    store: WeightStore, port: int, tmp_path: Path
+def test_a_store_that_somebody_removes_is_made_anew_for_the_next_round(
+    lay: Callable[..., Laid], tmp_path: Path
 ) -> None:
-    round_weights, first = lay(store, weights())
-    shutil.rmtree(tmp_path / "weights")
+    first, folder = lay(), tmp_path / "weights"
+    shutil.rmtree(folder)
     with pytest.raises(WireError, match="no room for its answer, or it was changed here"):
-        round_weights.take("lab-a", NO_REPLY, BF16, weights())
-    round_weights.drop("lab-a")
-    round_weights.close()
-    round_weights, second = lay(store, weights())
-    assert second.ticket != first.ticket and (tmp_path / "weights" / DOWN / second.ticket).exists()
-    for folder in (tmp_path / "weights", tmp_path / "weights" / DOWN, tmp_path / "weights" / UP):
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    os.truncate(tmp_path / "weights" / UP / second.answer, 10)
+        first.take()
+    first.round.close()
+    second = lay()
+    assert second.stored.ticket != first.stored.ticket and (folder / DOWN / second.stored.ticket).exists()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / DOWN, folder / UP)} == {0o700}
+    os.truncate(folder / UP / second.stored.answer, 10)
     with pytest.raises(WireError, match="no room for its answer, or it was changed here"):
-        round_weights.take("lab-a", NO_REPLY, BF16, weights())
-    round_weights.close()
+        second.take()
 
 
-def test_a_depot_on_a_disk_that_is_not_mounted_is_named_and_used_again_when_it_is(tmp_path: Path) -> None:
+def test_a_store_on_a_disk_that_is_not_mounted_is_named_and_used_again_when_it_is(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "weights").symlink_to(tmp_path / "disk")
     store = WeightStore(tmp_path / "weights")
-    lay(store, weights())
+    Laid(store)
     (tmp_path / "disk").rename(tmp_path / "away")
     for again in (lambda: store.encode(replies.weights(), FP32), lambda: WeightStore(tmp_path / "weights")):
         with pytest.raises(NanofedError, match=r"a link to .*disk, which is not there: is its disk mounted\?"):
             again()
     (tmp_path / "away").rename(tmp_path / "disk")
-    lay(store, weights())
+    Laid(store)
 
 
-def test_weights_pass_the_perimeter_of_sites_that_it_knows_only(store: WeightStore, tmp_path: Path) -> None:
+def test_weights_pass_the_perimeter_of_sites_that_it_knows_only(laid: Laid, tmp_path: Path) -> None:
     keys = init(tmp_path / "keys", ["127.0.0.1"], ["lab-a"])
-    strangers = init(tmp_path / "strangers", ["127.0.0.1"], ["lab-a"])
-    values, answer = weights(), BF16.encode(weights(1))
-    round_weights, stored = lay(store, values)
+    strange = init(tmp_path / "strangers", ["127.0.0.1"], ["lab-a"]).private_key("lab-a")
     with Running(tmp_path, keys, WeightsServer(behind, tmp_path / "weights")) as perimeter:
         server = f"127.0.0.1:{perimeter.port}"
-        for weights_client, reason in (
-            (
-                WeightsClient(server, keys.ca, strangers.private_key("lab-a")),
-                "the operator has not registered this key",
-            ),
-            (WeightsClient(server, keys.ca), "no SuperNode's signature"),
-        ):
-            with pytest.raises(WeightsError, match=reason):
-                weights_client.fetch(stored, until(stored))
-            with pytest.raises(WeightsError, match=reason):
-                weights_client.deliver(stored, answer, until(stored))
-        weights_client = WeightsClient(server, keys.ca, keys.private_key("lab-a"))
-        for there, here in zip(weights_client.fetch(stored, until(stored)), BF16.encode(values), strict=True):
-            np.testing.assert_array_equal(there, here)
-        weights_client.deliver(stored, answer, until(stored))
-        for there, here in zip(round_weights.take("lab-a", NO_REPLY, BF16, values), answer, strict=True):
-            np.testing.assert_array_equal(there, here)
+        for key, reason in ((strange, "has not registered this key"), (None, "no SuperNode's signature")):
+            for use in (laid.fetch, laid.deliver):
+                with pytest.raises(WeightsError, match=reason):
+                    use(WeightsClient(server, keys.ca, key))
+        client = WeightsClient(server, keys.ca, keys.private_key("lab-a"))
+        same(laid.fetch(client), BF16.encode(laid.values))
+        laid.deliver(client)
+        same(laid.take(), laid.answer)
         perimeter.settled()
         site = perimeter.figures()["sites"]["lab-a"]
-        assert site["bytes_up"] == site["bytes_down"] == stored.answer_bytes
-    round_weights.close()
+        assert site["bytes_up"] == site["bytes_down"] == laid.stored.answer_bytes
 
 
-def test_a_fetch_that_breaks_off_says_why(store: WeightStore, port: int) -> None:
-    round_weights, stored = lay(store, weights(), seconds=1.05)
-    link = Link(port)
+def test_a_fetch_that_breaks_off_says_why(lay: Callable[..., Laid], link: Link) -> None:
+    laid = lay(seconds=1.05)
     link.bytes_per_second = 2e6  # in the middle of a piece, with no time for another try
     breaker = threading.Timer(1.0, link.close)
     breaker.start()
     with pytest.raises(WeightsError, match=r"did not pass to or from 127\.0\.0\.1"):
-        WeightsClient(f"127.0.0.1:{link.port}").fetch(stored, until(stored))
+        laid.fetch(WeightsClient(f"127.0.0.1:{link.port}"))
     breaker.join()
-    round_weights.close()
 
 
 def test_a_server_that_is_not_there_is_given_up_when_the_round_is_over() -> None:

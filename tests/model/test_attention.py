@@ -45,13 +45,9 @@ def test_blocked_in_bf16_is_within_its_rounding() -> None:
     exact = [a.detach().float().requires_grad_() for a in arguments]
     got, expected = blocked_attention(*arguments), sdpa(*exact)
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    pairs = [(got.detach(), expected.detach())]
-    pairs += zip(
-        torch.autograd.grad(got, arguments, upstream),
-        torch.autograd.grad(expected, exact, upstream.float()),
-        strict=True,
-    )
-    for mine, theirs in pairs:
+    ours = got.detach(), *torch.autograd.grad(got, arguments, upstream)
+    truth = expected.detach(), *torch.autograd.grad(expected, exact, upstream.float())
+    for mine, theirs in zip(ours, truth, strict=True):
         assert mine.dtype == torch.bfloat16
         assert float((mine.float() - theirs).norm() / theirs.norm()) < 2e-2
 

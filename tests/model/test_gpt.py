@@ -110,9 +110,8 @@ def test_bf16_matmuls_leave_weights_gradients_and_logits_in_fp32(model: GPT, ids
     loss.backward()
     assert seen == [torch.bfloat16] * 3
     assert loss.dtype == torch.float32
-    assert all(
-        p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32 for p in half.parameters()
-    )
+    for p in half.parameters():
+        assert p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32
     full = model(ids, ids.roll(-1, 1))
     assert loss.item() == pytest.approx(full.item(), rel=0.01)
     assert loss.item() != full.item()

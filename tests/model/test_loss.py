@@ -41,7 +41,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [2, 16, 17, 64, 100])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_are_the_whole_heads(
+def test_loss_and_gradients_are_the_plain_heads(
     rows: int, reduction: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     hidden, weight, targets = inputs(rows, dtype)

@@ -152,10 +152,8 @@ def odd_shapes(bucket_elements: int) -> Results:
             opt = optimizer(model.groups(), clip=0.5, dtype=torch.float64)
             opt.load_state_dict(states[0])
         opt.zero_grad()
-        rows = torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64).chunk(ranks)[
-            rank
-        ]
-        model(rows).backward()
+        rows = torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(rows.chunk(ranks)[rank]).backward()
         opt.step()
     buckets.BUCKET_ELEMENTS = before
     return {"weights": weights(model), "state": opt.state_dict(), "norm": opt.grad_norm}
@@ -170,11 +168,8 @@ def fresh(model: nn.Module) -> Odd:
 def gradient_on_one_rank_only() -> Results:
     """A parameter that only the last rank's micro-batch reaches: its gradient is the mean with zeros."""
     parameter, matrix = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, 2))
-    groups = [
-        {"params": [parameter], "kind": "adamw", "lr": 0.1},
-        {"params": [matrix], "kind": "muon", "lr": 0.1},
-    ]
-    opt = optimizer(groups, clip=None)
+    kinds = {"adamw": parameter, "muon": matrix}
+    opt = optimizer([{"params": [p], "kind": kind, "lr": 0.1} for kind, p in kinds.items()], clip=None)
     last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
     if last:
         (parameter * torch.arange(5.0)).sum().backward()  # type: ignore[no-untyped-call]

@@ -7,33 +7,27 @@ import pytest
 from nanofed.errors import ConfigError
 from nanofed.optim import Clock, Schedule
 
-
-@pytest.mark.parametrize(
-    ("progress", "multiplier"),
-    [(0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (0.85, 0.75), (0.9, 0.5), (0.99, 0.05), (1.0, 0.0)],
-)
-def test_october_keeps_the_rate_and_then_falls_to_zero(progress: float, multiplier: float) -> None:
-    assert Schedule().lr_multiplier(progress) == pytest.approx(multiplier)
+OCTOBER = Schedule()
+WARMED = Schedule(warmup_ratio=0.1, warmdown_ratio=0.5, final_lr_frac=0.2)
+FLAT = Schedule(warmdown_ratio=0.0)
 
 
 @pytest.mark.parametrize(
-    ("progress", "multiplier"), [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.5, 1.0), (0.75, 0.6), (1.0, 0.2)]
+    ("schedule", "multipliers"),
+    [
+        (OCTOBER, {0.0: 1.0, 0.5: 1.0, 0.8: 1.0, 0.85: 0.75, 0.9: 0.5, 0.99: 0.05, 1.0: 0.0}),
+        (WARMED, {0.0: 0.0, 0.05: 0.5, 0.1: 1.0, 0.5: 1.0, 0.75: 0.6, 1.0: 0.2}),
+        (FLAT, {1.0: 1.0}),
+    ],
+    ids=["October's", "warm-up and a floor", "no warm-down"],
 )
-def test_warmup_and_a_floor(progress: float, multiplier: float) -> None:
-    schedule = Schedule(warmup_ratio=0.1, warmdown_ratio=0.5, final_lr_frac=0.2)
-    assert schedule.lr_multiplier(progress) == pytest.approx(multiplier)
+def test_the_rate_is_a_function_of_progress(schedule: Schedule, multipliers: dict[float, float]) -> None:
+    assert {p: schedule.lr_multiplier(p) for p in multipliers} == pytest.approx(multipliers)
 
 
-def test_without_warmdown_the_rate_stays() -> None:
-    assert Schedule(warmdown_ratio=0.0).lr_multiplier(1.0) == 1.0
-
-
-@pytest.mark.parametrize(("step", "momentum"), [(0, 0.85), (150, 0.90), (300, 0.95), (10_000, 0.95)])
-def test_muon_momentum_rises_over_300_steps(step: int, momentum: float) -> None:
-    assert Schedule().momentum(step) == pytest.approx(momentum)
-
-
-def test_momentum_without_a_ramp() -> None:
+def test_muon_momentum_rises_over_300_steps_or_has_no_ramp() -> None:
+    momenta = {0: 0.85, 150: 0.90, 300: 0.95, 10_000: 0.95}
+    assert {step: OCTOBER.momentum(step) for step in momenta} == pytest.approx(momenta)
     assert Schedule(muon_momentum_steps=0).momentum(0) == 0.95
 
 

@@ -24,9 +24,8 @@ pytestmark = [
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GPTModule:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    module = GPTModule(
-        depth=1, sequence_len=32, vocab_size=300, compile=True, recipe=Recipe(batch_tokens=128, num_steps=100)
-    )
+    recipe = Recipe(batch_tokens=128, num_steps=100)
+    module = GPTModule(depth=1, sequence_len=32, vocab_size=300, compile=True, recipe=recipe)
     module.configure_model()
     module.count_bytes_with(torch.ones(300, dtype=torch.int64))
     return module

@@ -74,36 +74,30 @@ def test_all_that_differ_are_named_and_no_shape_is_forced(saved: Path) -> None:
     assert "--force" not in str(refused.value)
 
 
-def test_what_changes_rounding_at_most_is_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
-    here = changed(
-        name="other",
-        log_every=1,
-        data__device_batch_size=4,
-        trainer__devices=2,
-        model__compile=False,
-        data__tokenizer="t",
-    )
+ROUNDING = {"data__device_batch_size": 4, "trainer__devices": 2, "model__compile": False, "data__tokenizer": "t"}
+LISTED = (
+    "data.device_batch_size 8 -> 4; data.tokenizer null -> t; log_every 10 -> 1; model.compile auto -> False; "
+    "trainer.devices 1 -> 2"
+)
+HORIZON = {"model__recipe__num_steps": 20, "federation__rounds": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins", "ends"),
+    [
+        ({**ROUNDING, "name": "other", "log_every": 1}, "", LISTED),  # what changes rounding at most
+        (HORIZON, "the horizon changes", "federation.rounds 10 -> 20; model.recipe.num_steps 10 -> 20"),
+        ({}, None, None),
+    ],
+    ids=["rounding", "horizon", "nothing"],
+)
+def test_what_may_change_is_said(
+    changes: dict[str, Any], begins: str | None, ends: str | None, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
-        check_resumed_config(saved, here, force=False)
-    (line,) = caplog.messages
-    assert line.endswith(
-        "data.device_batch_size 8 -> 4; data.tokenizer null -> t; log_every 10 -> 1; model.compile auto -> False; "
-        "trainer.devices 1 -> 2"
-    )
-
-
-def test_another_horizon_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        check_resumed_config(saved, changed(model__recipe__num_steps=20, federation__rounds=20), force=False)
-    (line,) = caplog.messages
-    assert line.startswith("the horizon changes")
-    assert line.endswith("federation.rounds 10 -> 20; model.recipe.num_steps 10 -> 20")
-
-
-def test_the_same_config_says_nothing(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        check_resumed_config(saved, yaml.safe_dump(CONFIG), force=False)
-    assert caplog.messages == []
+        check_resumed_config(saved, changed(**changes), force=False)
+    assert len(caplog.messages) == (begins is not None)
+    assert all(line.startswith(str(begins)) and line.endswith(str(ends)) for line in caplog.messages)
 
 
 def test_a_config_that_is_not_there_or_damaged(saved: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -44,9 +44,8 @@ class Setup:
     def __init__(self) -> None:
         self.fabric = Fabric(accelerator="cpu", devices=1)
         recipe = Recipe(batch_tokens=2 * MICRO_TOKENS, num_steps=50)
-        self.inner = GPTModule(
-            depth=1, sequence_len=LENGTH, vocab_size=60, recipe=recipe, compute_dtype="float32", compile=False
-        )
+        numerics: dict[str, Any] = {"compute_dtype": "float32", "compile": False}
+        self.inner = GPTModule(depth=1, sequence_len=LENGTH, vocab_size=60, recipe=recipe, **numerics)
         self.inner.configure_model()
         self.module, self.optimizer = self.fabric.setup(self.inner, self.inner.configure_optimizers())
 

@@ -154,9 +154,7 @@ class TestOverwriting:
         (run / MARKER).unlink()
         with pytest.raises(ConfigError, match="is no run of this nanofed"):
             opened(tmp_path, overwrite=True)
-        with pytest.raises(
-            ConfigError, match=r"already holds a run: go on with --ckpt_path last, choose another --name$"
-        ):
+        with pytest.raises(ConfigError, match=r"holds a run: go on with --ckpt_path last, choose another --name$"):
             opened(tmp_path)
         opened(tmp_path, ckpt_path="last")
         marker = read_marker(run)
@@ -176,9 +174,7 @@ class TestOverwriting:
         run = trained(tmp_path)
         (run / "checkpoints").rename(tmp_path / "big")
         (run / "checkpoints").symlink_to(tmp_path / "big")
-        with pytest.raises(
-            ConfigError, match=r"run/checkpoints is a link to .*big: --overwrite true does not follow it"
-        ):
+        with pytest.raises(ConfigError, match=r"checkpoints is a link to .*big: --overwrite true does not follow it"):
             opened(tmp_path, overwrite=True)
         assert (tmp_path / "big" / "step_00000010").is_dir()
 
@@ -192,9 +188,8 @@ class TestABegunRunThatCannotBeRead:
         if is_empty:
             (run / "checkpoints").mkdir()
         before = listed(run)
-        with pytest.raises(
-            ConfigError, match=rf"checkpoints is {'empty' if is_empty else 'not there'}: was it moved, or is"
-        ):
+        found = "empty" if is_empty else "not there"
+        with pytest.raises(ConfigError, match=f"checkpoints is {found}: was it moved, or is"):
             check_usable(options(tmp_path, ckpt_path=ckpt_path))
             resume_checkpoint(run, ckpt_path)
         assert listed(run) == before
@@ -212,9 +207,7 @@ class TestABegunRunThatCannotBeRead:
         run = opened(tmp_path, "first")
         opened(tmp_path, "second")  # before the first step there is nothing to lose
         reach(run, Reached.STEP)
-        with pytest.raises(
-            ConfigError, match=r"ended before its first checkpoint: start it anew with --ckpt_path last"
-        ):
+        with pytest.raises(ConfigError, match="before its first checkpoint: start it anew with --ckpt_path last"):
             opened(tmp_path, "third")
         caplog.set_level("INFO")
         assert resume_checkpoint(run, "last") is None
@@ -227,9 +220,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(NanofedError, match=r"file/run cannot be written: .*choose another --runs_dir"):
         opened(tmp_path / "file")
     (tmp_path / "run").symlink_to(tmp_path / "unmounted" / "run")
-    with pytest.raises(
-        NanofedError, match=r"run is a link to .*/unmounted/run, which is not there: is its disk mounted\?"
-    ):
+    with pytest.raises(NanofedError, match=r"is a link to .*/unmounted/run, which is not there: is its disk mounted\?"):
         check_usable(options(tmp_path))
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")

@@ -6,14 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanofed.errors import ConfigError
-from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import SUMMARY, Point, Summary
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc", "n" * 201])
-def test_a_name_is_a_plain_folder_name(name: str) -> None:
-    with pytest.raises(ConfigError, match="name"):
-        RunOptions(name=name)
 
 
 def test_a_summary_goes_and_comes(tmp_path: Path) -> None:

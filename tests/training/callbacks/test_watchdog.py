@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from nanofed.errors import ConfigError
 from nanofed.training.callbacks import peers, watchdog
 from nanofed.training.callbacks.peers import POLL
 from nanofed.training.callbacks.watchdog import GRACE, Limits, Watchdog
@@ -64,12 +63,6 @@ def test_the_default_ends_a_hang_within_130_seconds() -> None:
     assert Limits().step + POLL + answer + GRACE < 130
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
-def test_no_time_is_refused(seconds: float) -> None:
-    with pytest.raises(ConfigError, match=r"watchdog\.save must be"):
-        Limits(save=seconds)
-
-
 def test_no_thread_outlives_a_run_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that returns from torch's store after the interpreter's end makes the process end with SIGABRT."""
     asked, before = threading.Event(), set(threading.enumerate())
@@ -79,13 +72,11 @@ def test_no_thread_outlives_a_run_of_several_ranks(monkeypatch: pytest.MonkeyPat
         time.sleep(0.3)
         return False
 
-    store = SimpleNamespace(
-        set=lambda key, value: None, get=lambda key: json.dumps([0, "other", "", 1]), check=answer_late
-    )
+    other = json.dumps([0, "other", "", 1])
+    store = SimpleNamespace(set=lambda key, value: None, get=lambda key: other, check=answer_late)
     store.clone = lambda: store
-    monkeypatch.setattr(
-        peers, "dist", SimpleNamespace(distributed_c10d=SimpleNamespace(_get_default_store=lambda: store))
-    )
+    c10d = SimpleNamespace(_get_default_store=lambda: store)
+    monkeypatch.setattr(peers, "dist", SimpleNamespace(distributed_c10d=c10d))
     strategy = SimpleNamespace(launcher=None, barrier=lambda name: None)
     trainer: Any = SimpleNamespace(global_rank=1, node_rank=0, world_size=2, strategy=strategy)
     dog = Watchdog(LIMITS)
