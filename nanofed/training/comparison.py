@@ -131,7 +131,7 @@ class Comparison:
         """Return why figures of these runs cannot be held against each other; nothing where they can."""
         first, found = self.runs[0], []
         for run in self.runs[1:]:
-            keys = [str(d) for d in differences(first.config, run.config) if d.key in TEXT]
+            keys = [said for key, said in differences(first.config, run.config).items() if key in TEXT]
             if first.text and run.text and first.text != run.text:
                 keys.append("the validation shard or the tokenizer is another one")
             if keys:
@@ -145,7 +145,7 @@ class Comparison:
     def differing(self) -> list[tuple[str, list[str]]]:
         """Return each run but the first with the options in which it differs from the first, `key there -> here`."""
         first = self.runs[0]
-        return [(run.name, [str(d) for d in differences(first.config, run.config)]) for run in self.runs[1:]]
+        return [(run.name, list(differences(first.config, run.config).values())) for run in self.runs[1:]]
 
     def text(self) -> str:
         """Return the table, the warnings and the differences of the configs, for a terminal."""
@@ -156,7 +156,10 @@ class Comparison:
         ]
         lines += ["", *(f"WARNING: {warning}" for warning in self.warnings())]
         for name, found in self.differing():
-            lines += [f"{name} differs in {len(found)} options:", *(f"  {difference}" for difference in found)]
+            lines += [
+                f"{name} differs in {len(found)} {'option' if len(found) == 1 else 'options'}:",
+                *(f"  {difference}" for difference in found),
+            ]
         return "\n".join(lines)
 
     def page(self) -> str:
@@ -249,22 +252,22 @@ def _plot(runs: Sequence[ComparedRun], axis: str) -> str:
     low, high = low - pad, high + pad
 
     def place(x: float, y: float) -> str:
-        across = MARGIN + (x - left) / (right - left) * (WIDTH - MARGIN - 10)
+        across = MARGIN + (x - left) / (right - left) * (WIDTH - MARGIN - 30)
         down = 10 + (high - y) / (high - low) * (HEIGHT - MARGIN)
         return f"{across:.1f},{down:.1f}"
 
-    lines = "".join(
-        f'<polyline fill="none" stroke="{_colour(index)}" stroke-width="2" points="'
-        + " ".join(place(x, y) for x, y in zip(*curve, strict=True))
-        + '"/>'
-        for index, curve in enumerate(curves)
-    )
+    lines = ""
+    for index, curve in enumerate(curves):
+        places = [place(x, y) for x, y in zip(*curve, strict=True)]
+        lines += f'<polyline fill="none" stroke="{_colour(index)}" stroke-width="2" points="{" ".join(places)}"/>'
+        for across, down in (point.split(",") for point in places):
+            lines += f'<circle cx="{across}" cy="{down}" r="2.5" fill="{_colour(index)}"/>'
     marks = ""
     for part in range(5):
         x, y = right * part / 4, low + (high - low) * part / 4
         across, down = place(x, low).split(",")[0], place(left, y).split(",")[1]
-        marks += f'<text x="{across}" y="{HEIGHT - MARGIN + 28}" text-anchor="middle">{_short(x, axis)}</text>'
+        marks += f'<text x="{across}" y="{HEIGHT - MARGIN + 28}" text-anchor="middle">{_short(x, axis).removesuffix(" tokens")}</text>'
         marks += f'<text x="{MARGIN - 6}" y="{down}" text-anchor="end">{y:.3f}</text>'
-        marks += f'<line x1="{MARGIN}" x2="{WIDTH - 10}" y1="{down}" y2="{down}" stroke="#ddd"/>'
+        marks += f'<line x1="{MARGIN}" x2="{WIDTH - 30}" y1="{down}" y2="{down}" stroke="#ddd"/>'
     caption = f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">bits per byte by {AXES[axis]}</text>'
     return f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">{marks}{lines}{caption}</svg>'
