@@ -266,7 +266,8 @@ def _plot(runs: Sequence[ComparedRun], axis: str) -> str:
     for part in range(5):
         x, y = right * part / 4, low + (high - low) * part / 4
         across, down = place(x, low).split(",")[0], place(left, y).split(",")[1]
-        marks += f'<text x="{across}" y="{HEIGHT - MARGIN + 28}" text-anchor="middle">{_short(x, axis).removesuffix(" tokens")}</text>'
+        tick = _short(x, axis).removesuffix(" tokens")
+        marks += f'<text x="{across}" y="{HEIGHT - MARGIN + 28}" text-anchor="middle">{tick}</text>'
         marks += f'<text x="{MARGIN - 6}" y="{down}" text-anchor="end">{y:.3f}</text>'
         marks += f'<line x1="{MARGIN}" x2="{WIDTH - 30}" y1="{down}" y2="{down}" stroke="#ddd"/>'
     caption = f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">bits per byte by {AXES[axis]}</text>'
