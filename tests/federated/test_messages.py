@@ -72,6 +72,7 @@ def test_a_value_of_another_kind_is_refused_by_name(note: WireMessage) -> None:
     for field in fields(note):
         kinds = {
             "str": (str,),
+            "Reason": (str,),
             "Int": (int,),
             "bool": (bool,),
             "float": (int, float),
