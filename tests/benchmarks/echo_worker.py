@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any, cast
 
 from nanofed.federated.site.inbox import Inbox
 from nanofed.federated.site.options import WorkerOptions
@@ -22,7 +23,8 @@ def main(args: Sequence[str]) -> None:
     progress = Progress(options.progress)
     trainer = EchoTrainer(args[1:])
     progress.say(state="idle", ranks=1)
-    lead(options, Inbox(options.supernode, options.secret.read_bytes()), trainer, progress)
+    inbox = Inbox(options.supernode, options.secret.read_bytes())
+    lead(options, inbox, cast(Any, trainer), progress)
 
 
 if __name__ == "__main__":

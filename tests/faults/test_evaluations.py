@@ -73,7 +73,7 @@ LIES: dict[str, tuple[Lie, str]] = {
     "true for a count": (claim(bytes=True), "bytes is True: Input should be a valid integer"),
     "a string for a number": (claim(nats="1.5"), "nats is '1.5': Input should be a valid number"),
     "a fraction of a byte": (claim(bytes=10.5), "bytes is 10.5: Input should be a valid integer"),
-    "a huge string": (claim(nats=0.0, bytes=0, failure="\x1b[2J" * 10**6), f"{MAX_FAILURE} are allowed"),
+    "a huge string": (claim(nats=0.0, bytes=0, failure="\x1b[2J" * 10**6), f"at most {MAX_FAILURE} characters"),
     "a huge nonce": (claim(nonce="n" * 10**6), "it is for nonce 'nnn"),
     "another nonce": (claim(nonce="0" * 32), "it is for nonce"),
     "another round": (claim(round=1), "it is for round 1, not 18"),

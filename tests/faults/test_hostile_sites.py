@@ -24,8 +24,7 @@ from nanofed.federated.aggregation.norm_guard import UnusualNorm
 from nanofed.federated.server.ledger import LocalLedger
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.scheduling import MAX_MARGIN, SPARE_ROWS
-from nanofed.federated.site.trainer import Arrays
-from nanofed.federated.wire.codec import hash_arrays
+from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions, Report, SiteShard
 from tests.federated.conftest import one_thread, tiny_corpus
 from tests.federated.tiny import Fit, federation, make_corpus, prepare, train

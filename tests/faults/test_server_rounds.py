@@ -17,7 +17,7 @@ from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
-from nanofed.federated.site.trainer import Arrays
+from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.checkpoint import SaveError, checkpoints, find_checkpoint, read_manifest
 from nanofed.training.summary import Summary

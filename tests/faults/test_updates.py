@@ -23,8 +23,7 @@ from nanofed.data.packing import StreamState
 from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
 from nanofed.federated.aggregation import norm_guard
-from nanofed.federated.site.trainer import Arrays
-from nanofed.federated.wire.codec import WireError, hash_arrays
+from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays
 from nanofed.federated.wire.messages import KEY, Instructions, Report
 from tests.faults.hostile import Trace, play
 from tests.federated.conftest import one_thread, tiny_corpus

@@ -59,7 +59,11 @@ def half_steps(codec: IntCodec, values: Array) -> Array:
     flat = np.abs(values).reshape(-1)
     padded = np.pad(flat, (0, -flat.size % group)).reshape(-1, group)
     steps = np.repeat(padded.max(axis=1) / codec.TOP, group)[: flat.size]
-    return (steps * (0.5 + (1e-5 if codec.name == "int8" else codec.TOP * 2.0**-8))).reshape(values.shape)
+    return (
+        (steps * (0.5 + (1e-5 if codec.name == "int8" else codec.TOP * 2.0**-8)))
+        .reshape(values.shape)
+        .astype(np.float32)
+    )
 
 
 def weights() -> dict[str, Array]:

@@ -24,13 +24,14 @@ from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server import evaluation
 from nanofed.federated.server.evaluation import ServerModel
 from nanofed.federated.server.events import SERVER
-from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.site.client import client_app
-from nanofed.federated.site.trainer import Arrays
+from nanofed.federated.site.trainer import FabricTrainer
+from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.module import GPTModule
 from tests.federated.tiny import Fit, Site, federation, make_corpus, same_bits, train
 
@@ -162,14 +163,14 @@ def test_a_site_too_slow_to_measure_keeps_its_training(
 def test_a_disk_that_is_full_at_the_end_costs_the_last_figure_only(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = Messenger.encode, itertools.count(1)
+    real, calls = WeightTransport.encode, itertools.count(1)
 
-    def encode(self: Messenger, *args: Any) -> Arrays:
+    def encode(self: WeightTransport, *args: Any) -> Arrays:
         if next(calls) > 2:
             raise NanofedError("the round's weights cannot be kept: no space left on device")
         return real(self, *args)
 
-    monkeypatch.setattr(Messenger, "encode", encode)
+    monkeypatch.setattr(WeightTransport, "encode", encode)
     options = {**TEXT, **BY_SITES, "rounds": 2}
     loop, _ = train(federation(tiny_corpus, tmp_path, "run", **options))
     assert loop.state.clock.round == 2 and len(figures(loop)) == 2
@@ -183,10 +184,7 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a client's seconds of training nor what its messages are thought to take grow by it."""
-    from nanofed.federated.site import evaluation
-    from nanofed.federated.site import trainer as module
-
-    real, learned = evaluation.measure, []
+    real, learned = FabricTrainer._measure, []
 
     def slowly(*args: Any, **options: Any) -> Any:
         time.sleep(0.5)
@@ -195,7 +193,7 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
     def learn(self: Any, report: Report, elapsed: float | None) -> None:
         learned.append((report.seconds, elapsed))
 
-    monkeypatch.setattr(module, "measure", slowly)
+    monkeypatch.setattr(FabricTrainer, "_measure", slowly)
     monkeypatch.setattr(ClientSpeeds, "learn", learn)
     config = federation(tiny_corpus, tmp_path, "run", **(TEXT | BY_SITES), clients=1, rounds=2)
     site = Site(config.trainer())

@@ -64,7 +64,7 @@ def test_every_field_is_needed_and_no_other_is_taken(note: WireMessage) -> None:
         type(note).from_config({note.key: json.dumps({**plain, "admin": True})})
 
 
-KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "Int": (int,), "bool": (bool,)}
+KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "Reason": (str,), "Int": (int,), "bool": (bool,)}
 KINDS |= {"float": (int, float), "float | None": (int, float)}
 
 

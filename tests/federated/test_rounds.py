@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from nanofed.errors import DataError, NanofedError
-from nanofed.federated.site.trainer import Arrays
-from nanofed.federated.wire.codec import hash_arrays
+from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions, Report
 from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest, read_weights
 from nanofed.training.loop import Stopwatch

@@ -11,7 +11,7 @@ import pytest
 
 from nanofed.cli import main
 from nanofed.federated.server.status import FILE, read_status_file
-from nanofed.federated.site.trainer import Arrays
+from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from tests.federated.tiny import BATCH, Fit, federation, train
 

@@ -18,7 +18,7 @@ from nanofed.federated.server.validation import RefusedReply, Update, check_repl
 from nanofed.federated.site.client import TrainerClient
 from nanofed.federated.site.trainer import LeaseTooShort
 from nanofed.federated.wire.blocks import norm_of
-from nanofed.federated.wire.codec import Arrays, hash_arrays
+from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY
 from nanofed.federated.wire.weight_transport import RoundWeights
 from tests.federated import spoiled
@@ -28,10 +28,7 @@ SHARD = "shard_00000.parquet"
 
 
 def check(message: Message) -> Update:
-    def take(reply: Message) -> Arrays:
-        return RoundWeights([]).take("client-0", reply, sent().up, weights())
-
-    return check_reply(message, instructions(), sent(), STREAMS, take, most_pending=1 << 12)
+    return check_reply(message, instructions(), sent(), RoundWeights([]), streams=STREAMS, most_pending=1 << 12)
 
 
 def test_an_honest_reply_is_accepted_as_it_is() -> None:

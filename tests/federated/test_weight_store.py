@@ -24,6 +24,7 @@ import pytest
 import uvicorn
 from flwr.app import Message
 from flwr.serverapp import Grid
+from starlette.exceptions import HTTPException
 
 from nanofed.errors import NanofedError
 from nanofed.federated.aggregation.update import SentWeights
@@ -173,11 +174,11 @@ def test_what_was_taken_up_cannot_be_changed_any_more(laid: Laid, client: Weight
     with pytest.raises(RoundOver, match="its round is over"):
         client.deliver(laid.stored, BF16.encode(weights(2)), until(laid.stored))
     path = Path(f"/proc/self/fd/{before}")  # opens the file that has no name any more, as who opened it before holds it
-    with pytest.raises(weights_server._HttpError, match="its round is over"):
+    with pytest.raises(HTTPException, match="its round is over"):
         weights_server._write(path, 0, b"x" * 100)
     same(taken, laid.answer)
     laid.round.drop("lab-a")
-    with pytest.raises(weights_server._HttpError, match="its round is over"):
+    with pytest.raises(HTTPException, match="its round is over"):
         weights_server._write(path, 0, b"x" * 100)
     os.close(before)
     with pytest.raises(WireError, match="no room for its answer"):
@@ -337,7 +338,7 @@ def test_writers_cannot_hold_up_who_takes_an_answer(laid: Laid, tmp_path: Path) 
     path, over = tmp_path / "weights" / UP / laid.stored.answer, threading.Event()
 
     def write() -> None:
-        with pytest.raises(weights_server._HttpError, match="its round is over"):
+        with pytest.raises(HTTPException, match="its round is over"):
             while True:
                 weights_server._write(path, 0, bytes(PIECE_BYTES))
         over.set()
@@ -362,7 +363,7 @@ def test_refused_answers_leave_neither_files_nor_memory(store: WeightStore, tmp_
     with FrozenObjects():
         for number in range(1, 5):
             values = replies.weights()
-            payload = exchange.encode(values, FP32)
+            payload = store.encode(values, FP32)
             asked = replies.instructions(round=number, base_hash=hash_arrays(payload))
             nodes = {"client-0": 1, "client-1": 2}
             instructed = {client: replace(asked, client=client) for client in nodes}

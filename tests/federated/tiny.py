@@ -15,12 +15,13 @@ from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
-from nanofed.federated.site.trainer import Arrays, LocalTrainer
+from nanofed.federated.site.trainer import LocalTrainer
+from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.tokenizer.training import train_tokenizer
 
 BATCH = 512
-Fit = Callable[[Sequence[Any], Instructions], tuple[Arrays, Report]]
+Fit = Callable[[Any, Instructions], tuple[Arrays, Report]]
 
 
 def make_corpus(folder: Path, documents: int = 160, vocab_size: int = 300) -> Path:
@@ -83,11 +84,11 @@ class Site(LocalTrainer):
     def hello(self, client: str) -> Hello:
         return self.greet(self.real.hello(client))
 
-    def evaluate(self, arrays: Sequence[Any], asked: Evaluate) -> Evaluation:
+    def evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:
         self.measured.append(asked)
         return self.judge(self.real.evaluate(arrays, asked))
 
-    def fit(self, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+    def fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
         self.asked.append(instructions)
         answer = self.hook(self.real.fit, arrays, instructions)
         self.answered.append(answer)

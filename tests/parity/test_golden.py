@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 from nanofed.federated.server.rounds import RoundLoop
-from nanofed.federated.site.trainer import Arrays
-from nanofed.federated.wire.codec import hash_arrays
+from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from tests.federated.conftest import one_thread, tiny_corpus
 from tests.federated.tiny import Fit, federation, prepare

@@ -23,12 +23,12 @@ from nanofed.errors import NanofedError
 from nanofed.evaluation.bits_per_byte import BitsPerByte, bits_per_byte, evaluate_bits_per_byte
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.events import SERVER
-from nanofed.federated.server.messenger import Messenger, ReplyMetrics
+from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.metrics import FederationMetrics
 from nanofed.federated.server.policy import ClientPolicy
 from nanofed.federated.server.scheduling import CLOCK_SLACK
 from nanofed.federated.server.state import State
-from nanofed.federated.server.validation import RefusedReply, check_repeated
+from nanofed.federated.server.validation import RefusedReply, ReplyMetrics, check_repeated
 from nanofed.federated.wire.codec import CODECS, Weights, WireError, hash_arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Instructions
 from nanofed.federated.wire.plain_text import plain
@@ -157,18 +157,15 @@ class ServerModel:
                     raise InterruptedError("the run has ended: the figure is not needed")
                 yield batch.inputs, batch.targets
 
-    def sample(self, prompt: str, max_tokens: int = SAMPLE_TOKENS) -> str:
-        """Return what the loaded weights say after a prompt, the likeliest token each time."""
-        return prompt + "".join(
-            generate(self._gpt, self._data.tokenizer, prompt, max_tokens=max_tokens, temperature=0.0)
-        )
-
     def measure(self, prompts: Sequence[str]) -> tuple[float, dict[str, str], float]:
-        """Return bits per byte of the loaded weights, their sample after each prompt, and the seconds; release them."""
-        started = time.monotonic()
+        """Return bits per byte of the loaded weights, the likeliest text after each prompt, and the seconds; release them."""
+        started, samples = time.monotonic(), dict[str, str]()
         try:
             bpb = self.bits_per_byte()
-            return bpb, {prompt: self.sample(prompt) for prompt in prompts}, time.monotonic() - started
+            for prompt in prompts:
+                text = generate(self._gpt, self._data.tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0)
+                samples[prompt] = prompt + "".join(text)
+            return bpb, samples, time.monotonic() - started
         finally:
             self.release()
 
@@ -331,10 +328,10 @@ class SiteEvaluator(RoundEvaluator):
                 self._check_sums(found, asked)
                 self._sums[client] = found
         except RefusedReply as refusal:
-            self._lost(client, refusal, state, asked.round)
+            self._lost(client, refusal, state)
             return 0.0
         if found.failure:
-            self._lost(client, found.failure, state, asked.round)
+            self._lost(client, found.failure, state)
         return found.seconds
 
     def _check_sums(self, found: Evaluation, asked: Evaluate) -> None:
@@ -378,23 +375,23 @@ class SiteEvaluator(RoundEvaluator):
         if not nodes:
             self._none(state, "no site is there to be asked")
             return
-        number = state.clock.round
         try:
-            payload = self._messenger.encode(state.weights, CODECS[self._config.down_codec])
+            payload = self._messenger.transport.encode(state.weights, CODECS[self._config.down_codec])
         except NanofedError as error:  # the disk on which they are kept is full
             self._none(state, str(error))
             return
-        told = {"run": state.run_id, "round": number, "base_hash": hash_arrays(payload)}
+        told = {"run": state.run_id, "round": state.clock.round, "base_hash": hash_arrays(payload)}
         self._begin_requests({name: {**told, "client": name, "nonce": secrets.token_hex(16)} for name in nodes})
         seconds = self._policy.time_limit(self._config.grace_seconds, len(nodes))
         for reply in self._messenger.evaluation(nodes, self._asked, payload, seconds=seconds):
             if isinstance(reply.result, RefusedReply):
-                self._lost(reply.client, reply.result, state, number)
+                self._lost(reply.client, reply.result, state)
             else:
-                self.take_reply(reply.client, reply.metrics, reply.seconds, state)
+                self.take_reply(reply.client, reply.result, reply.seconds, state)
         self.end_round(state, merged=True)  # nobody will be asked again
 
-    def _lost(self, client: str, reason: object, state: State, number: int) -> None:
+    def _lost(self, client: str, reason: object, state: State) -> None:
+        number = self._asked[client].round
         logger.warning("round %d: client %s gives no bits per byte: %s", number, client, plain(reason))
         state.events.add("evaluation", client, reason, number)
 
@@ -406,11 +403,7 @@ class SiteEvaluator(RoundEvaluator):
 
 
 def _checked(metrics: ReplyMetrics, asked: Evaluate, elapsed: float) -> Evaluation:
-    """Return the evaluation that a client's reply holds.
-
-    Raises:
-        RefusedReply: There is none, it is another round's, or it claims more time than has passed.
-    """
+    """Return the evaluation that a client's reply holds; refuse one of another round, or of more time than has passed."""
     if Evaluation.key not in metrics:
         raise RefusedReply("evaluation", "it was asked for one, and its answer says nothing of it")
     try:

@@ -81,15 +81,17 @@ class Events:
         count = self._counts[kind, client]
         count.count += 1
         count.reason, count.round, count.when = plain(reason), round_number, time.time()
-        self._append(
-            {
-                "when": round(count.when, 3),
-                "round": round_number,
-                "client": client,
-                "kind": kind,
-                "reason": count.reason,
-            }
-        )
+        if self._run is None:
+            return
+        figures = {"when": round(count.when, 3), "round": round_number, "client": client, "kind": kind}
+        path = self._run / FILE
+        try:
+            if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
+                path.replace(path.with_suffix(".old.jsonl"))
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**figures, "reason": count.reason}) + "\n")
+        except OSError as error:  # the event is counted: a full disk is no reason to end a round
+            logger.warning("%s cannot be written: %s", path, error.strerror)
 
     def total(self, *kinds: Kind, client: str | None = None) -> int:
         """Return how many events there were, of some kinds or of all, for one client or for all."""
@@ -118,15 +120,3 @@ class Events:
         """Take up saved counts."""
         self._counts.clear()
         self._counts.update({(kind, client): Count(**count) for kind, client, count in state})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        if self._run is None:
-            return
-        path = self._run / FILE
-        try:
-            if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
-                path.replace(path.with_suffix(".old.jsonl"))
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:  # the event is counted: a full disk is no reason to end a round
-            logger.warning("%s cannot be written: %s", path, error.strerror)

@@ -137,10 +137,7 @@ class Ledger:
     def _extend(self, held: _Client, turns: int, *, whole: bool) -> RowRange:
         """Lease up to `turns` more rows a stream: on from where the client reads, else from the least-progressed shard.
 
-        Args:
-            held: The rows that the client holds.
-            turns: The rows a stream at most; they are fewer where others hold the rows that follow.
-            whole: Start where there are free rows of every stream in a row, instead of in the least-progressed shard.
+        With `whole`, the second choice is where there are free rows of every stream in a row.
         """
         last = held.ranges[-1] if held.ranges else None
         start = last.stop if last is not None else 0
@@ -149,7 +146,9 @@ class Ledger:
         elif whole:
             epoch, shard, start = self._first_stretch()
         else:
-            epoch, shard = self._least_progressed()
+            progress = self._progress()
+            shard = min(progress, key=lambda name: (progress[name], name))
+            epoch = progress[shard][0]
             start = int(np.argmax(self._open(epoch, shard) == FREE))
         rows = self._open(epoch, shard)
         count = turns * self._streams
@@ -169,16 +168,14 @@ class Ledger:
                     return epoch, shard, start
         following = {name: newest + ((newest, name) in self._rows) for name, newest in self._epoch.items()}
         shard = min(following, key=lambda name: (following[name], name))
-        self._epoch[shard] = following[shard]
         return following[shard], shard, 0
 
     def _extend_by_stride(self, held: _Client, turns: int, part: int, parts: int) -> list[RowRange]:
         """Lease up to `turns` more rows a stream, of the part-th of each `parts` stretches of the first shard that has some."""
-        turn = {name: at for name, (at, _) in sorted(self._turns().items())}
+        turn = {name: at for name, (at, _) in sorted(self._progress().items())}
         epoch = min(turn.values())
         for own in (True, False):
             for shard in (name for name, at in turn.items() if at == epoch):
-                self._epoch[shard] = max(self._epoch[shard], epoch)
                 free = np.flatnonzero(self._open(epoch, shard) == FREE)
                 stretch = free // self._streams
                 if own:
@@ -204,28 +201,21 @@ class Ledger:
         rows = self._rows.get((epoch, shard))
         return rows is not None and row < len(rows) and rows[row] == FREE
 
-    def _least_progressed(self) -> tuple[int, str]:
-        """Return the shard, among those with free rows, of which the least is merged or on lease; ties go by name.
+    def _progress(self) -> dict[str, tuple[int, float]]:
+        """Return the epoch in which every shard is read on, and which part of that is merged or on lease.
 
-        A shard counts with its oldest epoch that has free rows (a client may have given some back long after the next
-        epoch began), or with its next one, which is opened when its turn comes.
+        It is the oldest epoch that has free rows (a client may have given some back long after the next epoch began), or else the
+        next one, which is opened when it is leased from.
         """
-        turns = self._turns()
-        shard = min(turns, key=lambda name: (turns[name], name))
-        epoch = turns[shard][0]
-        self._epoch[shard] = max(self._epoch[shard], epoch)
-        return epoch, shard
-
-    def _turns(self) -> dict[str, tuple[int, float]]:
-        """Return the epoch with which every shard counts, and which part of that is merged or on lease."""
-        turns = {name: (newest + ((newest, name) in self._rows), 0.0) for name, newest in self._epoch.items()}
+        unread = {name: (newest + ((newest, name) in self._rows), 0.0) for name, newest in self._epoch.items()}
         first: dict[str, int] = {}
         for (epoch, name), rows in self._rows.items():
             if epoch < first.get(name, epoch + 1) and (rows == FREE).any():
                 first[name] = epoch
-        return turns | {name: (at, float((self._rows[at, name] != FREE).mean())) for name, at in first.items()}
+        return unread | {name: (at, float((self._rows[at, name] != FREE).mean())) for name, at in first.items()}
 
     def _open(self, epoch: int, shard: str) -> npt.NDArray[np.uint8]:
+        self._epoch[shard] = max(self._epoch[shard], epoch)
         return self._rows.setdefault((epoch, shard), np.zeros(self._shards[shard].num_rows, np.uint8))
 
     def clients(self) -> tuple[str, ...]:
@@ -248,7 +238,7 @@ class Ledger:
         Raises:
             RefusedReply: It claims more tokens than the rows that the client has read have bytes of text.
         """
-        rows = rows_between(asked.lease, self._streams, asked.data, report.data)
+        rows = _rows_between(asked.lease, self._streams, asked.data, report.data)
         means = (
             len(found) * self._shards[name].text_bytes / self._shards[name].num_rows
             for (_, name), found in rows.items()
@@ -273,7 +263,7 @@ class Ledger:
         for at in state.streams.values():
             index = None if at.position is None else locate(held.ranges, at.position)
             held.reached = max(held.reached, index or 0)
-        for (epoch, shard), read in rows_read(held.ranges, self._streams, state).items():
+        for (epoch, shard), read in _rows_read(held.ranges, self._streams, state).items():
             rows = self._rows[(epoch, shard)]
             kept = [r.row for r in pending if (r.epoch, r.shard) == (epoch, shard)]
             read = read[(rows[read] == LEASED) & ~np.isin(read, kept)]
@@ -351,14 +341,8 @@ class Ledger:
         }
 
 
-def rows_read(ranges: Sequence[RowRange], streams: int, state: DataState) -> Rows:
-    """Return the rows of a lease that streams have begun to read, also those that are still pending.
-
-    Args:
-        ranges: The ranges of the lease, in reading order.
-        streams: The number of streams; stream s reads the rows r with r mod streams = s.
-        state: The positions of the streams.
-    """
+def _rows_read(ranges: Sequence[RowRange], streams: int, state: DataState) -> Rows:
+    """Return the rows of a lease that streams have begun to read, also those that are still pending."""
     parts: dict[tuple[int, str], list[npt.NDArray[np.int64]]] = defaultdict(list)
     for stream, at in state.streams.items():
         index = None if at.position is None else locate(ranges, at.position)
@@ -372,12 +356,12 @@ def rows_read(ranges: Sequence[RowRange], streams: int, state: DataState) -> Row
     return {key: np.concatenate(rows) for key, rows in parts.items()}
 
 
-def rows_between(ranges: Sequence[RowRange], streams: int, before: DataState | None, after: DataState) -> Rows:
+def _rows_between(ranges: Sequence[RowRange], streams: int, before: DataState | None, after: DataState) -> Rows:
     """Return the rows whose tokens a client may have trained on from `before` to `after`: those read since, and those begun."""
-    read = rows_read(ranges, streams, after)
+    read = _rows_read(ranges, streams, after)
     if before is None:
         return read
-    done = rows_read(ranges, streams, before)
+    done = _rows_read(ranges, streams, before)
     begun: dict[tuple[int, str], list[int]] = defaultdict(list)
     for at in before.streams.values():
         for row in at.pending:
@@ -419,7 +403,7 @@ class _SiteLedger(Ledger):
             RefusedReply: The client has read no row.
         """
         held = self._clients[report.client]
-        rows = rows_between(held.ranges, self._streams, held.data, report.data)
+        rows = _rows_between(held.ranges, self._streams, held.data, report.data)
         possible = int(sum(len(found) for found in rows.values()) * self._row_bytes)
         if possible < 1:
             raise RefusedReply("tokens", f"it claims {report.tokens} tokens and has read no row")

@@ -14,15 +14,14 @@ from flwr.serverapp import Grid
 
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.server.events import SERVER, Events
-from nanofed.federated.server.validation import RefusedReply, Update, check_reply
-from nanofed.federated.wire.codec import Arrays, Codec, Weights
+from nanofed.federated.server.validation import RefusedReply, ReplyMetrics, Update, check_reply
+from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import LIFE, Evaluate, Instructions
 from nanofed.federated.wire.weight_transport import RoundWeights, WeightTransport
 
 POLL_SECONDS = 0.1
 MAX_POLL_SECONDS = 1.0  # every client is asked for by itself: with many of them, less often
 T = TypeVar("T")
-ReplyMetrics = Mapping[str, Any]
 
 # Flower's messages are cycles, with the weights where these are in them: few objects, so that Python would look too late.
 WASTE_BYTES = 64 << 20
@@ -36,13 +35,11 @@ class ClientReply(Generic[T]):
     Attributes:
         result: What was asked for, such as an update to be merged, or why there is none.
         seconds: The time from the dispatch until the reply was here and checked.
-        metrics: All that the client said beside weights, unchecked; empty where there is no result.
     """
 
     client: str
     result: T | RefusedReply
     seconds: float
-    metrics: ReplyMetrics
 
 
 class Messenger:
@@ -53,24 +50,17 @@ class Messenger:
         transport: It moves the weights; by default they are in the messages.
 
     Attributes:
+        transport: It encodes the weights for the next `round` or `evaluation`.
         late: The clients whose replies came too late since somebody emptied this set.
     """
 
     def __init__(self, grid: Grid, events: Events, transport: WeightTransport | None = None) -> None:
         self._grid = grid
         self._events = events
-        self._transport = transport or WeightTransport()
+        self.transport = transport or WeightTransport()
         self.late: set[str] = set()
         self._given_up: OrderedDict[str, tuple[str, int]] = OrderedDict()  # message -> client and round
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
-
-    def encode(self, weights: Weights, codec: Codec) -> Arrays:
-        """Return weights as they are sent, for the next `round` or `evaluation`.
-
-        Raises:
-            NanofedError: There is no room for them.
-        """
-        return self._transport.encode(weights, codec)
 
     def round(
         self,
@@ -97,22 +87,19 @@ class Messenger:
         configs = {client: instructions[client].to_config() for client in nodes}
         for client, request in (requests or {}).items():
             configs[client] |= request.to_config()
-
-        def check(client: str, reply: Message, round_weights: RoundWeights) -> tuple[Update, ReplyMetrics]:
-            def take(reply: Message) -> Arrays:
-                return round_weights.take(client, reply, sent.up, sent.weights)
-
-            update = check_reply(reply, instructions[client], sent, streams, take, most_pending)
-            return update, reply.content.config_records["fitres.metrics"]
-
         answer_bytes, number = sent.up.nbytes(sent.weights), next(iter(instructions.values())).round
-        weights = self._transport.offer(sent.payload, list(nodes), answer_bytes, seconds)
+        weights = self.transport.offer(sent.payload, list(nodes), answer_bytes, seconds)
+
+        def check(client: str, reply: Message) -> Update:
+            asked = instructions[client]
+            return check_reply(reply, asked, sent, weights, streams=streams, most_pending=most_pending)
+
         return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, weights, number, seconds, check)
 
     def evaluation(
         self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
-    ) -> Iterator[ClientReply[None]]:
-        """Send weights to be evaluated and nothing else, and yield every client with its reply, in the order of arrival.
+    ) -> Iterator[ClientReply[ReplyMetrics]]:
+        """Send weights to be evaluated and nothing else, and yield what every client says, in the order of arrival.
 
         Args:
             nodes: The node id of each client.
@@ -121,14 +108,14 @@ class Messenger:
             seconds: A client is given up after this time.
         """
 
-        def check(client: str, reply: Message, _: RoundWeights) -> tuple[None, ReplyMetrics]:
+        def check(_: str, reply: Message) -> ReplyMetrics:
             if reply.has_error():
                 raise RefusedReply("evaluation", f"the client failed: {reply.error.reason}")
-            return None, reply.content.config_records.get("evaluateres.metrics", {})
+            return reply.content.config_records.get("evaluateres.metrics", {})
 
         configs = {client: requests[client].to_config() for client in nodes}
         number = next(iter(requests.values())).round
-        weights = self._transport.offer(payload, list(nodes), 0, seconds)
+        weights = self.transport.offer(payload, list(nodes), 0, seconds)
         return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, weights, number, seconds, check)
 
     def _exchange(
@@ -140,7 +127,7 @@ class Messenger:
         round_weights: RoundWeights,
         number: int,
         seconds: float,
-        check: Callable[[str, Message, RoundWeights], tuple[T, ReplyMetrics]],
+        check: Callable[[str, Message], T],
     ) -> Iterator[ClientReply[T]]:
         """Send one message to each client and yield what `check` makes of its reply, or why it refuses it."""
         started = time.monotonic()
@@ -168,19 +155,18 @@ class Messenger:
                     client = waiting.pop(message_id)
                     _remember(self._answered, message_id, client)
                     result: T | RefusedReply
-                    metrics: ReplyMetrics = {}
                     try:
-                        result, metrics = check(client, reply, round_weights)
+                        result = check(client, reply)
                     except RefusedReply as refusal:
                         result = RefusedReply(refusal.kind, str(refusal))  # the other one's traceback holds the weights
                     del reply
-                    yield ClientReply(client, result, time.monotonic() - started, metrics)
-                    del result, metrics
+                    yield ClientReply(client, result, time.monotonic() - started)
+                    del result
                     round_weights.drop(client)
                 if idle and waiting:
                     time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * len(waiting)))
             for client in waiting.values():
-                yield ClientReply(client, RefusedReply("silent", f"no answer within {seconds:.0f} s"), seconds, {})
+                yield ClientReply(client, RefusedReply("silent", f"no answer within {seconds:.0f} s"), seconds)
         finally:
             round_weights.close()
             gc.collect()  # a cycle would hold the round's files and memory, and Python hardly looks here: see `FrozenObjects`

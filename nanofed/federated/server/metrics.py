@@ -13,10 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from nanofed import streams
-from nanofed.federated.aggregation.aggregator import PseudoGradient
 from nanofed.federated.aggregation.norm_guard import Length
 from nanofed.federated.server.events import KINDS, Events
-from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.messages import Report
 from nanofed.federated.wire.plain_text import plain
 from nanofed.training.summary import Point, Summary
@@ -34,23 +32,21 @@ class MergedUpdate:
 
     Attributes:
         report: the client's report, with no more tokens than are counted for it.
-        bytes_up: bytes of the client's arrays on the wire.
         length: the L2 norms of the update, of the whole and by parameter group.
         weight: the client's share in the mean; shares need not sum to 1.
         scale: the factor of the update, below 1 where its norm was clipped.
         seconds: time from the dispatch to the checked reply, without the time in which the client evaluated the weights.
         held: the update waited on disk until the others of its round were known.
-        cosine: the cosine of the update and the merged update, None before that is known.
+        cosine: the cosine of the update and the merged update, once that is known.
     """
 
     report: Report
-    bytes_up: int
     length: Length
     weight: float
     seconds: float
     held: bool
     scale: float = 1.0
-    cosine: float | None = None
+    cosine: float = 0.0
 
 
 @dataclass
@@ -61,9 +57,9 @@ class RoundMetrics:
         round: number of the round, from 1.
         asked: how many clients were sent the round.
         merged: the merged updates by client.
-        refused: how many replies were not merged.
-        silent: how many clients sent no reply in time.
-        bytes_down: bytes of the weights sent to all clients, without framing.
+        silent: how many clients sent no reply in time; those neither merged nor silent were refused.
+        client_bytes_down: bytes of the weights that each client is sent, without framing.
+        client_bytes_up: bytes of the weights that each client sends back, without framing.
         wait: seconds until there was a quorum.
         exchange: seconds from the dispatch to the last reply.
         merge: seconds of folding, of the outer step and of the commit.
@@ -73,19 +69,13 @@ class RoundMetrics:
     round: int
     asked: int
     merged: dict[str, MergedUpdate] = field(default_factory=dict)
-    refused: int = 0
     silent: int = 0
-    bytes_down: int = 0
+    client_bytes_down: int = 0
+    client_bytes_up: int = 0
     wait: float = 0.0
     exchange: float = 0.0
     merge: float = 0.0
     merged_norm: float = 0.0
-
-    def take(self, gradient: PseudoGradient, cosines: Mapping[str, float]) -> None:
-        """Take up the norm of the round's pseudo-gradient, and the cosine of each client's update with it."""
-        self.merged_norm = l2_norm(list(gradient.values()))
-        for client, cosine in cosines.items():
-            self.merged[client].cosine = cosine
 
     @property
     def norms(self) -> list[float]:
@@ -93,9 +83,14 @@ class RoundMetrics:
         return [part.length.norm * part.scale for part in self.merged.values()]
 
     @property
+    def bytes_down(self) -> int:
+        """Bytes of the weights that all clients are sent, without framing."""
+        return self.asked * self.client_bytes_down
+
+    @property
     def bytes_up(self) -> int:
         """Bytes of the merged updates, without framing."""
-        return sum(part.bytes_up for part in self.merged.values())
+        return len(self.merged) * self.client_bytes_up
 
     @property
     def train_seconds(self) -> float:
@@ -106,7 +101,7 @@ class RoundMetrics:
         """Return the scalars of the round by tag."""
         parts, norms = list(self.merged.values()), self.norms
         reports = [part.report for part in parts]
-        cosines = [part.cosine for part in parts if part.cosine is not None]
+        cosines = [part.cosine for part in parts]
         mean_norm = math.fsum(norms) / len(norms)
         out = {
             "train/loss": sum(report.loss_last for report in reports) / len(reports),
@@ -115,7 +110,7 @@ class RoundMetrics:
             "fed/clients_asked": self.asked,
             "fed/clients_merged": len(parts),
             "fed/clients_late": self.silent,
-            "fed/clients_refused": self.refused,
+            "fed/clients_refused": self.asked - len(parts) - self.silent,
             "fed/steps_mean": math.fsum(report.steps for report in reports) / len(parts),
             "fed/bytes_up": self.bytes_up,
             "fed/bytes_down": self.bytes_down,
@@ -129,10 +124,9 @@ class RoundMetrics:
             "fed/update_norm_merged": self.merged_norm,
             # 1 where all clients move alike, 1/sqrt(n) where their updates have nothing in common.
             "fed/drift": self.merged_norm / mean_norm if mean_norm else 0.0,
+            "fed/cosine_to_merged_mean": math.fsum(cosines) / len(cosines),
+            "fed/cosine_to_merged_min": min(cosines),
         }
-        if cosines:
-            out["fed/cosine_to_merged_mean"] = math.fsum(cosines) / len(cosines)
-            out["fed/cosine_to_merged_min"] = min(cosines)
         if (cosine := self.cosine_between_clients()) is not None:
             out["fed/cosine_between_clients"] = cosine
         return out
@@ -196,9 +190,9 @@ class FederationMetrics:
                 "fed/train_seconds": report.seconds,
                 "fed/update_norm": part.length.norm,
                 "fed/update_scale": part.scale,
-                "fed/bytes_up": part.bytes_up,
+                "fed/bytes_up": figures.client_bytes_up,
                 "fed/events_total": events.total(client=client),
-                **({} if part.cosine is None else {"fed/cosine_to_merged": part.cosine}),
+                "fed/cosine_to_merged": part.cosine,
             }
             self._scalars(client, own, step)
         self._bar.clear()

@@ -23,14 +23,15 @@ from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.clients import Clients
 from nanofed.federated.server.evaluation import RoundEvaluator, ServerEvaluator, ServerModel, SiteEvaluator
 from nanofed.federated.server.events import SERVER
-from nanofed.federated.server.messenger import ClientReply, Messenger
+from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.metrics import FederationMetrics, MergedUpdate, RoundMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
 from nanofed.federated.server.scheduling import Scheduler
 from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
-from nanofed.federated.wire.codec import CODECS, hash_arrays, payload_bytes
+from nanofed.federated.wire.blocks import l2_norm
+from nanofed.federated.wire.codec import CODECS, hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.checkpoint import SaveError, prune_checkpoints
@@ -207,9 +208,9 @@ class RoundLoop:
         """Have the clients train, merge their updates, and tell whether the model changed."""
         state, config, number = self.state, self._config, figures.round
         down, up = CODECS[config.down_codec], CODECS[config.up_codec]
-        figures.bytes_down = len(present) * down.nbytes(state.weights)
+        figures.client_bytes_down, figures.client_bytes_up = down.nbytes(state.weights), up.nbytes(state.weights)
         try:
-            sent = SentWeights(state.weights, self._messenger.encode(state.weights, down), down, up)
+            sent = SentWeights(state.weights, self._messenger.transport.encode(state.weights, down), down, up)
             asked = self._scheduler.instruct(number, list(present), state, hash_arrays(sent.payload))
             with make_aggregator(config.merge, sent, self._run / "spool", trim=config.trim) as aggregator:
                 self._collect(present, asked, sent, aggregator, figures)
@@ -245,7 +246,8 @@ class RoundLoop:
                 if isinstance(reply.result, RefusedReply):
                     self._refuse(reply.client, figures, reply.result)
                 else:
-                    figures.merged[reply.client] = self._fold(reply, reply.result, asked[reply.client], aggregator)
+                    instructions = asked[reply.client]
+                    figures.merged[reply.client] = self._fold(reply.result, instructions, reply.seconds, aggregator)
             except (RefusedReply, UnusualNorm) as refusal:
                 self._refuse(reply.client, figures, refusal)
             figures.merge += time.monotonic() - folding
@@ -254,20 +256,14 @@ class RoundLoop:
         while self._messenger.late:
             self.state.speeds.hurry(self._messenger.late.pop(), self._config.round_seconds)
 
-    def _fold(
-        self, reply: ClientReply[Update], update: Update, asked: Instructions, aggregator: Aggregator
-    ) -> MergedUpdate:
-        """Check an update against what is known of its client, and fold it in, or hold it until the round's others are known.
-
-        Raises:
-            RefusedReply: The update must not be merged.
-            UnusualNorm: The update is too long or too short.
-        """
-        client, state = reply.client, self.state
+    def _fold(self, update: Update, asked: Instructions, seconds: float, aggregator: Aggregator) -> MergedUpdate:
+        """Check an update against what is known of its client, and fold it in, or hold it until the round's others are known."""
+        client, state = asked.client, self.state
         if not self._policy.one_machine:
-            state.speeds.check(update.report, reply.seconds)
+            state.speeds.check(update.report, seconds)
         report = state.ledger.of(client).believed(update.report, asked)
-        length = state.norms.measure(update.norms, self.rates(asked, update.report.steps), state.weight_norm)
+        rates = self.rates(asked, update.report.steps)
+        length = state.norms.measure(update.norms, rates, lambda name: l2_norm([state.weights[name]]))
         if report.unwritten:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         by_tokens = self._config.weighting == "tokens"
@@ -277,10 +273,8 @@ class RoundLoop:
         else:
             aggregator.fold(client, update.arrays, weight)
         self.clients.refused.pop(client, None)
-        evaluating = self._evaluator.take_reply(client, reply.metrics, reply.seconds, state)
-        return MergedUpdate(
-            report, payload_bytes(update.arrays), length, weight, seconds=reply.seconds - evaluating, held=held
-        )
+        evaluating = self._evaluator.take_reply(client, update.metrics, seconds, state)
+        return MergedUpdate(report, length, weight, seconds=seconds - evaluating, held=held)
 
     def rates(self, asked: Instructions, steps: int) -> Steps:
         """Return the learning rates of a client's first steps of a round."""
@@ -311,8 +305,7 @@ class RoundLoop:
 
     def _refuse(self, client: str, figures: RoundMetrics, refusal: RefusedReply | UnusualNorm) -> None:
         logger.warning("round %d: client %s is not merged: %s", figures.round, client, refusal)
-        silent = refusal.kind == "silent"
-        figures.silent, figures.refused = figures.silent + silent, figures.refused + (not silent)
+        figures.silent += refusal.kind == "silent"
         self.clients.refused[client] = str(refusal)
         self.state.events.add(refusal.kind, client, refusal, figures.round)
         self.state.ledger.of(client).release(client)
@@ -330,7 +323,9 @@ class RoundLoop:
         for part, report in zip(parts, reports, strict=True):
             part.report = report
         gradient = aggregator.result()
-        figures.take(gradient, aggregator.cosines())
+        figures.merged_norm = l2_norm(list(gradient.values()))
+        for client, cosine in aggregator.cosines().items():
+            figures.merged[client].cosine = cosine
         try:
             tokens = state.clock.tokens + sum(report.tokens for report in reports)
             if chosen := state.outer.plan(len(reports), self._horizon / tokens * figures.round):

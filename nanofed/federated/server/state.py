@@ -153,10 +153,6 @@ class State:
         self.evaluations = saved.get("evaluations", {})
         return saved
 
-    def weight_norm(self, name: str) -> float:
-        """Return the L2 norm of one of the global weights."""
-        return l2_norm([self.weights[name]])
-
     def weights_norm(self) -> float:
         """Return the L2 norm of the global weights."""
         return l2_norm(list(self.weights.values()))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message
 
@@ -16,6 +17,9 @@ from nanofed.federated.server.events import Kind
 from nanofed.federated.wire.codec import Arrays, WireError, hash_arrays
 from nanofed.federated.wire.messages import Failure, Instructions, Report, RoundMessage
 from nanofed.federated.wire.plain_text import plain
+from nanofed.federated.wire.weight_transport import RoundWeights
+
+ReplyMetrics = Mapping[str, Any]  # all that a client says beside weights
 
 MAX_REASON = 500  # characters: a reply may hold what it likes, the log should not
 LEAST_STEP_SECONDS = 1e-6  # of training: no optimizer step takes less
@@ -43,19 +47,28 @@ class RefusedReply(Exception):
 
 @dataclass(frozen=True)
 class Update:
-    """An accepted reply: arrays in the up-link's codec, and the L2 norm of what they change in every weight."""
+    """An accepted reply.
+
+    Attributes:
+        arrays: The weights, in the up-link's codec.
+        report: What the client says of its training.
+        norms: The L2 norm of what the arrays change in every weight.
+        metrics: All that the client says beside weights, of which only the report is checked.
+    """
 
     arrays: Arrays
     report: Report
     norms: Sequence[float]
+    metrics: ReplyMetrics
 
 
 def check_reply(
     reply: Message,
     instructions: Instructions,
     sent: SentWeights,
+    round_weights: RoundWeights,
+    *,
     streams: int,
-    take: Callable[[Message], Arrays],
     most_pending: int,
 ) -> Update:
     """Return the update in a reply to `instructions`.
@@ -64,8 +77,8 @@ def check_reply(
         reply: The message that came back.
         instructions: What the client was asked to do.
         sent: The weights that the round was sent.
+        round_weights: The weights on their way, from which the reply's arrays are taken.
         streams: The number of streams of every client.
-        take: It returns the arrays that belong to a reply.
         most_pending: The documents that a stream's packer may hold.
 
     Raises:
@@ -75,13 +88,13 @@ def check_reply(
     if reply.has_error():
         raise RefusedReply("failed", f"the client failed: {reply.error.reason}")
     try:
-        metrics = reply.content.config_records.get("fitres.metrics")
-        if metrics is not None and Failure.key in metrics:
+        metrics: ReplyMetrics = reply.content.config_records.get("fitres.metrics", {})
+        if Failure.key in metrics:
             failure = Failure.from_config(metrics)
             check_repeated(failure, instructions)
             raise RefusedReply(failure.kind, failure.reason)
         report = Report.from_config(metrics)
-        arrays = take(reply)
+        arrays = round_weights.take(instructions.client, reply, sent.up, sent.weights)
         sent.up.check(arrays, sent.weights)
     except RefusedReply:
         raise
@@ -97,7 +110,7 @@ def check_reply(
     for name, norm in zip(sent.weights, norms, strict=True):
         if not math.isfinite(norm):
             raise RefusedReply("not_finite", f"{name} is not finite")
-    return Update(arrays, report, norms)
+    return Update(arrays, report, norms, metrics)
 
 
 def check_repeated(said: RoundMessage, asked: RoundMessage, kind: Kind | None = None) -> None:

@@ -8,8 +8,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from flwr.app import Context, Message, MessageType
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
@@ -17,6 +15,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from nanofed.errors import NanofedError
 from nanofed.federated.site.trainer import LeaseTooShort, LocalTrainer
+from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Evaluate, Failure, Instructions, StoredWeights, is_over
 from nanofed.federated.wire.plain_text import SAFE_NAME
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient
@@ -80,9 +79,7 @@ class TrainerClient(NumPyClient):
         """Answer the server's hello."""
         return self._trainer.hello(self._name).to_config()
 
-    def fit(
-        self, parameters: list[npt.NDArray[np.generic]], config: dict[str, Any]
-    ) -> tuple[list[npt.NDArray[np.generic]], int, dict[str, Any]]:
+    def fit(self, parameters: Arrays, config: dict[str, Any]) -> tuple[Arrays, int, dict[str, Any]]:
         """Train one round; the tokens stand where Flower expects the number of examples.
 
         Where the weights that came are to be evaluated as well, that is done first, and is none of the training's time.
@@ -110,15 +107,11 @@ class TrainerClient(NumPyClient):
             trained = []
         return trained, report.tokens, report.to_config() | measured
 
-    def evaluate(
-        self, parameters: list[npt.NDArray[np.generic]], config: dict[str, Any]
-    ) -> tuple[float, int, dict[str, Any]]:
+    def evaluate(self, parameters: Arrays, config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
         """Evaluate weights: the answer is in the metrics."""
         return self._evaluate(self._weights(parameters, StoredWeights.found_in(config)), Evaluate.from_config(config))
 
-    def _weights(
-        self, parameters: list[npt.NDArray[np.generic]], stored: StoredWeights | None
-    ) -> list[npt.NDArray[np.generic]]:
+    def _weights(self, parameters: Arrays, stored: StoredWeights | None) -> Arrays:
         """Return the weights that came in the message, or those that it names."""
         if stored is None:
             return parameters
@@ -126,7 +119,7 @@ class TrainerClient(NumPyClient):
             raise NanofedError("the message names weights at a server, and this client has no way there")
         return self._weights_client.fetch(stored, self._arrived + stored.seconds)
 
-    def _evaluate(self, arrays: list[npt.NDArray[np.generic]], asked: Evaluate) -> tuple[float, int, dict[str, Any]]:
+    def _evaluate(self, arrays: Arrays, asked: Evaluate) -> tuple[float, int, dict[str, Any]]:
         self._check_name(asked.client)
         evaluation = self._trainer.evaluate(arrays, asked)
         return evaluation.nats, evaluation.bytes, evaluation.to_config()

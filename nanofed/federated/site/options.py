@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
@@ -61,7 +62,7 @@ class WorkerOptions(SiteOptions):
 
     def to_json(self) -> str:
         """Return the options as one argument of a command line."""
-        return json.dumps(asdict(self), default=str)
+        return TypeAdapter(WorkerOptions).dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -71,10 +72,8 @@ class WorkerOptions(SiteOptions):
             ConfigError: The text is no such JSON.
         """
         try:
-            content = json.loads(text)
-            paths = {name: content[name] and Path(content[name]) for name in ("authority", "key", "folder")}
-            return cls(**content | paths)
-        except (KeyError, TypeError, ValueError) as error:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
             raise ConfigError(f"the options of a site's worker cannot be read: {error}") from error
 
 

@@ -36,7 +36,6 @@ class Progress:
 
     def __init__(self, page: str | None) -> None:
         self._last = time.monotonic()
-        self._accumulation = 1
         self._figures: dict[str, Any] = {
             "state": "starting",
             "pid": os.getpid(),
@@ -58,14 +57,8 @@ class Progress:
         self._last = time.monotonic()
         self._figures |= figures
 
-    def begin(self, state: str, run: str, number: int, accumulation: int = 1) -> None:
-        """Say that a round begins to be trained, or weights to be evaluated, with so many micro-batches a step."""
-        self._accumulation = accumulation
-        self.say(state=state, run=run, round=number, steps=0)
-
-    def micro_batch(self, begun: int) -> None:
-        """Say that so many micro-batches of the round have begun."""
-        steps = (begun - 1) // self._accumulation
+    def stepped(self, steps: int) -> None:
+        """Say that a micro-batch begins, after so many full steps of the round."""
         self.say(steps=steps, warm=self._figures["warm"] or steps > 0)
 
     def alive(self) -> None:

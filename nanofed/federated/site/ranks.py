@@ -126,8 +126,8 @@ class Turn:
     def check(self) -> None:
         """Raise if the round is not wanted any more; called between micro-batches, on the first rank."""
 
-    def progress(self, micro_batches: int) -> None:
-        """Take note that so many micro-batches of the round have begun."""
+    def progress(self, steps: int) -> None:
+        """Take note that so many full steps of the round are done; called with every micro-batch, on all ranks."""
 
 
 class _Next(IntEnum):

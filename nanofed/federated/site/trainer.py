@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning import Fabric
 from torch import Tensor
@@ -20,11 +20,11 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
-from nanofed.federated.site.evaluation import measure
+from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.federated.site.optimizer_states import Saved, StateFolder
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
 from nanofed.federated.wire.blocks import all_finite, flat
-from nanofed.federated.wire.codec import CODECS, WireError, hash_arrays, pack_with_feedback
+from nanofed.federated.wire.codec import CODECS, Arrays, WireError, hash_arrays, pack_with_feedback
 from nanofed.federated.wire.messages import MAX_FAILURE, Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.federated.wire.plain_text import SAFE_NAME
 from nanofed.training.loop import Stopwatch, train_steps
@@ -34,10 +34,8 @@ from nanofed.training.strategy import send_weights
 
 logger = logging.getLogger(__name__)
 
-Arrays = list[npt.NDArray[np.generic]]
-Residual = dict[
-    str, Tensor
-]  # what codecs have rounded off and is still to be sent, of each weight; empty where nothing is
+# What codecs have rounded off and is still to be sent, of each weight; empty where nothing is.
+Residual = dict[str, Tensor]
 
 
 class LeaseTooShort(NanofedError):
@@ -50,10 +48,10 @@ class LocalTrainer(Protocol):
     def hello(self, client: str) -> Hello:
         """Say who the client is and what it runs."""
 
-    def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
+    def fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
         """Train one round from the weights in `arrays`."""
 
-    def evaluate(self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate) -> Evaluation:
+    def evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:
         """Measure the weights in `arrays`."""
 
 
@@ -129,15 +127,13 @@ class FabricTrainer:
         """Tell whether the device is of use after an error: one of its own stays with it."""
         return self._fabric.device.type == "cpu" or isinstance(error, torch.OutOfMemoryError)
 
-    def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
+    def fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
         """Train one round and save the optimizer state; arguments, result and errors are those of `train`."""
         answer = self.train(arrays, instructions)
         self.save(instructions)
         return answer
 
-    def train(
-        self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions, turn: Turn | None = None
-    ) -> tuple[Arrays, Report]:
+    def train(self, arrays: Arrays, instructions: Instructions, turn: Turn | None = None) -> tuple[Arrays, Report]:
         """Train one round and return the local weights and the report; `save` keeps the optimizer state on disk.
 
         They are two steps so that the server need not wait for this machine's disk.
@@ -183,7 +179,7 @@ class FabricTrainer:
                 self._fabric,
                 self._fabric_module,
                 self._fabric_optimizer,
-                SharedBatches(batches, ranks, turn.check, turn.progress),
+                SharedBatches(batches, ranks, turn.check, lambda begun: turn.progress((begun - 1) // accumulation)),
                 accumulation=accumulation,
                 step_tokens=instructions.batch_tokens,
                 num_steps=instructions.max_steps,
@@ -204,22 +200,22 @@ class FabricTrainer:
         self._kept[instructions.client] = ClientState(
             instructions.run, instructions.round, self._optimizer.state, self._residual
         )
-        seconds = result.seconds - before
-        self._pace[instructions.client] = result.tokens / seconds if seconds > 0 else 0.0
-        unwritten, before = self.states.unwritten, self._unwritten
-        self._unwritten = unwritten
-        return payload, Report(
+        unwritten = self.states.unwritten > self._unwritten
+        self._unwritten = self.states.unwritten
+        report = Report(
             **instructions.repeated(),
             payload_hash=hash_arrays(payload),
             steps=result.steps,
             tokens=result.tokens,
-            seconds=seconds,
+            seconds=result.seconds - before,
             loss_first=losses[0],
             loss_last=losses[-1],
             exhausted=result.exhausted,
             data=DataState.merge(ranks.gather(module.data_state)),
-            unwritten=unwritten > before,
+            unwritten=unwritten,
         )
+        self._pace[instructions.client] = report.tokens_per_second
+        return payload, report
 
     def save(self, instructions: Instructions) -> None:
         """Save the optimizer state that `train` ended with: on the first rank, to which the others send their shards."""
@@ -229,9 +225,7 @@ class FabricTrainer:
                 state["residual"] = self._residual
             self.states.save(instructions.client, instructions.run, instructions.round, state)
 
-    def evaluate(
-        self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate, turn: Turn | None = None
-    ) -> Evaluation:
+    def evaluate(self, arrays: Arrays, asked: Evaluate, turn: Turn | None = None) -> Evaluation:
         """Measure weights on this site's validation text; nothing that the client keeps is touched.
 
         What goes wrong in it is said in the answer and costs the figure only: the round that it rides with is trained.
@@ -256,9 +250,7 @@ class FabricTrainer:
             send_weights(self._module.gpt)
         nats, count, failure = 0.0, 0, ""
         try:
-            nats, count = measure(
-                self._module.gpt, self._data, asked, device=self._fabric.device, ranks=ranks, turn=turn, watch=watch
-            )
+            nats, count = self._measure(asked, turn, watch)
         except Exception as error:
             if ranks.size > 1 and not isinstance(error, Agreed):
                 raise  # the others wait for this rank
@@ -271,7 +263,42 @@ class FabricTrainer:
             **asked.repeated(), nats=nats, bytes=count, seconds=watch.elapsed(), failure=failure[:MAX_FAILURE]
         )
 
-    def _take_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions | Evaluate) -> None:
+    @torch.no_grad()
+    def _measure(self, asked: Evaluate, turn: Turn, watch: Stopwatch) -> tuple[float, int]:
+        """Return the sums of nats and of bytes over all ranks; a part of the text would be another text's figure."""
+        gpt, data, ranks, device = self._module.gpt, self._data, self.ranks, self._fabric.device
+        text = data.validation_loader(
+            rank=ranks.number,
+            world_size=ranks.size,
+            share=asked.share,
+            shares=asked.shares,
+            eval_tokens=asked.eval_tokens,
+        )
+        metric = BitsPerByte(torch.tensor(data.tokenizer.token_bytes)).to(device)
+        training = gpt.training
+        gpt.eval()
+        try:
+            with closing(iter(text)) as batches:
+                for number, batch in enumerate(SharedBatches(batches, ranks, turn.check)):
+                    if watch.elapsed() > asked.seconds:
+                        ranks.agree(
+                            NanofedError(
+                                f"{number} batches took more than {asked.seconds:g} s, which is all that a round leaves for it: "
+                                "lower data.eval_tokens at the server, or raise federation.grace_seconds or eval_every"
+                            )
+                        )
+                    there = batch.to(device)
+                    metric.update(gpt(there.inputs, there.targets, reduction="none"), there.targets)
+                    metric.sum_bytes.item()  # waits for the device: the watch is read in time
+        finally:
+            gpt.train(training)
+        sums = ranks.gather((float(metric.sum_nats), int(metric.sum_bytes)))
+        nats = math.fsum(part for part, _ in sums)
+        if not math.isfinite(nats):
+            ranks.agree(NanofedError(f"the loss on the validation text is {nats}"))
+        return nats, sum(count for _, count in sums)
+
+    def _take_weights(self, arrays: Arrays, instructions: Instructions | Evaluate) -> None:
         for name, text in (("run", instructions.run), ("client", instructions.client)):
             if not SAFE_NAME.fullmatch(text):  # each names a folder
                 raise WireError(f"the {name} is {text[:80]!r}, no plain word")
@@ -283,7 +310,7 @@ class FabricTrainer:
             if staged[name] is not parameter:
                 parameter.detach().copy_(staged[name], non_blocking=True)
 
-    def _local_weights(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> Arrays:
+    def _local_weights(self, arrays: Arrays, instructions: Instructions) -> Arrays:
         down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
         staged = self._staged()
         for name, parameter in self._parameters.items():

@@ -15,10 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from lightning import Fabric
@@ -32,9 +29,9 @@ from nanofed.federated.site.inbox import Inbox, Task
 from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
-from nanofed.federated.site.trainer import Arrays, FabricTrainer, LocalTrainer
+from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.bundle import check_bundle
-from nanofed.federated.wire.codec import WireError
+from nanofed.federated.wire.codec import Arrays, WireError
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.federated.wire.weights_client import WeightsClient
 from nanofed.training.gc_control import FrozenObjects
@@ -55,7 +52,7 @@ class RoundAborted(NanofedError):
 class _Turn(Turn):
     """A round that a task asks for; `deadline` seconds after its start its answer is worth nothing."""
 
-    def __init__(self, task: Task | None, progress: Progress, deadline: float | None = None) -> None:
+    def __init__(self, task: Task, progress: Progress, deadline: float | None = None) -> None:
         self.arrived: float = time.monotonic()
         self._task = task
         self._progress = progress
@@ -63,30 +60,15 @@ class _Turn(Turn):
 
     def check(self) -> None:
         self._progress.alive()
-        if self._task is not None and self._task.cancelled is not None:
+        if self._task.cancelled is not None:
             raise RoundAborted(f"the round was aborted: {self._task.cancelled}")
         if self._deadline is not None and time.monotonic() - self.arrived > self._deadline:
             raise RoundAborted(
                 f"the round was aborted: it is over at the server, {self._deadline:g} s after it arrived"
             )
 
-    def progress(self, micro_batches: int) -> None:
-        self._progress.micro_batch(micro_batches)
-
-
-class WorkerTrainer(LocalTrainer, Protocol):
-    """A LocalTrainer that hears which message it works for.
-
-    Attributes:
-        task: the message that is worked on.
-        broken: an error that leaves ranks or a device in an unknown state: the process has to be started anew.
-    """
-
-    task: Task | None
-    broken: Exception | None
-
-    def save(self) -> None:
-        """Save what the last round has left, once its answer is on its way."""
+    def progress(self, steps: int) -> None:
+        self._progress.stepped(steps)
 
 
 class SiteTrainer:
@@ -95,26 +77,28 @@ class SiteTrainer:
     Args:
         trainer: It trains and evaluates on this rank.
         progress: It hears how far the trainer is.
-        micro_batch_tokens: The tokens of one micro-batch, over all ranks.
+
+    Attributes:
+        task: The message that is worked on.
+        broken: An error that leaves ranks or a device in an unknown state: the process has to be started anew.
     """
 
-    def __init__(self, trainer: FabricTrainer, progress: Progress, micro_batch_tokens: int) -> None:
-        self.task: Task | None = None
+    task: Task
+
+    def __init__(self, trainer: FabricTrainer, progress: Progress) -> None:
         self.broken: Exception | None = None
         self._trainer = trainer
         self._progress = progress
-        self._micro_batch_tokens = micro_batch_tokens
         self._unsaved: Instructions | None = None
 
     def hello(self, client: str) -> Hello:
         """Say who the client is and what it runs."""
         return self._trainer.hello(client)
 
-    def fit(self, arrays: Sequence[npt.NDArray[np.generic]], instructions: Instructions) -> tuple[Arrays, Report]:
+    def fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
         """Train one round on all ranks; `save` has to follow."""
         with self._on_all_ranks(instructions):
-            accumulation = max(1, instructions.batch_tokens // self._micro_batch_tokens)
-            self._progress.begin("training", instructions.run, instructions.round, accumulation)
+            self._progress.say(state="training", run=instructions.run, round=instructions.round, steps=0)
             turn = _Turn(self.task, self._progress, instructions.deadline_seconds)
             payload, report = self._trainer.train(arrays, instructions, turn)
         self._unsaved = instructions
@@ -123,10 +107,10 @@ class SiteTrainer:
         logger.info("round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s", report.round, report.steps, *losses, speed)
         return payload, report
 
-    def evaluate(self, arrays: Sequence[npt.NDArray[np.generic]], asked: Evaluate) -> Evaluation:
+    def evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:
         """Evaluate weights on all ranks."""
         with self._on_all_ranks(asked):
-            self._progress.begin("evaluating", asked.run, asked.round)
+            self._progress.say(state="evaluating", run=asked.run, round=asked.round, steps=0)
             return self._trainer.evaluate(arrays, asked, _Turn(self.task, self._progress))
 
     def save(self) -> None:
@@ -171,7 +155,7 @@ def follow(trainer: FabricTrainer) -> None:
 
 
 @FrozenObjects()
-def lead(options: WorkerOptions, inbox: Inbox, trainer: WorkerTrainer, progress: Progress) -> None:
+def lead(options: WorkerOptions, inbox: Inbox, trainer: SiteTrainer, progress: Progress) -> None:
     """Take messages and answer them, one after another.
 
     Raises:
@@ -217,13 +201,13 @@ def main(args: Sequence[str]) -> int:
         threading.Thread(target=_end_with, args=(options.supervisor,), name="nanofed-orphan", daemon=True).start()
         first = runtime.is_first_rank()
         progress = Progress(options.progress if first else None)
-        trainer, micro_batch = build(args[1:], options)
+        trainer = build(args[1:], options)
         if not first:
             follow(trainer)
         progress.say(state="idle", ranks=trainer.ranks.size)
         logger.info("the worker of %s is ready: %d devices", options.name, trainer.ranks.size)
         inbox = Inbox(options.supernode, options.secret.read_bytes())
-        lead(options, inbox, SiteTrainer(trainer, progress, micro_batch), progress)
+        lead(options, inbox, SiteTrainer(trainer, progress), progress)
     except Exception as error:
         time.sleep(runtime.seconds_to_hold_back())
         outcome = Outcome.of(error)
@@ -235,8 +219,8 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def build(args: Sequence[str], site: WorkerOptions) -> tuple[FabricTrainer, int]:
-    """Return this rank's trainer, and the tokens of a micro-batch on all ranks.
+def build(args: Sequence[str], site: WorkerOptions) -> FabricTrainer:
+    """Return this rank's trainer.
 
     Args:
         args: command-line arguments of `nanofed federate`.
@@ -267,8 +251,7 @@ def build(args: Sequence[str], site: WorkerOptions) -> tuple[FabricTrainer, int]
             sequence_len=data.sequence_len,
             world_size=fabric.world_size,
         )
-    trainer = FabricTrainer(module, data, fabric, site.folder / "state", durable=True)
-    return trainer, data.device_batch_size * data.sequence_len * trainer.ranks.size
+    return FabricTrainer(module, data, fabric, site.folder / "state", durable=True)
 
 
 def _end_with(supervisor: int) -> None:

@@ -40,11 +40,10 @@ SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "
 
 
 Int = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Reason = Annotated[str, Field(max_length=MAX_FAILURE)]
 Position = Annotated[
     DataState, PlainValidator(DataState.from_plain), PlainSerializer(DataState.to_plain, return_type=dict[str, Any])
 ]
-
-
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
@@ -331,9 +330,6 @@ class Failure(RoundMessage):
 class Evaluate(RoundMessage):
     """What a client is to measure of the global weights, on text of its own.
 
-    The request rides with a round, in the message that brings the weights anyway, so that a slow link carries no second copy of
-    the model. Only the last weights of a run, after which no round comes, are sent to be evaluated alone.
-
     The text is that of the server's own evaluation, of the client's validation shard: its first `eval_tokens` targets in document
     order. Forward pass f of it (`nanofed.data.validation`) is this client's where f mod `shares` is `share`. So shares of one
     shard are disjoint and together all of it, and a pass gives the same sums wherever it is computed on the same hardware.
@@ -378,12 +374,7 @@ class Evaluation(RoundMessage):
     nats: float
     bytes: Int
     seconds: float
-    failure: str
-
-    def check(self) -> None:
-        """Refuse a failure of too many words."""
-        if len(self.failure) > MAX_FAILURE:
-            raise ValueError(f"failure has {len(self.failure)} characters, {MAX_FAILURE} are allowed")
+    failure: Reason
 
 
 @dataclass(frozen=True)

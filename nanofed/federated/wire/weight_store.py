@@ -59,21 +59,16 @@ class WeightStore(WeightTransport):
 
     def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
         """Make a file for each client's answer."""
-        layout = layout_of(payload)
-        tickets: dict[str, str] = {}
+        layout, stored = layout_of(payload), dict[str, StoredWeights]()
+        round_weights = _StoredRound(self, self._folder / UP, stored)
         try:
-            for client in clients if answer_bytes else ():
-                tickets[client], _ = self._file(UP, answer_bytes)  # before anybody trains for what has no room
+            for client in clients:  # before anybody trains for what has no room
+                answer = self._file(UP, answer_bytes)[0] if answer_bytes else ""
+                stored[client] = StoredWeights(self._ticket, layout, answer, answer_bytes, seconds)
         except NanofedError:
-            for ticket in tickets.values():
-                with contextlib.suppress(OSError):
-                    (self._folder / UP / ticket).unlink()
+            round_weights.close()
             raise
-        stored = {
-            client: StoredWeights(self._ticket, layout, tickets.get(client, ""), answer_bytes, seconds)
-            for client in clients
-        }
-        return _StoredRound(self, self._folder / UP, stored)
+        return round_weights
 
     def remove(self) -> None:
         """Remove the file of the weights: no site fetches them any more."""
@@ -83,11 +78,7 @@ class WeightStore(WeightTransport):
             self._ticket = ""
 
     def _file(self, where: str, size: int) -> tuple[str, mmap.mmap]:
-        """Make a file of so many bytes, and return its ticket and its bytes.
-
-        Raises:
-            NanofedError: the disk has no room for it; there is none then.
-        """
+        """Make a file of so many bytes, and return its ticket and its bytes; where there is no room, there is no file."""
         ticket = secrets.token_hex(16)
         path = self._folder / where / ticket
         try:

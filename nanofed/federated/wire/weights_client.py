@@ -7,6 +7,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,8 @@ class RoundOver(WeightsError):
     """What was asked for is not at the server any more: the round is over."""
 
 
-class _NotNow(Exception):
-    """The server asks to be asked again; `unable` says that it cannot at all."""
-
-    def __init__(self, reason: str, *, unable: bool) -> None:
-        super().__init__(reason)
-        self.unable = unable
+class _Unable(OSError):
+    """The server says that it cannot."""
 
 
 class WeightsClient:
@@ -103,24 +100,17 @@ class WeightsClient:
         end: float,
     ) -> None:
         """Move all pieces, several at a time, each again until it is there or the time is over."""
-        lock, failed = threading.Lock(), threading.Event()
+        failed = threading.Event()
 
-        def connection() -> None:
-            with requests.Session() as session:
-                while not failed.is_set():
-                    with lock:
-                        piece = next(pieces, None)
-                    if piece is None:
-                        return
-                    try:
-                        self._persist(lambda piece=piece: move(session, stored, piece, end), end, failed)  # type: ignore[misc]
-                    except BaseException:
-                        failed.set()
-                        raise
+        def persist(piece: Piece) -> None:
+            try:
+                self._persist(partial(move, session, stored, piece, end), end, failed)
+            except BaseException:
+                failed.set()
+                raise
 
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            for done in [pool.submit(connection) for _ in range(CONNECTIONS)]:
-                done.result()
+        with requests.Session() as session, ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(persist, pieces))
 
     def _persist(self, attempt: Callable[[], None], end: float, failed: threading.Event) -> None:
         pause = FIRST_PAUSE
@@ -128,10 +118,10 @@ class WeightsClient:
             try:
                 attempt()
                 return
-            except (OSError, HTTPError, _NotNow) as error:  # requests' own are OSErrors
+            except (OSError, HTTPError) as error:  # requests' own are OSErrors
                 if isinstance(error, ValueError):  # a proxy of a kind that requests does not know, or no address at all
                     raise WeightsError(f"{self._server} cannot be called: {error}") from error
-                if isinstance(error, requests.exceptions.ProxyError) or getattr(error, "unable", False):
+                if isinstance(error, (requests.exceptions.ProxyError, _Unable)):
                     end = min(end, time.monotonic() + UNABLE_SECONDS)
                 if end - time.monotonic() < pause:
                     reason = str(error) or type(error).__name__
@@ -163,13 +153,7 @@ class WeightsClient:
     def _post(
         self, session: requests.Session, path: str, headers: dict[str, str], body: Any, end: float
     ) -> requests.Response:
-        """Make a call and return its answer, whose body is still to be read.
-
-        Raises:
-            RoundOver: the server has nothing of that name.
-            WeightsError: the server refuses.
-            _NotNow: the server may do it later.
-        """
+        """Make a call and return its answer, whose body is still to be read; an OSError means that it may be made again."""
         _check_time(end)
         answer = session.post(
             self._url + path,
@@ -188,7 +172,7 @@ class WeightsClient:
             except (ValueError, KeyError, TypeError):
                 detail = f"HTTP status {answer.status_code}"
         if answer.status_code in (*UNABLE, *AGAIN):
-            raise _NotNow(detail, unable=answer.status_code in UNABLE)
+            raise _Unable(detail) if answer.status_code in UNABLE else OSError(detail)
         kind = RoundOver if answer.status_code == HTTPStatus.NOT_FOUND else WeightsError
         raise kind(f"{self._server} refuses weights: {detail}")
 
