@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from tests.parity.test_paths import arguments
+from tests.support import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 MARK = "NANOFED_TEST_RUN"
 TORCHRUN = ("-m", "torch.distributed.run")
 
@@ -33,12 +33,7 @@ def two_ranks(corpus: Path, runs: Path, name: str, *more: str) -> list[str]:
 
 
 class Started:
-    """One command and all processes that come of it.
-
-    Args:
-        command: arguments of Python.
-        log: file of what they print, all together.
-    """
+    """A command, arguments of Python, and all processes that come of it, whose output goes to one log."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self.log = log

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import shutil
 import statistics
@@ -21,8 +20,9 @@ from nanofed.optim import Clock, MuonAdamW, Schedule, parameter_groups
 from nanofed.tokenizer.bpe import load_tokenizer
 from nanofed.training.checkpoint.lightning_io import PREFIX, DirectoryCheckpointIO
 from tests.benchmarks import machine
-from tests.benchmarks.corpus import default_data, tokenizer_folder
-from tests.benchmarks.report import print_json, progress, table
+from tests.benchmarks.corpus import tokenizer_folder
+from tests.benchmarks.options import options
+from tests.benchmarks.report import progress, show
 
 CPU = torch.device("cpu")
 
@@ -99,14 +99,11 @@ def in_fresh_process(function: Callable[..., dict[str, Any]], *args: object) -> 
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench checkpoint", description=__doc__)
+    parser = options("checkpoint", __doc__, data=True, vocab_size=65_536)  # the tokenizer is saved with it
     add = parser.add_argument
     add("--depth", type=int, nargs="+", default=[4, 8], help="d20 takes 9 GB of memory and 6 GB of disk")
-    add("--vocab_size", type=int, default=65_536)
-    add("--data", default=default_data(), help="the corpus of the tokenizer that is saved with it")
     add("--folder", type=Path, help="where to save (default: a temporary folder)")
     add("--repeat", type=int, default=3, help="saves, of which the median counts")
-    add("--json", action="store_true", help="print one object instead of a table")
     args = parser.parse_args(argv)
     tokenizer = tokenizer_folder(args.data, args.vocab_size)
     results: dict[str, Any] = {}
@@ -120,14 +117,11 @@ def main(argv: Sequence[str]) -> int:
             saved = in_fresh_process(save, config, tokenizer, Path(folder), args.repeat)
             loaded = in_fresh_process(load, config, tokenizer, saved.pop("path"))
         results[f"d{depth}"] = {"parameters": config.num_parameters, **saved, **loaded}
-    if args.json:
-        print_json({"sizes": results, **machine.describe(CPU)})
-        return 0
     rows = [
         [size, r["parameters"] / 1e6, r["bytes"] / 1e6]
         + [r[what][name] for what in ("save", "load") for name in ("wall", "cpu", "added_mb")]
         for size, r in results.items()
     ]
     header = ["", "M params", "MB on disk", "save s", "CPU s", "added MB", "load s", "CPU s", "added MB"]
-    print(table(rows, header))
+    show({"sizes": results, **machine.describe(CPU)}, rows, header, as_json=args.json)
     return 0

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -23,8 +22,8 @@ from nanofed.data.rows import RowPlan
 from nanofed.data.shards import open_dataset
 from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
 from tests.benchmarks import machine
-from tests.benchmarks.corpus import default_data, tokenizer_folder
-from tests.benchmarks.report import print_json, progress, spread, table
+from tests.benchmarks import options as bench
+from tests.benchmarks.report import print_json, progress, quartiles, spread, table
 
 CPU = torch.device("cpu")
 PHASES = ("parquet", "encode", "pack", "batch")
@@ -110,11 +109,8 @@ class Side:
         split = Split()
         packer: Any = PACKERS[self.packing]
         with ExitStack() as stack:
-            for owner, name, phase in (
-                (streams, "read_texts", "parquet"),
-                (packer, "next_row", "pack"),
-                (self._encoder, "encode_document", "encode"),
-            ):
+            calls = [(streams, "read_texts", "parquet"), (packer, "next_row", "pack")]
+            for owner, name, phase in [*calls, (self._encoder, "encode_document", "encode")]:
                 stack.enter_context(patch.object(owner, name, split.timed(phase, getattr(owner, name))))
             window = self._window(tokens, seconds)
             split.count()
@@ -130,12 +126,8 @@ class Side:
         self.wall += time.perf_counter() - started
         cropped, before = sum(packer.cropped_tokens for packer in self._loader.packers.values()), self._cropped
         self._cropped = cropped
-        return {
-            "delivered": delivered,
-            "encoded": self._encoder.tokens - encoded,
-            "cropped": cropped - before,
-            "cpu": cpu,
-        }
+        encoded = self._encoder.tokens - encoded
+        return {"delivered": delivered, "encoded": encoded, "cropped": cropped - before, "cpu": cpu}
 
     def result(self, skipped: int) -> dict[str, Any]:
         """Return the figures, without the first `skipped` plain windows, which fill the buffers."""
@@ -161,32 +153,18 @@ class Side:
         }
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bin/bench data", description=__doc__)
-    parser.add_argument("--data", default=default_data(), help="folder of shards, demo or fineweb-edu")
-    parser.add_argument(
-        "--tokenizer", help="its folder; by default one of --vocab_size is trained on the data and kept"
-    )
-    parser.add_argument("--vocab_size", type=int, default=65_536)
-    parser.add_argument("--sequence_len", type=int, default=2048)
-    parser.add_argument("--device_batch_size", type=int, default=32)
-    parser.add_argument("--streams", type=int, default=runtime.DEFAULT_STREAMS)
-    parser.add_argument("--packing", choices=[*PACKERS, "both"], default="both")
+def main(argv: list[str]) -> int:
+    parser = bench.options("data", __doc__, data=True, vocab_size=65_536, sequence_len=2048, device_batch_size=32)
+    add = parser.add_argument
+    add("--tokenizer", help="its folder; by default one of --vocab_size is trained on the data and kept")
+    add("--streams", type=int, default=runtime.DEFAULT_STREAMS)
+    add("--packing", choices=[*PACKERS, "both"], default="both")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--tokens", type=float, help="tokens delivered by each packing, 10e6 by default")
     length.add_argument("--seconds", type=float, help="CPU seconds of each packing instead")
-    parser.add_argument(
-        "--warm_up", type=float, default=0, help="tokens delivered before, which fill best fit's buffers"
-    )
-    parser.add_argument("--json", action="store_true", help="one object on the last line instead of a table")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> int:
-    """Measure, and print a table or JSON."""
-    options = parse(argv)
-    folder = Path(options.tokenizer) if options.tokenizer else tokenizer_folder(options.data, options.vocab_size)
-    tokenizer = load_tokenizer(folder)
+    add("--warm_up", type=float, default=0, help="tokens delivered before, which fill best fit's buffers")
+    options = parser.parse_args(argv)
+    tokenizer = load_tokenizer(bench.tokenizer_of(options))
     dataset = open_dataset(runtime.dataset_dir(options.data))
     plan = RowPlan.whole(dataset)
     seconds = options.seconds or float("inf")
@@ -230,24 +208,25 @@ def show(result: dict[str, Any]) -> None:
     settings, packings = result["settings"], result["packings"]
     print(f"{result['hardware']}  {result['versions']}  commit {result['commit']}  load {result['load_average']}")
     print("  ".join(f"{name} {value}" for name, value in settings.items() if value is not None))
-    rows: list[list[Any]] = []
-    for label, key in (
-        ("tokens delivered / CPU s", "delivered_per_cpu_second"),
-        ("tokens encoded / CPU s", "encoded_per_cpu_second"),
-        ("tokenizer alone, tokens / CPU s", "tokenizer_alone_per_cpu_second"),
-    ):
-        rows.append(
-            [label, *(f"{p[key]['median']:,.0f} ({p[key]['q1']:,.0f}-{p[key]['q3']:,.0f})" for p in packings.values())]
-        )
-    for phase in PHASES:
-        cells = [
-            f"{p['nanoseconds_a_delivered_token'][phase]:,.1f} ({p['share'][phase]:.1%})" for p in packings.values()
-        ]
-        rows.append([f"{phase}, ns / token delivered", *cells])
-    rows.append(["cropped tokens", *(f"{p['cropped_share']:.1%}" for p in packings.values())])
-    rows.append(["delivered in all", *(p["delivered_tokens"] for p in packings.values())])
-    rows.append(["encoded in all", *(p["encoded_tokens"] for p in packings.values())])
-    rows.append(["documents waiting at the end", *(p["waiting_documents"] for p in packings.values())])
-    rows.append(["CPU / wall seconds", *(f"{p['cpu_seconds']} / {p['wall_seconds']}" for p in packings.values())])
+    columns = [column(packing) for packing in packings.values()]
+    rows = [[label, *(figures[label] for figures in columns)] for label in columns[0]]
     print(table(rows, ["median (quartiles) of windows", *packings]))
     print(f"peak memory {result['peak_memory_mb']} MB, {result['peak_memory_over_start_mb']} MB above the start")
+
+
+def column(packing: dict[str, Any]) -> dict[str, object]:
+    """Return the figures of one packing by their labels."""
+    return {
+        "tokens delivered / CPU s": quartiles(packing["delivered_per_cpu_second"]),
+        "tokens encoded / CPU s": quartiles(packing["encoded_per_cpu_second"]),
+        "tokenizer alone, tokens / CPU s": quartiles(packing["tokenizer_alone_per_cpu_second"]),
+        **{
+            f"{p}, ns / token delivered": f"{nanoseconds:,.1f} ({packing['share'][p]:.1%})"
+            for p, nanoseconds in packing["nanoseconds_a_delivered_token"].items()
+        },
+        "cropped tokens": f"{packing['cropped_share']:.1%}",
+        "delivered in all": packing["delivered_tokens"],
+        "encoded in all": packing["encoded_tokens"],
+        "documents waiting at the end": packing["waiting_documents"],
+        "CPU / wall seconds": f"{packing['cpu_seconds']} / {packing['wall_seconds']}",
+    }

@@ -1,22 +1,29 @@
 """The rounds of a trainer that trains nothing: same codecs, hashes and report, so that a round's cost is that of its ways.
 
 It holds the weights in fp32, as a model would, reads the text of one optimizer step, and answers with weights that have moved
-a little, each part of them otherwise, so that nothing on the way can be spared.
+a little, each part of them otherwise, so that nothing on the way can be spared. Run as a module it is the worker of a site:
+
+python -m tests.benchmarks.echo_rounds OPTIONS ARGUMENTS OF FEDERATE
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from nanofed.data.rows import RowPlan
 from nanofed.federated.config import Arguments
-from nanofed.federated.site.inbox import Task
+from nanofed.federated.site.inbox import Inbox, Task
+from nanofed.federated.site.options import WorkerOptions
+from nanofed.federated.site.progress import Progress
+from nanofed.federated.site.worker import lead
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.model import GPT
@@ -28,11 +35,7 @@ NOISE = 1_000_003  # numbers of noise, laid end to end over a weight from anothe
 
 
 class EchoTrainer:
-    """Answers rounds with the weights that came, moved a little.
-
-    Args:
-        args: of `nanofed federate`.
-    """
+    """Answers rounds of `nanofed federate` with the weights that came, moved a little."""
 
     task: Task | None = None
     broken: Exception | None = None
@@ -63,23 +66,10 @@ class EchoTrainer:
             state = self._read(instructions)
             seconds = time.monotonic() - start
         payload: list[Any] = up.pack(self._weights, down.parts(arrays, self._weights))
-        report = Report(
-            run=instructions.run,
-            round=instructions.round,
-            client=instructions.client,
-            nonce=instructions.nonce,
-            base_hash=instructions.base_hash,
-            payload_hash=hash_arrays(payload),
-            steps=1,
-            tokens=instructions.batch_tokens,
-            seconds=seconds,
-            loss_first=1.0,
-            loss_last=1.0,
-            exhausted=False,
-            unwritten=False,
-            data=state,
-        )
-        return payload, report
+        asked: dict[str, Any] = {n: getattr(instructions, n) for n in ("run", "round", "client", "nonce", "base_hash")}
+        done: dict[str, Any] = {"steps": 1, "tokens": instructions.batch_tokens, "seconds": seconds, "data": state}
+        figures: dict[str, Any] = {"loss_first": 1.0, "loss_last": 1.0, "exhausted": False, "unwritten": False}
+        return payload, Report(**asked, **done, **figures, payload_hash=hash_arrays(payload))
 
     def evaluate(self, arrays: Sequence[Any], asked: Evaluate) -> Evaluation:
         """Refuse to evaluate: a benchmark's server does it."""
@@ -107,3 +97,12 @@ class EchoTrainer:
         loader = data.loader(RowPlan(instructions.lease, data.dataset.train, repeat=False), state=instructions.data)
         *_, last = itertools.islice(loader, count)
         return last.state
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    options = WorkerOptions.from_json(sys.argv[1])
+    progress = Progress(options.progress)
+    trainer = EchoTrainer(sys.argv[2:])
+    progress.say(state="idle", ranks=1)
+    lead(options, Inbox(options.supernode, options.secret.read_bytes()), cast(Any, trainer), progress)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from nanofed.federated.deploy.site import run_site
 from nanofed.federated.site.options import site_options
 
-WORKER = "tests.benchmarks.echo_worker"
+WORKER = "tests.benchmarks.echo_rounds"
 
 
 def main() -> None:

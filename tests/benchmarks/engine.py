@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.summary import Summary
-from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.machine import ROOT, describe
+from tests.benchmarks.options import options, training
 from tests.benchmarks.report import print_json, progress, table
+from tests.benchmarks.round_fleet import running, tail
 
 STOP_SECONDS = 60.0  # for a side that is told to stop
 SIDES = ("fit", "in-process", "deployment")
@@ -35,37 +35,15 @@ SIDES = ("fit", "in-process", "deployment")
 def command(side: str, args: argparse.Namespace, runs: Path) -> list[str]:
     """Return the arguments of `nanofed` that train one side."""
     tokens = args.clients * args.accumulation * args.device_batch_size * args.sequence_len
-    given: dict[str, object] = {
-        "name": side,
-        "runs_dir": runs,
-        "seed_everything": args.seed,
-        "eval_every": 1,
-        "save_every": 1,
-        "keep_checkpoints": 1,
-        "model.depth": args.depth,
-        "model.sequence_len": args.sequence_len,
-        "model.compile": "false",
-        "model.recipe.batch_tokens": tokens,
-        "model.recipe.num_steps": args.rounds * args.steps,
-        "data.path": runtime.dataset_dir(args.data),
-        "data.tokenizer": tokenizer_folder(args.data, args.vocab_size),
-        "data.device_batch_size": args.device_batch_size,
-        "data.eval_tokens": args.eval_tokens,
-    }
+    given = training(args, batch_tokens=tokens, num_steps=args.rounds * args.steps, eval_tokens=args.eval_tokens)
+    given += [f"--name={side}", f"--runs_dir={runs}", f"--seed_everything={args.seed}", "--keep_checkpoints=1"]
     if side == "fit":
-        given |= {"eval_every": args.steps, "save_every": args.rounds * args.steps}
-        given |= {"trainer.accelerator": "cpu", "trainer.devices": args.clients}
-        return ["fit", *(f"--{key}={value}" for key, value in given.items())]
-    given |= {
-        "runtime": side,
-        "federation.clients": args.clients,
-        "federation.quorum": args.clients,
-        "federation.rounds": args.rounds,
-        "federation.round_steps": args.steps,
-        "federation.global_batch_tokens": tokens,
-        "fabric.accelerator": "cpu",
-    }
-    return ["federate", *(f"--{key}={value}" for key, value in given.items()), *args.set]
+        given += [f"--eval_every={args.steps}", f"--save_every={args.rounds * args.steps}"]
+        return ["fit", *given, "--trainer.accelerator=cpu", f"--trainer.devices={args.clients}"]
+    rounds = {"clients": args.clients, "quorum": args.clients, "rounds": args.rounds, "round_steps": args.steps}
+    given += [f"--federation.{key}={value}" for key, value in (rounds | {"global_batch_tokens": tokens}).items()]
+    given += ["--eval_every=1", "--save_every=1", "--fabric.accelerator=cpu"]
+    return ["federate", *given, f"--runtime={side}", *args.set]
 
 
 def run(side: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -77,25 +55,14 @@ def run(side: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     progress(side)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
     log, started = folder / f"{side}.log", time.monotonic()
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nanofed", *command(side, args, folder)],
-            env=environment,
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        code = process.wait(args.seconds)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{side} has taken {args.seconds:.0f} s:\n{_tail(log)}") from None
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(STOP_SECONDS)
+    line = [sys.executable, "-P", "-m", "nanofed", *command(side, args, folder)]
+    with running(line, log, environment, STOP_SECONDS) as process:
+        try:
+            code = process.wait(args.seconds)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{side} has taken {args.seconds:.0f} s:{tail(log)}") from None
     if code != 0:
-        raise RuntimeError(f"{side} ended with exit code {code}:\n{_tail(log)}")
+        raise RuntimeError(f"{side} ended with exit code {code}:{tail(log)}")
     wall = time.monotonic() - started
     summary = Summary.read(folder / side)
     return {
@@ -105,10 +72,6 @@ def run(side: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "command_seconds": wall,
         "curve": [{"step": p.step, "tokens": p.tokens, "bits_per_byte": p.bpb} for p in summary.curve],
     }
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 
 def difference(a: Path, b: Path) -> float:
@@ -128,25 +91,16 @@ def rows(result: dict[str, Any]) -> list[list[object]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench engine", description=__doc__)
+    size = {"depth": 2, "vocab_size": 2048, "sequence_len": 128, "device_batch_size": 8, "accumulation": 1}
+    numbers = {**size, "rounds": 10, "eval_tokens": 65_536, "threads": 1, "seed": 42}
+    parser = options("engine", __doc__, data=True, **numbers)
     add = parser.add_argument
     add("--clients", type=int, default=2, help="of the federation, and ranks of the fit")
-    add("--rounds", type=int, default=10)
     add("--steps", type=int, default=20, help="optimizer steps of a round")
-    add("--depth", type=int, default=2)
-    add("--vocab_size", type=int, default=2048)
-    add("--sequence_len", type=int, default=128)
-    add("--device_batch_size", type=int, default=8, help="rows of a micro-batch")
-    add("--accumulation", type=int, default=1, help="micro-batches of a step, of each client and rank")
-    add("--eval_tokens", type=int, default=65_536)
-    add("--data", default=default_data())
-    add("--threads", type=int, default=1, help="of each process")
-    add("--seed", type=int, default=42)
     add("--sides", nargs="+", choices=SIDES, default=SIDES)
     add("--set", action="append", default=[], metavar="--KEY=VALUE", help="further options of both federations")
     add("--folder", type=Path, help="where runs and logs go (default: a temporary folder); kept if named")
     add("--seconds", type=float, default=1800.0, help="after which a side is given up")
-    add("--json", action="store_true", help="print one object instead of a table")
     args = parser.parse_args(argv)
     if min(args.clients, args.rounds, args.steps) < 1:
         raise ConfigError("--clients, --rounds and --steps must be at least 1")
@@ -159,19 +113,8 @@ def main(argv: Sequence[str]) -> int:
                 "bits_per_byte": result["deployment"]["bits_per_byte"] - result["in-process"]["bits_per_byte"],
                 "weights": difference(folder / "in-process", folder / "deployment"),
             }
-    names = (
-        "clients",
-        "rounds",
-        "steps",
-        "depth",
-        "sequence_len",
-        "device_batch_size",
-        "accumulation",
-        "threads",
-        "seed",
-        "sides",
-    )
-    result |= {name: getattr(args, name) for name in names}
+    names = [name for name in numbers if name not in ("vocab_size", "eval_tokens")]
+    result |= {name: getattr(args, name) for name in (*names, "clients", "steps", "sides")}
     result |= {"data": Path(args.data).name, **describe(torch.device("cpu"))}
     if args.json:
         print_json(result)

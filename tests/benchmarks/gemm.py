@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 
@@ -10,7 +9,8 @@ import torch
 
 from nanofed.model import GPTConfig
 from tests.benchmarks.machine import Laps, describe
-from tests.benchmarks.report import print_json, table
+from tests.benchmarks.options import options
+from tests.benchmarks.report import show
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_FLOPS, GPU_FLOPS = 2e8, 1e12  # of one try at least: or the clock would be what is measured
@@ -61,30 +61,22 @@ def ceiling(
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench gemm", description=__doc__)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--sequence_len", type=int, default=512)
-    parser.add_argument("--device_batch_size", type=int, default=8)
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = options("gemm", __doc__, depth=4, sequence_len=512, device_batch_size=8, vocab_size=4096, threads=1)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each shape")
-    parser.add_argument("--json", action="store_true", help="print one object")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     config = GPTConfig.from_depth(args.depth, vocab_size=args.vocab_size, sequence_len=args.sequence_len)
     tokens = args.sequence_len * args.device_batch_size
     rates = {name: ceiling(config, tokens, DTYPES[name], device, args.seconds) for name in args.dtype}
-    if args.json:
-        print_json({"gflops": rates, "threads": args.threads, **describe(device)})
-        return 0
     # CPU time is of all threads together: with more than one the wall clock says how fast the machine is.
     rows = [
         [f"{name} {shape}", r["wall"] / 1e9, r["cpu"] * args.threads / 1e9]
         for name, by_shape in rates.items()
         for shape, r in by_shape.items()
     ]
-    print(table(rows, ["product", "GFLOP/s", "by CPU time"]))
+    result = {"gflops": rates, "threads": args.threads, **describe(device)}
+    show(result, rows, ["product", "GFLOP/s", "by CPU time"], as_json=args.json)
     return 0

@@ -7,7 +7,6 @@ reads and writes the fp32 accumulator (4 + 4). Flower gets the clients' weights 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
@@ -26,6 +25,7 @@ from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire.blocks import flat
 from nanofed.federated.wire.codec import CODECS, Array, Codec, hash_arrays
 from tests.benchmarks.machine import describe
+from tests.benchmarks.options import options
 from tests.benchmarks.report import print_json, progress, spread, table
 
 WIDTH = 1024
@@ -44,15 +44,7 @@ def model(parameters: int, generator: torch.Generator) -> dict[str, Array]:
 
 
 class Sides:
-    """The same clients' replies, merged by us and by Flower.
-
-    Args:
-        weights: the global weights.
-        locals_: the clients'.
-        down: codec of the down-link.
-        up: codec of the up-link.
-        clock: `wall` or `cpu`.
-    """
+    """The same clients' replies, merged by us and by Flower; `down` and `up` are the codecs of the two ways."""
 
     def __init__(
         self, weights: dict[str, Array], locals_: Sequence[dict[str, Array]], down: Codec, up: Codec, clock: str
@@ -151,22 +143,13 @@ def summary(times: Times, moved: dict[str, int], clients: int) -> dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench merge", description=__doc__)
+    parser = options("merge", __doc__, clients=4, threads=1, turns=7)
     add = parser.add_argument
     add("--parameters", type=float, default=100e6)
-    add("--clients", type=int, default=4)
-    add(
-        "--codec",
-        nargs="+",
-        choices=CODECS,
-        default=list(CODECS),
-        help="of the up-link (and the down-link, but --down)",
-    )
+    both = "of the up-link (and the down-link, but --down)"
+    add("--codec", nargs="+", choices=CODECS, default=list(CODECS), help=both)
     add("--down", choices=CODECS, help="codec of the down-link")
-    add("--threads", type=int, default=1)
-    add("--turns", type=int, default=7)
     add("--clock", choices=CLOCKS, help="default: CPU time of one thread, wall clock of several")
-    add("--json", action="store_true", help="print one object instead of tables")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     clock = args.clock or ("cpu" if args.threads == 1 else "wall")
@@ -174,22 +157,20 @@ def main(argv: Sequence[str]) -> int:
     weights = model(int(args.parameters), generator)
     parameters = sum(array.size for array in weights.values())
     progress(f"{parameters:,} parameters, {args.clients} clients")
-    locals_ = [
-        {
-            n: torch.add(flat(w), torch.randn(w.size, generator=generator), alpha=0.01).numpy().reshape(w.shape)
-            for n, w in weights.items()
-        }
-        for _ in range(args.clients)
-    ]
+
+    def moved(weight: Array) -> Array:
+        noise = torch.randn(weight.size, generator=generator)
+        return torch.add(flat(weight), noise, alpha=0.01).numpy().reshape(weight.shape)
+
+    locals_ = [{name: moved(weight) for name, weight in weights.items()} for _ in range(args.clients)]
     results = {}
     for codec in args.codec:
         progress(f"codec {codec}")
         down = args.down or codec
         sides = Sides(weights, locals_, CODECS[down], CODECS[codec], clock)
         times, worst = measure(sides, args.turns)
-        results[codec] = summary(times, moved_bytes(parameters, down, codec), args.clients) | {
-            "largest_difference": worst
-        }
+        results[codec] = summary(times, moved_bytes(parameters, down, codec), args.clients)
+        results[codec]["largest_difference"] = worst
     if args.json:
         first = results[args.codec[0]]
         head = {name: first[name]["median"] for name in ("gb_per_second", "share_of_copy", "ratio_to_flower")}

@@ -5,7 +5,6 @@ Both sides take turns on the same parameters, gradients and state: every step ti
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from nanofed.optim import Clock, MuonAdamW, Schedule, parameter_groups
 from nanofed.optim.adamw import adamw_update
 from nanofed.optim.muon import aspect_scale, equal_stacks, muon_update, newton_schulz, orthogonalize
 from tests.benchmarks.machine import describe, synchronize
-from tests.benchmarks.report import print_json, spread, table
+from tests.benchmarks.options import options
+from tests.benchmarks.report import show, spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENTUM = 0.95
@@ -29,17 +29,9 @@ STEPS = 5
 Part = Callable[[], object]
 
 
-def separate_adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Any]],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    **_: Any,
-) -> None:
+def separate_adamw(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], **group: Any) -> None:
     """AdamW in `_foreach` operations, as this project had it first."""
+    betas = group["betas"]
     for state in states:
         state["step"] += 1
     first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
@@ -48,8 +40,8 @@ def separate_adamw(
     torch._foreach_addcmul_(second, grads, grads, 1.0 - betas[1])
     roots = torch._foreach_sqrt(second)
     torch._foreach_div_(roots, [(1.0 - betas[1] ** s["step"]) ** 0.5 for s in states])
-    torch._foreach_add_(roots, eps)
-    torch._foreach_addcdiv_(params, first, roots, [-lr / (1.0 - betas[0] ** s["step"]) for s in states])
+    torch._foreach_add_(roots, group["eps"])
+    torch._foreach_addcdiv_(params, first, roots, [-group["lr"] / (1.0 - betas[0] ** s["step"]) for s in states])
 
 
 def separate_muon(
@@ -130,14 +122,9 @@ def measure(sides: dict[str, dict[str, Part]], device: torch.device, steps: int)
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench optimizer", description=__doc__)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = options("optimizer", __doc__, depth=4, vocab_size=4096, threads=1, steps=10)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of Newton-Schulz")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="print one object")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -152,23 +139,18 @@ def main(argv: Sequence[str]) -> int:
     }
     ours = times["nanofed"]
     step = statistics.median(map(sum, zip(ours["AdamW"], ours["Muon"], ours["clipping"], strict=True)))
-    if args.json:
-        result = {side: {name: spread(values) for name, values in named.items()} for side, named in times.items()}
-        print_json(
-            {
-                "milliseconds": result,
-                "step_milliseconds": step,
-                "ratio": {name: round(ratio, 3) for name, ratio in ratios.items()},
-                "dtype": str(dtype).removeprefix("torch."),
-                "threads": args.threads,
-                **describe(device),
-            }
-        )
-        return 0
+    result = {
+        "milliseconds": {side: {n: spread(values) for n, values in named.items()} for side, named in times.items()},
+        "step_milliseconds": step,
+        "ratio": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": args.threads,
+        **describe(device),
+    }
     rows: list[list[object]] = []
     for name, values in ours.items():
         old = times["separate"].get(name)
         rows.append([name, statistics.median(old) if old else None, statistics.median(values), ratios.get(name)])
     rows.append(["step", None, step, None])
-    print(table(rows, ["ms", "separate", "nanofed", "ratio"]))
+    show(result, rows, ["ms", "separate", "nanofed", "ratio"], as_json=args.json)
     return 0

@@ -1,7 +1,7 @@
 """`bin/bench round`: what a round costs beside training, over a real SuperLink and SuperNodes on loopback, in its phases.
 
 A round lasts from the first push of its weights to that of the next. Without --train the sites' workers train nothing (see
-`echo_worker`): what is left is the way of the weights. Memory and CPU time are those of all processes, supervisors too; CPU
+`echo_rounds`): what is left is the way of the weights. Memory and CPU time are those of all processes, supervisors too; CPU
 seconds are for busy machines, on which others mean little.
 """
 
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import load_tokenizer
 from tests.benchmarks import machine
-from tests.benchmarks.corpus import default_data, tokenizer_folder
-from tests.benchmarks.report import print_json, progress, table
+from tests.benchmarks.corpus import tokenizer_folder
+from tests.benchmarks.options import options, training
+from tests.benchmarks.report import progress, show
 from tests.benchmarks.round_fleet import Fleet, ours, stock
 from tests.benchmarks.round_phases import PHASES
 
@@ -32,35 +32,17 @@ CPU = torch.device("cpu")
 
 def fleet(args: argparse.Namespace) -> Fleet:
     """Return what the options ask for."""
-    tokenizer = tokenizer_folder(args.data, args.vocab_size)
-    config = GPTConfig.from_depth(
-        args.depth, vocab_size=load_tokenizer(tokenizer).vocab_size, sequence_len=args.sequence_len
-    )
+    vocab_size = load_tokenizer(tokenizer_folder(args.data, args.vocab_size)).vocab_size
+    config = GPTConfig.from_depth(args.depth, vocab_size=vocab_size, sequence_len=args.sequence_len)
     rows = args.device_batch_size * args.sequence_len
-    given: dict[str, object] = {
-        "eval_every": 1 << 30,
-        "save_every": 1,
-        "keep_checkpoints": 1,
-        "model.depth": args.depth,
-        "model.sequence_len": args.sequence_len,
-        "model.compile": "false",
-        "model.recipe.batch_tokens": rows,
-        "model.recipe.num_steps": 10_000_000,
-        "data.path": str(runtime.dataset_dir(args.data)),
-        "data.tokenizer": str(tokenizer),
-        "data.device_batch_size": args.device_batch_size,
-        "data.eval_tokens": rows,
-        "federation.clients": args.sites,
-        "federation.max_norm_ratio": "null",  # an echo is of no training
-        "federation.down_codec": args.down,
-        "federation.up_codec": args.up,
-        "federation.round_seconds": args.round_seconds,
-        "fabric.accelerator": "cpu",
-    }
+    arguments = training(args, batch_tokens=rows, num_steps=10_000_000, eval_tokens=rows)
+    arguments += [f"--eval_every={1 << 30}", "--save_every=1", "--keep_checkpoints=1", "--fabric.accelerator=cpu"]
+    rounds = {"clients": args.sites, "round_seconds": args.round_seconds, "down_codec": args.down, "up_codec": args.up}
+    rounds["max_norm_ratio"] = "null"  # an echo is of no training
     if not args.train:
-        given["federation.round_steps"] = 1
+        rounds["round_steps"] = 1
+    arguments += [*(f"--federation.{key}={value}" for key, value in rounds.items()), *args.set]
     environment = dict(pair.split("=", 1) for pair in args.environment)
-    arguments = [f"--{key}={value}" for key, value in given.items()] + args.set
     return Fleet(config, arguments, args.sites, args.rounds, args.train, args.secure, environment, args.seconds)
 
 
@@ -80,15 +62,11 @@ def lines(result: dict[str, Any]) -> list[list[object]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench round", description=__doc__)
+    size = {"vocab_size": 65_536, "sequence_len": 128, "device_batch_size": 8}
+    parser = options("round", __doc__, data=True, **size, sites=1)
     add = parser.add_argument
     add("--depth", type=int, default=4, help="d20 takes 14 GB of memory and 14 GB of disk; stock d12 11 GB of memory")
-    add("--sites", type=int, default=1)
     add("--rounds", type=int, default=4, help="that count; one more is run")
-    add("--vocab_size", type=int, default=65_536)
-    add("--sequence_len", type=int, default=128)
-    add("--device_batch_size", type=int, default=8)
-    add("--data", default=default_data())
     add("--down", choices=("fp32", "bf16"), default="bf16", help="codec of the weights")
     add("--up", choices=("fp32", "bf16"), default="bf16", help="codec of the updates")
     add("--train", action="store_true", help="with the real worker, for rounds of --round_seconds")
@@ -99,7 +77,6 @@ def main(argv: Sequence[str]) -> int:
     add("--environment", action="append", default=[], metavar="NAME=VALUE", help="of all processes")
     add("--folder", type=Path, help="where runs and logs go (default: a temporary folder); kept if named")
     add("--seconds", type=float, default=1800.0, help="after which a side is given up")
-    add("--json", action="store_true", help="print one object instead of a table")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.sites < 1:
         raise ConfigError("--rounds and --sites must be at least 1")
@@ -123,8 +100,6 @@ def main(argv: Sequence[str]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     result |= {name: getattr(args, name) for name in ("depth", "sites", "rounds", "down", "up", "train", "secure")}
     result |= {"parameters": setting.config.num_parameters, **machine.describe(CPU)}
-    if args.json:
-        print_json(result)
-        return 0
-    print(table(lines(result), ["median after the first round", "ours", *(["stock"] if args.against else [])]))
+    header = ["median after the first round", "ours", *(["stock"] if args.against else [])]
+    show(result, lines(result), header, as_json=args.json)
     return 0

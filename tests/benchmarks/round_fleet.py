@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -35,27 +36,16 @@ NAME = "bench"
 
 @dataclass(frozen=True)
 class Fleet:
-    """What to run.
-
-    Attributes:
-        config: of the model.
-        args: of `nanofed federate`, for server and sites.
-        sites: how many.
-        rounds: that count; one more is run, whose begin ends the last one.
-        train: with the real worker; otherwise one that trains nothing.
-        secure: TLS and keys.
-        environment: changes to that of all processes.
-        seconds: after which a run is given up.
-    """
+    """What to run."""
 
     config: GPTConfig
-    args: Sequence[str]
+    args: Sequence[str]  # of `nanofed federate`, for server and sites
     sites: int
-    rounds: int
-    train: bool
-    secure: bool
-    environment: Mapping[str, str]
-    seconds: float
+    rounds: int  # that count; one more is run, whose begin ends the last one
+    train: bool  # with the real worker; otherwise one that trains nothing
+    secure: bool  # TLS and keys
+    environment: Mapping[str, str]  # changes to that of all processes
+    seconds: float  # after which a run is given up
 
 
 class FleetError(RuntimeError):
@@ -71,26 +61,18 @@ def _traced(fleet: Fleet, folder: Path) -> Iterator[tuple[dict[str, str], dict[s
         "from tests.benchmarks import round_probe\n\nround_probe.install()\n", encoding="utf-8"
     )
     mark, trace = uuid.uuid4().hex, folder / "trace.jsonl"
-    changes = {
-        MARK: mark,
-        round_probe.FILE: str(trace),
-        "PYTHONPATH": f"{watching}:{ROOT}",
-        **fleet.environment,
-    }
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+    changes = {MARK: mark, round_probe.FILE: str(trace), "PYTHONPATH": f"{watching}:{ROOT}", **fleet.environment}
     figures: dict[str, Any] = {}
-    try:
+    with patch.dict(os.environ, changes):
         with Sampler(f"{MARK}={mark}") as memory:
             yield dict(os.environ), figures
         figures |= medians(Trace(trace).rounds(), memory)
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 @contextmanager
-def _process(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], stop_seconds: float = STOP_SECONDS
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a process while the block lasts; it stops what it has started when it is asked to end."""
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -101,7 +83,7 @@ def _process(command: Sequence[str], log: Path, environment: Mapping[str, str]) 
     finally:
         process.terminate()
         try:
-            process.wait(STOP_SECONDS)
+            process.wait(stop_seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -125,16 +107,16 @@ def ours(fleet: Fleet, folder: Path) -> dict[str, Any]:
         keys = {name: ["--keys", str(made.handout(name))] for name in names}
     with _traced(fleet, folder) as (environment, figures), ExitStack() as stack:
         log = folder / "server.log"
-        service = stack.enter_context(_process([*server, *fleet.args, *rounds], log, environment))
+        service = stack.enter_context(running([*server, *fleet.args, *rounds], log, environment))
         sites = {}
         for name in names:
             own = ["--superlink", address, "--name", name, "--state", str(folder / name), *keys[name]]
             site_log = folder / f"{name}.log"
-            sites[name] = stack.enter_context(_process([*site, *own, *fleet.args], site_log, environment)), site_log
+            sites[name] = stack.enter_context(running([*site, *own, *fleet.args], site_log, environment)), site_log
         _wait(service, log, sites, fleet.seconds)
     committed = int(checkpoints(folder / "runs" / NAME)[-1].name.removeprefix("round_"))
     if committed != fleet.rounds + 1:
-        raise FleetError(f"{committed} rounds were committed, not {fleet.rounds + 1}: {_tail(folder / 'server.log')}")
+        raise FleetError(f"{committed} rounds were committed, not {fleet.rounds + 1}: {tail(folder / 'server.log')}")
     return figures
 
 
@@ -148,12 +130,12 @@ def _wait(
     while service.poll() is None:
         for name, (process, site_log) in sites.items():
             if process.poll() is not None:
-                raise FleetError(f"{name} ended with exit code {process.returncode}: {_tail(site_log)}")
+                raise FleetError(f"{name} ended with exit code {process.returncode}: {tail(site_log)}")
         if time.monotonic() > deadline:
-            raise FleetError(f"the run has taken {seconds:.0f} s: {_tail(log)}")
+            raise FleetError(f"the run has taken {seconds:.0f} s: {tail(log)}")
         time.sleep(0.2)
     if service.returncode != 0:
-        raise FleetError(f"nanofed server ended with exit code {service.returncode}: {_tail(log)}")
+        raise FleetError(f"nanofed server ended with exit code {service.returncode}: {tail(log)}")
 
 
 def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
@@ -185,29 +167,24 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         database = ["--database", str(folder / "superlink.db")]
         stack.enter_context(link.running([*database, "--disable-runtime-dependency-installation"]))
         for index in range(fleet.sites):
-            command = [
-                str(Path(sys.executable).with_name("flower-supernode")),
-                "--insecure",
-                "--superlink",
-                f"127.0.0.1:{link.port}",
-            ]
-            command += ["--host", "127.0.0.1", "--port", str(free_port())]
+            command = [str(Path(sys.executable).with_name("flower-supernode")), "--insecure"]
+            command += ["--superlink", f"127.0.0.1:{link.port}", "--host", "127.0.0.1", "--port", str(free_port())]
             home = folder / f"site-{index}"
             home.mkdir()
             supernode = flower_environment(home, **own)
-            stack.enter_context(_process(command, folder / f"site-{index}.log", supernode))
+            stack.enter_context(running(command, folder / f"site-{index}.log", supernode))
         run_id = link.submit(app)
         follower = threading.Thread(target=link.follow, args=(run_id,), daemon=True)
         follower.start()
         follower.join(fleet.seconds)
         if follower.is_alive():
-            raise FleetError(f"the stock run has taken {fleet.seconds:.0f} s: {_tail(log)}")
+            raise FleetError(f"the stock run has taken {fleet.seconds:.0f} s: {tail(log)}")
         try:
             link.check(run_id)
         except NanofedError as error:
-            raise FleetError(f"the stock run failed: {error}{_tail(log)}") from error
+            raise FleetError(f"the stock run failed: {error}{tail(log)}") from error
     return figures
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
     return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -22,7 +22,7 @@ KINDS = {  # first match in the command line
     "flower-supernode": "supernode",  # stock
     "flower-superexec": "superexec",
     "flwr-clientapp": "clientapp",  # stock
-    "echo_worker": "worker",
+    "echo_rounds": "worker",
     "nanofed.federated.site.worker": "worker",
     "echo_site": "supervisors",
     "nanofed site": "supervisors",
@@ -37,16 +37,11 @@ def kind(command: str) -> str:
 
 
 class Sampler:
-    """Samples every process that was started with a mark in its environment, until the block ends.
-
-    Attributes:
-        peaks: kind -> the largest resident memory that one such process ever had, in MB (10^6).
-        together: the most that all had at one time: their private memory, the files in memory between them counted once.
-    """
+    """Samples every process that was started with a mark in its environment, until the block ends; memory in MB (10^6)."""
 
     def __init__(self, mark: str) -> None:
-        self.peaks: dict[str, float] = defaultdict(float)
-        self.together = 0.0
+        self.peaks: dict[str, float] = defaultdict(float)  # kind -> the largest resident memory of one such process
+        self.together = 0.0  # the most that all had at one time: private memory, files in memory counted once
         self._mark = mark.encode()
         self._ours: dict[int, bool] = {}
         self._cpu: dict[int, tuple[str, float]] = {}  # process, dead ones too -> its kind, CPU seconds when last seen

@@ -16,31 +16,17 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.machine import ROOT, describe
-from tests.benchmarks.report import print_json, progress, table
-from tests.benchmarks.train import CLOCKS, boolean
+from tests.benchmarks.options import boolean, options, training
+from tests.benchmarks.report import progress, show
+from tests.benchmarks.train import CLOCKS
 
 
 def fit_arguments(args: argparse.Namespace, runs: str) -> list[str]:
     """Return the command line of the fit that is measured."""
-    batch_tokens = args.sequence_len * args.device_batch_size
-    return [
-        "fit",
-        "--name=startup",
-        f"--runs_dir={runs}",
-        f"--model.depth={args.depth}",
-        f"--model.sequence_len={args.sequence_len}",
-        f"--model.compile={str(args.compile).lower()}",
-        f"--model.recipe.batch_tokens={batch_tokens}",
-        "--model.recipe.num_steps=100",
-        f"--data.path={args.data}",
-        f"--data.tokenizer={tokenizer_folder(args.data, args.vocab_size)}",
-        f"--data.device_batch_size={args.device_batch_size}",
-        f"--data.eval_tokens={batch_tokens}",
-        "--trainer.devices=1",
-        *args.more,
-    ]
+    tokens = args.sequence_len * args.device_batch_size
+    given = training(args, batch_tokens=tokens, num_steps=100, eval_tokens=tokens, compile=args.compile)
+    return ["fit", "--name=startup", f"--runs_dir={runs}", *given, "--trainer.devices=1", *args.more]
 
 
 def run(args: argparse.Namespace, cache: str) -> dict[str, Any]:
@@ -61,17 +47,12 @@ def run(args: argparse.Namespace, cache: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench startup", description=__doc__)
+    size = {"depth": 4, "sequence_len": 512, "device_batch_size": 8, "vocab_size": 4096}
+    parser = options("startup", __doc__, data=True, **size)
     add = parser.add_argument
-    add("--depth", type=int, default=4)
-    add("--sequence_len", type=int, default=512)
-    add("--device_batch_size", type=int, default=8)
-    add("--vocab_size", type=int, default=4096)
     add("--compile", type=boolean, default=True)
-    add("--data", default=default_data())
     add("--threads", type=int, default=0, help="of the CPU; 0 leaves it to torch")
     add("--repeat", type=int, default=3, help="starts with the warm cache, of which the median counts")
-    add("--json", action="store_true", help="print one object instead of a table")
     add("more", nargs="*", help="further arguments of nanofed fit, after --")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as cache:
@@ -95,12 +76,9 @@ def main(argv: Sequence[str]) -> int:
         "parts_cold": cold["parts"],
         **describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
-    if args.json:
-        print_json(result)
-        return 0
     rows: list[list[object]] = [
         [n, parts[n]["wall"], parts[n]["cpu"], cold["parts"].get(n, nothing)["wall"]] for n in names
     ]
     rows.append(["all", result["seconds"], result["cpu_seconds"], result["seconds_cold"]])
-    print(table(rows, ["part", "s", "CPU s", "s with an empty cache"]))
+    show(result, rows, ["part", "s", "CPU s", "s with an empty cache"], as_json=args.json)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 
 from tests.benchmarks.machine import describe
 from tests.benchmarks.report import print_json, progress, table
-from tests.benchmarks.train import CLOCKS, add_setting, setting_of
+from tests.benchmarks.train import CLOCKS, clock_of, setting_of, setting_options
 from tests.benchmarks.worker import Worker
 
 SIDES = ("ours", "reference")
@@ -21,19 +20,15 @@ Point = dict[str, float]  # steps, bits_per_byte, and seconds by clock
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench time_to_bpb", description=__doc__)
-    add_setting(parser)
+    parser = setting_options("time_to_bpb", __doc__)
     add = parser.add_argument
     add("--steps", type=int, default=60, help="optimizer steps of each side")
     add("--every", type=int, default=10, help="steps between two scores; the sides take turns at each")
     add("--eval_batches", type=int, default=4, help="validation batches of device_batch_size rows")
     add("--bits_per_byte", type=float, help="the figure to reach (default: the worse one of what both end with)")
-    add("--clock", choices=["auto", *CLOCKS], default="auto", help="auto: cpu at one thread, else wall")
-    add("--json", action="store_true", help="print one object instead of tables")
     args = parser.parse_args(argv)
     setting = setting_of(args, horizon_steps=args.steps)
-    on_cpu = torch.device(setting.device).type == "cpu"
-    clock = args.clock if args.clock != "auto" else "cpu" if on_cpu and setting.threads == 1 else "wall"
+    clock = clock_of(args, setting)
 
     curves: dict[str, list[Point]] = {side: [] for side in SIDES}
     with ExitStack() as stack:
@@ -42,9 +37,8 @@ def main(argv: Sequence[str]) -> int:
             progress(f"{side}: compiling, then back to the first weights")
             worker("warm_up")
             worker("restart")
-            curves[side].append(
-                {"steps": 0, "bits_per_byte": worker("bits_per_byte", args.eval_batches), "wall": 0, "cpu": 0}
-            )
+            start = worker("bits_per_byte", args.eval_batches)
+            curves[side].append({"steps": 0, "bits_per_byte": start, "wall": 0, "cpu": 0})
         while curves["ours"][-1]["steps"] < args.steps:
             for side, worker in workers.items():
                 before = curves[side][-1]
@@ -87,9 +81,7 @@ def main(argv: Sequence[str]) -> int:
     if share is None:
         print(f"\n{goal:.4f} bits per byte is not reached by both sides: more --steps")
         return 1
-    print(
-        f"\n{goal:.4f} bits per byte in {share:.3f} of the reference's seconds ({clock} clock, compile time excluded)"
-    )
+    print(f"\n{goal:.4f} bits per byte in {share:.3f} of the reference's seconds ({clock} clock, without compiling)")
     return 0
 
 

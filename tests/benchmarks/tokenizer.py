@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,8 +17,9 @@ from nanofed.data.shards import open_dataset
 from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
 from nanofed.tokenizer.training import train_tokenizer
 from tests.benchmarks import machine
-from tests.benchmarks.corpus import default_data, texts, tokenizer_folder
-from tests.benchmarks.report import print_json, progress, spread, table
+from tests.benchmarks import options as bench
+from tests.benchmarks.corpus import texts
+from tests.benchmarks.report import cell, print_json, progress, quartiles, spread, table
 
 CPU = torch.device("cpu")
 
@@ -101,25 +101,14 @@ def first_characters(documents: Iterator[str], count: float) -> Iterator[str]:
         yield text
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bin/bench tokenizer", description=__doc__)
-    parser.add_argument("--data", default=default_data(), help="folder of shards, demo or fineweb-edu")
-    parser.add_argument(
-        "--tokenizer", help="its folder; by default one of --vocab_size is trained on the data and kept"
-    )
-    parser.add_argument("--vocab_size", type=int, default=65_536)
-    parser.add_argument("--characters", type=float, default=8e6, help="of text to encode")
-    parser.add_argument("--train_characters", type=float, default=40e6, help="of text to train on; 0 trains nothing")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="one object on the last line instead of a table")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str]) -> int:
-    """Measure, and print a table or JSON."""
-    options = parse(argv)
-    folder = Path(options.tokenizer) if options.tokenizer else tokenizer_folder(options.data, options.vocab_size)
-    tokenizer = load_tokenizer(folder)
+    parser = bench.options("tokenizer", __doc__, data=True, vocab_size=65_536, repeats=5)
+    add = parser.add_argument
+    add("--tokenizer", help="its folder; by default one of --vocab_size is trained on the data and kept")
+    add("--characters", type=float, default=8e6, help="of text to encode")
+    add("--train_characters", type=float, default=40e6, help="of text to train on; 0 trains nothing")
+    options = parser.parse_args(argv)
+    tokenizer = load_tokenizer(bench.tokenizer_of(options))
     dataset = open_dataset(runtime.dataset_dir(options.data))
     documents = list(first_characters(texts(dataset), options.characters))
     progress(f"encoding {len(documents):,} documents {options.repeats} times in each way")
@@ -154,14 +143,9 @@ def show(result: dict[str, Any]) -> None:
     encode = result["encode"]
     print(f"{result['hardware']}  {result['versions']}  {result['tokenizers']}")
     print(f"commit {result['commit']}  load {result['load_average']}")
-    print(
-        "  ".join(
-            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
-            for name, value in result["settings"].items()
-        )
-    )
+    print("  ".join(f"{name} {cell(value)}" for name, value in result["settings"].items()))
     rows = [
-        [name, f"{rate['median']:,.0f} ({rate['q1']:,.0f}-{rate['q3']:,.0f})", encode["ratio_to_hugging_face"][name]]
+        [name, quartiles(rate), encode["ratio_to_hugging_face"][name]]
         for name, rate in encode["tokens_per_cpu_second"].items()
     ]
     print(table(rows, ["", "tokens / CPU s, median (quartiles)", "to Hugging Face"]))

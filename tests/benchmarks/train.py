@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from nanofed import runtime
-from tests.benchmarks.corpus import SYNTHETIC, default_data, tokenizer_folder
+from tests.benchmarks.corpus import SYNTHETIC, tokenizer_folder
 from tests.benchmarks.machine import PHASES, describe
-from tests.benchmarks.report import print_json, progress, spread, table
+from tests.benchmarks.options import boolean, options
+from tests.benchmarks.report import print_json, progress, quartiles, spread, table
 from tests.benchmarks.sides import Setting
 from tests.benchmarks.training import Readings
 from tests.benchmarks.worker import Worker
@@ -23,36 +24,28 @@ from tests.benchmarks.worker import Worker
 CLOCKS = ("wall", "cpu")
 
 
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"true or false, not {text}")
-    return text.lower() == "true"
-
-
-def add_setting(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a `Setting`."""
-    add = parser.add_argument
-    add("--depth", type=int, default=4)
-    add("--sequence_len", type=int, default=512, help="tokens a row")
-    add("--device_batch_size", type=int, default=8, help="rows a micro-batch")
-    add("--accumulation", type=int, default=1, help="micro-batches an optimizer step")
-    add("--vocab_size", type=int, default=4096)
-    add("--threads", type=int, default=1, help="of the CPU")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of nanofed's matmuls")
-    add("--reference_dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: fp32, bf16 on a GPU")
-    add("--ns_dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of Newton-Schulz on both sides")
-    add(
-        "--attention",
-        choices=["auto", "sdpa", "blocked", "flash"],
-        default="auto",
-        help="of nanofed; flash: without cuDNN's",
-    )
+def setting_options(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of a `Setting`."""
+    size = {"depth": 4, "sequence_len": 512, "device_batch_size": 8, "vocab_size": 4096, "accumulation": 1}
+    parser = options(name, description, data=True, **size, threads=1, seed=42)
+    add, dtypes = parser.add_argument, ["auto", "float32", "bfloat16"]
+    add("--dtype", choices=dtypes, default="auto", help="of nanofed's matmuls")
+    add("--reference_dtype", choices=dtypes, default="auto", help="auto: fp32, bf16 on a GPU")
+    add("--ns_dtype", choices=dtypes, default="auto", help="of Newton-Schulz on both sides")
+    kernels = ["auto", "sdpa", "blocked", "flash"]
+    add("--attention", choices=kernels, default="auto", help="of nanofed; flash: without cuDNN's")
     add("--head", choices=["fused", "plain"], default="fused", help="of nanofed; plain holds all logits")
     add("--compile", type=boolean, default=True)
-    add("--data", default=default_data(), help=f"folder of shards, demo, or {SYNTHETIC} (default: %(default)s)")
     add("--packing", choices=["contiguous", "best_fit"], default="contiguous")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=42)
+    add("--clock", choices=["auto", *CLOCKS], default="auto", help="compared; auto: cpu at one thread, else wall")
+    return parser
+
+
+def clock_of(args: argparse.Namespace, setting: Setting) -> str:
+    """Return the clock by which sides are compared."""
+    alone = torch.device(setting.device).type == "cpu" and setting.threads == 1
+    return str(args.clock) if args.clock != "auto" else "cpu" if alone else "wall"
 
 
 def setting_of(args: argparse.Namespace, **more: Any) -> Setting:
@@ -65,23 +58,15 @@ def setting_of(args: argparse.Namespace, **more: Any) -> Setting:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench train", description=__doc__)
-    add_setting(parser)
+    parser = setting_options("train", f"{__doc__} --data {SYNTHETIC} is random tokens.")
     add = parser.add_argument
     add("--steps", type=int, default=20, help="measured steps of each side")
     add("--block", type=int, default=2, help="steps of one side before it is the other's turn")
     add("--log_every", type=int, default=10, help="steps between two readings of the loss")
     add("--against", choices=["reference"], help="take turns with the plain path")
-    add(
-        "--clock",
-        choices=["auto", *CLOCKS],
-        default="auto",
-        help="what ratios are of; auto: cpu at one thread, else wall",
-    )
     add("--memory", type=boolean, default=True, help="measure peaks, in fresh processes")
     add("--gemm_seconds", type=float, default=0.5, help="for each shape of the ceiling")
     add("--compile_time", action="store_true", help="compile once more into an empty cache, and again from it")
-    add("--json", action="store_true", help="print one object instead of tables")
     args = parser.parse_args(argv)
     setting = setting_of(args)
     result = measure(setting, args)
@@ -93,8 +78,7 @@ def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     """Run the sides in turns and put together what they say."""
     sides = ["ours", *([args.against] if args.against else [])]
     device = torch.device(setting.device)
-    on_cpu = device.type == "cpu"
-    clock = args.clock if args.clock != "auto" else "cpu" if on_cpu and setting.threads == 1 else "wall"
+    clock = clock_of(args, setting)
     before = describe(device)
     readings: dict[str, list[Readings]] = {side: [] for side in sides}
     seconds: dict[str, dict[str, float]] = {}
@@ -108,9 +92,8 @@ def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
         for index in range(blocks):
             for side, worker in workers.items():
                 readings[side] += worker("steps", args.block)
-            progress(
-                f"block {index + 1} of {blocks}: " + ", ".join(summary(side, readings[side], clock) for side in sides)
-            )
+            so_far = ", ".join(summary(side, readings[side], clock) for side in sides)
+            progress(f"block {index + 1} of {blocks}: {so_far}")
         ceilings.append(workers["ours"]("gemm", setting.dtype, args.gemm_seconds))
     memory = {}
     for side in sides if args.memory else ():
@@ -244,12 +227,8 @@ def show(result: dict[str, Any]) -> None:
     shown += ["gemm_ceiling_gflops", "gemm_share", "gemm_share_forward_backward", "mfu"]
     rows = [[name, result[name]] for name in shown]
     if result["ratios"]:
-        rows += [[f"ratio {name} (quartiles by step)", quartiles(r)] for name, r in result["ratios"].items()]
+        for name, r in result["ratios"].items():
+            rows.append([f"ratio {name} (quartiles by step)", f"{r['of_medians']:.2f}, {quartiles(r['by_step'], 2)}"])
     if result["peak_memory_ratio"]:
         rows += [[f"peak memory ratio, {name}", ratio] for name, ratio in result["peak_memory_ratio"].items()]
     print(table(rows, ["figure", "value"]))
-
-
-def quartiles(ratio: dict[str, Any]) -> str:
-    by_step = ratio["by_step"]
-    return f"{ratio['of_medians']:.2f} ({by_step['q1']:.2f}-{by_step['q3']:.2f})"

@@ -19,15 +19,15 @@ from nanofed.data.streams import Batch
 from nanofed.training.fit import run_fit
 from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.module import GPTModule
-from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.machine import describe, synchronize
-from tests.benchmarks.report import print_json, progress, spread, table
-from tests.benchmarks.train import CLOCKS, boolean
+from tests.benchmarks.options import boolean, options, training
+from tests.benchmarks.report import progress, quartiles, show, spread
+from tests.benchmarks.train import CLOCKS
 
-SIZES = {  # depth, sequence_len, device_batch_size, vocab_size
-    "nearly_nothing": (1, 32, 8, 300),
-    "tiny": (2, 256, 16, 2048),
-    "d4": (4, 512, 8, 4096),
+SIZES: dict[str, dict[str, int]] = {
+    "nearly_nothing": {"depth": 1, "sequence_len": 32, "device_batch_size": 8, "vocab_size": 300},
+    "tiny": {"depth": 2, "sequence_len": 256, "device_batch_size": 16, "vocab_size": 2048},
+    "d4": {"depth": 4, "sequence_len": 512, "device_batch_size": 8, "vocab_size": 4096},
 }
 Seconds = dict[str, float]
 
@@ -90,32 +90,15 @@ class Turns(Callback):
 
 def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the milliseconds a micro-batch of both, and what the Trainer adds."""
-    depth, sequence_len, device_batch_size, vocab_size = SIZES[size]
-    micro_tokens = sequence_len * device_batch_size
-    accumulation: int = args.accumulation
+    sized = argparse.Namespace(**vars(args), **SIZES[size])
+    micro_tokens, accumulation = sized.sequence_len * sized.device_batch_size, int(args.accumulation)
     block = -(-args.block // accumulation) * accumulation
+    tokens, steps = micro_tokens * accumulation, block // accumulation * (args.blocks + 1)
     with tempfile.TemporaryDirectory() as runs:
-        cli = FitCLI(
-            [
-                f"--name={size}",
-                f"--runs_dir={runs}",
-                "--eval_every=1000000",
-                "--save_every=0",
-                f"--log_every={args.log_every}",
-                f"--model.depth={depth}",
-                f"--model.sequence_len={sequence_len}",
-                f"--model.compile={str(args.compile).lower()}",
-                f"--model.recipe.batch_tokens={micro_tokens * accumulation}",
-                f"--model.recipe.num_steps={block // accumulation * (args.blocks + 1)}",
-                f"--data.path={args.data}",
-                f"--data.tokenizer={tokenizer_folder(args.data, vocab_size)}",
-                f"--data.device_batch_size={device_batch_size}",
-                f"--data.eval_tokens={micro_tokens}",
-                "--data.prefetch=0",  # a thread would make the one's batches in the other's time
-                f"--trainer.accelerator={args.accelerator}",
-                "--trainer.devices=1",
-            ]
-        )
+        given = training(sized, batch_tokens=tokens, num_steps=steps, eval_tokens=micro_tokens, compile=args.compile)
+        given += [f"--name={size}", f"--runs_dir={runs}", f"--trainer.accelerator={args.accelerator}"]
+        given += ["--trainer.devices=1", "--eval_every=1000000", "--save_every=0", f"--log_every={args.log_every}"]
+        cli = FitCLI([*given, "--data.prefetch=0"])  # a thread would make the one's batches in the other's time
         turns = Turns(iter(cli.datamodule.loader()), block, accumulation, args.log_every)
         # The last one: all others have had their turn when it counts.
         cli.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
@@ -135,18 +118,13 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bin/bench trainer", description=__doc__)
+    parser = options("trainer", __doc__, data=True, accumulation=1, log_every=10, threads=1)
     add = parser.add_argument
     add("--size", nargs="+", choices=SIZES, default=["tiny", "d4"])
     add("--blocks", type=int, default=10, help="blocks of each")
     add("--block", type=int, default=8, help="micro-batches a block")
-    add("--accumulation", type=int, default=1)
-    add("--log_every", type=int, default=10)
     add("--compile", type=boolean, default=True)
-    add("--threads", type=int, default=1)
-    add("--data", default=default_data())
     add("--accelerator", default="auto")
-    add("--json", action="store_true", help="print one object instead of a table")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     sizes = {}
@@ -154,17 +132,13 @@ def main(argv: Sequence[str]) -> int:
         progress(f"{size}: {args.blocks} blocks of {args.block} micro-batches each")
         sizes[size] = measure(size, args)
     device = torch.device("cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu")
-    if args.json:
-        print_json({"sizes": sizes, "threads": args.threads, "compile": args.compile, **describe(device)})
-        return 0
     rows = []
     for size, figures in sizes.items():
         for clock in CLOCKS:
             f = figures[clock]
-            added = f["overhead_ms"]
-            shown = f"{added['median']:.2f} ({added['q1']:.2f} to {added['q3']:.2f})"
-            rows.append(
-                [f"{size} ({clock})", f["bare_ms"]["median"], f["trainer_ms"]["median"], shown, f["overhead_percent"]]
-            )
-    print(table(rows, ["a micro-batch", "bare ms", "Trainer ms", "added ms (quartiles)", "added %"]))
+            both = [f[which]["median"] for which in ("bare_ms", "trainer_ms")]
+            rows.append([f"{size} ({clock})", *both, quartiles(f["overhead_ms"], 2), f["overhead_percent"]])
+    result = {"sizes": sizes, "threads": args.threads, "compile": args.compile, **describe(device)}
+    header = ["a micro-batch", "bare ms", "Trainer ms", "added ms (quartiles)", "added %"]
+    show(result, rows, header, as_json=args.json)
     return 0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 from tests.benchmarks.sides import Setting
 
@@ -21,22 +20,17 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """Runs a `Training` in a fresh process and calls its methods there: `worker("steps", 5)`.
+    """Runs a `Training` of a side, `ours` or `reference`, in a fresh process and calls its methods: `worker("steps", 5)`.
 
     Between calls the process is stopped (SIGSTOP): what makes batches ahead would otherwise do so, uncounted, in the time of
-    the other side.
-
-    Args:
-        side: `ours` or `reference`.
-        setting: What to train.
-        environment: Variables of the process that differ from this one's.
+    the other side. The environment holds what differs from this process's.
     """
 
     def __init__(self, side: str, setting: Setting, environment: dict[str, str] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, side, setting), name=f"bench-{side}")
-        with _environment({"OMP_NUM_THREADS": str(setting.threads), **(environment or {})}):
+        with patch.dict(os.environ, {"OMP_NUM_THREADS": str(setting.threads), **(environment or {})}):
             self._process.start()
         theirs.close()
 
@@ -76,17 +70,6 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def _end_with_parent() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,38 +17,21 @@ import psutil
 import torch
 
 from nanofed import runtime
+from nanofed.federated.flower import free_port
 from nanofed.training.checkpoint import WEIGHTS, find_checkpoint, read_manifest, read_state
 from nanofed.training.summary import SUMMARY
+from tests.support import REPOSITORY, tiny_model
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
 
 
 def arguments(corpus: Path, runs: Path, name: str, **changes: object) -> list[str]:
     """Return the options of a tiny run: accumulation 2 on one rank and on two."""
     ranks = int(str(changes.pop("ranks", 1)))
-    options: dict[str, object] = {
-        "name": name,
-        "runs_dir": runs,
-        "eval_every": 4,
-        "save_every": 0,
-        "log_every": 3,
-        "model.depth": 1,
-        "model.sequence_len": 32,
-        "model.compile": "false",
-        "model.compute_dtype": "float32",
-        "model.recipe.batch_tokens": 512,
-        "model.recipe.num_steps": STEPS,
-        "data.path": corpus / "data",
-        "data.tokenizer": corpus / "tokenizer",
-        "data.device_batch_size": 8 // ranks,
-        "data.packing": "best_fit",
-        "data.eval_tokens": 1024,
-        "trainer.accelerator": "cpu",
-        "trainer.devices": ranks,
-        **({"trainer.strategy": "ddp"} if ranks > 1 else {}),
-        **changes,
-    }
+    options = tiny_model(corpus) | {"name": name, "runs_dir": runs, "eval_every": 4, "save_every": 0, "log_every": 3}
+    options |= {"model.recipe.num_steps": STEPS, "data.packing": "best_fit", "data.eval_tokens": 1024}
+    options |= {"data.device_batch_size": 8 // ranks, "trainer.accelerator": "cpu", "trainer.devices": ranks}
+    options |= ({"trainer.strategy": "ddp"} if ranks > 1 else {}) | changes
     return [f"--{key}={value}" for key, value in options.items()]
 
 
@@ -80,18 +62,10 @@ class Fit:
         self.processes: list[BaseProcess] = []
         port = free_port()
         for rank in range(ranks):
-            environment = {}
-            if ranks > 1:
-                environment = {
-                    "TORCHELASTIC_RUN_ID": "test",
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "GROUP_RANK": "0",
-                    "WORLD_SIZE": str(ranks),
-                    "LOCAL_WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                }
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            here = {name: str(number) for name, number in numbers.items()} | {"GROUP_RANK": "0"}
+            here |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment = here if ranks > 1 else {}
             process = context.Process(target=_run, args=(list(args), str(self.outputs[rank]), environment), daemon=True)
             process.start()
             self.processes.append(process)
@@ -117,13 +91,6 @@ def fit(args: Sequence[str], folder: Path, *, ranks: int = 1, code: int = 0) -> 
     said = run.said()
     assert codes == [code] * ranks, f"{codes}: {said}"
     return said
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def launched(command: Sequence[str], args: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
@@ -178,3 +145,30 @@ def losses(file: Path) -> list[list[Any]]:
 def curve(run: Path) -> list[tuple[int, float]]:
     """Return step and bits per byte of every validation."""
     return [(point["step"], point["bpb"]) for point in json.loads((run / SUMMARY).read_text())["curve"]]
+
+
+class Cut:
+    """A run that is cut short in a folder of its own, and has to end as the whole one did."""
+
+    def __init__(
+        self, corpus: Path, folder: Path, whole: Callable[[int], Path], *, ranks: int = 1, **changes: object
+    ) -> None:
+        folder.mkdir()
+        self.folder, self.run, self.ranks = folder, folder / "cut", ranks
+        self.args = arguments(corpus, folder, "cut", ranks=ranks, **changes)
+        self._whole = whole
+
+    def stop(self, code: int, *more: str, **moment: object) -> str:
+        """Run it until the probe has stopped it with that exit code, and return what it said."""
+        return fit([*self.args, *more, probe(**moment)], self.folder, ranks=self.ranks, code=code)
+
+    @property
+    def step(self) -> int:
+        return read_manifest(find_checkpoint(self.run)).step
+
+    def goes_on(self) -> None:
+        """Resume it, and compare all that is left of it with what the whole run left."""
+        fit([*self.args, "--ckpt_path=last"], self.folder, ranks=self.ranks)
+        expected = self._whole(self.ranks)
+        assert state(self.run) == state(expected)
+        assert curve(self.run) == curve(expected)

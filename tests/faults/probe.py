@@ -10,71 +10,50 @@ import os
 import random
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
 
+@dataclass(eq=False)
 class Probe(Callback):
-    """Tells where the run is, and disturbs it.
+    """Tells where the run is, and disturbs it."""
 
-    Args:
-        losses: file for a line a micro-batch: rank, optimizer steps done before it, the loss, and whether it was stepped on.
-        at: `setup`, `micro` (start of a micro-batch in training) or `validation` (of one within the training).
-        number: of that micro-batch in this process, from 1.
-        signals: to send there, one at each such moment from then on.
-        to: `self`; `parent` (torchrun, or the first rank under Lightning's launcher); `terminal` (its process group).
-        rank: the one that sends; -1 for all.
-        error: raise OSError there instead.
-        nan: multiply the loss of that micro-batch's step by NaN instead.
-        seconds: of sleep in every micro-batch.
-        late: send the signals up to so many seconds later, at random.
-    """
+    losses: str = ""  # file for a line a micro-batch: rank, optimizer steps before it, loss, whether it was stepped on
+    at: str = ""  # `setup`, `micro` (start of a micro-batch in training) or `validation` (of one within the training)
+    number: int = 1  # of that micro-batch in this process, from 1
+    signals: list[int] = field(default_factory=list)  # to send there, one at each such moment from then on
+    to: str = "self"  # or `parent` (torchrun, or the first rank under Lightning's launcher), `terminal` (process group)
+    rank: int = -1  # the one that sends; -1 for all
+    error: bool = False  # raise OSError there instead
+    nan: bool = False  # multiply the loss of that micro-batch's step by NaN instead
+    seconds: float = 0.0  # of sleep in every micro-batch
+    late: float = 0.0  # send the signals up to so many seconds later, at random
 
-    def __init__(
-        self,
-        losses: str = "",
-        at: str = "",
-        number: int = 1,
-        signals: list[int] | None = None,
-        to: str = "self",
-        rank: int = -1,
-        error: bool = False,
-        nan: bool = False,
-        seconds: float = 0.0,
-        late: float = 0.0,
-    ) -> None:
-        self._losses = Path(losses) if losses else None
-        self._at = at
-        self._number = number
-        self._signals = list(signals or [])
-        self._to = to
-        self._rank = rank
-        self._error = error
-        self._nan = nan
-        self._seconds = seconds
-        self._late = late
+    def __post_init__(self) -> None:
+        self._signals = list(self.signals)
         self._seen = 0
         self._before = 0
 
     def _reached(self, trainer: Trainer, at: str) -> None:
-        if at != self._at or self._rank not in (-1, trainer.global_rank):
+        if at != self.at or self.rank not in (-1, trainer.global_rank):
             return
         self._seen += 1
-        if self._seen < self._number:
+        if self._seen < self.number:
             return
-        if self._error:
+        if self.error:
             raise OSError("the probe's error")
         if self._signals:
             number = self._signals.pop(0)
-            if self._late:
-                threading.Timer(random.uniform(0, self._late), self._send, [number]).start()
+            if self.late:
+                threading.Timer(random.uniform(0, self.late), self._send, [number]).start()
             else:
                 self._send(number)
 
     def _send(self, number: int) -> None:
-        match self._to:
+        match self.to:
             case "self":
                 os.kill(os.getpid(), number)
             case "parent":
@@ -93,18 +72,14 @@ class Probe(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._before = pl_module.clock.step
-        time.sleep(self._seconds)
+        time.sleep(self.seconds)
         self._reached(trainer, "micro")
-        if self._nan and self._at == "micro" and self._seen == self._number and self._rank in (-1, trainer.global_rank):
+        if self.nan and self.at == "micro" and self._seen == self.number and self.rank in (-1, trainer.global_rank):
             next(pl_module.gpt.parameters()).register_hook(lambda gradient: gradient * float("nan"))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._losses is not None:
-            line = [
-                trainer.global_rank,
-                self._before,
-                float(outputs["loss"]).hex(),
-                pl_module.clock.step > self._before,
-            ]
-            with self._losses.open("a") as file:
+        if self.losses:
+            stepped = pl_module.clock.step > self._before
+            line = [trainer.global_rank, self._before, float(outputs["loss"]).hex(), stepped]
+            with Path(self.losses).open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -21,11 +21,11 @@ from nanofed.training.checkpoint.lightning_io import DirectoryCheckpointIO
 from nanofed.training.fit import run_fit
 from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.losses import NonFiniteError
-from tests.faults.fits import arguments, fit, probe
-from tests.faults.test_signals import goes_on_like, whole
+from tests.faults.fits import Cut, arguments, fit
+from tests.faults.test_signals import cut, cuts, whole
 from tests.parity.test_paths import corpus, one_thread
 
-__all__ = ["corpus", "one_thread", "whole"]  # the fixtures
+__all__ = ["corpus", "cut", "cuts", "one_thread", "whole"]  # the fixtures
 
 TWO_RANKS = pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 
@@ -38,32 +38,28 @@ def steps(run: Path) -> list[int]:
 
 
 @TWO_RANKS
-def test_an_error_in_the_middle_of_an_accumulation_loses_that_step_only(
-    corpus: Path, tmp_path: Path, whole: Callable[[int], Path], ranks: int
-) -> None:
-    args = arguments(corpus, tmp_path, "cut", ranks=ranks)
-    said = fit([*args, probe(at="micro", number=8, error=True)], tmp_path, ranks=ranks, code=1)
-    assert steps(tmp_path / "cut") == [3], "micro-batches 1 to 6; 7 was half a step"
-    newest = checkpoints(tmp_path / "cut")[-1]
+def test_an_error_in_the_middle_of_an_accumulation_loses_that_step_only(cuts: Callable[..., Cut], ranks: int) -> None:
+    cut = cuts(ranks=ranks)
+    said = cut.stop(1, at="micro", number=8, error=True)
+    assert steps(cut.run) == [3], "micro-batches 1 to 6; 7 was half a step"
+    good = checkpoints(cut.run)[-1]
     assert "the probe's error" in said
-    assert f"OSError after step 3: the last good checkpoint is {newest}: go on from it with --ckpt_path last" in said
-    goes_on_like(whole(ranks), args, tmp_path, ranks=ranks)
+    assert f"OSError after step 3: the last good checkpoint is {good}: go on from it with --ckpt_path last" in said
+    cut.goes_on()
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_alone_cannot_save_and_says_what_there_is(
-    corpus: Path, tmp_path: Path, whole: Callable[[int], Path]
-) -> None:
-    args = arguments(corpus, tmp_path, "cut", ranks=2, save_every=2)
-    said = fit([*args, probe(at="micro", number=12, rank=1, error=True)], tmp_path, ranks=2, code=1)
-    assert steps(tmp_path / "cut") == [2, 4]
-    assert f"OSError after step 5: the last good checkpoint is {checkpoints(tmp_path / 'cut')[-1]}" in said
-    goes_on_like(whole(2), args, tmp_path, ranks=2)
+def test_a_rank_that_fails_alone_cannot_save_and_says_what_there_is(cuts: Callable[..., Cut]) -> None:
+    cut = cuts(ranks=2, save_every=2)
+    said = cut.stop(1, at="micro", number=12, rank=1, error=True)
+    assert steps(cut.run) == [2, 4]
+    assert f"OSError after step 5: the last good checkpoint is {checkpoints(cut.run)[-1]}" in said
+    cut.goes_on()
 
 
 @pytest.mark.parametrize("when", ["before", "within", "after"])
 def test_an_error_around_the_update_is_saved_unless_weights_may_have_moved(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[int], Path], when: str
+    cut: Cut, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     original = MuonAdamW.step
 
@@ -79,32 +75,29 @@ def test_an_error_around_the_update_is_saved_unless_weights_may_have_moved(
             self.param_groups[0]["params"][0].data.add_(1.0)
         raise RuntimeError("broken")
 
-    args = arguments(corpus, tmp_path, "cut")
     monkeypatch.setattr(MuonAdamW, "step", step)
     with pytest.raises(RuntimeError, match="broken"):
-        api.fit(args=args)
+        api.fit(args=cut.args)
     monkeypatch.undo()
-    assert steps(tmp_path / "cut") == {"before": [4], "within": [], "after": [5]}[when]
-    goes_on_like(whole(1), args, tmp_path)
+    assert steps(cut.run) == {"before": [4], "within": [], "after": [5]}[when]
+    cut.goes_on()
 
 
 # --- NaN
 
 
 @TWO_RANKS
-def test_nan_stops_the_run_with_step_rows_and_the_last_good_checkpoint(
-    corpus: Path, tmp_path: Path, whole: Callable[[int], Path], ranks: int
-) -> None:
-    args = arguments(corpus, tmp_path, "cut", ranks=ranks, save_every=3, log_every=5)
-    said = fit([*args, probe(at="micro", number=7, nan=True, rank=ranks - 1)], tmp_path, ranks=ranks, code=1)
-    assert steps(tmp_path / "cut") == [3], "step 4 is not finite, which shows at the reading after step 5"
-    good = checkpoints(tmp_path / "cut")[-1]
+def test_nan_stops_the_run_with_step_rows_and_the_last_good_checkpoint(cuts: Callable[..., Cut], ranks: int) -> None:
+    cut = cuts(ranks=ranks, save_every=3, log_every=5)
+    said = cut.stop(1, at="micro", number=7, nan=True, rank=ranks - 1)
+    assert steps(cut.run) == [3], "step 4 is not finite, which shows at the reading after step 5"
+    good = checkpoints(cut.run)[-1]
     pattern = (
         r"nanofed fit: the training gradient norm is nan at step 4 \(its batch: rows? \d+ .{1,80}\.parquet.{0,20}\); "
         + re.escape(f"the last good checkpoint is {good}: go on from it with --ckpt_path last")
     )
     assert len(re.findall(pattern, said)) == 1, said
-    goes_on_like(whole(ranks), args, tmp_path, ranks=ranks)
+    cut.goes_on()
 
 
 @pytest.mark.parametrize("save_every", [0, 2])
@@ -157,9 +150,7 @@ def test_a_save_that_fails_is_told_and_the_run_goes_on(
 
 def test_the_last_save_that_fails_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch, failing=(3, 4, 5))
-    with pytest.raises(
-        NanofedError, match=r"could not be saved at step 12: .*No space.*the last good checkpoint is .*8"
-    ):
+    with pytest.raises(NanofedError, match=r"not be saved at step 12: .*No space.*the last good checkpoint is .*8"):
         api.fit(args=arguments(corpus, tmp_path, "full", save_every=4))
     assert disk.saves == 3 and steps(tmp_path / "full") == [4, 8]
 

@@ -47,9 +47,8 @@ def test_a_killed_rank_ends_all(
             assert run.wait(in_time(DEATH)) == 1
             record_property(f"ended_after_seconds_{turn}", round(time.monotonic() - begin, 1))
             run.assert_nothing_left(in_time(1))
-            assert run.output.count("rank 1 (process") + run.output.count("rank 1 was killed by SIGKILL") == 1, (
-                run.output
-            )
+            said = run.output
+            assert said.count("rank 1 (process") + said.count("rank 1 was killed by SIGKILL") == 1, said
 
 
 @LAUNCHERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import time
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from nanofed.federated.deploy.process import ended_by_signals
-from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest
+from nanofed.training.checkpoint import checkpoints
 from nanofed.training.signals import Signals
-from tests.faults.fits import STEPS, arguments, curve, fit, launched, losses, probe, processes_with, state
+from tests.faults.fits import STEPS, Cut, arguments, curve, fit, launched, losses, probe, processes_with
 from tests.parity.test_paths import corpus
 
 __all__ = ["corpus"]  # the fixture
@@ -41,43 +42,37 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[i
     return run
 
 
-def step_of(run: Path) -> int:
-    return read_manifest(find_checkpoint(run)).step
+@pytest.fixture
+def cuts(corpus: Path, tmp_path: Path, whole: Callable[[int], Path]) -> Callable[..., Cut]:
+    """Makes runs that are to be cut short, by their options."""
+    numbers = itertools.count()
+    return lambda **options: Cut(corpus, tmp_path / str(next(numbers)), whole, **options)
 
 
-def goes_on_like(expected: Path, args: list[str], folder: Path, *, ranks: int = 1) -> None:
-    fit([*args, "--ckpt_path=last"], folder, ranks=ranks)
-    run = folder / "cut"
-    assert state(run) == state(expected)
-    assert curve(run) == curve(expected)
+@pytest.fixture
+def cut(cuts: Callable[..., Cut]) -> Cut:
+    return cuts()
 
 
 # --- one rank
 
 
 @SIGNALS
-def test_at_a_random_moment(
-    corpus: Path, tmp_path: Path, whole: Callable[[int], Path], count: Callable[[int, int], int], number: int, code: int
-) -> None:
-    for attempt in range(count(2, 30)):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        args = arguments(corpus, folder, "cut")
-        moment = probe(at="micro", number=random.randrange(1, 16), signals=[number], late=0.03, seconds=0.01)
-        said = fit([*args, moment], folder, code=code)
-        found = checkpoints(folder / "cut")
-        if found:  # one late in the last step of a validation may come before the first
+def test_at_a_random_moment(cuts: Callable[..., Cut], count: Callable[[int, int], int], number: int, code: int) -> None:
+    for _ in range(count(2, 30)):
+        cut, micro = cuts(), random.randrange(1, 16)
+        said = cut.stop(code, at="micro", number=micro, signals=[number], late=0.03, seconds=0.01)
+        if found := checkpoints(cut.run):  # one late in the last step of a validation may come before the first
             assert f"the last good checkpoint is {found[-1]}: go on from it with --ckpt_path last" in said
-        goes_on_like(whole(1), args, folder)
+        cut.goes_on()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("micro", [3, 4], ids=["first micro-batch of a step", "second"])
-def test_the_step_under_way_is_finished(corpus: Path, tmp_path: Path, number: int, code: int, micro: int) -> None:
-    args = arguments(corpus, tmp_path, "cut")
-    told = tmp_path / "losses"
-    said = fit([*args, probe(losses=str(told), at="micro", number=micro, signals=[number])], tmp_path, code=code)
-    assert step_of(tmp_path / "cut") == 2 and len(losses(told)) == 4
+def test_the_step_under_way_is_finished(cut: Cut, number: int, code: int, micro: int) -> None:
+    told = cut.folder / "losses"
+    said = cut.stop(code, losses=str(told), at="micro", number=micro, signals=[number])
+    assert cut.step == 2 and len(losses(told)) == 4
     assert said.endswith("nanofed fit: interrupted\n") == (number == signal.SIGINT)
     assert ("Ctrl-C again stops at once" in said) == (number == signal.SIGINT)
     assert "Traceback" not in said
@@ -85,45 +80,34 @@ def test_the_step_under_way_is_finished(corpus: Path, tmp_path: Path, number: in
 
 @SIGNALS
 @pytest.mark.parametrize("at_validation", [1, 2])
-def test_in_a_validation(
-    corpus: Path, tmp_path: Path, whole: Callable[[int], Path], number: int, code: int, at_validation: int
-) -> None:
-    args = arguments(corpus, tmp_path, "cut")
-    fit([*args, probe(at="validation", number=at_validation, signals=[number])], tmp_path, code=code)
-    assert step_of(tmp_path / "cut") == 4
-    assert curve(tmp_path / "cut")[-1][0] == 0, "half a validation is none"
-    goes_on_like(whole(1), args, tmp_path)
+def test_in_a_validation(cut: Cut, number: int, code: int, at_validation: int) -> None:
+    cut.stop(code, at="validation", number=at_validation, signals=[number])
+    assert cut.step == 4
+    assert curve(cut.run)[-1][0] == 0, "half a validation is none"
+    cut.goes_on()
 
 
 @SIGNALS
-def test_in_the_last_step_and_after_it(
-    corpus: Path, tmp_path: Path, whole: Callable[[int], Path], number: int, code: int
-) -> None:
-    args = arguments(corpus, tmp_path, "cut")
-    fit([*args, probe(at="micro", number=2 * STEPS, signals=[number])], tmp_path, code=code)
-    assert step_of(tmp_path / "cut") == STEPS
-    goes_on_like(whole(1), args, tmp_path)
+def test_in_the_last_step_and_after_it(cut: Cut, number: int, code: int) -> None:
+    cut.stop(code, at="micro", number=2 * STEPS, signals=[number])
+    assert cut.step == STEPS
+    cut.goes_on()
 
 
 @SIGNALS
-def test_while_it_starts(corpus: Path, tmp_path: Path, whole: Callable[[int], Path], number: int, code: int) -> None:
-    args = arguments(corpus, tmp_path, "cut")
-    said = fit([*args, probe(at="setup", signals=[number])], tmp_path, code=code)
-    assert "checkpoint" not in said
-    fit([*args, "--ckpt_path=last", probe(at="micro", number=2, signals=[number])], tmp_path, code=code)
-    assert checkpoints(tmp_path / "cut") == [], "before the first step is done there is nothing to save"
-    goes_on_like(whole(1), args, tmp_path)
+def test_while_it_starts(cut: Cut, number: int, code: int) -> None:
+    assert "checkpoint" not in cut.stop(code, at="setup", signals=[number])
+    cut.stop(code, "--ckpt_path=last", at="micro", number=2, signals=[number])
+    assert checkpoints(cut.run) == [], "before the first step is done there is nothing to save"
+    cut.goes_on()
 
 
-def test_ctrl_c_twice_stops_at_once_and_keeps_what_was_saved(
-    corpus: Path, tmp_path: Path, whole: Callable[[int], Path]
-) -> None:
-    args = arguments(corpus, tmp_path, "cut", save_every=2)
-    told = tmp_path / "losses"
-    twice = probe(losses=str(told), at="micro", number=7, signals=[signal.SIGINT, signal.SIGINT])
-    fit([*args, twice], tmp_path, code=130)
-    assert step_of(tmp_path / "cut") == 2 and len(losses(told)) == 7, "the second one came in the middle of step 4"
-    goes_on_like(whole(1), args, tmp_path)
+def test_ctrl_c_twice_stops_at_once_and_keeps_what_was_saved(cuts: Callable[..., Cut]) -> None:
+    cut = cuts(save_every=2)
+    told = cut.folder / "losses"
+    cut.stop(130, losses=str(told), at="micro", number=7, signals=[signal.SIGINT, signal.SIGINT])
+    assert cut.step == 2 and len(losses(told)) == 7, "the second one came in the middle of step 4"
+    cut.goes_on()
 
 
 @pytest.mark.slow
@@ -165,33 +149,21 @@ def test_what_unwinds_the_stack_is_not_disturbed_by_a_second_hangup(number: int,
 @SIGNALS
 @pytest.mark.parametrize("rank", [0, 1, -1], ids=["first rank", "second rank", "all ranks"])
 def test_one_rank_or_all_are_told_and_all_stop(
-    corpus: Path,
-    tmp_path: Path,
-    whole: Callable[[int], Path],
-    count: Callable[[int, int], int],
-    number: int,
-    code: int,
-    rank: int,
+    cuts: Callable[..., Cut], count: Callable[[int, int], int], number: int, code: int, rank: int
 ) -> None:
-    for attempt in range(count(1, 10)):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        args = arguments(corpus, folder, "cut", ranks=2)
-        moment = probe(
-            at="micro", number=random.randrange(3, 14), signals=[number], rank=rank, late=0.02, seconds=0.005
-        )
-        fit([*args, moment], folder, ranks=2, code=code)
-        goes_on_like(whole(2), args, folder, ranks=2)
+    for _ in range(count(1, 10)):
+        cut, micro = cuts(ranks=2), random.randrange(3, 14)
+        cut.stop(code, at="micro", number=micro, signals=[number], rank=rank, late=0.02, seconds=0.005)
+        cut.goes_on()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, -1], ids=["second rank", "all ranks"])
-def test_in_a_validation_of_two_ranks(corpus: Path, tmp_path: Path, whole: Callable[[int], Path], rank: int) -> None:
-    args = arguments(corpus, tmp_path, "cut", ranks=2)
-    moment = probe(at="validation", number=2, signals=[signal.SIGTERM], rank=rank)
-    fit([*args, moment], tmp_path, ranks=2, code=143)
-    assert step_of(tmp_path / "cut") == 4 and curve(tmp_path / "cut")[-1][0] == 0
-    goes_on_like(whole(2), args, tmp_path, ranks=2)
+def test_in_a_validation_of_two_ranks(cuts: Callable[..., Cut], rank: int) -> None:
+    cut = cuts(ranks=2)
+    cut.stop(143, at="validation", number=2, signals=[signal.SIGTERM], rank=rank)
+    assert cut.step == 4 and curve(cut.run)[-1][0] == 0
+    cut.goes_on()
 
 
 @pytest.mark.slow
@@ -200,26 +172,17 @@ def test_in_a_validation_of_two_ranks(corpus: Path, tmp_path: Path, whole: Calla
     ("number", "to"), [(signal.SIGTERM, "parent"), (signal.SIGINT, "terminal")], ids=["SIGTERM", "Ctrl-C"]
 )
 def test_under_both_launchers(
-    corpus: Path,
-    tmp_path: Path,
-    whole: Callable[[int], Path],
-    count: Callable[[int, int], int],
-    launcher: str,
-    number: int,
-    to: str,
+    cuts: Callable[..., Cut], count: Callable[[int, int], int], launcher: str, number: int, to: str
 ) -> None:
-    for attempt in range(count(1, 10)):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        args = arguments(corpus, folder, "cut", ranks=2)
+    for _ in range(count(1, 10)):
+        cut = cuts(ranks=2)
         moment = probe(at="micro", number=random.randrange(3, 14), signals=[number], to=to, rank=1)
-        process = launched(LAUNCHERS[launcher], [*args, moment], folder / "log")
-        code = process.wait(200)
-        said = (folder / "log").read_text()
+        process = launched(LAUNCHERS[launcher], [*cut.args, moment], cut.folder / "log")
+        code, said = process.wait(200), (cut.folder / "log").read_text()
         # torchrun tells its workers and then ends with a code of its own
         assert code == (128 + number if launcher == "Lightning" else 1), said
         end = time.monotonic() + 10
-        while (left := processes_with(str(folder))) and time.monotonic() < end:
+        while (left := processes_with(str(cut.folder))) and time.monotonic() < end:
             time.sleep(0.1)
         assert left == [], said
-        goes_on_like(whole(2), args, folder, ranks=2)
+        cut.goes_on()

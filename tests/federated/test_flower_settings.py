@@ -29,7 +29,7 @@ def test_the_defaults_are_d20_by_its_recipe() -> None:
     run = parsed()
     model, data, federation = run.config.model, run.config.data, run.federation
     assert (model.depth, model.sequence_len, data.path, data.device_batch_size) == (20, 2048, "fineweb-edu", 32)
-    assert (model.recipe.batch_tokens, model.recipe.lr_scale, model.recipe.weight_decay) == (524_288, 1.0, 0.0)
+    assert (model.recipe.batch_tokens, model.recipe.lr_scale, model.recipe.weight_decay) == (524_288, "auto", 0.0)
     assert (federation.clients, federation.rounds, federation.round_seconds, federation.round_steps) == (
         2,
         None,
@@ -89,7 +89,7 @@ def test_lr_says_what_it_scales() -> None:
 
 def test_lr_scales_every_group() -> None:
     assert parsed(lr=0.04).config.model.recipe.lr_scale == pytest.approx(2)
-    assert parsed(lr=0.0).config.model.recipe.lr_scale == 1
+    assert parsed(lr=0.0).config.model.recipe.lr_scale == "auto"
 
 
 def test_batch_tokens_may_be_given_itself() -> None:

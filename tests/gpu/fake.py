@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import REPOSITORY
+from tests.support import REPOSITORY, ended
 
 SECONDS = 1800  # of one program: the real compilers work for d20 and more
 
@@ -48,15 +48,7 @@ class FakeGPU:
         """Run Python with arguments on the card and wait for its end."""
         python = str(self.folder / "venv/bin/python")
         environment = self.environment(**(changes or {}))
-        return subprocess.run(
-            [python, *program],
-            env=environment,
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
+        return ended([python, *program], env=environment, cwd=REPOSITORY, timeout=seconds)
 
     def measure(self, *, environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
         """Return what `tests/gpu/step.py` counts of a training step with these options."""

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from typing import Any
 
 sys.path.append(os.environ["NANOFED_SITE"])
@@ -33,19 +32,12 @@ class _Sharded:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in {
-        "depth": 20,
-        "rows": 32,
-        "accumulation": 1,
-        "sequence_len": 2048,
-        "vocab_size": 65_536,
-    }.items():
+    sizes = {"depth": 20, "rows": 32, "accumulation": 1, "sequence_len": 2048, "vocab_size": 65_536, "ranks": 1}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", type=lambda text: text == "True", default=True)
     parser.add_argument("--deterministic", type=lambda text: text == "True", default=False)
-    parser.add_argument("--peak", action="store_true", help="list what is held at the peak")
     args = parser.parse_args()
 
     # Nothing is computed: drawing weights would only take time, and touch memory.
@@ -94,8 +86,6 @@ def main() -> None:
     step()
     first = time.time() - started
     step()
-    if args.peak:
-        torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
     torch.cuda.set_sync_debug_mode("error")
     start = fakegpu.counts()
     middle = step()
@@ -108,32 +98,7 @@ def main() -> None:
         "reserved": torch.cuda.max_memory_reserved(),
         "first_step_s": round(first, 1),
     }
-    if args.peak:
-        _list_peak()
     sys.stdout.write(json.dumps(result) + "\n")
-
-
-def _list_peak() -> None:
-    """Say on stderr what of the recorded step was allocated at its peak, the largest first, and by which line of nanofed."""
-    trace: list[Any] = torch.cuda.memory._snapshot()["device_traces"][0]
-    held: dict[int, Any] = {}
-    at_peak: list[Any] = []
-    now = peak = 0
-    for event in trace:
-        if event["action"] == "alloc":
-            held[event["addr"]] = event
-            now += event["size"]
-        elif event["action"] == "free_completed":
-            held.pop(event["addr"], None)
-            now -= event["size"]
-        if now > peak:
-            peak, at_peak = now, list(held.values())
-    groups: Counter[tuple[int, str]] = Counter()
-    for event in at_peak:
-        lines = [f"{f['filename']}:{f['line']}" for f in event["frames"] if "/nanofed/" in f["filename"]]
-        groups[event["size"], lines[0].rsplit("/", 1)[-1] if lines else "compiled"] += 1
-    for (size, line), count in sorted(groups.items(), key=lambda group: -group[0][0] * group[1])[:25]:
-        sys.stderr.write(f"{count:4d} x {size:14,d} = {count * size / 1e6:10,.1f} MB  {line}\n")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,7 @@ def estimate(depth: int, rows: int, accumulation: int, ranks: int, *, compiled: 
 
 
 @pytest.mark.parametrize(("depth", "rows", "accumulation", "ranks"), [(20, 32, 1, 1), (20, 1, 2, 1), (12, 8, 2, 8)])
-def test_an_eager_step_takes_what_was_estimated(
-    card: FakeGPU, depth: int, rows: int, accumulation: int, ranks: int
-) -> None:
+def test_an_eager_step_takes_its_estimate(card: FakeGPU, depth: int, rows: int, accumulation: int, ranks: int) -> None:
     counted = card.measure(depth=depth, rows=rows, accumulation=accumulation, ranks=ranks, compile=False)
     assert 1.0 <= estimate(depth, rows, accumulation, ranks, compiled=False) / counted["allocated"] <= 1.08
 

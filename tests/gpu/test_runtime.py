@@ -21,7 +21,7 @@ from nanofed.tokenizer.training import train_tokenizer
 from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe
-from tests.ranks import REPOSITORY
+from tests.support import REPOSITORY
 
 GPU = "0000:01:00.0"
 
@@ -39,9 +39,8 @@ def machine(root: Path, *, driver: str | None = None, vendor: str | None = "0x10
     if driver is not None:
         file = root / "proc/driver/nvidia/version"
         file.parent.mkdir(parents=True)
-        file.write_text(
-            f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build\nGCC version: 12.3.0\n"
-        )
+        version = f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build"
+        file.write_text(f"{version}\nGCC version: 12.3.0\n")
     if vendor is not None:
         device = root / "sys/bus/pci/devices" / GPU
         device.mkdir(parents=True)
@@ -91,7 +90,7 @@ def test_a_gpu_that_is_used_hidden_or_not_there_needs_none(monkeypatch: pytest.M
     assert runtime.why_gpu_is_unused(with_gpu) is None
 
 
-def test_a_run_that_falls_back_to_the_cpu_says_so_once(
+def test_falling_back_to_the_cpu_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(runtime, "why_gpu_is_unused", lambda: "the driver is old")
@@ -123,9 +122,7 @@ def compiler(folder: Path, name: str, script: str = "exit 0") -> None:
     (folder / name).chmod(0o755)
 
 
-def test_without_a_c_compiler_a_gpu_runs_eager_and_says_why(
-    gpu_machine: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_c_compiler_it_runs_eager_and_says_why(gpu_machine: Path, caplog: pytest.LogCaptureFixture) -> None:
     compiler(gpu_machine, "g++")  # of no use to Triton
     assert runtime.should_compile("auto", "cuda") is False
     assert caplog.messages == ["the model runs eager, which is slower: there is no C compiler (gcc)"]
@@ -142,9 +139,7 @@ def test_a_compiler_that_compiles_nothing_is_none(gpu_machine: Path, monkeypatch
     assert "CC names 'no-such-compiler', which cannot be run" in str(runtime.why_not_compiled("cuda"))
 
 
-def test_headers_triton_and_the_card_itself_are_looked_at_too(
-    gpu_machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_headers_triton_and_the_card_are_looked_at_too(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(gpu_machine, "gcc")
     assert runtime.why_not_compiled("cuda") is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
