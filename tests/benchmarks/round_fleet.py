@@ -163,7 +163,8 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
     with _traced(fleet, folder) as (_, figures), ExitStack() as stack:
         settings_of_ours = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
         own: dict[str, str | None] = dict.fromkeys(settings_of_ours)
-        link = SuperLink(folder, log, environment=own)
+        program = [str(Path(sys.executable).with_name("flower-superlink")), "--insecure"]
+        link = SuperLink(folder, log, environment=own, program=program)
         database = ["--database", str(folder / "superlink.db")]
         stack.enter_context(link.running([*database, "--disable-runtime-dependency-installation"]))
         for index in range(fleet.sites):

@@ -18,6 +18,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {  # first match in the command line
     "nanofed.federated.deploy.superlink_process": "superlink",
     "flwr-serverapp": "serverapp",
+    "flower-superlink": "superlink",  # stock
     "nanofed.federated.deploy.supernode": "supernode",
     "flower-supernode": "supernode",  # stock
     "flower-superexec": "superexec",

@@ -31,6 +31,7 @@ NODES = "nodes.json"  # which node is whose
 WEIGHTS = "weights"
 LINK = "nanofed"  # our own connection, in a Flower home of the run's own
 FLWR = runtime.python("-m", "flwr.cli.app")
+PROGRAM = runtime.python("-m", "nanofed.federated.deploy.superlink_process")
 START_SECONDS = 120.0
 COMMAND_SECONDS = 120.0
 END_SECONDS = 30.0  # between the last line of a run's log and its final status
@@ -65,6 +66,7 @@ class SuperLink:
         folder: The folder that holds Flower's home and the empty working directory that Ray puts first on sys.path.
         log: file to which everything that it prints is appended.
         environment: changes to its environment.
+        program: what runs the SuperLink; the options follow it.
     """
 
     def __init__(
@@ -73,12 +75,14 @@ class SuperLink:
         log: Path,
         *,
         environment: Mapping[str, str | None] | None = None,
+        program: Sequence[str] = PROGRAM,
     ) -> None:
         self.folder = folder
         self.log = log
         self._nowhere = folder / "nowhere"
         self.home = folder / "home"
         self._environment = flower_environment(self.home, **(environment or {}))
+        self._program = program
         self.port = 0
         self._process: SupervisedProcess | None = None
 
@@ -105,7 +109,7 @@ class SuperLink:
             f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
         address = ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(self.port)]
-        command = runtime.python("-m", "nanofed.federated.deploy.superlink_process", *address, *options)
+        command = [*self._program, *address, *options]
         self._process = SupervisedProcess(
             "SuperLink", command, self._environment, "FLWR_HOME", self.log, folder=self._nowhere
         )
