@@ -98,9 +98,9 @@ def measure(sides: Sides, turns: int) -> tuple[Times, float]:
     return sides.times, worst
 
 
-def moved_bytes(parameters: int, down: str, up: str) -> dict[str, int]:
+def moved_bytes(parameters: int, down: str, up: str) -> dict[str, float]:
     """Return the bytes that each part has to read and write once; 0 where it only hands arrays on."""
-    size = {"fp32": 4, "bf16": 2}
+    size = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}
     summed = 8 if CODECS[up].lossless else 4
     read = size[up] + (size[down] if CODECS[up].lossless else 0)  # the reply, and the base that it is compared with
     return {
@@ -115,7 +115,7 @@ def moved_bytes(parameters: int, down: str, up: str) -> dict[str, int]:
     }
 
 
-def summary(times: Times, moved: dict[str, int], clients: int) -> dict[str, Any]:
+def summary(times: Times, moved: dict[str, float], clients: int) -> dict[str, Any]:
     """Return the figures of one codec: of every part its seconds, GB/s and share of the copy in the same turn."""
     turns = len(times["merge"])
     copies = [statistics.median(times["copy"][COPIES * turn : COPIES * (turn + 1)]) for turn in range(turns)]
