@@ -5,6 +5,7 @@ Pure functions. The defaults are nanochat's of October 2025 (karpathy/nanochat a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -82,8 +83,8 @@ class Recipe:
             return self.lr_scale
         if self.batch_tokens >= FULL_BATCH:
             return 1.0
-        enough = FULL_BATCH * (self.horizon(config) / FULL_HORIZON) ** 0.5
-        return min(1.0, (self.batch_tokens / enough) ** 0.5)
+        enough = FULL_BATCH * math.sqrt(self.horizon(config) / FULL_HORIZON)
+        return min(1.0, math.sqrt(self.batch_tokens / enough))
 
     def rate_note(self, config: GPTConfig) -> str | None:
         """Return by what the learning rates are scaled and why, in a line; None where they are the recipe's own."""

@@ -35,14 +35,7 @@ def row_lengths(corpus: Path) -> Lengths:
 
 
 def check_chain(run: Path, lengths: Lengths, lr: float = 0.7, momentum: float = 0.6) -> int:
-    """Check all checkpoints of a run whose rounds are all kept, and return how many there are.
-
-    Args:
-        run: its folder.
-        lengths: of all training rows.
-        lr: outer learning rate.
-        momentum: outer Nesterov momentum.
-    """
+    """Check all checkpoints of a run whose rounds are all kept, by its outer rate and momentum; return how many there are."""
     found = checkpoints(run)
     for before, after in itertools.pairwise(found):
         check_link(before, after, lengths, lr, momentum)

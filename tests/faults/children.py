@@ -71,12 +71,9 @@ def _call(send: Connection, function: Callable[..., Any], *args: object) -> None
 
 
 def mount_disk(folder: Path, size: str, change: str = "") -> None:
-    """Mount an empty disk of a size at a folder, for this process only: it ends with it.
+    """Mount an empty disk of a size, in bytes or with a letter behind it, for this process only: it ends with it.
 
-    Args:
-        folder: where.
-        size: in bytes, or with a letter behind it.
-        change: `ro` makes the disk that is there read-only, anything else gives it the size.
+    A `change` of `ro` makes the disk that is there read-only, anything else gives it the size.
 
     Raises:
         NoDiskError: neither a privileged process nor one of a user namespace may mount here.

@@ -21,9 +21,5 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         made.serve()
         made.site("lab-a")
         made.site("lab-b", "--devices", "2")
-        made.until(
-            lambda: made.round() > 0 and all(made.merged(name) for name in ("lab-a", "lab-b")),
-            "round with both sites",
-            300,
-        )
+        made.until(lambda: made.round() > 0 and bool(made.merged("lab-a") and made.merged("lab-b")), "both sites", 300)
         yield made

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,18 +19,14 @@ import yaml
 
 from nanofed.data.shards import open_dataset
 from nanofed.federated.deploy.process import marked
+from nanofed.federated.flower import free_port
 from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_state, read_weights
-from tests.ranks import REPOSITORY, in_time
+from tests.ranks import in_time
+from tests.support import REPOSITORY
 
 MARK = "NANOFED_TEST_DEPLOYMENT"
 GRACE = in_time(22.0)  # seconds beyond a round's three until a site is given up
 NANOFED = [sys.executable, "-P", "-m", "nanofed"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def config(corpus: Path, folder: Path, **options: Any) -> Path:
@@ -144,13 +139,7 @@ class Process:
 
 
 class Deployment:
-    """A server and its sites in one folder.
-
-    Args:
-        folder: for everything.
-        config: of the federation.
-        keys: folder of keys for TLS; None for plain loopback.
-    """
+    """A server and its sites in one folder, with a folder of keys for TLS or without one over plain loopback."""
 
     def __init__(self, folder: Path, config: Path, keys: Path | None = None) -> None:
         self.folder = folder
@@ -203,15 +192,9 @@ class Deployment:
     def tails(self) -> str:
         logs = [process.log for process in self.processes.values()]
         logs += [
-            *self.folder.glob("runs/*/server/*.log"),
-            *self.folder.glob("*/worker.log"),
-            *self.folder.glob("*/supernode.log"),
+            log for name in ("runs/*/server/*", "*/worker", "*/supernode") for log in self.folder.glob(f"{name}.log")
         ]
         return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs if log.exists())
-
-    def weights_hash(self) -> str:
-        path = find_checkpoint(self.run)
-        return str(read_manifest(path).files["model.safetensors"]["sha256"])
 
     def manifest(self) -> Any:
         return read_manifest(find_checkpoint(self.run))

@@ -16,38 +16,23 @@ LEAST_SAMPLES = 12  # of a life, to judge it
 
 @dataclass(frozen=True)
 class Sample:
-    """A process at one time.
+    """A process at one time."""
 
-    Attributes:
-        round: of the run.
-        memory: resident and its own, MB (10^6): neither of files nor shared.
-        handles: open files and sockets.
-    """
-
-    round: int
-    memory: float
-    handles: int
+    round: int  # of the run
+    memory: float  # resident and its own, MB (10^6): neither of files nor shared
+    handles: int  # open files and sockets
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How a process grew, after its first third.
-
-    Attributes:
-        kind: what it is.
-        rounds: that it lived, the first third too.
-        memory: MB at the end: the median of the last third.
-        memory_per_100_rounds: MB, by the slope between the medians of the second and the last third.
-        handles: at the end, likewise.
-        handles_per_100_rounds: likewise.
-    """
+    """How a process grew, after its first third: at the end is the median of the last third."""
 
     kind: str
-    rounds: int
-    memory: float
-    memory_per_100_rounds: float
-    handles: float
-    handles_per_100_rounds: float
+    rounds: int  # that it lived, the first third too
+    memory: float  # MB at the end
+    memory_per_100_rounds: float  # MB, by the slope between the medians of the second and the last third
+    handles: float  # at the end
+    handles_per_100_rounds: float  # likewise
 
     def __str__(self) -> str:
         return (
@@ -87,15 +72,6 @@ class Watch:
             rounds = statistics.mean(s.round for s in late) - statistics.mean(s.round for s in early)
             memory = [statistics.median(s.memory for s in part) for part in (early, late)]
             handles = [statistics.median(s.handles for s in part) for part in (early, late)]
-            per_100 = 100 / rounds
-            out.append(
-                Growth(
-                    kind,
-                    last - first,
-                    memory[1],
-                    per_100 * (memory[1] - memory[0]),
-                    handles[1],
-                    per_100 * (handles[1] - handles[0]),
-                )
-            )
+            slopes = [100 / rounds * (after - before) for before, after in (memory, handles)]
+            out.append(Growth(kind, last - first, memory[1], slopes[0], handles[1], slopes[1]))
         return out

@@ -13,22 +13,12 @@ STALLED, CUT = "stalled", "cut"
 
 
 class Link:
-    """A relay on loopback that passes bytes on as its state says.
-
-    Args:
-        upstream: port that it leads to.
-
-    Attributes:
-        port: where it listens.
-        bytes_per_second: each way, over all connections; None for as fast as it goes.
-        state: "" while bytes pass; `stalled` holds them back, connections stay open; `cut` was done once.
-        sent: bytes that have gone up.
-    """
+    """A relay on loopback, at its own port, that passes bytes on to the port `upstream` as its state says."""
 
     def __init__(self, upstream: int) -> None:
-        self.bytes_per_second: float | None = None
-        self.state = ""
-        self.sent = 0
+        self.bytes_per_second: float | None = None  # each way, over all connections; None for as fast as it goes
+        self.state = ""  # while bytes pass; `stalled` holds them back, connections stay open; `cut` was done once
+        self.sent = 0  # bytes that have gone up
         self._upstream = upstream
         self._next: tuple[int, str] | None = None  # bytes up at which the state changes, and to what
         self._pairs: list[tuple[socket.socket, socket.socket]] = []

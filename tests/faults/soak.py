@@ -24,11 +24,7 @@ from tests.federated.tiny import make_corpus
 logger = logging.getLogger("tests.faults.soak")  # the module itself may be __main__
 
 # Processes of a server and of a site, by a word of their command lines.
-SERVER = {
-    "flwr-serverapp": "round loop",
-    "superlink_process": "SuperLink",
-    "flower-superexec": "launcher",
-}
+SERVER = {"flwr-serverapp": "round loop", "superlink_process": "SuperLink", "flower-superexec": "launcher"}
 SITE = {"site.worker": "worker", "deploy.supernode": "SuperNode"}
 LIVING = {"server": [*SERVER], "site": [*SITE]}
 RECOVERY_SECONDS = 240.0
@@ -37,13 +33,7 @@ LEAST_ROUNDS = 300  # of a life that is judged: a worker's memory still settles 
 
 
 class Soak:
-    """Kills and watches a federation.
-
-    Args:
-        federation: with its server and sites.
-        seed: of whom to kill when.
-        victims: words of command lines; all by default.
-    """
+    """Kills and watches a federation with its server and sites: whom when, by the seed; victims are words of command lines."""
 
     def __init__(self, federation: Deployment, seed: int, victims: Sequence[str] | None = None) -> None:
         self._federation = federation
@@ -86,9 +76,8 @@ class Soak:
             pid = self._random.choice(federation.processes[name].kill(word))
         except AssertionError:  # it has just ended by itself
             return
-        federation.until(
-            lambda: self._look(federation.round()) > before, f"round after the end of the {what}", RECOVERY_SECONDS
-        )
+        expected = f"round after the end of the {what}"
+        federation.until(lambda: self._look(federation.round()) > before, expected, RECOVERY_SECONDS)
         seconds = time.monotonic() - started
         self.kills[what] += 1
         self.recovery.append((seconds, what))
@@ -150,9 +139,8 @@ def main(argv: Sequence[str]) -> int:
         while (done := federation.round() - first) < args.rounds and time.monotonic() - started < args.seconds:
             soak.run(min(10, args.rounds - done), args.every)
         done, seconds = federation.round() - first, time.monotonic() - started
-        logger.info(
-            "%d rounds in %.0f s, %.2f s each; killed %s", done, seconds, seconds / max(1, done), dict(soak.kills)
-        )
+        each, killed = seconds / max(1, done), dict(soak.kills)
+        logger.info("%d rounds in %.0f s, %.2f s each; killed %s", done, seconds, each, killed)
         growths = soak.watch.growths(min(LEAST_ROUNDS, done // 2))
         for growth in growths:
             logger.info("%s", growth)

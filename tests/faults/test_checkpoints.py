@@ -316,7 +316,7 @@ def _read_only(disk: Path) -> None:
     mount_disk(disk, "3m", "ro")
     before = snapshot(disk)
     with pytest.raises(
-        SaveError, match=r"could not be saved: .*/run/checkpoints cannot be written \(Read-only file system\)"
+        SaveError, match=r"not be saved: .*/run/checkpoints cannot be written \(Read-only file system\)"
     ):
         save_small(step(run, 3), 3, 500)
     assert snapshot(disk) == before

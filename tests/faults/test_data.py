@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -29,15 +28,7 @@ from tests.data.hub import Hub, make_files, serving
 from tests.faults.children import call
 
 DOCUMENTS = [f"Document {i}: é ∑ 🙂 " + "words " * (i % 17) for i in range(100)]
-ELSEWHERE = [
-    "../out.parquet",
-    "..",
-    "/etc/out.parquet",
-    "a/../../out.parquet",
-    "a/b.parquet",
-    "..parquet",
-    "a\\b.parquet",
-]
+ELSEWHERE = ["../x.parquet", "..", "/etc/x.parquet", "a/../../x.parquet", "a/b.parquet", "..parquet", "a\\b.parquet"]
 
 
 @pytest.fixture
@@ -126,23 +117,25 @@ def _status(field: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "rows", "megabytes", "says"),
+    [
+        (1 << 16, 10_000_000, 1024, "holds more than 268,435,456 bytes of text there"),
+        (1 << 20, 240, 16, "has row groups that this machine's memory does not hold"),
+    ],
+    ids=["a bomb", "a large row group"],
+)
+def test_what_the_memory_cannot_hold_is_refused_before_it_is_full(
+    tmp_path: Path, size: int, rows: int, megabytes: int, says: str
+) -> None:
     """600 GB in some KB, none of which the file declares: what parquet stores is one text, and how often it stands there."""
     path = tmp_path / "bomb.parquet"
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "small.parquet")
-    pq.write_table(_repeated("a" * (1 << 16), 10_000_000), path, compression="zstd", store_schema=False)
-    assert path.stat().st_size < 100_000 and read_shard(path).text_bytes < 1 << 20
-    reason, took = call(_read_within, path, 1024)
-    assert "bomb.parquet holds more than 268,435,456 bytes of text there" in reason
-    assert took < 512
-
-
-def test_a_row_group_that_the_memory_does_not_hold_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "large.parquet"
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "small.parquet")
-    pq.write_table(_repeated("a" * (1 << 20), 240), path, compression="zstd", store_schema=False)
-    reason, _ = call(_read_within, path, 16)
-    assert "large.parquet has row groups that this machine's memory does not hold" in reason
+    pq.write_table(_repeated("a" * size, rows), path, compression="zstd", store_schema=False)
+    if megabytes == 1024:
+        assert path.stat().st_size < 100_000 and read_shard(path).text_bytes < 1 << 20
+    reason, took = call(_read_within, path, megabytes)
+    assert f"bomb.parquet {says}" in reason and took < 512
 
 
 # --- names that lead elsewhere
@@ -191,15 +184,7 @@ def test_what_a_server_says_moves_no_file(tmp_path: Path, path: str) -> None:
     assert sorted(path.name for path in folder.glob("*.parquet")) == ["shard_00000.parquet", "shard_01822.parquet"]
 
 
-def test_a_link_out_of_the_folder_is_not_followed(dataset: Dataset, outside: Path) -> None:
-    shard = dataset.train[0].path
-    shard.unlink()
-    shard.symlink_to(os.path.relpath(outside, dataset.path))
-    with pytest.raises(DataError, match="is a link that leads out of the folder"):
-        open_dataset(dataset.path)
-
-
-@pytest.mark.parametrize("name", ["../out", "..", "/etc/out", "a/../../out", "a/b", ""])
+@pytest.mark.parametrize("name", ["../out", "..", ".", "/etc/out", "a/../../out", "a/b", ""])
 def test_a_run_or_a_client_is_not_named_elsewhere(
     dataset: Dataset, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,9 +192,8 @@ def test_a_run_or_a_client_is_not_named_elsewhere(
         RunOptions(name=name, runs_dir=str(tmp_path / "runs"))
     before = sorted(tmp_path.rglob("*"))
     for command in ("fit", "federate"):
-        assert (
-            cli.main([command, f"--data.path={dataset.path}", f"--runs_dir={tmp_path / 'runs'}", f"--name={name}"]) == 2
-        )
+        where = [f"--data.path={dataset.path}", f"--runs_dir={tmp_path / 'runs'}"]
+        assert cli.main([command, *where, f"--name={name}"]) == 2
         assert "is not a plain folder name" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
     context = Context(run_id=1, node_id=0, node_config={"name": name}, state=RecordDict(), run_config={})

@@ -29,9 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def test_both_sites_train_and_bits_per_byte_fall(federation: Deployment) -> None:
     federation.more(2)
     # A round may be over before the weights before it are measured.
-    federation.until(
-        lambda: federation.bits_per_byte()[-1] < 0.9 * federation.bits_per_byte()[0], "better weights", in_time(60)
-    )
+    measured = federation.bits_per_byte
+    federation.until(lambda: measured()[-1] < 0.9 * measured()[0], "better weights", in_time(60))
     federation.no_row_is_merged_twice()
     assert not [event for event in federation.events() if event["kind"] not in ("failed", "silent", "late", "quorum")]
 
@@ -75,9 +74,7 @@ def test_one_rank_of_a_worker_is_killed(federation: Deployment) -> None:
 def test_a_worker_hangs(federation: Deployment) -> None:
     lab = federation.processes["lab-a"]
     hung = lab.kill("site.worker", signal.SIGSTOP)
-    federation.until(
-        lambda: bool(lab.pids("site.worker")) and not set(hung) & set(lab.pids("site.worker")), "another worker", 60
-    )
+    federation.until(lambda: bool(pids := lab.pids("site.worker")) and not set(hung) & set(pids), "another worker", 60)
     assert "has said nothing" in lab.output
     federation.takes_part("lab-a")
 

@@ -60,7 +60,6 @@ def run(corpus: Path, folder: Path, rounds: int, tamper: Any = None, **behaviour
 
 LIES: dict[str, tuple[Lie, str]] = {
     "nan": (claim(nats=float("nan")), "nats is nan: Input should be a finite number"),
-    "inf": (claim(nats=float("inf")), "nats is inf: Input should be a finite number"),
     "negative nats": (claim(nats=-1.0), "claims -1 nats"),
     "no nats": (claim(nats=0.0), "claims 0 nats"),
     "huge nats": (claim(nats=1e300), "claims 1e+300 nats"),
@@ -70,9 +69,6 @@ LIES: dict[str, tuple[Lie, str]] = {
     "bytes beyond 64 bits": (claim(bytes=1 << 70), "bytes is 1180591620717411303424: "),
     "a nothing with a cost": (claim(bytes=0), "nats for 0 bytes"),
     "true for a number": (claim(nats=True), "nats is True: Input should be a valid number"),
-    "true for a count": (claim(bytes=True), "bytes is True: Input should be a valid integer"),
-    "a string for a number": (claim(nats="1.5"), "nats is '1.5': Input should be a valid number"),
-    "a fraction of a byte": (claim(bytes=10.5), "bytes is 10.5: Input should be a valid integer"),
     "a huge string": (claim(nats=0.0, bytes=0, failure="\x1b[2J" * 10**6), f"at most {MAX_FAILURE} characters"),
     "a huge nonce": (claim(nonce="n" * 10**6), "it is for nonce 'nnn"),
     "another nonce": (claim(nonce="0" * 32), "it is for nonce"),
@@ -85,18 +81,8 @@ LIES: dict[str, tuple[Lie, str]] = {
 }
 
 
-NOTES: list[tuple[Any, str]] = [
-    (None, "says nothing of it"),
-    ("", "Invalid JSON"),
-    ("[" * 100_000, "Invalid JSON"),
-    ("[]", "it is []"),
-    ("{}", "it lacks the field run"),
-    (3, "one JSON string"),
-    (True, "one JSON string"),
-    (b"{}", "one JSON string"),
-    ("\ud800", "Invalid JSON"),
-    (" " * (MAX_JSON + 1), "at most"),
-]
+NOTES: list[tuple[Any, str]] = [(None, "says nothing of it"), ("[" * 100_000, "Invalid JSON"), (3, "one JSON string")]
+NOTES += [("{}", "it lacks the field run"), (" " * (MAX_JSON + 1), "at most")]
 
 
 ASKED = instructions(client=HOSTILE, round=18)
@@ -195,9 +181,8 @@ def test_a_lie_of_the_last_weights_is_no_figure(tiny_corpus: Path, tmp_path: Pat
 
     left = run(tiny_corpus, tmp_path / "left", 2, judge=judge)
     assert left.trace.same_course(clean.trace)
-    assert left.figures == {number: bpb for number, bpb in clean.figures.items() if number < 2}, (
-        "nobody has said anything"
-    )
+    # Nobody has said anything.
+    assert left.figures == {number: bpb for number, bpb in clean.figures.items() if number < 2}
     assert left.trace.events == {"client-0": {"evaluation": 1}, HOSTILE: {"evaluation": 1}, "server": {"evaluation": 1}}
     assert "the client failed: OSError: the disk is gone" in left.events[0]["reason"]
     assert (

@@ -6,7 +6,6 @@ Every federation here has one hostile site, the last one. Small counts are in CI
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -140,9 +139,8 @@ def test_a_site_that_sends_all_that_is_allowed_drives_no_limit(
     usual = loop.state.norms.state_dict()["usual"]
     assert usual == {"matrices": usual["matrices"]} and usual["matrices"] < 1.0
     ours, theirs = loop.metrics.summary.bpb_end, absent.metrics.summary.bpb_end
-    assert ours is not None and theirs is not None and ours <= theirs * count(5, 2) / 100 + theirs, (
-        "few rounds are noisy"
-    )
+    # Few rounds are noisy.
+    assert ours is not None and theirs is not None and ours <= theirs * count(5, 2) / 100 + theirs
 
 
 # --- claims
@@ -179,15 +177,9 @@ def test_a_site_that_claims_all_of_its_lease_ends_no_horizon_early(
         end = to_the_end_of_its_lease(asked)
         return local, replace(report, steps=steps, tokens=steps * asked.batch_tokens, seconds=steps * 1e-6, data=end)
 
-    options: dict[str, Any] = {
-        "clients": 2,
-        "rounds": rounds,
-        "round_steps": "null",
-        "round_seconds": 0.05,
-        "save_every": 0,
-    }
+    options: dict[str, Any] = {"clients": 2, "rounds": rounds, "round_steps": "null", "round_seconds": 0.05}
     options["model.recipe.num_steps"] = 10**6  # all the rounds: what is claimed meanwhile is to be seen
-    config = federation(tiny_corpus, tmp_path, "run", eval_every=10**6, **options)
+    config = federation(tiny_corpus, tmp_path, "run", save_every=0, eval_every=10**6, **options)
     loop, _ = train(config, hook=hook, greet=greet)
     assert loop.state.clock.round == rounds and loop.state.speeds.rounds["client-0"] == rounds
     honest = loop.state.speeds.tokens["client-0"]
@@ -196,58 +188,11 @@ def test_a_site_that_claims_all_of_its_lease_ends_no_horizon_early(
     assert all(0 < max(rows) <= epoch for rows in leased.values()), "all of the text once, and rows read ahead"
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"seconds": 1e-300}, "its training took 1e-300 s for 1 steps"),
-        ({"seconds": 1e300}, r"its training took 1e\+300 s"),
-        ({"loss_last": 1e300}, r"its loss_last is 1e\+300 nats a token"),
-        ({"loss_first": -1.0}, "its loss_first is -1.0 nats a token"),
-    ],
-)
-def test_every_figure_of_a_report_has_a_range(
-    changes: dict[str, Any], says: str, tiny_corpus: Path, tmp_path: Path
-) -> None:
-    def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
-        local, report = fit(arrays, asked)
-        return (local, replace(report, **changes)) if asked.client == "client-1" else (local, report)
-
-    config = federation(tiny_corpus, tmp_path, "run", save_every=0, eval_every=10**6)
-    loop, _ = train(config, hook=hook)
-    assert refusals(loop) == {"client-1": {"tokens": 2}}
-    last = loop.state.events.last("tokens", "client-1")
-    assert last is not None and re.search(says, last.reason)
-
-
 # --- text that only a site has
 
 
 def shards(number: int, rows: int, text_bytes: int) -> tuple[SiteShard, ...]:
     return tuple(SiteShard(f"s{n:05d}", rows, text_bytes, "f" * 64) for n in range(number))
-
-
-@pytest.mark.parametrize(
-    ("told", "says"),
-    [
-        (shards(1, 1 << 38, 1 << 45), "rows, of 268435456 at most"),
-        (shards(60_000, 8, 400), "60000 shards, of 4096 at most"),
-        (shards(1, 1000, 999), "1000 rows of 999 bytes"),
-        (shards(1, 8, 1 << 62), "rows of 4611686018427387904 bytes"),
-        ((SiteShard("../up", 8, 400, "f"),), "no plain name"),
-        ((SiteShard("x" * 300, 8, 400, "f"),), "no plain name"),
-    ],
-)
-def test_a_site_of_impossible_text_is_refused_and_the_round_goes_on(
-    told: tuple[SiteShard, ...], says: str, tiny_corpus: Path, tmp_path: Path
-) -> None:
-    def greet(hello: Hello) -> Hello:
-        return replace(hello, shards=told) if hello.name == "client-1" else hello
-
-    config = federation(tiny_corpus, tmp_path, "run", sharding="local", rounds=1, save_every=0, eval_every=10**6)
-    loop, _ = train(config, greet=greet)
-    assert loop.state.speeds.rounds == {"client-0": 1}
-    ((_, kinds),) = loop.state.events.by_client().items()
-    assert says in kinds["hello"].reason
 
 
 @pytest.mark.parametrize(
@@ -260,27 +205,6 @@ def test_a_lease_of_next_to_no_text_is_short_and_quick(told: tuple[SiteShard, ..
     for _ in range(3):
         lease = ledger.of("site").lease("site", 20 * 524_288, spare_rows=160)
     assert 0 < len(lease) <= 1024 and time.process_time() - started < 10
-
-
-def test_documents_that_no_packer_holds_are_refused(tiny_corpus: Path, tmp_path: Path) -> None:
-    def holding(change: Callable[[StreamState], StreamState]) -> str:
-        def hook(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
-            local, report = fit(arrays, asked)
-            if asked.client == "client-1":
-                at = report.data.streams
-                report = replace(report, data=DataState(report.data.rows, {**at, 0: change(at[0])}))
-            return local, report
-
-        config = federation(tiny_corpus, tmp_path, f"run-{len(list(tmp_path.iterdir()))}", rounds=1, save_every=0)
-        loop, _ = train(config, hook=hook)
-        last = loop.state.events.last("position", "client-1")
-        assert last is not None and loop.state.speeds.rounds == {"client-0": 1}
-        return last.reason
-
-    first = (Row(0, "shard_00000.parquet", 0),)
-    assert "stream 0 holds 1000 documents" in holding(lambda at: replace(at, pending=1000 * first))
-    assert "tokens of the first used up" in holding(lambda at: replace(at, offset=1 << 50))
-    assert "stream 0 holds a document twice" in holding(lambda at: replace(at, pending=2 * at.pending[:1]))
 
 
 # --- honest sites that differ
@@ -299,14 +223,8 @@ def test_honest_sites_of_unlike_speed_and_habit_are_merged_whole(
             raise OSError("it is not there")
         return fit(arrays, replace(asked, max_steps=1) if asked.client == "client-1" else asked)
 
-    options: dict[str, Any] = {
-        "clients": 4,
-        "rounds": rounds,
-        "round_steps": 7,
-        "merge": merge,
-        "on_large_norm": "reject",
-    }
-    options |= {"save_every": 0, "eval_every": 10**6, "model.recipe.num_steps": 3 * 7 * rounds}
+    options: dict[str, Any] = {"clients": 4, "rounds": rounds, "round_steps": 7, "merge": merge, "save_every": 0}
+    options |= {"on_large_norm": "reject", "eval_every": 10**6, "model.recipe.num_steps": 3 * 7 * rounds}
     config = federation(tiny_corpus, tmp_path, "run", **options)
     loop, _ = train(config, hook=hook, answered=deque(maxlen=0))
     assert refusals(loop) == {client: {"failed": len(missed)} for client, missed in away.items()}

@@ -24,7 +24,8 @@ from nanofed.training.summary import Summary
 from tests.faults.children import call, mount_disk
 from tests.faults.hostile import play
 from tests.federated.conftest import one_thread, tiny_corpus
-from tests.federated.tiny import BATCH, Fit, Site, federation, make_corpus
+from tests.federated.tiny import Fit, Site, federation, make_corpus
+from tests.support import BATCH
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +62,14 @@ def test_clients_that_stay_away(
         return
     whole, _, _ = play(federation(tiny_corpus, tmp_path, "whole", **options))
     bpb, all_there = loop.metrics.summary.bpb_end or 0.0, whole.metrics.summary.bpb_end or 0.0
-    cost = (
-        f"{absent:.0%} of 10 clients absent, {rounds} rounds: {bpb:.4f} bits per byte, {all_there:.4f} with all there"
-    )
+    cost = f"{absent:.0%} of 10 clients absent, {rounds} rounds: {bpb:.4f} bits per byte, with all {all_there:.4f}"
     record_property("cost", cost)
 
 
 def test_a_round_below_its_quorum_changes_nothing(tiny_corpus: Path, tmp_path: Path) -> None:
     """Too few are there, or enough are there and too few of them answer well: weights, momentum, ledger and clock stay."""
-    config = federation(
-        tiny_corpus, tmp_path, "run", clients=3, rounds=12, quorum=2, availability=0.6, seed_everything=5
-    )
+    options = {"clients": 3, "rounds": 12, "quorum": 2, "availability": 0.6, "seed_everything": 5}
+    config = federation(tiny_corpus, tmp_path, "run", **options)
     states: list[tuple[int, dict[str, Any]]] = []
     loops: list[RoundLoop] = []
 

@@ -140,9 +140,7 @@ def bad_disk(args: list[str], corpus: Path, folder: Path, change: str) -> tuple[
 
 
 @pytest.mark.parametrize("change", ["full", "ro"])
-def test_a_disk_that_takes_no_state_stops_no_round(
-    args: list[str], rounds: Rounds, tmp_path: Path, change: str
-) -> None:
+def test_a_disk_without_room_stops_no_round(args: list[str], rounds: Rounds, tmp_path: Path, change: str) -> None:
     """Not even an aborted one costs anything then: the state of the round before it is kept in memory."""
     expected, direct = rounds.copy(), in_process(args, tmp_path / "direct")
     for _ in range(4):
@@ -285,9 +283,7 @@ def test_a_dead_rank_ends_all_and_the_next_trainer_goes_on(rounds: Rounds, pair:
     os.kill(victim, signal.SIGKILL)
     assert trainer.process.wait(in_time(40)) == 1, "torchrun ends with its ranks"
     assert time.monotonic() - begin < in_time(40)
-    assert lost.answer is None, (
-        "it says so, unless torchrun has ended it before: then the SuperNode does, which is not here"
-    )
+    assert lost.answer is None, "torchrun may end it before it says so: then the SuperNode does, which is not here"
     trainer.start()
     trainer.train(rounds)
     assert same(rounds.weights, clean.weights)

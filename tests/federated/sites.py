@@ -42,8 +42,9 @@ from nanofed.federated.wire.bundle import installed
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Failure, Instructions, Report
 from nanofed.federated.wire.weight_transport import from_flower, to_flower
-from tests.federated.tiny import BATCH, arguments
-from tests.ranks import REPOSITORY, TORCHRUN
+from tests.federated.tiny import arguments
+from tests.ranks import TORCHRUN
+from tests.support import BATCH, REPOSITORY
 
 RUN, NODE = 1, 7
 NAME = "lab-a"
@@ -78,19 +79,12 @@ class Rounds:
             "client": NAME,
             "nonce": f"{self.number:032x}",
             "base_hash": hash_arrays(self.weights),
-            "down_codec": "fp32",
-            "up_codec": "fp32",
-            "max_steps": 2,
-            "seconds": None,
-            "deadline_seconds": None,
-            "participants": 1,
-            "batch_tokens": BATCH,
-            "clock_step": self.steps,
-            "clock_tokens": self.tokens,
-            "horizon_tokens": 1000 * BATCH,
             "lease": tuple(RowRange(shard.name, 0, shard.num_rows, epoch) for epoch in range(40) for shard in shards),
             "data": self.data,
         }
+        values |= {"down_codec": "fp32", "up_codec": "fp32", "max_steps": 2, "seconds": None, "deadline_seconds": None}
+        values |= {"participants": 1, "batch_tokens": BATCH, "horizon_tokens": 1000 * BATCH}
+        values |= {"clock_step": self.steps, "clock_tokens": self.tokens}
         return Instructions(**{**values, **changes})
 
     def evaluate(self, **changes: Any) -> Evaluate:
@@ -116,11 +110,7 @@ class RefusedByWorker(Exception):
 
 
 class SuperNode:
-    """The runtime API of Flower's SuperNode, its own code in this process, and messages for the worker that calls it.
-
-    Args:
-        secret: what the worker has to know.
-    """
+    """The runtime API of Flower's SuperNode, its own code in this process, and messages for the worker that calls it."""
 
     def __init__(self, secret: bytes) -> None:
         self.port = free_port()
@@ -140,9 +130,8 @@ class SuperNode:
         self._objects = store.store()
         self._replies: dict[str, Message] = {}
         app = create_app(factory, self._secret)
-        self._server = uvicorn.Server(
-            uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error", ws="none")
-        )
+        config = uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error", ws="none")
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
 
@@ -206,14 +195,7 @@ class SuperNode:
 
 
 class Trainer:
-    """A running worker of a site, and the SuperNode that it takes messages from.
-
-    Args:
-        args: of `nanofed federate`.
-        state: the site's folder.
-        ranks: under torchrun, if there are several.
-        module: a module of the tests to run in place of the worker.
-    """
+    """A running worker of a site, and the SuperNode that it takes messages from; `module` may run in its place."""
 
     def __init__(
         self, args: Sequence[str], state: Path, *, ranks: int = 1, module: str = "nanofed.federated.site.worker"
@@ -225,16 +207,9 @@ class Trainer:
         self.supernode = SuperNode(secret.encode())
         self.page = Page(state)
         launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        self.options = WorkerOptions(
-            "127.0.0.1:1",
-            NAME,
-            None,
-            None,
-            state,
-            supernode=f"127.0.0.1:{self.supernode.port}",
-            progress=self.page.path,
-            supervisor=os.getpid(),
-        )
+        at, progress = f"127.0.0.1:{self.supernode.port}", self.page.path
+        site = ("127.0.0.1:1", NAME, None, None, state)
+        self.options = WorkerOptions(*site, supernode=at, progress=progress, supervisor=os.getpid())
         self._command = [sys.executable, *launcher, "-m", module]
         self._args = args
         self.start()
@@ -243,13 +218,9 @@ class Trainer:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         self.started = time.monotonic()
         with self.log.open("ab") as log:
+            command = [*self._command, self.options.to_json(), *self._args]
             self.process = subprocess.Popen(
-                [*self._command, self.options.to_json(), *self._args],
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
     def __enter__(self) -> Trainer:

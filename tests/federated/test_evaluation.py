@@ -232,10 +232,8 @@ def test_a_model_of_the_servers_own_takes_memory_while_it_is_measured_only(tiny_
 
     shared, model = evaluator(shared=True)
     generator = np.random.default_rng(0)
-    weights = {
-        name: generator.normal(0, 0.02, tensor.shape).astype(np.float32)
-        for name, tensor in model.gpt.state_dict().items()
-    }
+    shapes = {name: tensor.shape for name, tensor in model.gpt.state_dict().items()}
+    weights = {name: generator.normal(0, 0.02, shape).astype(np.float32) for name, shape in shapes.items()}
     shared.load(weights)
     figure = shared.bits_per_byte()
     shared.release()

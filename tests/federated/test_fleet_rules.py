@@ -70,9 +70,8 @@ class Site:
     def asked(self, words: str) -> Message:
         """Let the server send this node a message."""
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, self.run, SERVER  # Message() reads them
-        message = Message(
-            RecordDict({"words": ConfigRecord({"words": words})}), self.id, "train", ttl=60.0, group_id="1"
-        )
+        said = RecordDict({"words": ConfigRecord({"words": words})})
+        message = Message(said, self.id, "train", ttl=60.0, group_id="1")
         message.metadata.__dict__["_message_id"] = message.object_id
         session = self.state.start_session(self.run)
         stored, _ = self.state.store_message_and_object_tree(message, get_object_tree(message), session)
@@ -195,9 +194,8 @@ def test_another_site_is_not_answered_for(link: SuperLink) -> None:
     with pytest.raises(RefusedCall, match="another node's name"):
         link.a.announce(link.a.reply(asked))
     with pytest.raises(RefusedCall, match="was not sent"):
-        link.a.announce(
-            link.a.reply(asked), lambda request: setattr(request.messages_list[0].metadata, "src_node_id", link.a.id)
-        )
+        reply = link.a.reply(asked)
+        link.a.announce(reply, lambda request: setattr(request.messages_list[0].metadata, "src_node_id", link.a.id))
     assert link.answers(asked) == []
     link.b.answer(link.b.reply(asked))
     assert len(link.answers(asked)) == 1
@@ -330,9 +328,8 @@ def test_a_bundle_is_asked_for_by_its_hash_of_which_nothing_else_is_logged(
     link.a.pull()
     for name in ("\x1b[2J\nnanofed ERROR: exit 2: all is lost", "x" * 1_000_000):
         with pytest.raises(RefusedCall, match="no hash"):
-            fleet_handlers.get_fab(
-                request=GetFabRequest(node=link.a.node, run_id=link.a.run, hash_str=name), state=link.state
-            )
+            request = GetFabRequest(node=link.a.node, run_id=link.a.run, hash_str=name)
+            fleet_handlers.get_fab(request=request, state=link.state)
         assert name not in caplog.text
 
 

@@ -113,9 +113,8 @@ def test_an_answer_too_many_does_not_hold_up_those_of_later_rounds(monkeypatch: 
     state = InMemoryNodeState(store)
 
     def answer(name: str) -> None:
-        metadata = SimpleNamespace(
-            message_id=name * 64, reply_to_message_id=name, group_id="1", run_id=7, message_type="train"
-        )
+        of_the_run = {"group_id": "1", "run_id": 7, "message_type": "train"}
+        metadata = SimpleNamespace(message_id=name * 64, reply_to_message_id=name, **of_the_run)
         state.store_message(SimpleNamespace(metadata=metadata))  # type: ignore[arg-type]
         store.preregister(7, ObjectTree(object_id=name * 64))
 

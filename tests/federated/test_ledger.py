@@ -135,9 +135,7 @@ def test_random_federations_merge_what_was_trained_once_an_epoch(
 def simulate(dataset: Dataset, packing: str, seed: int) -> None:
     generator = random.Random(f"{packing}{seed}")
     ledger = Ledger(dataset.train, STREAMS)
-    trained: Counter[int] = (
-        Counter()
-    )  # document -> how often its first (best fit) or last token was a target and merged
+    trained: Counter[int] = Counter()  # document -> how often its first (best fit) or last token was a merged target
     slack: Counter[int] = Counter()  # document -> how often it was given back when it had been begun
     merged = 0
     before = merges(ledger)
@@ -259,9 +257,8 @@ def test_scattered_rows_of_one_stream_leave_no_other_without_text(stride: tuple[
         read = Counter(row % STREAMS for part in lease for row in range(part.start, part.stop))
         assert min(read[stream] for stream in range(STREAMS)) >= 64 * 5 / 10 / STREAMS
         assert max(part.epoch for part in lease) >= 150
-    taken = [
-        (part.epoch, row) for name in ("a", "b") for part in ledger.held(name) for row in range(part.start, part.stop)
-    ]
+    held = [*ledger.held("a"), *ledger.held("b")]
+    taken = [(part.epoch, row) for part in held for row in range(part.start, part.stop)]
     assert len(taken) == len(set(taken))
 
 
@@ -359,16 +356,12 @@ def test_local_ledgers_lease_each_site_its_own_text() -> None:
     for client, shards in own.items():
         ledger.admit(client, shards)
     leases = {client: ledger.of(client).lease(client, 4) for client in own}
-    assert (
-        {part.shard for part in leases["a"]} == {"x"}
-        and ledger.of("a").share(1) == 20
-        and ledger.of("b").share(1) == 16
-    )
+    assert {part.shard for part in leases["a"]} == {"x"}
+    assert ledger.of("a").share(1) == 20 and ledger.of("b").share(1) == 16
     assert ledger.clients() == ("a", "b")
     claim = report(client="a", tokens=10**6, steps=10, data=whole_of(leases["a"], 2))
-    assert ledger.of("a").believed(claim, instructions()).tokens == 5 * len(rows_of(leases["a"])), (
-        "a token a byte at most"
-    )
+    # A token a byte at most.
+    assert ledger.of("a").believed(claim, instructions()).tokens == 5 * len(rows_of(leases["a"]))
     merged = ledger.of("a").commit("a", whole_of(leases["a"], 2))
     assert merged == len(rows_of(leases["a"])) == ledger.merged_rows()
     held, figures = ledger_figures(ledger.state_dict())

@@ -18,8 +18,9 @@ from nanofed.federated.deploy.process import SupervisedProcess
 from nanofed.federated.federation import Federation
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
 from nanofed.training.summary import Summary
-from tests.federated.tiny import BATCH, arguments
+from tests.federated.tiny import arguments
 from tests.ranks import Started
+from tests.support import BATCH
 
 STEPS = 3
 TOKENS = 2 * 2 * STEPS * BATCH  # of two clients in two rounds

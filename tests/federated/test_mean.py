@@ -277,10 +277,8 @@ def test_cosines_of_a_model_that_is_sampled_are_near_the_true_ones() -> None:
     generator = np.random.default_rng(0)
     old = {"w": np.zeros((1000, size // 1000), np.float32), "v": np.zeros(500, np.float32)}
     common = generator.normal(size=size)
-    locals_ = [
-        {"w": (common + noise * generator.normal(size=size)).astype(np.float32).reshape(1000, -1)}
-        for noise in (0.2, 1, 5)
-    ]
+    updates = [common + noise * generator.normal(size=size) for noise in (0.2, 1, 5)]
+    locals_ = [{"w": update.astype(np.float32).reshape(1000, -1)} for update in updates]
     round_ = aggregator(old)
     for client, local in enumerate(locals_):
         round_.fold(str(client), FP32.encode({**local, "v": np.ones(500, np.float32)}), 1.0)

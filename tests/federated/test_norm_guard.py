@@ -45,9 +45,7 @@ class TestNorms:
     def test_what_no_steps_of_the_recipe_can_move_is_refused_whatever_the_action(self) -> None:
         self.guard().measure([1.25 * 3, 1.6 * 3], Steps(3.0, 2.0))
         for norms, name in (([4.2, 0.0], "matrix"), ([1.0, 5.3], "head")):
-            with pytest.raises(
-                UnusualNorm, match=f"its update of {name} is .* more than the limit of .* no steps"
-            ) as refused:
+            with pytest.raises(UnusualNorm, match=f"of {name} is .* more than the limit of .* no steps") as refused:
                 self.guard().measure(norms, Steps(3.0, 2.0))
             assert refused.value.kind == "large_norm"
 
@@ -70,9 +68,8 @@ class TestNorms:
         """The first step of a head of zeros moves only the head; lengths are those measured of 1 and of 16 steps."""
         guard = self.guard()
         for honest in (moved(0.0, 1.0), moved(0.16, 0.9), moved(0.5, 0.5), moved(0.75, 0.02)):
-            assert (
-                guard.is_unsuspicious(honest) and self.scale(guard, "a", {"a": honest, "b": moved(0.06, 0.001)}) == 1.0
-            )
+            assert guard.is_unsuspicious(honest)
+            assert self.scale(guard, "a", {"a": honest, "b": moved(0.06, 0.001)}) == 1.0
 
     def test_a_site_has_one_vote_however_often_it_was_merged(self) -> None:
         guard = self.guard()
@@ -122,9 +119,7 @@ class TestNorms:
         for _ in range(10):
             guard.accept({"a": (moved(0.6), 1.0), "b": (moved(0.6), 1.0)})
         for _ in range(50):
-            with pytest.raises(
-                UnusualNorm, match=r"in the group matrices 1\.67 times the limit, which is 5 times"
-            ) as refused:
+            with pytest.raises(UnusualNorm, match=r"group matrices 1\.67 times the limit, which is 5 times") as refused:
                 self.scale(guard, "b", {"a": moved(0.6), "b": moved(5.0)})
             assert refused.value.kind == "large_norm"
         assert self.scale(guard, "b", {"a": moved(0.6), "b": moved(0.7)}) == 1.0
@@ -158,9 +153,8 @@ class TestNorms:
 
 def test_the_recipe_says_how_far_a_step_moves_every_weight() -> None:
     """A real optimizer on gradients of noise: no step is longer, and Muon's are as long as they say."""
-    module = GPTModule(
-        depth=1, sequence_len=32, vocab_size=64, compile=False, recipe=Recipe(num_steps=100, weight_decay=0.1)
-    )
+    recipe = Recipe(num_steps=100, weight_decay=0.1)
+    module = GPTModule(depth=1, sequence_len=32, vocab_size=64, compile=False, recipe=recipe)
     module.configure_model()
     optimizer, told = module.configure_optimizers(), module.movements()
     generator = torch.Generator().manual_seed(0)

@@ -175,9 +175,8 @@ def test_what_is_not_finite_or_leaves_fp32_is_refused_and_changes_nothing(
 def test_a_step_in_fp32_overflows_nowhere_on_its_way() -> None:
     ours = {"w": np.zeros(4, np.float32)}
     with pytest.raises(ValueError, match="leave the range of fp32"):
-        OuterNesterov(0.7, 0.6).step(
-            ours, {"w": np.full(4, 2.8e38, np.float32)}
-        )  # g + 0.6 g is beyond it, 0.7 of that is not
+        # g + 0.6 g is beyond it, 0.7 of that is not.
+        OuterNesterov(0.7, 0.6).step(ours, {"w": np.full(4, 2.8e38, np.float32)})
     assert (ours["w"] == 0).all()
 
 
@@ -205,12 +204,10 @@ def test_momentum_of_another_model_is_refused() -> None:
 
 
 def test_weights_that_cannot_be_stepped_in_place_are_refused() -> None:
-    for spoil in (
-        np.asfortranarray,
-        lambda array: array.astype(np.float64),
-        lambda array: np.broadcast_to(array, (7, 5)),
-    ):
-        ours = weights() | {"a": spoil(weights()["a"])}
+    array = weights()["a"]
+    some: list[Any] = [np.asfortranarray(array), array.astype(np.float64), np.broadcast_to(array, (7, 5))]
+    for spoiled in some:
+        ours = weights() | {"a": spoiled}
         with pytest.raises(ValueError, match="a cannot be stepped in place"):
             OuterNesterov().step(ours, gradient(0))
 

@@ -27,9 +27,8 @@ def test_a_process_that_ends_at_once_is_started_later_each_time_and_its_reason_r
     mark = {"NANOFED_TEST_CHILD": str(tmp_path)}
     code = "print('2026-01-01 proxy ERROR: the key of \\x1b[2J is gone'); raise SystemExit(3)"
     log = tmp_path / "logs" / "proxy.log"
-    child = SupervisedProcess(
-        "proxy", runtime.python("-c", code), runtime.environment(**mark), "NANOFED_TEST_CHILD", log
-    )
+    command, environment = runtime.python("-c", code), runtime.environment(**mark)
+    child = SupervisedProcess("proxy", command, environment, "NANOFED_TEST_CHILD", log)
     pauses = []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for _ in range(5):

@@ -45,9 +45,8 @@ class Server:
 
     def nodes(self) -> dict[str, int]:
         """What Flower knows: the node of each key in the folder."""
-        found = {
-            name: self.state.get_node_id_by_public_key(key) for key, name in read_sites(self.keys.sites)[0].items()
-        }
+        keys = read_sites(self.keys.sites)[0]
+        found = {name: self.state.get_node_id_by_public_key(key) for key, name in keys.items()}
         assert None not in found.values()
         assert read_nodes(self.file) == found
         return {name: node for name, node in found.items() if node is not None}

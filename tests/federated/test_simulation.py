@@ -12,7 +12,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import yaml
 from flwr.cli.build import build_fab_from_disk
 from safetensors.torch import load_file
 
-from nanofed.errors import ConfigError, DataError, NanofedError
+from nanofed.errors import ConfigError, DataError
 from nanofed.federated.deploy import superlink
 from nanofed.federated.deploy.process import kill_marked, marked
 from nanofed.federated.federation import Federation, Start
@@ -33,9 +32,9 @@ from nanofed.federated.wire.bundle import code_hash
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.run_options import START
 from nanofed.training.summary import Summary
-from tests.federated.tiny import federation, prepare
+from tests.federated.tiny import federation
+from tests.support import REPOSITORY, ended
 
-ROOT = Path(__file__).resolve().parents[2]
 BINARIES = Path(sys.executable).parent
 
 
@@ -87,7 +86,7 @@ def sources_hash(bundle: bytes) -> str:
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
 @pytest.mark.parametrize("of", ["checkout", "package"])
 def test_the_bundle_carries_the_package_itself(of: str, tmp_path: Path) -> None:
-    app = ROOT
+    app = REPOSITORY
     if of == "package":
         app = tmp_path / "app"
         app.mkdir()
@@ -101,27 +100,6 @@ def test_the_bundle_carries_the_package_itself(of: str, tmp_path: Path) -> None:
     assert len(bundle) < 2 << 20  # Flower takes 10 MB
 
 
-def test_a_client_that_runs_other_code_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:
-    lying = prepare(
-        federation(tiny_corpus, tmp_path, "lying"),
-        greet=lambda hello: replace(hello, code="0" * 64) if hello.name == "client-1" else hello,
-    )
-    loop, site = lying
-    try:
-        loop.train()
-    finally:
-        loop.metrics.close()
-    assert {instructions.client for instructions in site.asked} == {"client-0"}
-
-    loop, site = prepare(federation(tiny_corpus, tmp_path, "all"), greet=lambda hello: replace(hello, code="0" * 64))
-    try:
-        with pytest.raises(NanofedError, match=f"0 can take part .*code {'0' * 64} there, {code_hash()} here"):
-            loop.train()
-    finally:
-        loop.metrics.close()
-    assert not site.asked
-
-
 def test_how_a_run_is_started_is_carried_beside_its_config(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,11 +111,8 @@ def test_how_a_run_is_started_is_carried_beside_its_config(
     start = Start.read(tmp_path)
     assert start is not None and start.keys
     told = Federation.started(start)
-    assert (told.folder, told.options.force, told.options.init_from) == (
-        tmp_path / "run",
-        True,
-        str(tmp_path / "other"),
-    )
+    assert told.folder == tmp_path / "run"
+    assert told.options.force and told.options.init_from == str(tmp_path / "other")
     assert told.parser.dump(told.config) == asked.parser.dump(asked.config)
     assert not set(START) & set(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     assert Start.read(tmp_path / "run") is None, "a person's `flwr run`"
@@ -162,15 +137,8 @@ def test_a_simulation_ends_in_the_weights_of_the_in_process_run(
     alone = federation(tiny_corpus, runs, "alone", **settings)
     expected = run_in_process(alone)
     config = config_file(federation(tiny_corpus, runs, "simulated", **settings), tmp_path / "config.yaml")
-    done = subprocess.run(
-        [BINARIES / "nanofed", "federate", "--config", config, "--runtime", "simulation"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
+    command: list[str | Path] = [BINARIES / "nanofed", "federate", "--config", config, "--runtime", "simulation"]
+    done = ended(command, env=environment, cwd=tmp_path, start_new_session=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "round   2  2 of 2 clients" in done.stdout
     run = runs / "simulated"
@@ -219,21 +187,13 @@ def test_flwr_run_takes_its_settings_from_the_run_config(
     )
 
     def flwr(*args: str) -> str:
-        done = subprocess.run(
-            [BINARIES / "flwr", *args],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            start_new_session=True,
-        )
+        done = ended([BINARIES / "flwr", *args], env=environment, cwd=tmp_path, start_new_session=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     superlink = None
     try:
-        log = flwr("run", str(ROOT), "local-simulation", "--run-config", settings, "--stream")
+        log = flwr("run", str(REPOSITORY), "local-simulation", "--run-config", settings, "--stream")
         superlink = marked(f"FLWR_HOME={home}", "flower-superlink")[0]
         listed = flwr("list", "local-simulation", "--format", "json")
     finally:  # Flower leaves its SuperLink running, for the next run
@@ -264,17 +224,11 @@ def test_a_run_that_fails_says_why(tiny_corpus: Path, tmp_path: Path, environmen
 def test_a_run_that_is_stopped_leaves_no_processes(
     number: signal.Signals, code: int, tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    config = config_file(
-        federation(tiny_corpus, tmp_path / "runs", "stopped", rounds=10_000, eval_every=1), tmp_path / "config.yaml"
-    )
-    process = subprocess.Popen(
-        [BINARIES / "nanofed", "federate", "--config", config, "--runtime", "simulation"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    endless = federation(tiny_corpus, tmp_path / "runs", "stopped", rounds=10_000, eval_every=1)
+    config = config_file(endless, tmp_path / "config.yaml")
+    command: list[str | Path] = [BINARIES / "nanofed", "federate", "--config", config, "--runtime", "simulation"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
     assert process.stdout is not None
     seen = []
     for line in process.stdout:

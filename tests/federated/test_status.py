@@ -13,7 +13,8 @@ from nanofed.cli import main
 from nanofed.federated.server.status import FILE, read_status_file
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
-from tests.federated.tiny import BATCH, Fit, federation, train
+from tests.federated.tiny import Fit, federation, train
+from tests.support import BATCH
 
 
 def burning(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
@@ -26,9 +27,8 @@ def burning(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Array
 def test_the_status_of_a_run(
     sharding: str, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = federation(
-        tiny_corpus, tmp_path, "run", rounds=3, eval_every=3, sharding=sharding, up_codec="bf16", down_codec="bf16"
-    )
+    options = {"rounds": 3, "eval_every": 3, "sharding": sharding, "up_codec": "bf16", "down_codec": "bf16"}
+    config = federation(tiny_corpus, tmp_path, "run", **options)
     loop, _ = train(config, hook=burning)
     bpb = [point.bpb for point in loop.metrics.summary.curve]
     assert bpb[-1] < bpb[0] and loop.metrics.summary.tokens == 5 * BATCH
@@ -59,7 +59,7 @@ def test_what_a_server_says_of_itself_may_be_damaged(said: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("make", "says"), [(False, "is no run's folder"), (True, "holds no federated run")])
-def test_a_folder_without_a_run_is_refused(
+def test_a_folder_of_no_run_is_refused(
     make: bool, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if make:

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from flwr.app import ConfigRecord, RecordDict
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
@@ -172,9 +171,8 @@ def test_an_aborted_round_leaves_no_trace(
 
 def test_a_message_whose_content_never_comes_holds_up_no_later_one(trainer: Trainer, rounds: Rounds) -> None:
     """Of a run that ended while the SuperNode received it."""
-    trainer.supernode.send(
-        "get_properties", RecordDict({"getpropertiesins.config": ConfigRecord({"a": 1})}), whole=False
-    )
+    content = RecordDict({"getpropertiesins.config": ConfigRecord({"a": 1})})
+    trainer.supernode.send("get_properties", content, whole=False)
     time.sleep(1.0)
     trainer.train(rounds)
     assert "a message could not be taken" in trainer.output
@@ -279,9 +277,8 @@ def test_a_worker_ends_with_its_supervisor(args: list[str], tmp_path: Path) -> N
 
 
 def test_the_workers_options_are_one_argument() -> None:
-    options = WorkerOptions(
-        "host:2", "a", None, Path("k"), Path("f"), supernode="127.0.0.1:1", progress="p", supervisor=3
-    )
+    site = ("host:2", "a", None, Path("k"), Path("f"))
+    options = WorkerOptions(*site, supernode="127.0.0.1:1", progress="p", supervisor=3)
     assert WorkerOptions.from_json(options.to_json()) == options
     for wrong in ("", "[]", "{}", '{"name": "a"}', '{"nobody": 1}'):
         with pytest.raises(ConfigError, match="options of a site's worker"):
@@ -299,12 +296,3 @@ def test_a_worker_that_hangs_says_nothing(trainer: Trainer, rounds: Rounds) -> N
     assert trainer.page.read(since=stopped) is None
     os.kill(trainer.process.pid, signal.SIGCONT)
     assert old.wait().answer is not None
-
-
-def test_wall_clock_jumps_do_not_reach_the_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanofed.training.loop import Stopwatch
-
-    watch = Stopwatch()
-    monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert 0 <= watch.elapsed() < 60
-    assert torch.get_num_threads() == 1

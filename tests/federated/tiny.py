@@ -19,8 +19,8 @@ from nanofed.federated.site.trainer import LocalTrainer
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.tokenizer.training import train_tokenizer
+from tests.support import tiny_model
 
-BATCH = 512
 Fit = Callable[[Any, Instructions], tuple[Arrays, Report]]
 
 
@@ -41,24 +41,8 @@ def federation(corpus: Path, runs: Path, name: str, **federation: Any) -> Federa
 
 
 def arguments(corpus: Path, runs: Path, name: str, **federation: Any) -> list[str]:
-    given = {
-        "name": name,
-        "runs_dir": runs,
-        "eval_every": 100,
-        "save_every": 1,
-        "keep_checkpoints": 0,
-        "model.depth": 1,
-        "model.sequence_len": 32,
-        "model.compile": "false",
-        "model.compute_dtype": "float32",
-        "model.recipe.batch_tokens": BATCH,
-        "model.recipe.num_steps": 1000,
-        "data.path": corpus / "data",
-        "data.tokenizer": corpus / "tokenizer",
-        "data.device_batch_size": 8,
-        "data.eval_tokens": 512,
-        "fabric.accelerator": "cpu",
-    }
+    given = tiny_model(corpus) | {"name": name, "runs_dir": runs, "eval_every": 100, "save_every": 1}
+    given |= {"keep_checkpoints": 0, "model.recipe.num_steps": 1000, "fabric.accelerator": "cpu"}
     own = {"clients": 2, "rounds": 2, "round_steps": 1, **federation}
     given |= {
         key
@@ -114,6 +98,5 @@ def prepare(config: Federation, names: Sequence[str] | None = None, **behaviour:
 
 
 def same_bits(a: RoundLoop, b: RoundLoop) -> bool:
-    return all(
-        torch.equal(torch.from_numpy(a.state.weights[n]), torch.from_numpy(b.state.weights[n])) for n in a.state.weights
-    )
+    ours, theirs = a.state.weights, b.state.weights
+    return all(torch.equal(torch.from_numpy(ours[name]), torch.from_numpy(theirs[name])) for name in ours)
