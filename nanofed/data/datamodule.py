@@ -10,11 +10,12 @@ from lightning import LightningDataModule
 
 from nanofed import runtime
 from nanofed.data.demo import prepare_demo
+from nanofed.data.packing import PACKERS
 from nanofed.data.rows import RowPlan
 from nanofed.data.shards import Dataset, open_dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader, Wait
 from nanofed.data.validation import ValidationLoader, ValidationText
-from nanofed.errors import DataError
+from nanofed.errors import ConfigError, DataError
 from nanofed.ranges import Count, Range, Rows, Tokens, check_numbers
 from nanofed.tokenizer.bpe import Tokenizer, load_tokenizer
 
@@ -61,6 +62,8 @@ class TokenDataModule(LightningDataModule):
         self.device_batch_size = device_batch_size
         self.sequence_len = sequence_len
         self.streams = streams
+        if packing not in PACKERS:
+            raise ConfigError(f"data.packing={packing!r} is unknown: choose {' or '.join(PACKERS)}")
         self.packing = packing
         self.num_shards = num_shards
         self.eval_tokens = eval_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
@@ -183,4 +183,7 @@ class Arguments:
         if self.config.deterministic:
             runtime.be_deterministic()
         built = self.parser.instantiate(self.config)
+        if (shared := self.config.federation.global_batch_tokens) is not None:
+            recipe = built.model.recipe
+            built.model.recipe = replace(recipe, lr_scale=recipe.rate_scale(built.model.config, shared))
         return built.model, built.data

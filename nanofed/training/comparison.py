@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 
 from nanofed.errors import ConfigError
 from nanofed.files import write_atomically
-from nanofed.training.checkpoint import checkpoints, read_manifest
+from nanofed.training.checkpoint import CheckpointError, checkpoints, read_manifest
 from nanofed.training.config_diff import differences
 from nanofed.training.summary import CONFIG, Summary
 
@@ -57,9 +58,10 @@ class ComparedRun:
             config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{folder / CONFIG} cannot be read: {error}") from error
-        saved = checkpoints(folder)
-        manifest = read_manifest(saved[-1]) if saved else None
-        text = (manifest.data.validation.partition(":")[0], manifest.tokenizer) if manifest and manifest.data else None
+        text = None
+        with suppress(CheckpointError, IndexError):  # damaged, just pruned, or none yet
+            manifest = read_manifest(checkpoints(folder)[-1], verify=False)
+            text = manifest.data and (manifest.data.validation.partition(":")[0], manifest.tokenizer)
         return cls(folder, summary, config, text)
 
     @property
@@ -101,6 +103,10 @@ class Comparison:
         """Return the place on an axis at which runs are compared, and those that have come there; None for fewer than two."""
         runs = [run for run in self.runs if run.end(axis) > 0]
         return (min(run.end(axis) for run in runs), runs) if len(runs) > 1 else None
+
+    def coloured(self, axis: str) -> list[tuple[str, ComparedRun]]:
+        """Return the runs that have come anywhere on an axis, each with its colour."""
+        return [(_colour(index), run) for index, run in enumerate(self.runs) if run.end(axis) > 0]
 
     def rows(self) -> list[list[str]]:
         """Return the table: a header, then a row for each run, with its gap to the first run of each column in percent."""
@@ -167,7 +173,7 @@ class Comparison:
         head, *body = self.rows()
         cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-        plots = "".join(_plot(self.runs, axis) for axis in AXES if self.common(axis))
+        plots = "".join(_plot(self.coloured(axis), axis) for axis in AXES if self.common(axis))
         legend = "".join(
             f'<span><b style="color:{_colour(index)}">&#9644;</b> {html.escape(run.name)}</span>'
             for index, run in enumerate(self.runs)
@@ -209,8 +215,8 @@ class Comparison:
         axes = [axis for axis in AXES if self.common(axis)]
         figure = Figure(figsize=(6 * len(axes), 4.5), layout="constrained")
         for plot, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True):
-            for index, run in enumerate(self.runs):
-                plot.plot(*run.curve(axis), color=_colour(index), label=run.name)
+            for colour, run in self.coloured(axis):
+                plot.plot(*run.curve(axis), color=colour, label=run.name)
             plot.set(xlabel=AXES[axis], ylabel="bits per byte")
             plot.legend()
         figure.savefig(path, dpi=120)
@@ -243,9 +249,9 @@ def _short(value: float, axis: str) -> str:
     return f"{value:.0f}{unit if axis == 'tokens' else ' B'}"
 
 
-def _plot(runs: Sequence[ComparedRun], axis: str) -> str:
+def _plot(runs: Sequence[tuple[str, ComparedRun]], axis: str) -> str:
     """Return a plot of the curves as SVG; it starts at the first measurement after the start, which would flatten the rest."""
-    curves = [tuple(part[1:] for part in run.curve(axis)) for run in runs]
+    curves = [tuple(part[1:] for part in run.curve(axis)) for _, run in runs]
     xs, ys = ([value for curve in curves for value in curve[part]] for part in (0, 1))
     left, right, low, high = 0.0, max(xs) or 1.0, min(ys), max(ys)
     pad = 0.05 * (high - low) or 0.01
@@ -257,11 +263,11 @@ def _plot(runs: Sequence[ComparedRun], axis: str) -> str:
         return f"{across:.1f},{down:.1f}"
 
     lines = ""
-    for index, curve in enumerate(curves):
+    for (colour, _), curve in zip(runs, curves, strict=True):
         places = [place(x, y) for x, y in zip(*curve, strict=True)]
-        lines += f'<polyline fill="none" stroke="{_colour(index)}" stroke-width="2" points="{" ".join(places)}"/>'
+        lines += f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(places)}"/>'
         for across, down in (point.split(",") for point in places):
-            lines += f'<circle cx="{across}" cy="{down}" r="2.5" fill="{_colour(index)}"/>'
+            lines += f'<circle cx="{across}" cy="{down}" r="2.5" fill="{colour}"/>'
     marks = ""
     for part in range(5):
         x, y = right * part / 4, low + (high - low) * part / 4

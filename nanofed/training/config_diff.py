@@ -48,6 +48,10 @@ FREE = (
     "federation.max_failed_rounds",
 )
 TEXT = ("data.path", "data.num_shards", "data.validation_shard")  # where the text lies, and which part of it is read
+BEFORE_OUTER = {
+    "outer": "nesterov",
+    "outer_warmdown": 0.0,
+}  # of federations that were begun before these options were there
 # Says how to start, not what to train.
 UNCOMPARED = ("config", "name", "runs_dir", *START)
 
@@ -73,6 +77,8 @@ def check_resumed_config(there: Path, here: str, *, force: bool, by_content: boo
         raise ConfigError(f"{there} cannot be read, so it cannot be compared: {error}") from error
     if not isinstance(saved, Mapping):
         raise ConfigError(f"{there} is no config of a run: it holds no mapping of keys to values")
+    if isinstance(saved.get("federation"), Mapping):
+        saved = {**saved, "federation": {**BEFORE_OUTER, **saved["federation"]}}
     differing = differences(saved, yaml.safe_load(here))
     if by_content:
         differing = {key: shown for key, shown in differing.items() if key not in TEXT}

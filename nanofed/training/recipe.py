@@ -71,31 +71,34 @@ class Recipe:
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError("model.recipe: warmup_ratio and warmdown_ratio together are more than the whole horizon")
 
-    def rate_scale(self, config: GPTConfig) -> float:
+    def rate_scale(self, config: GPTConfig, batch_tokens: int | None = None) -> float:
         """Return the factor on the learning rates: that of `lr_scale`, or the one that batch and horizon ask for.
 
         The rates are nanochat's for steps of 524,288 tokens on a horizon of 11.2 billion (d20), where the factor is 1. A smaller
         batch is noisier, and wants rates that fall with its square root; the batch from which on rates need not grow any more
         rises with the square root of the horizon. So the factor is (batch / b)^1/2 with b = 524,288 (horizon / 11.2 billion)^1/2,
         at most 1. It was fitted to small models from 1,024 to 16,384 tokens a step (notebooks/LOG.md).
+
+        Args:
+            config: The sizes of the model.
+            batch_tokens: The tokens of a step over all clients, where they share a batch; by default the recipe's own.
         """
         if self.lr_scale != "auto":
             return self.lr_scale
-        if self.batch_tokens >= FULL_BATCH:
+        batch = batch_tokens or self.batch_tokens
+        if batch >= FULL_BATCH:
             return 1.0
         enough = FULL_BATCH * math.sqrt(self.horizon(config) / FULL_HORIZON)
-        return min(1.0, math.sqrt(self.batch_tokens / enough))
+        return min(1.0, math.sqrt(batch / enough))
 
     def rate_note(self, config: GPTConfig) -> str | None:
         """Return by what the learning rates are scaled and why, in a line; None where they are the recipe's own."""
         if (scale := self.rate_scale(config)) == 1.0:
             return None
         why = (
-            f"steps of {self.batch_tokens:,} tokens on {self.horizon(config):,}"
-            if self.lr_scale == "auto"
-            else "as asked for"
+            f" for steps of {self.batch_tokens:,} tokens on {self.horizon(config):,}" if self.lr_scale == "auto" else ""
         )
-        return f"learning rates x {scale:.3g} (model.recipe.lr_scale={self.lr_scale}: {why})"
+        return f"learning rates x {scale:.3g}{why} (model.recipe.lr_scale)"
 
     @property
     def schedule(self) -> Schedule:

@@ -18,6 +18,7 @@ as there are cores. A study that was stopped goes on: runs that have reached the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -65,8 +66,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the run's folder."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{self.text} {self.label} {self.seed}")
+        """The name of the run's folder; with another option it is another run."""
+        told = json.dumps([self.command, self.options], sort_keys=True, default=str)
+        said = f"{self.text} {self.label} {self.seed} {hashlib.sha256(told.encode()).hexdigest()[:6]}"
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", said)
 
 
 def variants(study: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -213,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda run: execute(run, folder, vocab_size), chosen))
     results = collect(runs, folder, study.get("reference"))
+    if not results.num_rows:
+        progress(f"no run has reached its horizon: see the logs in {folder}")
+        return 1
     pq.write_table(results, folder / "results.parquet")
     text = summarise(results)
     (folder / "results.txt").write_text(text + "\n", encoding="utf-8")

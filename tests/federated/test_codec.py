@@ -294,3 +294,20 @@ def test_feedback_loses_nothing_over_rounds() -> None:
     np.testing.assert_allclose(sent + residual["w"].numpy().reshape(64, 256), moved, atol=1e-4)
     assert not residual["norm"].any(), "what travels as it is leaves nothing"
     assert np.linalg.norm(sent - moved) < 0.5 * np.linalg.norm(plain - moved)
+
+
+def test_a_short_round_sends_no_more_of_a_residual_than_it_has_moved_itself() -> None:
+    """What is sent must be no longer than its steps can have made it; the rest waits for the next round."""
+    codec = CODECS["int4"]
+    generator = np.random.default_rng(0)
+    base = {"w": np.zeros((64, 256), np.float32)}
+    parts = {"w": lambda part, buffer: buffer.zero_()}
+    residual = {"w": torch.zeros(64 * 256)}
+    long = {"w": generator.normal(size=(64, 256)).astype(np.float32)}
+    pack_with_feedback(codec, long, parts, residual)
+    before = residual["w"].clone()
+    short = {"w": long["w"] * np.float32(1e-3)}
+    sent = codec.decode(pack_with_feedback(codec, short, parts, residual), base)["w"]
+    assert np.linalg.norm(sent) < 1.6 * np.linalg.norm(short["w"])
+    expected = before + torch.from_numpy(short["w"] - sent).reshape(-1)
+    torch.testing.assert_close(residual["w"], expected, rtol=0, atol=1e-6)

@@ -306,3 +306,20 @@ def test_momentum_that_is_dropped_begins_anew() -> None:
 def test_it_is_made_with_its_own_rates_or_those_given(kind: Any, lr: Any, momentum: Any, expected: Any) -> None:
     outer = make_outer(kind, lr, momentum)
     assert (type(outer), outer.lr, outer.momentum) == expected
+
+
+def test_adam_bears_no_momentum() -> None:
+    outer, ours = OuterAdam(0.01, 0.0), weights()
+    outer.step(ours, gradient(0))
+    for name, g in gradient(0).items():
+        expected = weights()[name] - 0.01 * g / (0.1 * np.abs(g) + 1e-6)
+        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=1e-5)
+
+
+def test_the_state_of_another_optimizer_is_not_taken_for_its_own() -> None:
+    nesterov, adam = OuterNesterov(0.7, 0.6), OuterAdam()
+    for outer in (nesterov, adam):
+        outer.step(weights(), gradient(0))
+    for outer, other in ((OuterNesterov(0.7, 0.6), adam), (OuterAdam(), nesterov)):
+        outer.load_state_dict(other.state_dict())
+        assert outer.state_dict() == {}

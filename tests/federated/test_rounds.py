@@ -294,3 +294,10 @@ def test_a_site_of_another_horizon_would_train_at_other_rates_and_says_so(tiny_c
         said.append(Hello.of("a", module, data).training)
     assert {key for key in said[0] if said[0][key] != said[1][key]} == {"lr_scale"}
     assert float(said[0]["lr_scale"]) == pytest.approx(2**0.5 * float(said[1]["lr_scale"]))
+
+
+def test_rates_follow_the_batch_that_clients_share(tiny_corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model.recipe.num_steps": 4000}
+    alone, _ = federation(tiny_corpus, tmp_path, "run", **options).build()
+    shared, _ = federation(tiny_corpus, tmp_path, "run", global_batch_tokens=BATCH // 2, **options).build()
+    assert shared.recipe.rate_scale(shared.config) == pytest.approx(0.5**0.5 * alone.recipe.rate_scale(alone.config))

@@ -242,3 +242,13 @@ def test_wrong_groups_are_refused(group: dict[str, Any], message: str) -> None:
 def test_a_clip_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="clip"):
         build(clip=0.0)
+
+
+def test_a_load_leaves_the_runs_own_rates() -> None:
+    """They follow from the config, which may have another horizon by now."""
+    (_, first), (_, second) = build(), build()
+    for group in second.param_groups:
+        group["initial_lr"] /= 2
+    own = [group["initial_lr"] for group in second.param_groups]
+    second.load_state_dict(first.state_dict())
+    assert [group["initial_lr"] for group in second.param_groups] == own

@@ -92,3 +92,13 @@ def test_a_summary_of_an_older_nanofed_has_sent_nothing(runs: list[Path]) -> Non
     (runs[1] / "summary.json").write_text(json.dumps(content))
     assert Summary.read(runs[1]).bytes == 0
     assert Comparison(runs[:2]).common("bytes") is None
+
+
+def test_a_damaged_checkpoint_says_nothing_of_the_text(runs: list[Path]) -> None:
+    (runs[0] / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert Comparison(runs).runs[0].text is None
+
+
+def test_a_run_that_sent_nothing_has_no_curve_by_bytes(runs: list[Path]) -> None:
+    by_bytes = Comparison(runs).page().split("<svg")[3]
+    assert by_bytes.count("<polyline") == 2

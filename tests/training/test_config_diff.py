@@ -112,3 +112,14 @@ def test_a_config_that_is_not_there_or_damaged(saved: Path, caplog: pytest.LogCa
 def test_keys_of_one_version_only_are_not_compared() -> None:
     found = differences({"model": {"old": 1, "depth": 2}}, {"model": {"new": 1, "depth": 4}, "name": "x"})
     assert list(found.values()) == ["model.depth 2 -> 4"]
+
+
+def test_a_federation_begun_before_the_outer_step_could_be_chosen_goes_on_with_its_own(saved: Path) -> None:
+    here = yaml.safe_load(changed())
+    here["federation"] |= {"outer": "auto", "outer_warmdown": 0.4}
+    with pytest.raises(
+        ConfigError, match=r"federation\.outer nesterov -> auto; federation\.outer_warmdown 0\.0 -> 0\.4"
+    ):
+        check_resumed_config(saved, yaml.safe_dump(here), force=False)
+    here["federation"] |= {"outer": "nesterov", "outer_warmdown": 0}
+    check_resumed_config(saved, yaml.safe_dump(here), force=False)

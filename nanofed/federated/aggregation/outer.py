@@ -65,7 +65,7 @@ class OuterOptimizer(ABC):
             ValueError: The gradient or the state has other names or shapes than the weights, the gradient is not finite, or the
                 step could carry a weight beyond fp32; nothing has changed then.
         """
-        slots = {slot: self._slots.get(slot) or _zeros(weights) for slot in self.SLOTS if self.momentum}
+        slots = {slot: self._slots.get(slot) or _zeros(weights) for slot in self._needed()}
         _check_shapes(weights, {"pseudo-gradient": gradient, **slots})
         names = list(weights)
         ws, gs = [flat(weights[name]) for name in names], [flat(gradient[name]) for name in names]
@@ -104,6 +104,10 @@ class OuterOptimizer(ABC):
         over_blocks([w.numel() for w in ws], worker)
         self._slots = slots
 
+    def _needed(self) -> tuple[str, ...]:
+        """Return the slots that the next step needs; the others are let go."""
+        return self.SLOTS
+
     @abstractmethod
     def _update(
         self, g: Tensor, state: Sequence[Tensor], buffer: Tensor, *, strength: float, fraction: float
@@ -126,21 +130,21 @@ class OuterOptimizer(ABC):
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the state, fp32: as in PyTorch's optimizers the tensors themselves, which steps change.
 
-        The first slot's are called as the parameters, those of another `SLOT:parameter`.
+        They are called as the parameters where there is one slot, else `SLOT:parameter`.
         """
         return {
-            name if slot == self.SLOTS[0] else f"{slot}:{name}": torch.from_numpy(array)
+            name if len(self.SLOTS) == 1 else f"{slot}:{name}": torch.from_numpy(array)
             for slot, arrays in self._slots.items()
             for name, array in arrays.items()
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up a saved state; what another optimizer has saved beside the first slot is passed over."""
+        """Take up a saved state; that of another optimizer is passed over, and this one begins anew."""
         slots: dict[str, dict[str, Array]] = {}
         for key, tensor in state.items():
             slot, _, name = key.rpartition(":")
-            slots.setdefault(slot or self.SLOTS[0], {})[name] = tensor.numpy().copy()
-        self._slots = {slot: arrays for slot, arrays in slots.items() if slot in self.SLOTS}
+            slots.setdefault(slot if slot or len(self.SLOTS) > 1 else self.SLOTS[0], {})[name] = tensor.numpy().copy()
+        self._slots = slots if slots.keys() == set(self.SLOTS) else {}
 
 
 class OuterNesterov(OuterOptimizer):
@@ -154,6 +158,9 @@ class OuterNesterov(OuterOptimizer):
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.6) -> None:
         super().__init__(lr, momentum)
+
+    def _needed(self) -> tuple[str, ...]:
+        return self.SLOTS if self.momentum else ()
 
     def _rates(self, strength: float) -> tuple[float, float]:
         return strength * self.lr + (1.0 - strength), strength * self.momentum

@@ -96,12 +96,11 @@ class Throttle:
     def due(self, what: Hashable) -> bool:
         """Tell whether something may be said, and note that it is."""
         now = time.monotonic()
-        if now - self._said.get(what, -self._seconds) < self._seconds:
+        while self._said and now - next(iter(self._said.values())) >= self._seconds:
+            self._said.popitem(last=False)
+        if what in self._said or len(self._said) >= SAID:
             return False
         self._said[what] = now
-        self._said.move_to_end(what)
-        if len(self._said) > SAID:
-            self._said.popitem(last=False)
         return True
 
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import logging
+import resource
 import sqlite3
 import sys
 from dataclasses import replace
@@ -84,6 +85,9 @@ def main() -> int:
     parser.add_argument("--keys", type=Path, help="of the federation: then sites come to --listen, by TLS")
     parser.add_argument("--listen", nargs=2, metavar=("HOST", "PORT"), help="that faces the network")
     own, rest = parser.parse_known_args()
+    with contextlib.suppress(ValueError, OSError):  # as many connections as the system allows: each holds a file handle
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     hold_back_unfinished(sql_linkstate, sql_corestate)
     nodes = own.folder and own.folder / NODES
     bind(fleet_handlers, FleetRules(SUPERLINK_NODE_ID), functools.partial(_named, nodes))

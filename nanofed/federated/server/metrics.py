@@ -89,8 +89,8 @@ class RoundMetrics:
 
     @property
     def bytes_up(self) -> int:
-        """Bytes of the merged updates, without framing."""
-        return len(self.merged) * self.client_bytes_up
+        """Bytes of the updates that came, merged or not, without framing."""
+        return (self.asked - self.silent) * self.client_bytes_up
 
     @property
     def train_seconds(self) -> float:
@@ -168,7 +168,6 @@ class FederationMetrics:
         """Write what a round came to, with the run's steps, tokens, rows and events so far; scalars stand at the step."""
         self.summary.tokens = tokens
         self.summary.seconds += figures.train_seconds
-        self.summary.bytes += figures.bytes_down + figures.bytes_up
         scalars = {
             **figures.scalars(),
             "fed/bytes_total": self.summary.bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -163,6 +164,7 @@ class RoundLoop:
         figures = RoundMetrics(number, asked=len(present), wait=time.monotonic() - started)
         self._say("training", number, clients=sorted(present), merged=[])
         merged = self._train_and_merge(present, figures)
+        self.metrics.summary.bytes += figures.bytes_down + figures.bytes_up
         self._evaluator.end_round(state, merged=merged)
         if not merged:
             said = f"{len(figures.merged)} of {len(present)} updates could be merged, {config.quorum} are needed"
@@ -328,7 +330,8 @@ class RoundLoop:
             figures.merged[client].cosine = cosine
         try:
             tokens = state.clock.tokens + sum(report.tokens for report in reports)
-            if chosen := state.outer.plan(len(reports), self._horizon / tokens * figures.round):
+            rounds = min(self._horizon / tokens * figures.round, self._config.rounds or math.inf)
+            if chosen := state.outer.plan(len(reports), rounds):
                 logger.info("round %3d  %s", figures.round, chosen)
             strength = outer_strength(tokens / self._horizon, self._config.outer_warmdown)
             fraction = self._scheduler.fraction(reports, asked)

@@ -322,10 +322,9 @@ class FabricTrainer:
         local = {name: (t.detach().clone() if up.lossless else t.detach()).numpy() for name, t in staged.items()}
         if not all(all_finite(flat(array)) for array in local.values()):
             raise NanofedError("the weights are no longer finite after the last step of the round")
-        if up.lossless:
-            return up.pack(local, {})
-        base = down.parts(arrays, self._like)
+        base = {} if up.lossless else down.parts(arrays, self._like)
         if not up.feedback:
+            self._residual = {}
             return up.pack(local, base)
         for name, weight in local.items():
             self._residual.setdefault(name, torch.zeros(weight.size))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, over_blocks
+from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, norms_of_blocks, over_blocks
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides
@@ -416,7 +416,8 @@ def pack_with_feedback(
     """Return what a client sends up, with what the codec has rounded off in earlier rounds added to it.
 
     Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847): over rounds the sum of what is sent is the sum
-    of what was moved, but for the residual of the last one.
+    of what was moved, but for the residual of the last one. Of a residual that is longer than half of what a weight was moved,
+    after a short round say, only so much is added, for an update must be no longer than its steps can have made it.
 
     Args:
         codec: A lossy codec.
@@ -424,16 +425,32 @@ def pack_with_feedback(
         base: The weights as they were received, `parts` of what came down.
         residual: What is still to be sent of each weight, fp32 and one-dimensional, zeros at first; it is brought forward.
     """
+    names, weights = list(local), [flat(array) for array in local.values()]
+    sizes = [weight.numel() for weight in weights]
 
-    def minus(before: Part, rest: Tensor) -> Part:
+    def reader() -> Callable[[int, slice, Tensor], object]:
+        buffer = torch.empty(BLOCK)
+
+        def moved(index: int, part: slice, out: Tensor) -> None:
+            before = base[names[index]](part, buffer[: out.numel()])
+            out.copy_(weights[index][part]).sub_(before)
+
+        return moved
+
+    rest = norms_of_blocks(sizes, lambda: lambda index, part, out: out.copy_(residual[names[index]][part]))
+    shares = {
+        name: min(1.0, 0.5 * moved / left) if left else 1.0
+        for name, moved, left in zip(names, norms_of_blocks(sizes, reader), rest, strict=True)
+    }
+
+    def minus(name: str, before: Part) -> Part:
         def read(part: slice, buffer: Tensor) -> Tensor:
-            return torch.sub(before(part, buffer), rest[part], out=buffer)
+            return torch.sub(before(part, buffer), residual[name][part], alpha=shares[name], out=buffer)
 
         return read
 
-    arrays = codec.pack(local, {name: minus(before, residual[name]) for name, before in base.items()})
+    arrays = codec.pack(local, {name: minus(name, before) for name, before in base.items()})
     sent = codec.parts(arrays, local)
-    names, weights = list(local), [flat(array) for array in local.values()]
 
     def worker() -> Callable[[int, slice], None]:
         buffers = torch.empty(2, BLOCK)
@@ -447,7 +464,7 @@ def pack_with_feedback(
 
         return keep
 
-    over_blocks([weight.numel() for weight in weights], worker)
+    over_blocks(sizes, worker)
     return arrays
 
 
