@@ -183,7 +183,8 @@ class Arguments:
         if self.config.deterministic:
             runtime.be_deterministic()
         built = self.parser.instantiate(self.config)
-        if (shared := self.config.federation.global_batch_tokens) is not None:
-            recipe = built.model.recipe
-            built.model.recipe = replace(recipe, lr_scale=recipe.rate_scale(built.model.config, shared))
+        recipe, federation = built.model.recipe, self.config.federation
+        together = federation.global_batch_tokens or federation.clients * recipe.batch_tokens
+        # The mean of the clients' updates is as little noisy as one step on all of their batches together.
+        built.model.recipe = replace(recipe, lr_scale=recipe.rate_scale(built.model.config, together))
         return built.model, built.data

@@ -81,7 +81,7 @@ class Recipe:
 
         Args:
             config: The sizes of the model.
-            batch_tokens: The tokens of a step over all clients, where they share a batch; by default the recipe's own.
+            batch_tokens: The tokens of a step over all clients of a federation; by default the recipe's own.
         """
         if self.lr_scale != "auto":
             return self.lr_scale

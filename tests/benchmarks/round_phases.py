@@ -161,7 +161,7 @@ class Trace:
 
     def _node(self, client: int) -> int:
         """Return the SuperNode of a client: a stock client's ancestor, or the one whose port a worker calls."""
-        if port := re.search(r'"supernode": "[^"]*:(\d+)"', self._commands[client]):
+        if port := re.search(r'"supernode": ?"[^"]*:(\d+)"', self._commands[client]):
             nodes = (pid for pid, command in self._commands.items() if f"--port {port[1]} " in command)
             return max(pid for pid in nodes if self._kinds[pid] == "supernode")
         while self._kinds[client] != "supernode":

@@ -296,8 +296,12 @@ def test_a_site_of_another_horizon_would_train_at_other_rates_and_says_so(tiny_c
     assert float(said[0]["lr_scale"]) == pytest.approx(2**0.5 * float(said[1]["lr_scale"]))
 
 
-def test_rates_follow_the_batch_that_clients_share(tiny_corpus: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"model.recipe.num_steps": 4000}
-    alone, _ = federation(tiny_corpus, tmp_path, "run", **options).build()
-    shared, _ = federation(tiny_corpus, tmp_path, "run", global_batch_tokens=BATCH // 2, **options).build()
-    assert shared.recipe.rate_scale(shared.config) == pytest.approx(0.5**0.5 * alone.recipe.rate_scale(alone.config))
+@pytest.mark.parametrize(
+    ("more", "batches"), [({"clients": 2}, 2), ({"clients": 8}, 8), ({"global_batch_tokens": BATCH}, 1)]
+)
+def test_rates_follow_the_batches_of_all_clients_together(
+    tiny_corpus: Path, tmp_path: Path, more: dict[str, Any], batches: int
+) -> None:
+    module, _ = federation(tiny_corpus, tmp_path, "run", **{"model.recipe.num_steps": 100_000}, **more).build()
+    alone = replace(module.recipe, lr_scale="auto").rate_scale(module.config)
+    assert module.recipe.lr_scale == pytest.approx(alone * batches**0.5)
