@@ -264,8 +264,8 @@ def test_strength_falls_over_the_last_part_of_the_run() -> None:
         (8, 40, 0.85, 0.75),
         (16, 40, 1.0, 0.9),
         (64, 40, 1.0, 0.9),
-        (2, 4, 0.7, 0.5),
-        (2, 1, 0.7, 0),
+        (2, 4, 0.75, 0.5),
+        (2, 1, 1.0, 0),
     ],
 )
 def test_automatic_rates_follow_clients_and_rounds(clients: int, rounds: float, lr: float, momentum: float) -> None:

@@ -230,10 +230,14 @@ class AutomaticOuter(OuterNesterov):
     def plan(self, clients: int, rounds: float) -> str | None:
         """Choose the rates for so many clients and rounds in all, and return them and why if they are new."""
         many = min(max(math.log2(clients / 4) / 2, 0.0), 1.0)
+        most = 0.6 + 0.3 * many
+        gathered = round(min(most, max(0.0, 1.0 - 2.0 / rounds)), 2)
         lr, momentum = self._given
-        self.lr = 0.7 + 0.3 * many if lr is None else lr
-        self.momentum = round(min(0.6 + 0.3 * many, max(0.0, 1.0 - 2.0 / rounds)), 2) if momentum is None else momentum
-        said = f"learning rate {self.lr:g}, momentum {self.momentum:g}"
+        self.lr = (
+            1.0 - (0.3 - 0.3 * many) * gathered / most if lr is None else lr
+        )  # without momentum it is plain averaging
+        self.momentum = gathered if momentum is None else momentum
+        said = f"learning rate {self.lr:.3g}, momentum {self.momentum:g}"
         if said == self._said:
             return None
         self._said = said
