@@ -493,8 +493,7 @@ def test_sigterm_is_143(corpus: Corpus, tmp_path: Path) -> None:
         [*line, "--model.recipe.num_steps=100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    process.stdout.readline()  # the validation before training
-    process.stdout.readline()  # the first one in it
+    next(line for line in process.stdout if line.startswith("first step"))
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (143, "")
