@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
@@ -183,8 +183,4 @@ class Arguments:
         if self.config.deterministic:
             runtime.be_deterministic()
         built = self.parser.instantiate(self.config)
-        recipe, federation = built.model.recipe, self.config.federation
-        together = federation.global_batch_tokens or federation.clients * recipe.batch_tokens
-        # The mean of the clients' updates is as little noisy as one step on all of their batches together.
-        built.model.recipe = replace(recipe, lr_scale=recipe.rate_scale(built.model.config, together))
         return built.model, built.data

@@ -20,7 +20,6 @@ def parameter_groups(
     adamw_betas: tuple[float, float] = (0.8, 0.95),
     adamw_eps: float = 1e-10,
     weight_decay: float = 0.0,
-    lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Split a GPT's parameters into the groups that `MuonAdamW` takes.
 
@@ -35,7 +34,6 @@ def parameter_groups(
         adamw_betas: AdamW's decays.
         adamw_eps: AdamW's epsilon.
         weight_decay: Decoupled decay of the AdamW groups; Muon's have none.
-        lr_scale: Multiplies the rate of every group.
 
     Raises:
         ConfigError: a parameter fits no group, or a group stays empty.
@@ -56,7 +54,7 @@ def parameter_groups(
     width_scale = (embedding[0].size(1) / TUNED_WIDTH) ** -0.5
     adamw = {"kind": "adamw", "betas": adamw_betas, "eps": adamw_eps, "weight_decay": weight_decay}
     return [
-        {"name": "head", "params": head, "lr": head_lr * width_scale * lr_scale, **adamw},
-        {"name": "embedding", "params": embedding, "lr": embedding_lr * width_scale * lr_scale, **adamw},
-        {"name": "matrices", "params": matrices, "lr": matrix_lr * lr_scale, "kind": "muon"},
+        {"name": "head", "params": head, "lr": head_lr * width_scale, **adamw},
+        {"name": "embedding", "params": embedding, "lr": embedding_lr * width_scale, **adamw},
+        {"name": "matrices", "params": matrices, "lr": matrix_lr, "kind": "muon"},
     ]

@@ -97,11 +97,14 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
 
         self._clip_gradients()
-        multiplier = self.schedule.lr_multiplier(self.clock.progress)
+        clock = self.clock
+        multiplier = self.schedule.multiplier(
+            clock.tokens, step_tokens=clock.step_tokens, horizon_tokens=clock.horizon_tokens
+        )
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        self._update_all(self.schedule.momentum(self.clock.step))
-        self.clock.advance()
+        self._update_all(self.schedule.momentum(clock.step))
+        clock.advance()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,18 +114,13 @@ class MuonAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore state, groups and the clock's position; the clock's `step_tokens` and `horizon_tokens` stay.
 
-        The groups' initial learning rates stay as well: they belong to the run that is being driven, as its horizon does.
-
         Raises:
             ValueError: groups or parameters differ in number (torch's check).
             KeyError: the state dict has no clock.
         """
         clock = state_dict["clock"]  # looked up first: a foreign state dict must not half-apply
         step, tokens = int(clock["step"]), int(clock["tokens"])
-        rates = [group["initial_lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["initial_lr"] = rate
         self.clock.step, self.clock.tokens = step, tokens
 
     def __getstate__(self) -> dict[str, Any]:

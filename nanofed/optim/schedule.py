@@ -1,17 +1,23 @@
-"""How learning rate and momentum follow the run's progress, and the clock that says where the run is."""
+"""How learning rate and momentum follow batch, horizon and progress of a run, and the clock that says where the run is."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from nanofed.errors import ConfigError
+
+# Tokens of a step and of the run for which nanochat's rates are tuned: d20's.
+FULL_BATCH, FULL_HORIZON = 524_288, 11_219_763_200
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and Muon momentum as pure functions of global progress; the defaults are October nanochat's.
+    """Learning rate and Muon momentum as pure functions of where the run is; the defaults are October nanochat's.
 
     Attributes:
+        lr_scale: Factor on all rates of the run; `auto` makes it fit the tokens of a step and of the run (`scale`).
         warmup_ratio: Part of the run over which the rate rises linearly from 0.
         warmdown_ratio: Part of the run over which it falls linearly at the end.
         final_lr_frac: What is left of it when the run ends.
@@ -23,6 +29,7 @@ class Schedule:
         ConfigError: a value is out of its range, or warm-up and warm-down overlap.
     """
 
+    lr_scale: float | Literal["auto"] = 1.0
     warmup_ratio: float = 0.0
     warmdown_ratio: float = 0.2
     final_lr_frac: float = 0.0
@@ -44,8 +51,38 @@ class Schedule:
         if self.muon_momentum_steps < 0:
             raise ConfigError(f"schedule: muon_momentum_steps must not be negative, not {self.muon_momentum_steps!r}")
 
+    def scale(self, step_tokens: int, horizon_tokens: int) -> float:
+        """Return the factor on all learning rates of a run.
+
+        nanochat's rates are tuned for steps of 524,288 tokens on a horizon of 11.2 billion, where the factor is 1. A smaller
+        batch is noisier, and wants rates that fall with its square root; the batch from which on rates need not grow any more
+        rises with the square root of the horizon. So the factor is (step / b)^1/2 with b = 524,288 (horizon / 11.2 billion)^1/2,
+        at most 1. It was fitted to small models from 1,024 to 16,384 tokens a step (notebooks/LOG.md).
+
+        Args:
+            step_tokens: The tokens of an optimizer step, over all participants: the mean of the clients' updates is as little
+                noisy as one step on all of their batches together.
+            horizon_tokens: The tokens of the whole run.
+        """
+        if self.lr_scale != "auto":
+            return self.lr_scale
+        if step_tokens >= FULL_BATCH:
+            return 1.0
+        enough = FULL_BATCH * math.sqrt(horizon_tokens / FULL_HORIZON)
+        return min(1.0, math.sqrt(step_tokens / enough))
+
+    def explain_scale(self, step_tokens: int, horizon_tokens: int) -> str:
+        """Return the factor on all learning rates and where it comes from, in a line."""
+        why = f"steps of {step_tokens:,} tokens on {horizon_tokens:,}" if self.lr_scale == "auto" else "as configured"
+        return f"learning rates x {self.scale(step_tokens, horizon_tokens):.3g} ({why})"
+
+    def multiplier(self, tokens: float, *, step_tokens: int, horizon_tokens: int) -> float:
+        """Return what every group's initial learning rate is multiplied by after `tokens` tokens of a run."""
+        progress = min(1.0, tokens / horizon_tokens)
+        return self.lr_multiplier(progress) * self.scale(step_tokens, horizon_tokens)
+
     def lr_multiplier(self, progress: float) -> float:
-        """Return what every group's initial learning rate is multiplied by at `progress` in [0, 1] of the run."""
+        """Return the part of the run's learning rates that holds at `progress` in [0, 1] of the run."""
         if progress < self.warmup_ratio:
             return progress / self.warmup_ratio
         left = 1.0 - progress

@@ -61,7 +61,8 @@ class ComparedRun:
         text = None
         with suppress(CheckpointError, IndexError):  # damaged, just pruned, or none yet
             manifest = read_manifest(checkpoints(folder)[-1], verify=False)
-            text = manifest.data and (manifest.data.validation.partition(":")[0], manifest.tokenizer)
+            if manifest.data is not None:
+                text = manifest.data.validation.partition(":")[0], manifest.tokenizer
         return cls(folder, summary, config, text)
 
     @property

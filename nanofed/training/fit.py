@@ -54,6 +54,7 @@ def _fit(cli: FitCLI) -> Summary:
         config=cli.resolved_config,
         place=Place.of(trainer),
     )
+    logger.info(module.recipe.schedule.explain_scale(module.clock.step_tokens, module.clock.horizon_tokens))
     cli.startup.done("data")
     resume = resume_checkpoint(options.folder, options.ckpt_path)
     if resume is None and options.init_from:

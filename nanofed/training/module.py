@@ -181,7 +181,6 @@ class GPTModule(LightningModule):
             head_lr=recipe.head_lr,
             matrix_lr=recipe.matrix_lr,
             weight_decay=recipe.weight_decay,
-            lr_scale=recipe.rate_scale(self.config),
         )
 
     def movements(self) -> dict[str, Movement]:

@@ -63,8 +63,6 @@ def check_start(
         check_usable(options)
         check_samples(options, data, module)
         data.dataset.identity  # noqa: B018  (what the checkpoints record is what was there now)
-        if note := module.recipe.rate_note(module.config):
-            logger.info(note)
         check_checkpoints(module, data, options, kind, config, training=training)
         check_memory(module, data, place, batch_tokens=batch_tokens, force=options.force)
         next(iter(data.validation_loader(world_size=place.ranks)))

@@ -5,19 +5,15 @@ Pure functions. The defaults are nanochat's of October 2025 (karpathy/nanochat a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nanofed.errors import ConfigError
 from nanofed.model import GPTConfig
 from nanofed.optim import Schedule
+from nanofed.optim.schedule import FULL_BATCH
 from nanofed.ranges import Count, Factor, Range, Share, Tokens, check_numbers
 
-FULL_BATCH, FULL_HORIZON = (
-    524_288,
-    11_219_763_200,
-)  # tokens of a step and of the run, for which the rates are tuned: d20's
 TOKENS_PER_PARAMETER = 20.0  # Chinchilla (Hoffmann et al. 2022, arXiv:2203.15556), as nanochat uses it
 
 
@@ -34,8 +30,8 @@ class Recipe:
         embedding_lr: AdamW's rate for the embedding, scaled by (width/768)^-0.5.
         head_lr: AdamW's rate for the head, scaled by (width/768)^-0.5.
         matrix_lr: Muon's rate for the matrices, scaled by max(1, rows/columns)^0.5.
-        lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`; `auto` makes them fit batch and horizon
-            (`rate_scale`).
+        lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`; `auto` makes them fit the tokens of a step, over all
+            clients of a federation, and of the run (`Schedule.scale`).
         weight_decay: decoupled decay of the AdamW groups.
         warmup_ratio: the first part of the horizon, in which the rates rise from 0.
         warmdown_ratio: the last part of the horizon, in which the rates fall linearly.
@@ -71,40 +67,14 @@ class Recipe:
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError("model.recipe: warmup_ratio and warmdown_ratio together are more than the whole horizon")
 
-    def rate_scale(self, config: GPTConfig, batch_tokens: int | None = None) -> float:
-        """Return the factor on the learning rates: that of `lr_scale`, or the one that batch and horizon ask for.
-
-        The rates are nanochat's for steps of 524,288 tokens on a horizon of 11.2 billion (d20), where the factor is 1. A smaller
-        batch is noisier, and wants rates that fall with its square root; the batch from which on rates need not grow any more
-        rises with the square root of the horizon. So the factor is (batch / b)^1/2 with b = 524,288 (horizon / 11.2 billion)^1/2,
-        at most 1. It was fitted to small models from 1,024 to 16,384 tokens a step (notebooks/LOG.md).
-
-        Args:
-            config: The sizes of the model.
-            batch_tokens: The tokens of a step over all clients of a federation; by default the recipe's own.
-        """
-        if self.lr_scale != "auto":
-            return self.lr_scale
-        batch = batch_tokens or self.batch_tokens
-        if batch >= FULL_BATCH:
-            return 1.0
-        enough = FULL_BATCH * math.sqrt(self.horizon(config) / FULL_HORIZON)
-        return min(1.0, math.sqrt(batch / enough))
-
-    def rate_note(self, config: GPTConfig) -> str | None:
-        """Return by what the learning rates are scaled and why, in a line; None where they are the recipe's own."""
-        if (scale := self.rate_scale(config)) == 1.0:
-            return None
-        why = (
-            f" for steps of {self.batch_tokens:,} tokens on {self.horizon(config):,}" if self.lr_scale == "auto" else ""
-        )
-        return f"learning rates x {scale:.3g}{why} (model.recipe.lr_scale)"
-
     @property
     def schedule(self) -> Schedule:
         """The learning-rate and momentum schedule over global progress."""
         return Schedule(
-            warmup_ratio=self.warmup_ratio, warmdown_ratio=self.warmdown_ratio, final_lr_frac=self.final_lr_frac
+            lr_scale=self.lr_scale,
+            warmup_ratio=self.warmup_ratio,
+            warmdown_ratio=self.warmdown_ratio,
+            final_lr_frac=self.final_lr_frac,
         )
 
     def steps(self, config: GPTConfig) -> int:

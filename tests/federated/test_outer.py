@@ -274,14 +274,14 @@ def test_automatic_rates_follow_clients_and_rounds(clients: int, rounds: float, 
     assert (outer.lr, outer.momentum) == pytest.approx((lr, momentum))
 
 
-def test_automatic_rates_are_said_when_they_are_new() -> None:
+def test_automatic_rates_are_said_with_their_reason() -> None:
     outer = AutomaticOuter()
-    assert outer.plan(2, 40.0) == "outer step: learning rate 0.7, momentum 0.6, for 2 clients and some 40 rounds in all"
-    assert outer.plan(3, 41.0) is None
-    assert "momentum 0.75, for 8 clients" in (outer.plan(8, 40.0) or "")
+    assert outer.plan(1, 40.0) == "outer step: learning rate 0.7, momentum 0.6, chosen for 1 client"
+    assert outer.plan(2, 4.0).endswith("momentum 0.5, chosen for 2 clients and few rounds")
     pinned = AutomaticOuter(momentum=0.3)
     pinned.plan(16, 40.0)
     assert (pinned.lr, pinned.momentum) == (1.0, 0.3)
+    assert OuterAdam().plan(2, 40.0) == "outer step: learning rate 0.01, momentum 0.9"
 
 
 def test_momentum_that_is_dropped_begins_anew() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from nanofed.errors import DataError, NanofedError
 from nanofed.federated.wire.codec import Arrays, hash_arrays
-from nanofed.federated.wire.messages import Hello, Instructions, Report
+from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest, read_weights
 from nanofed.training.loop import Stopwatch
 from tests.federated.tiny import Fit, federation, prepare, same_bits, train
@@ -286,22 +286,17 @@ def test_too_few_rows_for_the_streams_are_refused_at_the_start(tiny_corpus: Path
         train(config)
 
 
-def test_a_site_of_another_horizon_would_train_at_other_rates_and_says_so(tiny_corpus: Path, tmp_path: Path) -> None:
-    """Its steps take their horizon from the server, but `lr_scale: auto` follows that of its own config."""
-    said = []
-    for steps in (1000, 4000):
-        module, data = federation(tiny_corpus, tmp_path, "run", **{"model.recipe.num_steps": steps}).build()
-        said.append(Hello.of("a", module, data).training)
-    assert {key for key in said[0] if said[0][key] != said[1][key]} == {"lr_scale"}
-    assert float(said[0]["lr_scale"]) == pytest.approx(2**0.5 * float(said[1]["lr_scale"]))
-
-
-@pytest.mark.parametrize(
-    ("more", "batches"), [({"clients": 2}, 2), ({"clients": 8}, 8), ({"global_batch_tokens": BATCH}, 1)]
-)
-def test_rates_follow_the_batches_of_all_clients_together(
-    tiny_corpus: Path, tmp_path: Path, more: dict[str, Any], batches: int
+def test_rates_follow_the_batches_of_those_who_are_there(
+    tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module, _ = federation(tiny_corpus, tmp_path, "run", **{"model.recipe.num_steps": 100_000}, **more).build()
-    alone = replace(module.recipe, lr_scale="auto").rate_scale(module.config)
-    assert module.recipe.lr_scale == pytest.approx(alone * batches**0.5)
+    """The server says how many take part and how far the run goes: a site needs to know neither."""
+    more: dict[str, Any] = {"clients": 2, "rounds": 2, "round_steps": 1, "model.recipe.num_steps": 100_000}
+    caplog.set_level("INFO", logger="nanofed.federated.server.rounds")
+    train(federation(tiny_corpus, tmp_path, "both", **more))
+    train(federation(tiny_corpus, tmp_path, "alone", **more | {"clients": 1}))
+    said = [record.getMessage() for record in caplog.records if "learning rates x" in record.getMessage()]
+    horizon = f"{100_000 * BATCH:,}"
+    assert [f"steps of {2 * BATCH:,} tokens on {horizon}" in said[0], f"steps of {BATCH:,} tokens" in said[1]] == [
+        True
+    ] * 2
+    assert len(said) == 2, "once a run, as long as nothing changes"

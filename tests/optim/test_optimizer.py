@@ -244,11 +244,13 @@ def test_a_clip_of_zero_is_refused() -> None:
         build(clip=0.0)
 
 
-def test_a_load_leaves_the_runs_own_rates() -> None:
-    """They follow from the config, which may have another horizon by now."""
-    (_, first), (_, second) = build(), build()
-    for group in second.param_groups:
-        group["initial_lr"] /= 2
-    own = [group["initial_lr"] for group in second.param_groups]
-    second.load_state_dict(first.state_dict())
-    assert [group["initial_lr"] for group in second.param_groups] == own
+def test_rates_follow_the_batches_and_the_horizon_of_the_clock() -> None:
+    """A round has as many participants as are there, and a run may go on to another horizon: no group has to be touched."""
+    _, optimizer = build()
+    optimizer.schedule = Schedule(lr_scale="auto", warmdown_ratio=0.0)
+    rates = []
+    for step_tokens, horizon_tokens in ((4_096, 819_200), (1_024, 819_200), (4_096, 16 * 819_200)):
+        optimizer.clock.step_tokens, optimizer.clock.horizon_tokens = step_tokens, horizon_tokens
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert [rate / rates[0] for rate in rates] == pytest.approx([1.0, 0.5, 0.5])

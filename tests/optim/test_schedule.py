@@ -62,3 +62,29 @@ def test_clock_counts_tokens_of_all_and_stops_at_the_horizon() -> None:
 def test_a_clock_needs_tokens(override: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         Clock(**{"step_tokens": 1, "horizon_tokens": 1, **override})
+
+
+@pytest.mark.parametrize(
+    ("step_tokens", "horizon", "scale"),
+    [
+        (524_288, 11_219_763_200, 1.0),  # d20
+        (524_288, 37_580_963_840, 1.0),  # d32
+        (1_048_576, 37_580_963_840, 1.0),
+        (4_096, 819_200, 0.956),  # tiny
+        (4_096, 4_915_200, 0.611),
+        (1_024, 819_200, 0.478),
+        (16_384, 819_200, 1.0),
+        (32_768, 734_003_200, 0.494),  # d4
+    ],
+)
+def test_rates_follow_the_square_root_of_the_batch_over_what_the_horizon_asks_for(
+    step_tokens: int, horizon: int, scale: float
+) -> None:
+    automatic = Schedule(lr_scale="auto", warmdown_ratio=0.5)
+    assert automatic.scale(step_tokens, horizon) == pytest.approx(scale, abs=0.001)
+    run = {"step_tokens": step_tokens, "horizon_tokens": horizon}
+    assert automatic.multiplier(0.75 * horizon, **run) == pytest.approx(0.5 * scale, abs=0.001)
+    assert automatic.multiplier(2.0 * horizon, **run) == 0, "beyond the horizon as at its end"
+    assert f"steps of {step_tokens:,} tokens on {horizon:,}" in automatic.explain_scale(**run)
+    assert Schedule(lr_scale=0.3).scale(step_tokens, horizon) == 0.3
+    assert Schedule(lr_scale=0.3).explain_scale(**run) == "learning rates x 0.3 (as configured)"

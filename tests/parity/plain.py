@@ -164,7 +164,8 @@ class PlainOptimizer:
     def step(self) -> None:
         """Move all parameters once."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        multiplier = self.schedule.lr_multiplier(self.clock.progress)
+        scale = self.schedule.scale(self.clock.step_tokens, self.clock.horizon_tokens)
+        multiplier = scale * self.schedule.lr_multiplier(self.clock.progress)
         momentum = self.schedule.momentum(self.clock.step)
         for group, lr in zip(self.adamw.param_groups, self.adamw_lrs, strict=True):
             group["lr"] = lr * multiplier

@@ -98,27 +98,3 @@ def test_at_any_number_of_ranks_what_is_named_works(batch_tokens: int, rows: int
         accumulation_steps(int(batch.replace(",", "")), device_batch_size=rows, sequence_len=2048, world_size=ranks)
     for other in others.split(" or ") if others else ():
         accumulation_steps(batch_tokens, device_batch_size=int(other), sequence_len=2048, world_size=ranks)
-
-
-@pytest.mark.parametrize(
-    ("batch_tokens", "horizon", "scale"),
-    [
-        (524_288, 11_219_763_200, 1.0),  # d20
-        (524_288, 37_580_963_840, 1.0),  # d32
-        (1_048_576, 37_580_963_840, 1.0),
-        (4_096, 819_200, 0.956),  # tiny
-        (4_096, 4_915_200, 0.611),
-        (1_024, 819_200, 0.478),
-        (16_384, 819_200, 1.0),
-        (32_768, 734_003_200, 0.494),  # d4
-    ],
-)
-def test_rates_follow_the_square_root_of_the_batch_over_what_the_horizon_asks_for(
-    batch_tokens: int, horizon: int, scale: float
-) -> None:
-    config = GPTConfig.from_depth(2, vocab_size=2048)
-    recipe = Recipe(batch_tokens=batch_tokens, horizon_tokens=horizon)
-    assert recipe.rate_scale(config) == pytest.approx(scale, abs=0.001)
-    note = recipe.rate_note(config)
-    assert note is None if scale == 1.0 else note is not None and f"{batch_tokens:,} tokens" in note
-    assert Recipe(batch_tokens=batch_tokens, lr_scale=0.3).rate_scale(config) == 0.3

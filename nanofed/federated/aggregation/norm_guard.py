@@ -68,7 +68,8 @@ class Steps:
             horizon_tokens: tokens of the whole run.
         """
         at = np.linspace(0, steps - 1, min(steps, POINTS))
-        rates = [schedule.lr_multiplier(min(1.0, (clock_tokens + float(k) * step_tokens) / horizon_tokens)) for k in at]
+        run = {"step_tokens": step_tokens, "horizon_tokens": horizon_tokens}
+        rates = [schedule.multiplier(clock_tokens + float(k) * step_tokens, **run) for k in at]
         squares = math.fsum(rate**2 for rate in rates) / len(rates)
         return cls(steps * math.fsum(rates) / len(rates), math.sqrt(steps * squares))
 

@@ -118,14 +118,14 @@ class OuterOptimizer(ABC):
     def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
         """Return the largest values that can arise on the way, and last that of the step, from those of gradient and state."""
 
-    def plan(self, clients: int, rounds: float) -> str | None:
-        """Choose the rates of the next step, where they are not fixed, and return what was chosen if that is new.
+    def plan(self, clients: int, rounds: float) -> str:
+        """Choose the rates of the next step, where they are not fixed, and return them in words.
 
         Args:
             clients: The clients whose updates are merged in it.
             rounds: The rounds that the run will have in all, at the tokens of those so far.
         """
-        return None
+        return f"outer step: learning rate {self.lr:.3g}, momentum {self.momentum:g}"
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the state, fp32: as in PyTorch's optimizers the tensors themselves, which steps change.
@@ -225,23 +225,20 @@ class AutomaticOuter(OuterNesterov):
     def __init__(self, lr: float | None = None, momentum: float | None = None) -> None:
         self._given = lr, momentum
         super().__init__(lr or 0.7, 0.6 if momentum is None else momentum)
-        self._said = ""
 
-    def plan(self, clients: int, rounds: float) -> str | None:
-        """Choose the rates for so many clients and rounds in all, and return them and why if they are new."""
+    def plan(self, clients: int, rounds: float) -> str:
+        """Choose the rates for so many clients and rounds in all."""
         many = min(max(math.log2(clients / 4) / 2, 0.0), 1.0)
         most = 0.6 + 0.3 * many
         gathered = round(min(most, max(0.0, 1.0 - 2.0 / rounds)), 2)
         lr, momentum = self._given
+        full = 0.7 + 0.3 * many
         self.lr = (
-            1.0 - (0.3 - 0.3 * many) * gathered / most if lr is None else lr
-        )  # without momentum it is plain averaging
+            1.0 - (1.0 - full) * gathered / most if lr is None else lr
+        )  # plain averaging where no momentum is left
         self.momentum = gathered if momentum is None else momentum
-        said = f"learning rate {self.lr:.3g}, momentum {self.momentum:g}"
-        if said == self._said:
-            return None
-        self._said = said
-        return f"outer step: {said}, for {clients} {'client' if clients == 1 else 'clients'} and some {rounds:.0f} rounds in all"
+        why = f"{clients} {'client' if clients == 1 else 'clients'}{' and few rounds' if gathered < most else ''}"
+        return f"{super().plan(clients, rounds)}, chosen for {why}"
 
 
 def make_outer(kind: Outer, lr: float | None = None, momentum: float | None = None) -> OuterOptimizer:

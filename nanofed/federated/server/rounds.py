@@ -101,6 +101,7 @@ class RoundLoop:
         else:
             self._evaluator = ServerEvaluator(model, metrics, options, beside=not policy.one_machine)
         self._unsaved = False  # a checkpoint was due and could not be written
+        self._told: set[str] = set()  # of the rates in use
 
     # --- the run
 
@@ -214,6 +215,8 @@ class RoundLoop:
         try:
             sent = SentWeights(state.weights, self._messenger.transport.encode(state.weights, down), down, up)
             asked = self._scheduler.instruct(number, list(present), state, hash_arrays(sent.payload))
+            step_tokens = sum(each.batch_tokens for each in asked.values())
+            self._tell(number, self._module.recipe.schedule.explain_scale(step_tokens, self._horizon))
             with make_aggregator(config.merge, sent, self._run / "spool", trim=config.trim) as aggregator:
                 self._collect(present, asked, sent, aggregator, figures)
                 self._compare(aggregator, figures)
@@ -328,13 +331,12 @@ class RoundLoop:
         figures.merged_norm = l2_norm(list(gradient.values()))
         for client, cosine in aggregator.cosines().items():
             figures.merged[client].cosine = cosine
+        tokens = state.clock.tokens + sum(report.tokens for report in reports)
+        rounds = min(self._horizon / tokens * figures.round, self._config.rounds or math.inf)
+        self._tell(figures.round, state.outer.plan(len(reports), rounds))
+        strength = outer_strength(tokens / self._horizon, self._config.outer_warmdown)
+        fraction = self._scheduler.fraction(reports, asked)
         try:
-            tokens = state.clock.tokens + sum(report.tokens for report in reports)
-            rounds = min(self._horizon / tokens * figures.round, self._config.rounds or math.inf)
-            if chosen := state.outer.plan(len(reports), rounds):
-                logger.info("round %3d  %s", figures.round, chosen)
-            strength = outer_strength(tokens / self._horizon, self._config.outer_warmdown)
-            fraction = self._scheduler.fraction(reports, asked)
             state.outer.step(state.weights, gradient, strength=strength, fraction=fraction)
         except ValueError as error:  # finite updates of which no finite model can be made
             state.events.add("not_finite", SERVER, error, figures.round)
@@ -345,7 +347,7 @@ class RoundLoop:
             state.speeds.learn(report, None if self._policy.one_machine else part.seconds)
         state.norms.accept({client: (part.length, part.scale) for client, part in figures.merged.items()})
         state.clock.round = figures.round
-        state.clock.tokens += sum(report.tokens for report in reports)
+        state.clock.tokens = tokens
         state.clock.step += round(sum(report.steps for report in reports) / len(reports))
         figures.merge += time.monotonic() - started
         state.speeds.learn_merge(time.monotonic() - started)
@@ -367,6 +369,12 @@ class RoundLoop:
         self._unsaved = False
         reach(self._run, Reached.CHECKPOINT)
         prune_checkpoints(self._run, self._options.keep_checkpoints, self._options.keep_every)
+
+    def _tell(self, number: int, rates: str) -> None:
+        """Log the rates that a round is trained or merged with, where they are new to this run."""
+        if rates not in self._told:
+            self._told.add(rates)
+            logger.info("round %3d  %s", number, rates)
 
     def _say(self, phase: str, number: int, **figures: object) -> None:
         """Tell the terminal and `nanofed status` what is going on."""

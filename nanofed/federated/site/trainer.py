@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
@@ -20,7 +19,7 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
-from nanofed.evaluation.bits_per_byte import BitsPerByte
+from nanofed.federated.site.evaluation import measure
 from nanofed.federated.site.optimizer_states import Saved, StateFolder
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
 from nanofed.federated.wire.blocks import all_finite, flat
@@ -250,7 +249,9 @@ class FabricTrainer:
             send_weights(self._module.gpt)
         nats, count, failure = 0.0, 0, ""
         try:
-            nats, count = self._measure(asked, turn, watch)
+            nats, count = measure(
+                self._module.gpt, self._data, asked, device=self._fabric.device, ranks=ranks, turn=turn, watch=watch
+            )
         except Exception as error:
             if ranks.size > 1 and not isinstance(error, Agreed):
                 raise  # the others wait for this rank
@@ -262,41 +263,6 @@ class FabricTrainer:
         return Evaluation(
             **asked.repeated(), nats=nats, bytes=count, seconds=watch.elapsed(), failure=failure[:MAX_FAILURE]
         )
-
-    @torch.no_grad()
-    def _measure(self, asked: Evaluate, turn: Turn, watch: Stopwatch) -> tuple[float, int]:
-        """Return the sums of nats and of bytes over all ranks; a part of the text would be another text's figure."""
-        gpt, data, ranks, device = self._module.gpt, self._data, self.ranks, self._fabric.device
-        text = data.validation_loader(
-            rank=ranks.number,
-            world_size=ranks.size,
-            share=asked.share,
-            shares=asked.shares,
-            eval_tokens=asked.eval_tokens,
-        )
-        metric = BitsPerByte(torch.tensor(data.tokenizer.token_bytes)).to(device)
-        training = gpt.training
-        gpt.eval()
-        try:
-            with closing(iter(text)) as batches:
-                for number, batch in enumerate(SharedBatches(batches, ranks, turn.check)):
-                    if watch.elapsed() > asked.seconds:
-                        ranks.agree(
-                            NanofedError(
-                                f"{number} batches took more than {asked.seconds:g} s, which is all that a round leaves for it: "
-                                "lower data.eval_tokens at the server, or raise federation.grace_seconds or eval_every"
-                            )
-                        )
-                    there = batch.to(device)
-                    metric.update(gpt(there.inputs, there.targets, reduction="none"), there.targets)
-                    metric.sum_bytes.item()  # waits for the device: the watch is read in time
-        finally:
-            gpt.train(training)
-        sums = ranks.gather((float(metric.sum_nats), int(metric.sum_bytes)))
-        nats = math.fsum(part for part, _ in sums)
-        if not math.isfinite(nats):
-            ranks.agree(NanofedError(f"the loss on the validation text is {nats}"))
-        return nats, sum(count for _, count in sums)
 
     def _take_weights(self, arrays: Arrays, instructions: Instructions | Evaluate) -> None:
         for name, text in (("run", instructions.run), ("client", instructions.client)):

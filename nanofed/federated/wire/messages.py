@@ -183,7 +183,7 @@ class Hello(WireMessage):
             tokenizer=data.tokenizer.fingerprint,
             dataset=dataset.fingerprint(),
             streams=data.streams,
-            training={**recipe, "lr_scale": str(module.recipe.rate_scale(module.config)), "packing": data.packing},
+            training={**recipe, "packing": data.packing},
             versions={"python": platform.python_version(), "nanofed": nanofed.__version__}
             | {package: version(package) for package in ("torch", "flwr")},
             devices=devices,
