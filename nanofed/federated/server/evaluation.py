@@ -29,7 +29,7 @@ from nanofed.federated.server.policy import ClientPolicy
 from nanofed.federated.server.scheduling import CLOCK_SLACK
 from nanofed.federated.server.state import State
 from nanofed.federated.server.validation import RefusedReply, ReplyMetrics, check_repeated
-from nanofed.federated.wire.codec import CODECS, Weights, WireError, hash_arrays
+from nanofed.federated.wire.codec import CODECS, Weights, WireError, hash_arrays, payload_bytes
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Instructions
 from nanofed.federated.wire.plain_text import plain
 from nanofed.generation.text import SAMPLE_TOKENS, generate
@@ -380,6 +380,7 @@ class SiteEvaluator(RoundEvaluator):
         except NanofedError as error:  # the disk on which they are kept is full
             self._none(state, str(error))
             return
+        self._metrics.summary.bytes += len(nodes) * payload_bytes(payload)
         told = {"run": state.run_id, "round": state.clock.round, "base_hash": hash_arrays(payload)}
         self._begin_requests({name: {**told, "client": name, "nonce": secrets.token_hex(16)} for name in nodes})
         seconds = self._policy.time_limit(self._config.grace_seconds, len(nodes))
