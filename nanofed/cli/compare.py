@@ -25,8 +25,7 @@ def main(argv: list[str]) -> int:
     from nanofed.training.comparison import Comparison
 
     comparison = Comparison([runtime.user_path(str(run)) for run in args.runs])
-    print(comparison.text())
     if args.output is not None:
         comparison.write(runtime.user_path(str(args.output)))
-        print(f"written: {args.output}")
+    print(comparison.text())
     return 0

@@ -197,14 +197,17 @@ class Comparison:
         """Write the page, or a picture of the plots, by the ending of the file's name: `.html` or `.png`.
 
         Raises:
-            ConfigError: It has another ending, or matplotlib, which draws the picture, is not installed.
+            ConfigError: It has another ending, cannot be written, or matplotlib, which draws the picture, is not installed.
         """
-        if path.suffix == ".html":
-            write_atomically(path, self.page())
-        elif path.suffix == ".png":
-            self._draw(path)
-        else:
-            raise ConfigError(f"{path} must end in .html or .png")
+        try:
+            if path.suffix == ".html":
+                write_atomically(path, self.page())
+            elif path.suffix == ".png":
+                self._draw(path)
+            else:
+                raise ConfigError(f"{path} must end in .html or .png")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
     def _draw(self, path: Path) -> None:
         try:

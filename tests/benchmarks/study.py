@@ -18,9 +18,11 @@ as there are cores. A study that was stopped goes on: runs that have reached the
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
+import operator
 import os
 import re
 import statistics
@@ -30,20 +32,84 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from nanofed import runtime
-from nanofed.errors import ConfigError
+from nanofed.errors import ConfigError, NanofedError
+from nanofed.federated.deploy.process import last_line
 from nanofed.training.summary import AT_HORIZON, SUMMARY, Summary
 from tests.benchmarks.corpus import default_data, tokenizer_folder
 from tests.benchmarks.report import progress, table
 
-PARTS = {"vocab_size", "seeds", "reference", "common", "runs", "axes"}
 ALWAYS = {"save_every": 0, "sample_every": 0, "model.compile": False}
+Options = dict[str, Any]
+
+
+class Study(BaseModel):
+    """What a study's file says.
+
+    Attributes:
+        vocab_size: The size of the tokenizer that is trained on each text.
+        seeds: The seeds with which every variant is run.
+        reference: The label of the variant that the others are held against.
+        common: The options of all runs.
+        runs: The options of single runs by label; `command` is `fit` or, by default, `federate`.
+        axes: Entries by label, each with its options; every combination of one entry an axis is a run.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    vocab_size: int = 2048
+    seeds: list[int] = [1]
+    reference: str | None = None
+    common: Options = {}
+    runs: dict[str, Options | None] = {}
+    axes: list[dict[str, Options | None]] = []
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read a study's file.
+
+        Raises:
+            ConfigError: It cannot be read, or is no study.
+        """
+        try:
+            study = cls.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file} cannot be read as a study: {error}") from error
+        labels = [label for label, _ in study.variants()]
+        if study.reference is not None and study.reference not in labels:
+            raise ConfigError(f"{file}: the reference {study.reference!r} is none of {', '.join(labels)}")
+        return study
+
+    def variants(self) -> Iterator[tuple[str, Options]]:
+        """Yield label and options of each variant: the single runs, then every combination of the axes' entries."""
+        for label, options in self.runs.items():
+            yield label, self.common | (options or {})
+        for entries in itertools.product(*(axis.items() for axis in self.axes)) if self.axes else ():
+            merged = functools.reduce(operator.or_, ((options or {}) for _, options in entries), self.common)
+            yield ", ".join(label for label, _ in entries), merged
+
+    def plan(self, texts: Sequence[str]) -> list[Run]:
+        """Return all runs, one seed and text after the other, so that what has been run can be compared at any time.
+
+        Raises:
+            ConfigError: A run's command is neither `fit` nor `federate`.
+        """
+        found = []
+        for seed, text in itertools.product(self.seeds, texts):
+            for label, options in self.variants():
+                command = str(options.get("command", "federate"))
+                if command not in ("fit", "federate"):
+                    raise ConfigError(f"the command of {label!r} is fit or federate, not {command!r}")
+                rest = {key: value for key, value in options.items() if key != "command"}
+                found.append(Run(label, Path(text).name, seed, command, rest | {"data.path": text}))
+        return found
 
 
 @dataclass(frozen=True)
@@ -70,34 +136,6 @@ class Run:
         told = json.dumps([self.command, self.options], sort_keys=True, default=str)
         said = f"{self.text} {self.label} {self.seed} {hashlib.sha256(told.encode()).hexdigest()[:6]}"
         return re.sub(r"[^A-Za-z0-9._-]+", "-", said)
-
-
-def variants(study: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield label and options of each variant: the single runs, then every combination of the axes' entries.
-
-    Raises:
-        ConfigError: The study has a part that is not known.
-    """
-    if unknown := set(study) - PARTS:
-        raise ConfigError(f"a study has no {', '.join(sorted(unknown))}: its parts are {', '.join(sorted(PARTS))}")
-    for label, options in study.get("runs", {}).items():
-        yield label, {**study.get("common", {}), **(options or {})}
-    axes: Sequence[Mapping[str, Mapping[str, Any]]] = study.get("axes", [])
-    for entries in itertools.product(*(axis.items() for axis in axes)) if axes else ():
-        options = dict(study.get("common", {}))
-        for _, more in entries:
-            options |= more or {}
-        yield ", ".join(label for label, _ in entries), options
-
-
-def plan(study: Mapping[str, Any], texts: Sequence[str]) -> list[Run]:
-    """Return all runs, one seed and text after the other, so that what has been run can be compared at any time."""
-    found = []
-    for seed, text in itertools.product(study.get("seeds", [1]), texts):
-        for label, options in variants(study):
-            command = str(options.pop("command", "federate"))
-            found.append(Run(label, Path(text).name, seed, command, options | {"data.path": text}))
-    return found
 
 
 def result(run: Run, folder: Path) -> Summary | None:
@@ -131,10 +169,12 @@ def execute(run: Run, folder: Path, vocab_size: int) -> None:
     }
     command = [sys.executable, "-m", "nanofed", run.command, *(f"--{key}={value}" for key, value in written.items())]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with (folder / f"{run.name}.log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    log = folder / f"{run.name}.log"
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     summary = result(run, folder) if done.returncode == 0 else None
-    said = "failed, see its log" if summary is None else f"{summary.bpb_end:.4f} in {summary.seconds:.0f} s"
+    failed = f"failed: {last_line(log)}; see {log}"
+    said = failed if summary is None else f"{summary.bpb_end:.4f} in {summary.seconds:.0f} s"
     progress(f"{run.name}: {said}")
 
 
@@ -205,17 +245,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--only", default="", help="regular expression: only variants whose label it is found in")
     args = parser.parse_args(argv)
-    study = yaml.safe_load(args.file.read_text(encoding="utf-8"))
+    try:
+        study = Study.read(args.file)
+        runs = study.plan(args.data)
+        for text in args.data:
+            tokenizer_folder(text, study.vocab_size)
+    except NanofedError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return error.exit_code
     folder = (args.folder or Path("runs") / f"study-{args.file.stem}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    runs = plan(study, args.data)
     chosen = [run for run in runs if re.search(args.only, run.label)]
-    vocab_size = int(study.get("vocab_size", 2048))
-    for text in args.data:
-        tokenizer_folder(text, vocab_size)
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: execute(run, folder, vocab_size), chosen))
-    results = collect(runs, folder, study.get("reference"))
+        list(pool.map(lambda run: execute(run, folder, study.vocab_size), chosen))
+    results = collect(runs, folder, study.reference)
     if not results.num_rows:
         progress(f"no run has reached its horizon: see the logs in {folder}")
         return 1

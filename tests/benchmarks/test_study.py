@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from nanofed.errors import ConfigError
 from tests.benchmarks.machine import ROOT
-from tests.benchmarks.study import main, plan, summarise
+from tests.benchmarks.study import Study, main, summarise
 
 STUDY: dict[str, Any] = {
     "vocab_size": 300,
@@ -33,7 +32,7 @@ STUDY: dict[str, Any] = {
 
 
 def test_runs_are_the_single_ones_and_every_combination_for_each_text_and_seed() -> None:
-    runs = plan(STUDY, ["texts/a", "b"])
+    runs = Study(**STUDY).plan(["texts/a", "b"])
     assert len(runs) == 2 * 2 * 3
     assert [run.label for run in runs[:3]] == ["one machine", "M = 1, FedAvg", "M = 2, FedAvg"]
     assert (runs[0].command, runs[2].command) == ("fit", "federate")
@@ -42,16 +41,31 @@ def test_runs_are_the_single_ones_and_every_combination_for_each_text_and_seed()
     assert len({run.name for run in runs}) == len(runs)
 
 
-def test_a_part_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a study has no axis"):
-        plan({**STUDY, "axis": []}, ["a"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read as a study"),
+        ("{", "cannot be read as a study"),
+        ("axis: []", "axis"),
+        ("axes: 3", "axes"),
+        ("{runs: {a: {command: nonsense}}}", "the command of 'a' is fit or federate, not 'nonsense'"),
+        ("{runs: {a: {}}, reference: b}", "the reference 'b' is none of a"),
+    ],
+)
+def test_what_is_no_study_is_refused_by_name(
+    content: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "study.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert main([str(file), "--folder", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_can_be_planned(path: Path) -> None:
-    study = yaml.safe_load(path.read_text(encoding="utf-8"))
-    runs = plan(study, ["a"])
-    assert study["reference"] in {run.label for run in runs}
+    runs = Study.read(path).plan(["a"])
     assert len({run.name for run in runs}) == len(runs)
 
 

@@ -68,7 +68,8 @@ def test_the_command_prints_and_writes(runs: list[Path], tmp_path: Path, capsys:
     assert "2.7000 (+35.00 %)" in said
     assert "two differs in 0 options" in said
     assert output.read_text().startswith("<!doctype html>")
-    assert main(["compare", *map(str, runs[:2]), "--output", str(tmp_path / "page.pdf")]) == 2
+    for name in ("page.pdf", "nowhere/page.html"):
+        assert main(["compare", *map(str, runs[:2]), "--output", str(tmp_path / name)]) == 2
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, runs: list[Path]) -> None:
