@@ -312,9 +312,8 @@ class IntCodec(Codec):
         source = flat(values)
         exact = len(out) == 1
         group = 1 if exact else self._group(*out)
-        block = (
-            max(1, 4 * BLOCK // group) * group
-        )  # a dozen short operations each: a call costs as much as its work on less
+        # Larger blocks than elsewhere: a dozen short operations are made on each, whose calls cost as much as their work on BLOCK.
+        block = max(1, 4 * BLOCK // group) * group
 
         def worker() -> Callable[[int, slice], None]:
             buffers = torch.empty(2, min(block, -(-source.numel() // group) * group))
