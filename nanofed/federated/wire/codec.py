@@ -312,7 +312,7 @@ class IntCodec(Codec):
         source = flat(values)
         exact = len(out) == 1
         group = 1 if exact else self._group(*out)
-        # Larger blocks than elsewhere: a dozen short operations are made on each, whose calls cost as much as their work on BLOCK.
+        # Larger blocks than elsewhere: of a dozen short operations on each, the calls would cost as much as the work.
         block = max(1, 4 * BLOCK // group) * group
 
         def worker() -> Callable[[int, slice], None]:
