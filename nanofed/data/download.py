@@ -164,9 +164,12 @@ def _record_all(folder: Path, known: dict[str, Recorded]) -> dict[str, Recorded]
 
 
 def _estimate(source: Source, names: Sequence[str], retry: Retry) -> int | None:
-    """Return about how many bytes the shards have, by the size of the last one; None where the server does not say."""
+    """Return about how many bytes the shards have; None where the server does not say.
+
+    The first one's size stands for all: the last, which is for validation, is what was left of the text.
+    """
     with requests.Session() as session:
-        answer = _probe(session, source, names[-1], retry)
+        answer = _probe(session, source, names[0], retry)
     linked = [hop.headers.get("X-Linked-Size", "") for hop in answer.history]
     size = next((int(value) for value in linked if value.isdecimal()), length(answer))
     return size * len(names) if answer.ok and size is not None else None

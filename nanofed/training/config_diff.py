@@ -48,10 +48,8 @@ FREE = (
     "federation.max_failed_rounds",
 )
 TEXT = ("data.path", "data.num_shards", "data.validation_shard")  # where the text lies, and which part of it is read
-BEFORE_OUTER = {
-    "outer": "nesterov",
-    "outer_warmdown": 0.0,
-}  # of federations that were begun before these options were there
+# What federations did that were begun before these options were there.
+BEFORE_OUTER = {"outer": "nesterov", "outer_warmdown": 0.0}
 # Says how to start, not what to train.
 UNCOMPARED = ("config", "name", "runs_dir", *START)
 

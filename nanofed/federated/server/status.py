@@ -153,7 +153,8 @@ def _alive(said: dict[str, Any]) -> bool | None:
         return False
     if said.get("host") != socket.gethostname():
         return None
-    return "pid" in said and runtime.process_lives(said["pid"])
+    pid = said.get("pid")
+    return isinstance(pid, int) and runtime.process_lives(pid)
 
 
 def _sites(state: dict[str, Any], held: dict[str, int]) -> dict[str, dict[str, float]]:
