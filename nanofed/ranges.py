@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from nanofed.errors import ConfigError
 
@@ -66,11 +67,10 @@ def check_number(name: str, value: Any, kind: Any) -> None:
     Raises:
         ConfigError: it is out of range or not finite; names it.
     """
-    limits = list(_limits(kind))
-    whole = any(get_args(hint)[0] is int for hint in _parts(kind))
-    for item in _numbers(value):
+    for item, hint in _hinted(value, kind):
+        limits = list(_limits(hint))
         bounds = limits[0] if limits else BITS_64 if isinstance(item, Integral) else FINITE
-        if whole and not isinstance(item, Integral):
+        if limits and get_args(hint)[0] is int and not isinstance(item, Integral):
             raise ConfigError(f"{name} must be a whole number, not {item}")
         if problem := bounds.problem(item):
             raise ConfigError(f"{name} must be {problem}")
@@ -116,6 +116,21 @@ def _parts(kind: Any) -> Iterator[Any]:
     else:
         for part in get_args(kind):
             yield from _parts(part)
+
+
+def _hinted(value: Any, kind: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the numbers in a value, each with the type that is written for it."""
+    origin, parts = get_origin(kind), get_args(kind)
+    listed = isinstance(value, (list, tuple))
+    if origin in (Union, UnionType):
+        parts = tuple(part for part in parts if any(_limits(part))) or (None,)
+        for part in [part for part in parts if (get_origin(part) in (list, tuple)) == listed] or parts:
+            yield from _hinted(value, part)
+    elif origin in (list, tuple) and listed:
+        for item, part in zip(value, parts if origin is tuple else parts * len(value), strict=False):
+            yield from _hinted(item, part)
+    else:
+        yield from ((number, kind) for number in _numbers(value))
 
 
 def _numbers(value: Any) -> Iterator[Any]:

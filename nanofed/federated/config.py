@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
@@ -18,6 +18,8 @@ from nanofed.training.lightning_cli import KINDS, link_model_and_data, run_optio
 from nanofed.training.module import GPTModule
 from nanofed.training.run_options import RunOptions
 
+N = TypeVar("N", int, float)
+
 
 @dataclass
 class FederationConfig:
@@ -27,7 +29,9 @@ class FederationConfig:
         clients: number of clients (in process and in simulation).
         rounds: rounds at most; by default as many as the recipe's horizon takes.
         round_seconds: length of a round by each client's clock; where clients have clocks of their own, from dispatch to commit.
-        round_steps: optimizer steps of a round instead; two runs of one seed then end in the same weights.
+            Where a federation is to begin with short rounds, that is a list such as `[[0.05, 20], [1, 300]]`: each length holds
+            for the rounds that begin before that share of the horizon.
+        round_steps: optimizer steps of a round instead, or a list of them; two runs of one seed then end in the same weights.
         quorum: clients that a round needs: with fewer connected the server waits, with fewer answers the round changes nothing.
         quorum_seconds: how long to wait for them before saying that the round cannot begin; then the wait goes on.
         grace_seconds: beyond a round's seconds, until a client that has not answered is given up.
@@ -63,8 +67,8 @@ class FederationConfig:
 
     clients: Annotated[int, Range(1, 1 << 20)] = 2
     rounds: Count | None = None
-    round_seconds: Seconds = 300.0
-    round_steps: Count | None = None
+    round_seconds: Seconds | list[tuple[Share, Seconds]] = 300.0
+    round_steps: Count | list[tuple[Share, Count]] | None = None
     quorum: Annotated[int, Range(1, 1 << 20)] = 1
     quorum_seconds: Seconds = 600.0
     grace_seconds: Seconds = 300.0
@@ -93,6 +97,14 @@ class FederationConfig:
             raise ConfigError(
                 f"federation.client_speeds names {len(self.client_speeds)} speeds for {self.clients} clients"
             )
+        for name in ("round_seconds", "round_steps"):
+            if isinstance(lengths := getattr(self, name), list):
+                shares = [share for share, _ in lengths]
+                if not shares or shares != sorted(set(shares)) or shares[0] == 0 or shares[-1] != 1:
+                    raise ConfigError(
+                        f"federation.{name} is a list of [share of the horizon, length of a round until then]: the shares must "
+                        f"rise to 1, not {shares}"
+                    )
         if self.outer == "fedavg" and (self.outer_lr or 1, self.outer_momentum or 0) != (1, 0):
             raise ConfigError(
                 "federation.outer=fedavg has no outer_lr and no outer_momentum: leave them out, or take nesterov"
@@ -102,10 +114,25 @@ class FederationConfig:
                 f"federation.merge={self.merge} weighs all clients the same: set federation.weighting to uniform"
             )
 
+    def seconds_at(self, progress: float) -> float:
+        """Return the seconds of a round that begins at this share of the horizon."""
+        return _at(self.round_seconds, progress)
+
+    def steps_at(self, progress: float) -> int | None:
+        """Return the optimizer steps of a round that begins at this share of the horizon, None where rounds have seconds."""
+        return None if self.round_steps is None else _at(self.round_steps, progress)
+
     @property
     def client_names(self) -> list[str]:
         """The names of the clients in one process: those of a simulation's partitions."""
         return [f"client-{index}" for index in range(self.clients)]
+
+
+def _at(lengths: N | list[tuple[float, N]], progress: float) -> N:
+    """Return the length that holds at a share of the horizon; the last one also beyond it."""
+    if not isinstance(lengths, list):
+        return lengths
+    return next((length for share, length in lengths if progress < share), lengths[-1][1])
 
 
 @dataclass

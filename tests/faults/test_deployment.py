@@ -130,10 +130,11 @@ def catch(federation: Deployment, phase: str) -> None:
             assert time.monotonic() < deadline, f"never {phase}\n{federation.tails()}"
             time.sleep(pause)
 
-    if phase in ("merging", "saving"):
+    if phase == "merging":
         wait(lambda now: now == "training", 0.01)
-        over = ("merging", "saving", "waiting") if phase == "merging" else ("saving", "waiting")
-        wait(lambda now: now in over, 0.0)
+        wait(lambda now: now in ("merging", "waiting"), 0.0)
+    elif phase == "saving":
+        wait(lambda now: now == "saving", 0.0)
     else:
         wait(lambda now: now == phase, 0.001)
 

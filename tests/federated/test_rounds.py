@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanofed.errors import DataError, NanofedError
+from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest, read_weights
@@ -241,6 +241,68 @@ def test_a_killed_server_resumes_to_the_same_bits(
     assert resumed.state.ledger.state_dict() == whole.state.ledger.state_dict()
     assert [p.tokens for p in resumed.metrics.summary.curve] == [p.tokens for p in whole.metrics.summary.curve]
     assert resumed.metrics.summary.curve[-1].bpb == whole.metrics.summary.curve[-1].bpb
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_before_it_has_saved_a_round_trains_it_again(tiny_corpus: Path, tmp_path: Path) -> None:
+    """Its clients have trained that round and, all but one of them, the next: they go back to before both."""
+    options = {"rounds": 5, "round_steps": 2, "up_codec": "int4"}
+    whole, _ = train(federation(tiny_corpus, tmp_path, "whole", **options))
+    config = federation(tiny_corpus, tmp_path, "cut", **options)
+
+    def power_cut(fit: Fit, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+        if instructions.round == 3:
+            loop._save = lambda *, last=False: None  # type: ignore[method-assign]  # the process is killed before it can
+        if (instructions.round, instructions.client) == (4, "client-1"):
+            raise KeyboardInterrupt
+        return fit(arrays, instructions)
+
+    loop, _ = prepare(config, hook=power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train()
+    loop.metrics.close()
+    assert checkpoints(config.folder)[-1].name == "round_00000002"
+    resumed, site = train(federation(tiny_corpus, tmp_path, "cut", ckpt_path="last", **options))
+    assert [asked.round for asked in site.asked] == [3, 3, 4, 4, 5, 5]
+    assert same_bits(whole, resumed)
+
+
+def test_a_stop_between_two_rounds_saves_the_last_one(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = federation(tiny_corpus, tmp_path, "run", rounds=9)
+    loop, _ = prepare(config)
+    wait = loop.clients.wait
+
+    def stopped(number: int, meanwhile: Callable[[str], None]) -> dict[str, int]:
+        if number == 3:
+            raise SystemExit(143)
+        return wait(number, meanwhile)
+
+    monkeypatch.setattr(loop.clients, "wait", stopped)
+    with pytest.raises(SystemExit):
+        loop.train()
+    loop.metrics.close()
+    assert find_checkpoint(config.folder).name == "round_00000002"
+
+
+def test_the_first_rounds_can_be_shorter(tiny_corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rounds": 99, "clients": 1, "model.recipe.num_steps": 12}
+    config = federation(tiny_corpus, tmp_path, "run", round_steps="[[0.25, 1], [1.0, 4]]", **options)
+    _, site = train(config)
+    assert [asked.max_steps for asked in site.asked] == [1, 1, 1, 4, 4, 1]
+    one = federation(
+        tiny_corpus, tmp_path, "one", round_seconds="[[0.5, 0.001], [1.0, 600]]", round_steps="null", **options
+    )
+    _, site = train(one)
+    assert [asked.seconds for asked in site.asked] == [0.001] * 6 + [600]
+    assert [asked.max_steps for asked in site.asked][-1] == 6
+
+
+@pytest.mark.parametrize("lengths", ["[[0.5, 2]]", "[[1.0, 2], [0.5, 3]]", "[[0.5, 2], [1.0, 0]]", "[[0, 1], [1, 2]]"])
+def test_lengths_of_rounds_that_make_no_sense(tiny_corpus: Path, tmp_path: Path, lengths: str) -> None:
+    with pytest.raises(ConfigError, match=r"federation\.round_steps"):
+        _ = federation(tiny_corpus, tmp_path, "run", round_steps=lengths).federation
 
 
 def test_a_damaged_checkpoint_is_skipped(tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

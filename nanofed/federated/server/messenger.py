@@ -72,6 +72,7 @@ class Messenger:
         most_pending: int,
         seconds: float,
         requests: Mapping[str, Evaluate] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[ClientReply[Update]]:
         """Send a round, and yield every client with its update or why there is none, in the order of arrival.
 
@@ -83,6 +84,7 @@ class Messenger:
             most_pending: The documents that a stream's packer may hold.
             seconds: A client is given up after this time; a reply within as much time again is named as late.
             requests: What each client is to evaluate of these weights before it trains.
+            meanwhile: It is called once, when all clients have been sent the round and train.
         """
         configs = {client: instructions[client].to_config() for client in nodes}
         for client, request in (requests or {}).items():
@@ -94,7 +96,7 @@ class Messenger:
             asked = instructions[client]
             return check_reply(reply, asked, sent, weights, streams=streams, most_pending=most_pending)
 
-        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, weights, number, seconds, check)
+        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, weights, number, seconds, check, meanwhile)
 
     def evaluation(
         self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
@@ -128,6 +130,7 @@ class Messenger:
         number: int,
         seconds: float,
         check: Callable[[str, Message], T],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[ClientReply[T]]:
         """Send one message to each client and yield what `check` makes of its reply, or why it refuses it."""
         started = time.monotonic()
@@ -143,6 +146,7 @@ class Messenger:
             round_weights.sent()
             if round_weights.message_bytes > WASTE_BYTES:
                 gc.collect()
+            meanwhile()
             while waiting and time.monotonic() < deadline:
                 idle = True
                 for reply in self._pull(waiting):

@@ -100,7 +100,8 @@ class RoundLoop:
             self._evaluator = SiteEvaluator(self._messenger, self._there, data, config, metrics, options, policy)
         else:
             self._evaluator = ServerEvaluator(model, metrics, options, beside=not policy.one_machine)
-        self._unsaved = False  # a checkpoint was due and could not be written
+        self._due: Callable[[], None] | None = None  # it writes the checkpoint of the last round
+        self._unsaved = False  # a checkpoint could not be written
         self._told: set[str] = set()  # of the rates in use
 
     # --- the run
@@ -125,6 +126,7 @@ class RoundLoop:
                 summary.ended = AT_HORIZON if clock.tokens >= self._horizon else f"{rounds} {at}"
             except BaseException as error:
                 summary.ended = f"{type(error).__name__} after round {clock.round}: {error}"
+                self._save()
                 raise
             finally:
                 self._evaluator.stop()
@@ -145,7 +147,8 @@ class RoundLoop:
                 raise NanofedError(f"{failed} rounds in a row brought no update that could be merged ({why})")
             time.sleep(self._policy.pause(failed))
         self._evaluator.end(state)
-        if self._unsaved or saved_round(self._run) != state.clock.round:
+        if self._due or self._unsaved or saved_round(self._run) != state.clock.round:
+            self._save_later()
             self._save(last=True)
 
     def _finished(self) -> bool:
@@ -178,8 +181,8 @@ class RoundLoop:
         if number % self._options.eval_every == 0 or last:
             self._evaluator.start(state, last=last)
         due = bool(self._options.save_every) and number % self._options.save_every == 0
-        if due or self._unsaved or last:
-            self._save()
+        if due or self._unsaved:
+            self._save_later()
         return True
 
     # --- who takes part
@@ -190,6 +193,7 @@ class RoundLoop:
         self.clients.round = number
 
         def meanwhile(waiting: str) -> None:
+            self._save()
             self._evaluator.collect(self.state)
             self._say("waiting", number, waiting_for=waiting)
 
@@ -236,14 +240,20 @@ class RoundLoop:
     ) -> None:
         """Send the round to its clients, and fold their replies in as they arrive, one at a time."""
         started = time.monotonic()
+
+        def meanwhile() -> None:
+            self._save()
+            self._say("training", figures.round)
+
         replies = self._messenger.round(
             present,
             asked,
             sent,
             streams=self._data.streams,
             most_pending=most_pending(self._data.sequence_len),
-            seconds=self._scheduler.time_limit(len(present)),
+            seconds=self._scheduler.time_limit(self.state.clock.tokens, len(present)),
             requests=self._evaluator.requests(asked),
+            meanwhile=meanwhile,
         )
         for reply in replies:
             folding = time.monotonic()
@@ -259,7 +269,8 @@ class RoundLoop:
             self._say("training", figures.round, merged=sorted(figures.merged))
         figures.exchange = time.monotonic() - started - figures.merge
         while self._messenger.late:
-            self.state.speeds.hurry(self._messenger.late.pop(), self._config.round_seconds)
+            seconds = self._config.seconds_at(self.state.clock.tokens / self._horizon)
+            self.state.speeds.hurry(self._messenger.late.pop(), seconds)
 
     def _fold(self, update: Update, asked: Instructions, seconds: float, aggregator: Aggregator) -> MergedUpdate:
         """Check an update against what is known of its client, and fold it in, or hold it until the round's others are known."""
@@ -353,20 +364,29 @@ class RoundLoop:
         state.speeds.learn_merge(time.monotonic() - started)
         return True
 
+    def _save_later(self) -> None:
+        """Have the checkpoint of the last round written when its clients train the next one, or are waited for.
+
+        A server that dies before that loses this round as well; the clients keep what they need to train it again.
+        """
+        self._due = self.state.checkpoint(self._run, self._module, self._data, self.metrics.summary)
+
     def _save(self, *, last: bool = False) -> None:
-        """Write the round's checkpoint. Where there is no room the run goes on, and tries again after every round."""
+        """Write the checkpoint that is due. Where there is no room the run goes on, and tries again after every round."""
+        if self._due is None:
+            return
         number = self.state.clock.round
         self._say("saving", number)
         try:
-            self.state.save(self._run, self._module, self._data, self.metrics.summary)
+            self._due()
         except SaveError as error:
+            self._due, self._unsaved = None, True
             if last:
                 raise
-            self._unsaved = True
             self.state.events.add("disk", SERVER, error, number)
             logger.warning("round %d is not saved, the run goes on: %s", number, error)
             return
-        self._unsaved = False
+        self._due, self._unsaved = None, False
         reach(self._run, Reached.CHECKPOINT)
         prune_checkpoints(self._run, self._options.keep_checkpoints, self._options.keep_every)
 

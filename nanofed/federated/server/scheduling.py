@@ -160,31 +160,33 @@ class Scheduler:
         The state is that after the round before, and the hash that of the weights that will be sent along.
         """
         config, clock = self._config, state.clock
+        round_steps = config.steps_at(self._progress(clock.tokens))
+        round_seconds = config.seconds_at(self._progress(clock.tokens))
         batch_tokens = self._recipe.batch_tokens
         if config.global_batch_tokens is not None:
             micro = self._data.device_batch_size * self._data.sequence_len
             batch_tokens = max(micro, config.global_batch_tokens // len(clients) // micro * micro)
         left = -(-(self._horizon - clock.tokens) // (batch_tokens * len(clients)))
-        max_steps = min(left, config.round_steps) if config.round_steps else left
+        max_steps = min(left, round_steps) if round_steps else left
         out = {}
         for index, client in enumerate(clients):
             ledger = state.ledger.of(client)
             tokens, margin = max_steps * batch_tokens, state.speeds.margin.get(client, 1.0)
             seconds = None
-            if config.round_steps is None:
-                seconds = config.round_seconds
+            if round_steps is None:
+                seconds = round_seconds
                 if not self._policy.one_machine:
-                    seconds = state.speeds.budget(client, config.round_seconds)
+                    seconds = state.speeds.budget(client, round_seconds)
                 rate = state.speeds.rate.get(client)  # not known before the first round: then an equal share of all
                 share = ledger.share(1 if state.ledger.own_text else len(clients))
-                tokens = int(min(tokens, rate * config.round_seconds * LEASE_OVER_RATE if rate else share))
+                tokens = int(min(tokens, rate * round_seconds * LEASE_OVER_RATE if rate else share))
                 # The client's speed is its own claim where clients take turns: an epoch is the most it is leased.
                 epoch = max(batch_tokens, ledger.share(1))
                 margin = min(margin, max(1.0, epoch / max(1, tokens)))
                 tokens = min(tokens, epoch)
             deadline = None
             if not self._policy.one_machine:
-                deadline = self.time_limit() - state.speeds.overhead.get(client, 0.0) / 2
+                deadline = self.time_limit(clock.tokens) - state.speeds.overhead.get(client, 0.0) / 2
             spare = SPARE_ROWS[self._data.packing]
             stride = (index, len(clients)) if config.sharding == "full" else None
             lease = ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)
@@ -212,12 +214,21 @@ class Scheduler:
     def fraction(self, reports: Sequence[Report], asked: Mapping[str, Instructions]) -> float:
         """Return how much of a full round was trained: less than all only where the horizon cut it short."""
         first = asked[reports[0].client]
-        if self._config.round_steps:
-            return first.max_steps / self._config.round_steps
+        if round_steps := self._config.steps_at(self._progress(first.clock_tokens)):
+            return first.max_steps / round_steps
         if all(report.steps == first.max_steps for report in reports):
             return min(1.0, max(report.seconds / (asked[report.client].seconds or 1.0) for report in reports))
         return 1.0
 
-    def time_limit(self, clients: int = 1) -> float:
-        """Return the seconds after which a client is given up, if so many take part."""
-        return self._policy.time_limit(self._config.round_seconds + self._config.grace_seconds, clients)
+    def time_limit(self, tokens: int, clients: int = 1) -> float:
+        """Return the seconds after which a client is given up in a round that begins after so many tokens.
+
+        Args:
+            tokens: The tokens merged so far.
+            clients: How many take part; on one machine they take turns.
+        """
+        seconds = self._config.seconds_at(self._progress(tokens))
+        return self._policy.time_limit(seconds + self._config.grace_seconds, clients)
+
+    def _progress(self, tokens: int) -> float:
+        return tokens / self._horizon

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +84,18 @@ class State:
             events=Events(run),
         )
 
-    def save(self, run: Path, module: GPTModule, data: TokenDataModule, summary: Summary) -> None:
-        """Write the checkpoint of the round, all of it or nothing.
+    def checkpoint(self, run: Path, module: GPTModule, data: TokenDataModule, summary: Summary) -> Callable[[], None]:
+        """Return a function that writes the checkpoint of this round, all of it or nothing.
 
-        Raises:
+        Everything is as it is now, but weights and outer momentum, of which there is no copy: it has to be called before the
+        next step.
+
+        The function raises:
             SaveError: The checkpoint cannot be written; those before it are whole.
         """
         path = run / "checkpoints" / f"round_{self.clock.round:08d}"
-        set_aside(path)
-        write_checkpoint(
+        write = partial(
+            write_checkpoint,
             path,
             kind="federated",
             weights={name: torch.from_numpy(array) for name, array in self.weights.items()},
@@ -110,6 +115,12 @@ class State:
             metrics={} if summary.bpb_end is None else {"val/bpb": summary.bpb_end},
             data=data.dataset.identity,
         )
+
+        def save() -> None:
+            set_aside(path)
+            write()
+
+        return save
 
     def load(
         self, path: Path, module: GPTModule, data: TokenDataModule, summary: Summary, *, force: bool = False

@@ -17,7 +17,7 @@ from nanofed.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
-KEPT = 2  # a server that lost its open round asks for the one before
+KEPT = 3  # a server that lost the round before the one that sites have trained goes back to the state before both
 Saved = dict[str, Any]
 
 
