@@ -47,6 +47,14 @@ class RunLogger(TensorBoardLogger):
         if self.is_open:
             super().save()
 
+    def finalize(self, status: str) -> None:
+        """Close the writer; where a signal ends the run in the middle of that, Lightning asks again, and it is left as it is."""
+        try:
+            super().finalize(status)
+        except BaseException:
+            self._experiment = None
+            raise
+
 
 class Dashboard(Callback):
     """Writes nanochat's TensorBoard tags, against steps and against tokens, and the run's summary.
