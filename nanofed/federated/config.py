@@ -59,6 +59,8 @@ class FederationConfig:
             rate falls.
         global_batch_tokens: split one batch over the clients of a round, in whole micro-batches, instead of
             `model.recipe.batch_tokens` each.
+        overlap: Sites train on while their update goes up, the others' are merged and the new weights come down. What these steps
+            have changed is added to the new weights, from which the site goes on.
         down_codec: how weights travel to the clients.
         up_codec: how they come back.
         max_failed_rounds: rounds in a row in which clients answered and nothing could be merged, after which the run ends with an
@@ -86,6 +88,7 @@ class FederationConfig:
     outer_momentum: Annotated[float, Range(0, 1, below=True)] | None = None
     outer_warmdown: Share = 0.4
     global_batch_tokens: Count | None = None
+    overlap: bool = False
     down_codec: Literal["fp32", "bf16"] = "fp32"
     up_codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     max_failed_rounds: Count | None = None

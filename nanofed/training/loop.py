@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,15 @@ class LoopResult:
     seconds: float
     losses: tuple[float, ...]
     exhausted: bool
+
+    def followed_by(self, other: LoopResult) -> LoopResult:
+        """Return what this stretch and the one after it did together, in the time of the other one."""
+        return replace(
+            other,
+            steps=self.steps + other.steps,
+            tokens=self.tokens + other.tokens,
+            losses=self.losses + other.losses,
+        )
 
 
 @ManualCollection()

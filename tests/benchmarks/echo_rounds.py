@@ -68,15 +68,22 @@ class EchoTrainer:
         payload: list[Any] = up.pack(self._weights, down.parts(arrays, self._weights))
         asked: dict[str, Any] = {n: getattr(instructions, n) for n in ("run", "round", "client", "nonce", "base_hash")}
         done: dict[str, Any] = {"steps": 1, "tokens": instructions.batch_tokens, "seconds": seconds, "data": state}
-        figures: dict[str, Any] = {"loss_first": 1.0, "loss_last": 1.0, "exhausted": False, "unwritten": False}
+        figures: dict[str, Any] = {
+            "loss_first": 1.0,
+            "loss_last": 1.0,
+            "exhausted": False,
+            "unwritten": False,
+            "ahead": 0,
+        }
         return payload, Report(**asked, **done, **figures, payload_hash=hash_arrays(payload))
 
     def evaluate(self, arrays: Sequence[Any], asked: Evaluate) -> Evaluation:
         """Refuse to evaluate: a benchmark's server does it."""
         raise WireError("an echo evaluates nothing")
 
-    def save(self) -> None:
-        """Save nothing."""
+    def end(self, error: BaseException) -> None:
+        """Raise what has ended the messages."""
+        raise error
 
     def _move(self, weight: Array) -> None:
         flat, at = weight.reshape(-1), -int(self._random.integers(NOISE))
@@ -105,4 +112,4 @@ if __name__ == "__main__":
     progress = Progress(options.progress)
     trainer = EchoTrainer(sys.argv[2:])
     progress.say(state="idle", ranks=1)
-    lead(options, Inbox(options.supernode, options.secret.read_bytes()), cast(Any, trainer), progress)
+    lead(options, Inbox(options.supernode, options.secret.read_bytes()), cast(Any, trainer))

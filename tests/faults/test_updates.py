@@ -365,7 +365,7 @@ def untrained(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arr
     end = StreamState(Row(last.epoch, last.shard, last.stop))
     said: dict[str, Any] = {name: getattr(asked, name) for name in ("run", "round", "client", "nonce", "base_hash")}
     said |= {"steps": 1, "tokens": asked.batch_tokens, "seconds": 1.0, "loss_first": 5.0, "loss_last": 4.0}
-    said |= {"data": DataState(0, dict.fromkeys(range(8), end)), "exhausted": False, "unwritten": False}
+    said |= {"data": DataState(0, dict.fromkeys(range(8), end)), "exhausted": False, "unwritten": False, "ahead": 0}
     return payload, Report(**said, payload_hash=hash_arrays(payload))
 
 

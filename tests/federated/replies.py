@@ -42,6 +42,7 @@ def instructions(**changes: Any) -> Instructions:
     }
     values |= {"down_codec": "fp32", "up_codec": "fp32", "max_steps": 4, "seconds": None, "deadline_seconds": None}
     values |= {"participants": 2, "batch_tokens": 64, "clock_step": 8, "clock_tokens": 1024, "horizon_tokens": 8192}
+    values["overlap"] = False
     return Instructions(**{**values, **changes})
 
 
@@ -60,7 +61,7 @@ def report(**changes: Any) -> Report:
     asked = instructions()
     values: dict[str, Any] = {name: getattr(asked, name) for name in ("run", "round", "client", "nonce", "base_hash")}
     values |= {"payload_hash": hash_arrays(list(weights(1).values())), "data": state(13), "steps": 3, "tokens": 192}
-    values |= {"seconds": 1.5, "loss_first": 5.5, "loss_last": 5.0, "exhausted": False, "unwritten": False}
+    values |= {"seconds": 1.5, "loss_first": 5.5, "loss_last": 5.0, "exhausted": False, "unwritten": False, "ahead": 0}
     return Report(**{**values, **changes})
 
 

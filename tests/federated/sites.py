@@ -84,7 +84,7 @@ class Rounds:
         }
         values |= {"down_codec": "fp32", "up_codec": "fp32", "max_steps": 2, "seconds": None, "deadline_seconds": None}
         values |= {"participants": 1, "batch_tokens": BATCH, "horizon_tokens": 1000 * BATCH}
-        values |= {"clock_step": self.steps, "clock_tokens": self.tokens}
+        values |= {"clock_step": self.steps, "clock_tokens": self.tokens, "overlap": False}
         return Instructions(**{**values, **changes})
 
     def evaluate(self, **changes: Any) -> Evaluate:

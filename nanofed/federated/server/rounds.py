@@ -76,6 +76,10 @@ class RoundLoop:
     ) -> None:
         if policy.one_machine and config.quorum > config.clients:
             raise ConfigError(f"federation.quorum={config.quorum} is more than the {config.clients} clients there are")
+        if policy.one_machine and config.overlap:
+            raise ConfigError(
+                "federation.overlap: clients of one machine take turns, and have nothing to wait for; set it to false"
+            )
         if config.sharding != "local":
             RowPlan.whole(data.dataset).check_streams(data.streams)
         self._policy = policy

@@ -189,6 +189,8 @@ class Scheduler:
                 deadline = self.time_limit(clock.tokens) - state.speeds.overhead.get(client, 0.0) / 2
             spare = SPARE_ROWS[self._data.packing]
             stride = (index, len(clients)) if config.sharding == "full" else None
+            if config.overlap:
+                margin *= 2  # for as many steps again while the next round is on its way
             lease = ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)
             out[client] = Instructions(
                 run=state.run_id,
@@ -208,6 +210,7 @@ class Scheduler:
                 horizon_tokens=self._horizon,
                 lease=lease,
                 data=ledger.data(client),
+                overlap=config.overlap,
             )
         return out
 

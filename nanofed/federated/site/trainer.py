@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from lightning import Fabric
 from torch import Tensor
 
 from nanofed.data.datamodule import TokenDataModule
-from nanofed.data.rows import RowPlan
+from nanofed.data.rows import RowPlan, RowRange
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
 from nanofed.federated.site.evaluation import measure
@@ -26,7 +26,7 @@ from nanofed.federated.wire.blocks import all_finite, flat
 from nanofed.federated.wire.codec import CODECS, Arrays, WireError, hash_arrays, pack_with_feedback
 from nanofed.federated.wire.messages import MAX_FAILURE, Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.federated.wire.plain_text import SAFE_NAME
-from nanofed.training.loop import Stopwatch, train_steps
+from nanofed.training.loop import LoopResult, Stopwatch, train_steps
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import accumulation_steps
 from nanofed.training.strategy import send_weights
@@ -62,6 +62,48 @@ class ClientState:
     round: int
     optimizer: defaultdict[Tensor, Any]
     residual: Residual
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The steps that were taken after a round and before the next one's weights were there.
+
+    Attributes:
+        asked: The round after which they were taken.
+        start: Where the streams stood at its end, as it was reported.
+        change: The local weights at its end, and later what the steps have changed of them, by name.
+        data: Where the streams stand now.
+        residual: What codecs had rounded off by its end.
+    """
+
+    asked: Instructions
+    start: DataState
+    change: dict[str, Tensor]
+    result: LoopResult
+    data: DataState
+    residual: Residual
+
+    def are_of(self, asked: Instructions) -> bool:
+        """Tell whether these steps are the first of a round: what came before them is merged, and the rows go on the same."""
+        before = self.asked
+        return (
+            (before.client, before.run, before.batch_tokens) == (asked.client, asked.run, asked.batch_tokens)
+            and self.start == asked.data
+            and self.result.steps < asked.max_steps
+            and _goes_on(before.lease, asked.lease)
+        )
+
+
+def _goes_on(before: Sequence[RowRange], after: Sequence[RowRange]) -> bool:
+    """Tell whether a lease has all rows of an earlier one in the same order, but for ranges that have left its front."""
+    left = list(before)
+    while left and after and replace(left[0], stop=0) != replace(after[0], stop=0):
+        left.pop(0)
+    if not left or len(left) > len(after):
+        return False
+    *whole, last = left
+    end = after[len(whole)]
+    return whole == list(after[: len(whole)]) and last == replace(end, stop=last.stop) and last.stop <= end.stop
 
 
 class FabricTrainer:
@@ -112,6 +154,10 @@ class FabricTrainer:
         self._like = {n: np.broadcast_to(np.float32(0), tuple(p.shape)) for n, p in self._parameters.items()}
         self._pinned: dict[str, Tensor] | None = None
         self._kept: dict[str, ClientState] = {}
+        self._trained: tuple[Instructions, Report] | None = (
+            None  # the last round, where the weights are those at its end
+        )
+        self._ahead: Ahead | None = None
         self._residual: Residual = {}  # of the client whose turn it is, on the first rank
         self._pace: dict[str, float] = {}
         self._unwritten = 0  # states, when the last report was made
@@ -149,42 +195,35 @@ class FabricTrainer:
             Agreed: Where there are several ranks, all of them raise it in the place of all these.
         """
         turn = turn or Turn()
-        ranks, data, module = self.ranks, self._data, self._module
+        ranks, module = self.ranks, self._module
+        ahead = self._take_ahead(instructions)
         with ranks.together():
             if ranks.first:
                 self._take_weights(arrays, instructions)
-            accumulation = accumulation_steps(
-                instructions.batch_tokens,
-                device_batch_size=data.device_batch_size,
-                sequence_len=data.sequence_len,
-                world_size=ranks.size,
-            )
-            plan = RowPlan(instructions.lease, data.dataset.train, repeat=False)
-            loader = data.loader(plan, state=instructions.data, rank=ranks.number, world_size=ranks.size)
         if ranks.size > 1:
             send_weights(module.gpt)
-        self._optimizer.state = self._state_before(instructions)
-        clock = module.clock
-        clock.step, clock.tokens = instructions.clock_step, instructions.clock_tokens
-        clock.step_tokens = instructions.batch_tokens * instructions.participants
-        clock.horizon_tokens = instructions.horizon_tokens
-        module.data_state = instructions.data
+        if ahead is None:
+            self._optimizer.state = self._state_before(instructions)
+        else:
+            self._residual = ahead.residual
+            for name, parameter in self._parameters.items():
+                parameter.detach().add_(ahead.change[name])
         arrived = ranks.from_first(turn.arrived)
         own = Stopwatch(self._speed(instructions.client)) if arrived is None else Stopwatch(start=arrived)
         watch = SharedStopwatch(ranks, own)
         before = 0.0 if arrived is None else watch.elapsed()
-        with closing(iter(loader)) as batches:  # a round that is stopped leaves no thread that makes more
-            result = train_steps(
-                self._fabric,
-                self._fabric_module,
-                self._fabric_optimizer,
-                SharedBatches(batches, ranks, turn.check, lambda begun: turn.progress((begun - 1) // accumulation)),
-                accumulation=accumulation,
-                step_tokens=instructions.batch_tokens,
-                num_steps=instructions.max_steps,
-                seconds=instructions.seconds,
-                stopwatch=watch,
-            )
+        taken = 0 if ahead is None else ahead.result.steps
+        result = self._steps(
+            instructions,
+            turn,
+            after=taken,
+            start=instructions.data if ahead is None else ahead.data,
+            num_steps=instructions.max_steps - taken,
+            seconds=instructions.seconds,
+            watch=watch,
+        )
+        if ahead is not None:
+            result = ahead.result.followed_by(result)
         losses = ranks.mean(result.losses)
         payload: Arrays = []
         with ranks.together():
@@ -212,9 +251,109 @@ class FabricTrainer:
             exhausted=result.exhausted,
             data=DataState.merge(ranks.gather(module.data_state)),
             unwritten=unwritten,
+            ahead=taken,
         )
+        self._trained = (instructions, report)
         self._pace[instructions.client] = report.tokens_per_second
         return payload, report
+
+    def ahead_steps(self) -> int:
+        """Return how many steps may be taken before the next round's weights are there.
+
+        They are no more than the last round had, so that a server that is gone does not make a site drift away, and one less than
+        the next one will have.
+        """
+        if self._trained is None:
+            return 0
+        asked, report = self._trained
+        more = asked.overlap and self._module.clock.tokens < asked.horizon_tokens
+        return min(report.steps, asked.max_steps - 1) if more else 0
+
+    def train_ahead(self, watch: Stopwatch, turn: Turn) -> None:
+        """Train on from the local weights of the last round, which is saved, until the watch shows more than 0 seconds.
+
+        The next round begins with these steps: what they have changed is added to the weights that it brings. So the others'
+        updates arrive late, and a client's own does not ("eager updates", arXiv:2502.12996). Where the next round does not go on
+        from there, the steps are thrown away.
+
+        Raises:
+            Exception: `turn.check` raises it, or the training does; these steps are lost then.
+        """
+        assert self._trained is not None
+        num_steps, (asked, report), self._trained = self.ahead_steps(), self._trained, None
+        residual = self._kept.pop(
+            asked.client
+        ).residual  # what else was kept is changed in place: without these steps it is loaded
+        change = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        shared = SharedStopwatch(self.ranks, watch)
+        result = self._steps(
+            asked, turn, after=report.steps, start=report.data, num_steps=num_steps, seconds=0.0, watch=shared
+        )
+        state = self._module.data_state
+        if result.steps == 0 or state is None or not np.isfinite(self.ranks.mean(result.losses)).all():
+            return
+        for name, parameter in self._parameters.items():
+            torch.sub(parameter.detach(), change[name], out=change[name])
+        self._ahead = Ahead(asked, report.data, change, result, DataState.merge(self.ranks.gather(state)), residual)
+
+    def _take_ahead(self, instructions: Instructions) -> Ahead | None:
+        """Return the steps that were taken before this round, if they are its first ones, with what they have changed."""
+        ahead, self._ahead, self._trained = self._ahead, None, None
+        return ahead if ahead is not None and ahead.are_of(instructions) else None
+
+    def _steps(
+        self,
+        asked: Instructions,
+        turn: Turn,
+        *,
+        after: int,
+        start: DataState | None,
+        num_steps: int,
+        seconds: float | None,
+        watch: Stopwatch,
+    ) -> LoopResult:
+        """Train on the rows of a round.
+
+        Args:
+            asked: The round.
+            turn: It follows the progress and may end it.
+            after: The steps that were taken since the weights of the round.
+            start: Where the streams stand.
+            num_steps: The steps to take at most.
+            seconds: The budget on the watch.
+            watch: It is the same on all ranks.
+        """
+        ranks, data, module = self.ranks, self._data, self._module
+        with ranks.together():
+            accumulation = accumulation_steps(
+                asked.batch_tokens,
+                device_batch_size=data.device_batch_size,
+                sequence_len=data.sequence_len,
+                world_size=ranks.size,
+            )
+            plan = RowPlan(asked.lease, data.dataset.train, repeat=False)
+            loader = data.loader(plan, state=start, rank=ranks.number, world_size=ranks.size)
+        clock = module.clock
+        clock.step_tokens = asked.batch_tokens * asked.participants
+        clock.step, clock.tokens = asked.clock_step + after, asked.clock_tokens + after * clock.step_tokens
+        clock.horizon_tokens = asked.horizon_tokens
+        module.data_state = start
+
+        def begun(number: int) -> None:
+            turn.progress(after + (number - 1) // accumulation)
+
+        with closing(iter(loader)) as batches:  # a round that is stopped leaves no thread that makes more
+            return train_steps(
+                self._fabric,
+                self._fabric_module,
+                self._fabric_optimizer,
+                SharedBatches(batches, ranks, turn.check, begun),
+                accumulation=accumulation,
+                step_tokens=asked.batch_tokens,
+                num_steps=num_steps,
+                seconds=seconds,
+                stopwatch=watch,
+            )
 
     def save(self, instructions: Instructions) -> None:
         """Save the optimizer state that `train` ended with: on the first rank, to which the others send their shards."""
@@ -241,6 +380,7 @@ class FabricTrainer:
         """
         turn = turn or Turn()
         ranks = self.ranks
+        self._trained = None  # other weights take the place of those
         watch = SharedStopwatch(ranks, Stopwatch())
         with ranks.together():
             if ranks.first:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
@@ -36,12 +39,19 @@ from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instruc
 from nanofed.federated.wire.weights_client import WeightsClient
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.lightning_errors import lightning_errors
+from nanofed.training.loop import Stopwatch
 from nanofed.training.recipe import accumulation_steps
 from nanofed.training.strategy import FabricShardedStrategy, cluster_environment
 
 logger = logging.getLogger("nanofed.federated.site.worker")  # the module itself is __main__
 
 LAUNCHER_POLL = 1.0  # seconds between two looks for the processes without which this one is an orphan
+AHEAD = "ahead"  # what the first rank tells the others where they train on together
+T = TypeVar("T")
+Job = (
+    tuple[Callable[[], Any], "Future[Any]"] | BaseException
+)  # something to do and where its result goes, or why to end
+
 LOG_FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
 
 
@@ -71,8 +81,34 @@ class _Turn(Turn):
         self._progress.stepped(steps)
 
 
+class _Between(Turn):
+    """The time between two rounds, in which the trainer goes on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def check(self) -> None:
+        self._progress.alive()
+
+    def progress(self, steps: int) -> None:
+        self._progress.stepped(steps)
+
+
+class _UntilAsked(Stopwatch):
+    """Shows 0 until there is something else to do."""
+
+    def __init__(self, jobs: queue.Queue[Job]) -> None:
+        self._jobs = jobs
+
+    def elapsed(self) -> float:
+        return 0.0 if self._jobs.empty() else 1.0
+
+
 class SiteTrainer:
     """The trainer of a site's client on the first rank: what it is asked to do, all ranks do together.
+
+    One thread takes messages, fetches weights and delivers answers, and asks for what they say; the main thread does that
+    (`work`), and trains on in between where a round says so.
 
     Args:
         trainer: It trains and evaluates on this rank.
@@ -90,13 +126,63 @@ class SiteTrainer:
         self._trainer = trainer
         self._progress = progress
         self._unsaved: Instructions | None = None
+        self._jobs: queue.Queue[Job] = queue.Queue()
+
+    # --- in the thread of the messages
 
     def hello(self, client: str) -> Hello:
         """Say who the client is and what it runs."""
         return self._trainer.hello(client)
 
     def fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
-        """Train one round on all ranks; `save` has to follow."""
+        """Have one round trained on all ranks."""
+        return self._ask(lambda: self._fit(arrays, instructions))
+
+    def evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:
+        """Have weights evaluated on all ranks."""
+        return self._ask(lambda: self._evaluate(arrays, asked))
+
+    def _ask(self, do: Callable[[], T]) -> T:
+        answer: Future[T] = Future()
+        self._jobs.put((do, answer))
+        return answer.result()
+
+    def end(self, error: BaseException) -> None:
+        """Have the main thread end with an error."""
+        self._jobs.put(error)
+
+    # --- in the main thread
+
+    @FrozenObjects()
+    def work(self) -> None:
+        """Do what is asked for, one thing after another.
+
+        Raises:
+            BaseException: One that `end` was called with.
+        """
+        while True:
+            job = self._next()
+            if isinstance(job, BaseException):
+                raise job
+            do, answer = job
+            try:
+                answer.set_result(do())
+            except Exception as error:
+                answer.set_exception(error)
+            del do, answer, job  # they hold the weights
+
+    def _next(self) -> Job:
+        """Return the next thing to do; until it is there, save what is unsaved, and train on."""
+        self._progress.say(state="idle")
+        if self._jobs.empty() and self.broken is None:
+            self._save()
+            if self._trainer.ahead_steps():
+                self._train_ahead()
+                self._progress.say(state="idle")
+        return self._jobs.get()
+
+    def _fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
+        self._save()  # of the round before, where this one has come at once
         with self._on_all_ranks(instructions):
             self._progress.say(state="training", run=instructions.run, round=instructions.round, steps=0)
             turn = _Turn(self.task, self._progress, instructions.deadline_seconds)
@@ -107,13 +193,23 @@ class SiteTrainer:
         logger.info("round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s", report.round, report.steps, *losses, speed)
         return payload, report
 
-    def evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:
-        """Evaluate weights on all ranks."""
+    def _evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:
+        self._save()
         with self._on_all_ranks(asked):
             self._progress.say(state="evaluating", run=asked.run, round=asked.round, steps=0)
             return self._trainer.evaluate(arrays, asked, _Turn(self.task, self._progress))
 
-    def save(self) -> None:
+    def _train_ahead(self) -> None:
+        self._progress.say(state="training")
+        try:
+            with self._on_all_ranks(AHEAD):
+                self._trainer.train_ahead(_UntilAsked(self._jobs), _Between(self._progress))
+        except Exception as error:
+            if self.broken is not None:
+                raise
+            logger.warning("the site could not train on after its round: %s", error)
+
+    def _save(self) -> None:
         """Save the optimizer state of the round that was trained last, on all ranks, where that is not done yet."""
         instructions, self._unsaved = self._unsaved, None
         if instructions is not None:
@@ -122,7 +218,7 @@ class SiteTrainer:
             self._progress.say(unwritten=self._trainer.states.unwritten)
 
     @contextmanager
-    def _on_all_ranks(self, asked: Instructions | Evaluate) -> Iterator[None]:
+    def _on_all_ranks(self, asked: Instructions | Evaluate | str) -> Iterator[None]:
         try:
             self._trainer.ranks.from_first(asked)
             yield
@@ -139,14 +235,16 @@ class SiteTrainer:
 @FrozenObjects()
 def follow(trainer: FabricTrainer) -> None:
     """Do on another rank what the first one does, round after round."""
-    nothing: Instructions | Evaluate | None = None
+    nothing: Instructions | Evaluate | str | None = None
     trained: Instructions | None = None
     while True:
         asked = trainer.ranks.from_first(nothing)
         try:
             if isinstance(asked, Evaluate):
                 trainer.evaluate([], asked)
-            elif asked is not None:
+            elif asked == AHEAD:
+                trainer.train_ahead(Stopwatch(), Turn())
+            elif isinstance(asked, Instructions):
                 trainer.train([], trained := asked)
             elif trained is not None:
                 trainer.save(trained)
@@ -154,40 +252,37 @@ def follow(trainer: FabricTrainer) -> None:
             logger.debug("%s", error)
 
 
-@FrozenObjects()
-def lead(options: WorkerOptions, inbox: Inbox, trainer: SiteTrainer, progress: Progress) -> None:
-    """Take messages and answer them, one after another.
-
-    Raises:
-        Exception: one that leaves ranks or a device in an unknown state.
-    """
-    app = client_app(lambda context: trainer, WeightsClient(options.superlink, options.authority, options.key))
-    while True:
-        trainer.task = task = inbox.next()
-        try:
-            message, context, bundle = task.receive()
-        except Exception as error:
-            logger.warning("a message could not be taken: %s", error)
-            task.give_up()
-            continue
-        try:
-            check_bundle(bundle)
-            reply = app(message, context)
-        except Exception as error:
-            reason = str(error) if isinstance(error, (NanofedError, WireError)) else f"{type(error).__name__}: {error}"
-            logger.warning("%s is refused: %s", message.metadata.message_type, reason)
-            reply = Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"site {options.name}: {reason}"), reply_to=message
-            )
-        progress.say(state="idle")
-        try:
-            task.answer(reply, context)
-        except Exception as error:  # the SuperNode is gone, or has answered for this process
-            logger.warning("an answer cannot be handed over: %s", error)
-        del message, reply
-        if trainer.broken is not None:
-            raise trainer.broken
-        trainer.save()
+def lead(options: WorkerOptions, inbox: Inbox, trainer: SiteTrainer) -> None:
+    """Take messages and answer them, one after another, until the trainer is broken: it is told to end then."""
+    try:
+        app = client_app(lambda context: trainer, WeightsClient(options.superlink, options.authority, options.key))
+        while trainer.broken is None:
+            trainer.task = task = inbox.next()
+            try:
+                message, context, bundle = task.receive()
+            except Exception as error:
+                logger.warning("a message could not be taken: %s", error)
+                task.give_up()
+                continue
+            try:
+                check_bundle(bundle)
+                reply = app(message, context)
+            except Exception as error:
+                reason = (
+                    str(error) if isinstance(error, (NanofedError, WireError)) else f"{type(error).__name__}: {error}"
+                )
+                logger.warning("%s is refused: %s", message.metadata.message_type, reason)
+                reply = Message(
+                    Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"site {options.name}: {reason}"), reply_to=message
+                )
+            try:
+                task.answer(reply, context)
+            except Exception as error:  # the SuperNode is gone, or has answered for this process
+                logger.warning("an answer cannot be handed over: %s", error)
+            del message, reply
+        trainer.end(trainer.broken)
+    except BaseException as error:
+        trainer.end(error)
 
 
 def main(args: Sequence[str]) -> int:
@@ -206,8 +301,10 @@ def main(args: Sequence[str]) -> int:
             follow(trainer)
         progress.say(state="idle", ranks=trainer.ranks.size)
         logger.info("the worker of %s is ready: %d devices", options.name, trainer.ranks.size)
+        site = SiteTrainer(trainer, progress)
         inbox = Inbox(options.supernode, options.secret.read_bytes())
-        lead(options, inbox, SiteTrainer(trainer, progress), progress)
+        threading.Thread(target=lead, args=(options, inbox, site), name="nanofed-messages", daemon=True).start()
+        site.work()
     except Exception as error:
         time.sleep(runtime.seconds_to_hold_back())
         outcome = Outcome.of(error)

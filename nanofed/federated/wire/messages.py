@@ -263,6 +263,7 @@ class Instructions(RoundMessage):
         lease: the rows that this client may read, in order.
         data: where the client's streams stand in the lease, as merged; None at its begin. What a client trained that was not
             merged is leased anew, so the ledger says where to go on, not the client.
+        overlap: train on when the round is over, until the next one is here; those steps are of the next one then.
     """
 
     down_codec: str
@@ -277,6 +278,7 @@ class Instructions(RoundMessage):
     horizon_tokens: Int
     lease: tuple[RowRange, ...]
     data: Position | None
+    overlap: bool
 
 
 @dataclass(frozen=True)
@@ -287,12 +289,13 @@ class Report(RoundMessage):
         payload_hash: hash of the arrays that go with the report.
         steps: full optimizer steps.
         tokens: tokens of these steps, over all ranks.
-        seconds: training time on the client's own clock.
+        seconds: training time on the client's own clock, from the weights' arrival.
         loss_first: training loss of the first step, nats a token.
         loss_last: training loss of the last step, nats a token.
         exhausted: the lease ended before the budget did.
         data: where every stream stands.
         unwritten: the site's disk did not take the optimizer state of the round before.
+        ahead: how many of the steps the client had taken before the weights were there.
     """
 
     payload_hash: str
@@ -304,11 +307,12 @@ class Report(RoundMessage):
     exhausted: bool
     data: Position
     unwritten: bool
+    ahead: Int
 
     @property
     def tokens_per_second(self) -> float:
         """The speed of the training."""
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+        return self.tokens * (self.steps - self.ahead) / self.steps / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
