@@ -95,7 +95,12 @@ class RoundMetrics:
     @property
     def train_seconds(self) -> float:
         """The longest training: clients train at the same time, each on its own clock."""
-        return max(part.report.seconds for part in self.merged.values())
+        return max(part.report.training_seconds for part in self.merged.values())
+
+    @property
+    def seconds(self) -> float:
+        """From the end of the round before to this one's."""
+        return self.wait + self.exchange + self.merge
 
     def scalars(self) -> dict[str, float]:
         """Return the scalars of the round by tag."""
@@ -118,7 +123,9 @@ class RoundMetrics:
             "fed/train_seconds": self.train_seconds,
             "fed/transfer_seconds": max(0.0, *(part.seconds - part.report.seconds for part in parts)),
             "fed/merge_seconds": self.merge,
-            "fed/round_seconds": self.wait + self.exchange + self.merge,
+            "fed/round_seconds": self.seconds,
+            # The share of the round in which a client trains, on average.
+            "fed/utilisation": math.fsum(report.training_seconds for report in reports) / len(parts) / self.seconds,
             "fed/update_norm_mean": mean_norm,
             "fed/update_norm_max": max(norms),
             "fed/update_norm_merged": self.merged_norm,
@@ -186,7 +193,7 @@ class FederationMetrics:
                 "train/loss": report.loss_last,
                 "train/tok_per_sec": report.tokens_per_second,
                 "fed/steps": report.steps,
-                "fed/train_seconds": report.seconds,
+                "fed/train_seconds": report.training_seconds,
                 "fed/update_norm": part.length.norm,
                 "fed/update_scale": part.scale,
                 "fed/bytes_up": figures.client_bytes_up,

@@ -127,7 +127,9 @@ def _check_figures(report: Report, instructions: Instructions) -> None:
     if not 1 <= steps <= instructions.max_steps:
         raise RefusedReply("tokens", f"it claims {steps} steps, of {instructions.max_steps} at most")
     if not 0 <= report.ahead <= (steps if instructions.overlap else 0):
-        raise RefusedReply("tokens", f"it claims that it took {report.ahead} of {steps} steps before it had the weights")
+        raise RefusedReply(
+            "tokens", f"it claims that it took {report.ahead} of {steps} steps before it had the weights"
+        )
     if report.tokens != steps * instructions.batch_tokens:
         claim = f"it claims {report.tokens} tokens for {steps} steps of {instructions.batch_tokens}"
         raise RefusedReply("tokens", claim)

@@ -190,7 +190,10 @@ class SiteTrainer:
         self._unsaved = instructions
         self._progress.trained(report.steps, report.tokens_per_second)
         losses, speed = (report.loss_first, report.loss_last), report.tokens_per_second
-        logger.info("round %d: %d steps, loss %.4f to %.4f, %.0f tokens/s", report.round, report.steps, *losses, speed)
+        early = f" ({report.ahead} before its weights were here)" if report.ahead else ""
+        logger.info(
+            "round %d: %d steps%s, loss %.4f to %.4f, %.0f tokens/s", report.round, report.steps, early, *losses, speed
+        )
         return payload, report
 
     def _evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:

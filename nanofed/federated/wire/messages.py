@@ -310,9 +310,14 @@ class Report(RoundMessage):
     ahead: Int
 
     @property
+    def training_seconds(self) -> float:
+        """The time of all steps, those before the weights' arrival at the speed of the others."""
+        return self.seconds * self.steps / max(1, self.steps - self.ahead)
+
+    @property
     def tokens_per_second(self) -> float:
         """The speed of the training."""
-        return self.tokens * (self.steps - self.ahead) / self.steps / self.seconds if self.seconds > 0 else 0.0
+        return self.tokens / self.training_seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
