@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,19 @@ def test_more_tokens_than_the_speed_so_far_gives_are_refused_until_it_is_believe
         with pytest.raises(RefusedReply, match=r"claims 4000 tokens within 10.0 s, 1.5 times its speed so far"):
             speeds.check(honest_on_a_new_machine, 10.0)
     speeds.check(honest_on_a_new_machine, 10.0)
+
+
+def test_what_was_trained_before_a_round_is_of_the_time_before_it() -> None:
+    speeds = learned(elapsed=10.0)
+    early = report(tokens=2400, steps=24, ahead=12, seconds=9.0)
+    speeds.check(early, 10.0, before=8.0)
+    with pytest.raises(RefusedReply, match=r"claims 2400 tokens within 11.0 s"):
+        speeds.check(early, 10.0, before=1.0)
+    speeds = learned(elapsed=10.0)
+    with pytest.raises(RefusedReply, match=r"within 10\.0 s"):
+        speeds.check(replace(early, ahead=0), 10.0, before=8.0)
+    speeds.learn(early, 10.0)
+    assert speeds.rate["client-0"] == 120.0
 
 
 def test_speed_is_of_the_servers_seconds() -> None:

@@ -107,6 +107,7 @@ class RoundLoop:
         self._due: Callable[[], None] | None = None  # it writes the checkpoint of the last round
         self._unsaved = False  # a checkpoint could not be written
         self._told: set[str] = set()  # of the rates in use
+        self._replied: dict[str, float] = {}  # client -> when its last reply was here, on the monotonic clock
 
     # --- the run
 
@@ -280,7 +281,10 @@ class RoundLoop:
         """Check an update against what is known of its client, and fold it in, or hold it until the round's others are known."""
         client, state = asked.client, self.state
         if not self._policy.one_machine:
-            state.speeds.check(update.report, seconds)
+            now = time.monotonic()
+            before = now - seconds - self._replied.get(client, now - seconds)
+            self._replied[client] = now
+            state.speeds.check(update.report, seconds, before)
         report = state.ledger.of(client).believed(update.report, asked)
         rates = self.rates(asked, update.report.steps)
         length = state.norms.measure(update.norms, rates, lambda name: l2_norm([state.weights[name]]))

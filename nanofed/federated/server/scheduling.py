@@ -62,8 +62,13 @@ class ClientSpeeds:
         left = round_seconds - self.overhead.get(client, 0.0) - self.merge_seconds
         return max(left, LEAST_SHARE * round_seconds)
 
-    def check(self, report: Report, elapsed: float) -> None:
-        """Refuse training that cannot have been done since the round was sent, `elapsed` seconds ago on the server's clock.
+    def check(self, report: Report, elapsed: float, before: float = 0.0) -> None:
+        """Refuse training that cannot have been done in the time that the client had.
+
+        Args:
+            report: What it says that it has done.
+            elapsed: The seconds since the round was sent, on the server's clock.
+            before: The seconds from the client's last reply until then, in which it may have trained ahead.
 
         Raises:
             RefusedReply: The report claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
@@ -75,6 +80,7 @@ class ClientSpeeds:
             )
         if self.rounds.get(client, 0) < SPEED_ROUNDS:
             return
+        elapsed += before if report.ahead else 0.0
         possible = SPEED_MARGIN * self.fastest[client] * max(elapsed, CLOCK_SLACK)
         if report.tokens > possible:
             # An honest client on a new machine is believed some rounds later.
@@ -108,7 +114,8 @@ class ClientSpeeds:
     def learn(self, report: Report, elapsed: float | None) -> None:
         """Take up a merged round; `elapsed` is as in `check`, None where clients take turns."""
         client = report.client
-        rate = report.tokens / max(report.seconds if elapsed is None else elapsed, LEAST_SECONDS)
+        tokens = report.tokens * (report.steps - report.ahead) / report.steps
+        rate = tokens / max(report.seconds if elapsed is None else elapsed, LEAST_SECONDS)
         self.rate[client] = rate
         self.a_device[client] = report.tokens / self.devices.get(client, 1)
         self.fastest[client] = max(rate, self.fastest.get(client, 0.0))
