@@ -147,10 +147,10 @@ def test_a_disk_without_room_stops_no_round(args: list[str], rounds: Rounds, tmp
         step(direct, expected)
     weights, unwritten, files = children.call(bad_disk, args, rounds.corpus, tmp_path / "disk", change)
     assert same(weights, expected.weights)
-    # What is older than two rounds goes, which makes room on a full disk; a read-only one stays as it was.
+    # What is older than three rounds goes, which makes room on a full disk; a read-only one stays as it was.
     assert (unwritten, files) == {
         "ro": (2, ["round_00000001.pt", "round_00000002.pt"]),
-        "full": (1, ["round_00000004.pt"]),
+        "full": (2, ["round_00000002.pt"]),
     }[change], (unwritten, files)
 
 
