@@ -55,7 +55,8 @@ class FederationConfig:
             rate falls.
         global_batch_tokens: split one batch over the clients of a round, in whole micro-batches, instead of
             `model.recipe.batch_tokens` each.
-        down_codec: how weights travel to the clients.
+        down_codec: how weights travel to the clients: whole, in fp32 or bf16; or as what changed since the last round, in int8 or
+            int4, and whole in bf16 to a client that did not answer that round.
         up_codec: how they come back.
         max_failed_rounds: rounds in a row in which clients answered and nothing could be merged, after which the run ends with an
             error; by default 5 on one machine, and never across sites, where the server tries again less and less often.
@@ -82,7 +83,7 @@ class FederationConfig:
     outer_momentum: Annotated[float, Range(0, 1, below=True)] | None = None
     outer_warmdown: Share = 0.4
     global_batch_tokens: Count | None = None
-    down_codec: Literal["fp32", "bf16"] = "fp32"
+    down_codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     up_codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     max_failed_rounds: Count | None = None
 
