@@ -61,7 +61,8 @@ class FederationConfig:
             `model.recipe.batch_tokens` each.
         overlap: Sites train on while their update goes up, the others' are merged and the new weights come down. What these steps
             have changed is added to the new weights, from which the site goes on.
-        down_codec: how weights travel to the clients.
+        down_codec: how weights travel to the clients: whole, in fp32 or bf16; or as what changed since the last round, in int8 or
+            int4, and whole in bf16 to a client that did not answer that round.
         up_codec: how they come back.
         max_failed_rounds: rounds in a row in which clients answered and nothing could be merged, after which the run ends with an
             error; by default 5 on one machine, and never across sites, where the server tries again less and less often.
@@ -89,7 +90,7 @@ class FederationConfig:
     outer_warmdown: Share = 0.4
     global_batch_tokens: Count | None = None
     overlap: bool = False
-    down_codec: Literal["fp32", "bf16"] = "fp32"
+    down_codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     up_codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     max_failed_rounds: Count | None = None
 

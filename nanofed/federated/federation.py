@@ -164,12 +164,13 @@ class Federation(Arguments):
         if (resume := resume_checkpoint(options.folder, options.ckpt_path)) is not None:
             State.new(module, data, config, options.folder, weights=False).load_without_weights(resume)
 
-    def trainer(self) -> FabricTrainer:
-        """Return the trainer of this process, for every client that runs in it."""
+    def trainer(self, *, shared: bool = False) -> FabricTrainer:
+        """Return the trainer of this process, for every client that runs in it; `shared` as of `FabricTrainer`."""
         module, data = self.build()
         config = self.federation
         names = dict(zip(config.client_names, config.client_speeds or [1.0] * config.clients, strict=True))
-        return FabricTrainer(module, data, self.fabric(), self.folder / "clients", lambda name: names.get(name, 1.0))
+        speed, folder = (lambda name: names.get(name, 1.0)), self.folder / "clients"
+        return FabricTrainer(module, data, self.fabric(), folder, speed, shared=shared)
 
     def loop(
         self,

@@ -24,6 +24,7 @@ from nanofed.federated.site.inbox import Inbox, Task
 from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.progress import Progress
 from nanofed.federated.site.worker import lead
+from nanofed.federated.wire.changes import changed
 from nanofed.federated.wire.codec import CODECS, Array, WireError, hash_arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.model import GPT
@@ -45,6 +46,7 @@ class EchoTrainer:
         with torch.device("meta"):
             shapes = {n: tuple(t.shape) for n, t in GPT(self._module.config).state_dict().items()}
         self._weights: dict[str, Array] = {n: np.zeros(shape, np.float32) for n, shape in shapes.items()}
+        self._held: list[Any] = []
         self._random = np.random.default_rng(0)
         self._noise = CHANGE * self._random.standard_normal(NOISE, dtype=np.float32)
 
@@ -54,9 +56,14 @@ class EchoTrainer:
 
     def fit(self, arrays: Sequence[Any], instructions: Instructions) -> tuple[list[Any], Report]:
         """Answer one round."""
+        sent, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
+        down = sent.whole
+        if instructions.changed_from:
+            arrays = changed(self._held, list(arrays), sent, self._weights, out=self._held)
         if hash_arrays(arrays) != instructions.base_hash:
             raise WireError("the weights that arrived do not have the hash that was announced")
-        down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
+        if down is not sent:
+            self._held = list(arrays)
         out = {name: torch.from_numpy(weight) for name, weight in self._weights.items()}
         down.write_to(out, arrays, self._weights)
         with marked("train"):

@@ -2,7 +2,8 @@
 
 The sides take turns on the same arrays. GB/s (10^9) count what has to be read and written once: a fold of fp32 replies reads
 the reply (4 bytes a parameter) and reads and writes the fp64 accumulator (8 + 8); of bf16 updates it reads the update (2) and
-reads and writes the fp32 accumulator (4 + 4). Flower gets the clients' weights as fp32 arrays whatever the codec.
+reads and writes the fp32 accumulator (4 + 4). Flower gets the clients' weights as fp32 arrays whatever the codec. Where the
+down-link sends what changed, `encode changes` is the server's work and `add changes` that of both sides.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nanofed.federated.aggregation.aggregator import PseudoGradient
 from nanofed.federated.aggregation.outer import OuterNesterov
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire.blocks import flat
+from nanofed.federated.wire.changes import changed
 from nanofed.federated.wire.codec import CODECS, Array, Codec, hash_arrays
 from tests.benchmarks.machine import describe
 from tests.benchmarks.options import options
@@ -49,10 +51,11 @@ class Sides:
     def __init__(
         self, weights: dict[str, Array], locals_: Sequence[dict[str, Array]], down: Codec, up: Codec, clock: str
     ) -> None:
-        self._weights, self._locals, self._down, self._up = weights, locals_, down, up
+        self._weights, self._locals, self._down, self._up = weights, locals_, down.whole, up
+        self._changes = None if down.whole is down else down
         self._now = CLOCKS[clock]
-        self._sent = down.encode(weights)
-        self._base = down.decode(self._sent, weights)
+        self._sent = down.whole.encode(weights)
+        self._base = down.whole.decode(self._sent, weights)
         self._packed = [up.pack(local, self._base) for local in locals_]
         self._source = torch.randn(sum(array.size for array in weights.values()))
         self._target = torch.empty_like(self._source)
@@ -79,6 +82,10 @@ class Sides:
         self._timed("norm", SentWeights(weights, self._sent, down, up).update_norms, self._packed[0])
         self._timed("encode", down.encode, weights)
         self._timed("decode", down.decode, self._sent, weights)
+        if self._changes is not None:
+            held = down.parts(self._sent, weights)
+            changes = self._timed("encode changes", self._changes.pack, self._locals[0], held)
+            self._timed("add changes", changed, self._sent, changes, self._changes, weights)
         self._timed("pack", up.pack, self._locals[0], self._base)
         self._timed("hash", hash_arrays, self._packed[0])
         return difference
@@ -102,7 +109,8 @@ def moved_bytes(parameters: int, down: str, up: str) -> dict[str, float]:
     """Return the bytes that each part has to read and write once; 0 where it only hands arrays on."""
     size = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}
     summed = 8 if CODECS[up].lossless else 4
-    read = size[up] + (size[down] if CODECS[up].lossless else 0)  # the reply, and the base that it is compared with
+    whole = size[CODECS[down].whole.name]
+    read = size[up] + (whole if CODECS[up].lossless else 0)  # the reply, and the base that it is compared with
     return {
         "copy": 8 * parameters,
         "fold": (size[up] + 2 * summed) * parameters,
@@ -110,6 +118,8 @@ def moved_bytes(parameters: int, down: str, up: str) -> dict[str, float]:
         "step with momentum": (16 + summed) * parameters,  # weights, momentum; the gradient is read
         "encode": 0 if down == "fp32" else 6 * parameters,
         "decode": 0 if down == "fp32" else 6 * parameters,
+        "encode changes": (4 + whole + size[down]) * parameters,
+        "add changes": (size[down] + 2 * whole) * parameters,
         "pack": 0 if up == "fp32" else 10 * parameters,
         "hash": size[up] * parameters,
     }

@@ -18,6 +18,7 @@ import torch
 
 from nanofed.errors import ConfigError
 from nanofed.federated.deploy.process import ended_by_signals
+from nanofed.federated.wire.codec import CODECS
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import load_tokenizer
 from tests.benchmarks import machine
@@ -67,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--depth", type=int, default=4, help="d20 takes 14 GB of memory and 14 GB of disk; stock d12 11 GB of memory")
     add("--rounds", type=int, default=4, help="that count; one more is run")
-    add("--down", choices=("fp32", "bf16"), default="bf16", help="codec of the weights")
-    add("--up", choices=("fp32", "bf16"), default="bf16", help="codec of the updates")
+    add("--down", choices=CODECS, default="bf16", help="codec of the weights")
+    add("--up", choices=CODECS, default="bf16", help="codec of the updates")
     add("--train", action="store_true", help="with the real worker, for rounds of --round_seconds")
     add("--round_seconds", type=float, default=5.0)
     add("--secure", action="store_true", help="TLS and keys")

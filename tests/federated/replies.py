@@ -40,7 +40,8 @@ def instructions(**changes: Any) -> Instructions:
         "lease": (RowRange("shard_00000.parquet", 8, 24, 1), RowRange("shard_00002.parquet", 0, 10, 0)),
         "data": state(9),
     }
-    values |= {"down_codec": "fp32", "up_codec": "fp32", "max_steps": 4, "seconds": None, "deadline_seconds": None}
+    values |= {"down_codec": "fp32", "changed_from": "", "up_codec": "fp32"}
+    values |= {"max_steps": 4, "seconds": None, "deadline_seconds": None}
     values |= {"participants": 2, "batch_tokens": 64, "clock_step": 8, "clock_tokens": 1024, "horizon_tokens": 8192}
     values["overlap"] = False
     return Instructions(**{**values, **changes})

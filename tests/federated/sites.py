@@ -82,7 +82,8 @@ class Rounds:
             "lease": tuple(RowRange(shard.name, 0, shard.num_rows, epoch) for epoch in range(40) for shard in shards),
             "data": self.data,
         }
-        values |= {"down_codec": "fp32", "up_codec": "fp32", "max_steps": 2, "seconds": None, "deadline_seconds": None}
+        values |= {"down_codec": "fp32", "changed_from": "", "up_codec": "fp32"}
+        values |= {"max_steps": 2, "seconds": None, "deadline_seconds": None}
         values |= {"participants": 1, "batch_tokens": BATCH, "horizon_tokens": 1000 * BATCH}
         values |= {"clock_step": self.steps, "clock_tokens": self.tokens, "overlap": False}
         return Instructions(**{**values, **changes})
@@ -90,9 +91,8 @@ class Rounds:
     def evaluate(self, **changes: Any) -> Evaluate:
         """Ask for the next round's weights to be measured on the second half of 15 rows."""
         told = self.instructions()
-        names = ("run", "round", "client", "nonce", "base_hash", "down_codec")
         values: dict[str, Any] = {"eval_tokens": 480, "share": 1, "shares": 2, "seconds": 60.0}
-        return Evaluate(**{**{name: getattr(told, name) for name in names}, **values, **changes})
+        return Evaluate(**{**told.described(), **values, **changes})
 
     def merge(self, answer: tuple[Arrays, Report]) -> None:
         arrays, report = answer

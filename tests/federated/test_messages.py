@@ -40,7 +40,7 @@ NOTES: list[WireMessage] = [
     instructions(),
     instructions(data=None, seconds=7.25),
     report(),
-    Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 36, 1, 2, 150.0),
+    Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", "", 36, 1, 2, 150.0),
     Evaluation("a" * 32, 3, "client-0", "c" * 32, "b" * 64, 812.5, 400, 1.25, ""),
 ]
 IDS = ["hello", "instructions", "fresh-instructions", "report", "evaluate", "evaluation"]
@@ -206,7 +206,7 @@ def test_an_unknown_field_of_any_size_makes_a_short_message() -> None:
 
 @pytest.mark.parametrize("changes", [{"share": 2}, {"share": -1}, {"eval_tokens": 0}, {"seconds": 0.0}])
 def test_a_request_to_evaluate_is_of_text_that_there_is(changes: dict[str, Any]) -> None:
-    asked = Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", 36, 1, 2, 150.0)
+    asked = Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", "", 36, 1, 2, 150.0)
     with pytest.raises(WireError, match="a Evaluate has a value out of range: share "):
         Evaluate.found_in(replace(asked, **changes).to_config())
     assert Evaluate.found_in({KEY: "{}"}) is None

@@ -78,12 +78,12 @@ def test_what_others_have_changed_is_added_to_a_clients_own_steps(
     site.train_ahead(Looks(1), Turn())
     assert site._ahead is not None
     own = [tensor.numpy().copy() for tensor in site._ahead.change.values()]
-    rounds.weights = [weight + np.float32(0.25) for weight in before]
+    rounds.weights = [np.add(weight, np.float32(0.25), dtype=np.float32) for weight in before]
     taken = site._take_ahead(rounds.instructions())
     site._ahead = taken
     local, report = site.fit(rounds.weights, rounds.instructions())
     assert report.ahead == 1 and report.steps == 2
-    moved = [weight - base for weight, base in zip(local, rounds.weights, strict=True)]
+    moved = [np.subtract(weight, base, dtype=np.float32) for weight, base in zip(local, rounds.weights, strict=True)]
     assert any(np.abs(step).max() > 0 for step in own)
     for step, both in zip(own, moved, strict=True):  # one step of its own and one more, of about that length
         assert np.linalg.norm(both) < 4 * np.linalg.norm(step) + 1e-6

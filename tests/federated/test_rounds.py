@@ -73,8 +73,10 @@ def test_a_client_that_sends_nan_is_refused_and_may_come_back(tiny_corpus: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_training", [False, True])
-def test_a_round_that_fails_leaves_no_trace(tiny_corpus: Path, tmp_path: Path, after_training: bool) -> None:
+@pytest.mark.parametrize(("after_training", "down_codec"), [(False, "fp32"), (True, "fp32"), (True, "int4")])
+def test_a_round_that_fails_leaves_no_trace(
+    tiny_corpus: Path, tmp_path: Path, after_training: bool, down_codec: str
+) -> None:
     """Also not in the momentum that the clients keep, nor in the rows: the next try trains what this one would have."""
     tries: dict[tuple[str, int], int] = defaultdict(int)
 
@@ -87,8 +89,9 @@ def test_a_round_that_fails_leaves_no_trace(tiny_corpus: Path, tmp_path: Path, a
         tries[instructions.client, instructions.round] += 1
         return inner(fit, arrays, instructions)
 
-    clean, _ = train(federation(tiny_corpus, tmp_path, "clean", rounds=3, round_steps=2))
-    tried, site = train(federation(tiny_corpus, tmp_path, "tried", rounds=3, round_steps=2), hook=hook)
+    options = {"rounds": 3, "round_steps": 2, "down_codec": down_codec}
+    clean, _ = train(federation(tiny_corpus, tmp_path, "clean", **options))
+    tried, site = train(federation(tiny_corpus, tmp_path, "tried", **options), hook=hook)
     assert len(site.asked) == 2 * (3 + 2) and same_bits(clean, tried)
 
 
@@ -217,7 +220,11 @@ def test_the_horizon_is_met_exactly(tiny_corpus: Path, tmp_path: Path, steps: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("packing", "more"), [("contiguous", {"up_codec": "int4", "outer": "adam"}), ("best_fit", {"outer": "nesterov"})]
+    ("packing", "more"),
+    [
+        ("contiguous", {"up_codec": "int4", "down_codec": "int8", "outer": "adam"}),
+        ("best_fit", {"outer": "nesterov"}),
+    ],
 )
 def test_a_killed_server_resumes_to_the_same_bits(
     tiny_corpus: Path, tmp_path: Path, packing: str, more: dict[str, str]

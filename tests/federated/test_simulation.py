@@ -133,7 +133,7 @@ def test_a_simulation_ends_in_the_weights_of_the_in_process_run(
     tiny_corpus: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     runs = tmp_path / "runs"
-    settings: dict[str, Any] = {"eval_every": 1, "federation.outer_momentum": 0.5}
+    settings: dict[str, Any] = {"eval_every": 1, "federation.outer_momentum": 0.5, "federation.down_codec": "int8"}
     alone = federation(tiny_corpus, runs, "alone", **settings)
     expected = run_in_process(alone)
     config = config_file(federation(tiny_corpus, runs, "simulated", **settings), tmp_path / "config.yaml")

@@ -28,7 +28,7 @@ SHARD = "shard_00000.parquet"
 
 
 def check(message: Message) -> Update:
-    return check_reply(message, instructions(), sent(), RoundWeights([]), streams=STREAMS, most_pending=1 << 12)
+    return check_reply(message, instructions(), sent(), RoundWeights({}), streams=STREAMS, most_pending=1 << 12)
 
 
 def test_an_honest_reply_is_accepted_as_it_is() -> None:

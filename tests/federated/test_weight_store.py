@@ -89,7 +89,8 @@ class Laid:
     def __init__(self, store: WeightStore, values: dict[str, Array] | None = None, seconds: float = 30.0) -> None:
         self.values = values or weights()
         self.answer: Arrays = BF16.encode({name: array + 1 for name, array in self.values.items()})
-        self.round = store.offer(store.encode(self.values, BF16), ["lab-a"], BF16.nbytes(self.values), seconds)
+        payload = store.encode(self.values, BF16)
+        self.round = store.offer({"lab-a": payload}, BF16.nbytes(self.values), seconds)
         stored = StoredWeights.found_in(self.round.note("lab-a"))
         assert stored is not None and self.round.message_bytes == 0
         self.stored = stored
@@ -159,7 +160,7 @@ def test_weights_go_there_and_back_bit_for_bit(laid: Laid, client: WeightsClient
 
 def test_lossless_weights_are_laid_down_as_they_are(store: WeightStore, client: WeightsClient) -> None:
     values = weights()
-    round_weights = store.offer(store.encode(values, FP32), ["lab-a"], 0, 30.0)
+    round_weights = store.offer({"lab-a": store.encode(values, FP32)}, 0, 30.0)
     stored = StoredWeights.found_in(round_weights.note("lab-a"))
     assert stored is not None and stored.answer == ""
     same(client.fetch(stored, until(stored)), values.values())

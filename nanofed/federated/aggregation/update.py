@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +25,26 @@ class SentWeights:
 
     Args:
         weights: the global weights; their names and shapes are those of every reply.
-        payload: the encoded weights, `down.encode(weights)`.
+        payload: the encoded weights as all clients hold them in this round.
         down: the codec of the payload.
         up: the codec of the replies.
+        changes: what is sent in the payload's place to those who hold earlier weights.
+        changed_from: client -> the hash of the weights that it holds, for the clients that are sent the changes.
     """
 
-    def __init__(self, weights: Weights, payload: Arrays, down: Codec, up: Codec) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        payload: Arrays,
+        down: Codec,
+        up: Codec,
+        changes: Arrays | None = None,
+        changed_from: Mapping[str, str] | None = None,
+    ) -> None:
         self.weights = weights
         self.payload = payload
+        self.changed_from = changed_from or {}
+        self._changes = changes
         self.up = up
         self.shapes = {name: array.shape for name, array in weights.items()}
         self.sizes = [array.size for array in weights.values()]
@@ -43,6 +55,10 @@ class SentWeights:
         self._received = down.tensors(payload, weights)
         step = max(1, sum(self.sizes) // SAMPLE) | 1  # odd: not the same column of every row
         self._sampled = [slice(0, size, step) for size in self.sizes]
+
+    def payload_for(self, client: str) -> Arrays:
+        """Return the arrays that a client is sent: what changed where it holds earlier weights, else the weights."""
+        return self._changes if self._changes is not None and client in self.changed_from else self.payload
 
     def open(self, arrays: Sequence[npt.NDArray[np.generic]]) -> list[list[Tensor]]:
         """Return the arrays of a reply, grouped by weight, as tensors on the same memory.

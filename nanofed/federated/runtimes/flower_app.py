@@ -43,7 +43,7 @@ def trainer(context: Context) -> FabricTrainer:
     """Return the trainer of this process: a Ray actor, which serves every client that is sent to it."""
     _show_log()
     if context.run_id not in _trainers:
-        _trainers[context.run_id] = _federation(context, Start.read(runtime.flower_home())).trainer()
+        _trainers[context.run_id] = _federation(context, Start.read(runtime.flower_home())).trainer(shared=True)
     return _trainers[context.run_id]
 
 

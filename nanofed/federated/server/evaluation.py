@@ -291,7 +291,7 @@ class SiteEvaluator(RoundEvaluator):
 
     def requests(self, instructions: Mapping[str, Instructions]) -> Mapping[str, Evaluate]:
         """Return what goes with the instructions of a round, by client: nothing where no figure is wanted."""
-        told = {client: asked.repeated() for client, asked in instructions.items()}
+        told = {client: asked.described() for client, asked in instructions.items()}
         return self._begin_requests(told if self._waiting else {})
 
     def _begin_requests(self, told: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Evaluate]:
@@ -303,7 +303,6 @@ class SiteEvaluator(RoundEvaluator):
         self._asked = {
             client: Evaluate(
                 **told[client],
-                down_codec=self._config.down_codec,
                 eval_tokens=self._data.eval_tokens,
                 share=0 if own_text else index,
                 shares=1 if own_text else len(told),
@@ -375,13 +374,15 @@ class SiteEvaluator(RoundEvaluator):
         if not nodes:
             self._none(state, "no site is there to be asked")
             return
+        whole = CODECS[self._config.down_codec].whole  # beside the rounds: what the sites hold stays as it is
         try:
-            payload = self._messenger.transport.encode(state.weights, CODECS[self._config.down_codec])
+            payload = self._messenger.transport.encode(state.weights, whole)
         except NanofedError as error:  # the disk on which they are kept is full
             self._none(state, str(error))
             return
         self._metrics.summary.bytes += len(nodes) * payload_bytes(payload)
         told = {"run": state.run_id, "round": state.clock.round, "base_hash": hash_arrays(payload)}
+        told |= {"down_codec": whole.name, "changed_from": ""}
         self._begin_requests({name: {**told, "client": name, "nonce": secrets.token_hex(16)} for name in nodes})
         seconds = self._policy.time_limit(self._config.grace_seconds, len(nodes))
         for reply in self._messenger.evaluation(nodes, self._asked, payload, seconds=seconds):

@@ -18,6 +18,7 @@ Kind = Literal[
     "hello",  # refused before its first round: another code, model, data, version, or a name that is taken
     "failed",  # the client, or Flower for it, answered with an error
     "lease",  # the client's lease held too little text for one optimizer step
+    "weights",  # the client no longer held the weights that it was sent the changes of
     "silent",  # no answer before the round's end
     "late",  # an answer after it
     "duplicate",  # a second answer to one message

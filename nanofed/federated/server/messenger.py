@@ -79,7 +79,7 @@ class Messenger:
         Args:
             nodes: The node id of each client.
             instructions: What each client is to do.
-            sent: The weights, the same for all clients.
+            sent: The weights, the same for all clients once they have them.
             streams: The number of streams of every client's data.
             most_pending: The documents that a stream's packer may hold.
             seconds: A client is given up after this time; a reply within as much time again is named as late.
@@ -90,7 +90,8 @@ class Messenger:
         for client, request in (requests or {}).items():
             configs[client] |= request.to_config()
         answer_bytes, number = sent.up.nbytes(sent.weights), next(iter(instructions.values())).round
-        weights = self.transport.offer(sent.payload, list(nodes), answer_bytes, seconds)
+        payloads = {client: sent.payload_for(client) for client in nodes}
+        weights = self.transport.offer(payloads, answer_bytes, seconds)
 
         def check(client: str, reply: Message) -> Update:
             asked = instructions[client]
@@ -117,7 +118,7 @@ class Messenger:
 
         configs = {client: requests[client].to_config() for client in nodes}
         number = next(iter(requests.values())).round
-        weights = self.transport.offer(payload, list(nodes), 0, seconds)
+        weights = self.transport.offer(dict.fromkeys(nodes, payload), 0, seconds)
         return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, weights, number, seconds, check)
 
     def _exchange(
@@ -139,7 +140,7 @@ class Messenger:
         try:
             for client, node in nodes.items():
                 config = ConfigRecord(configs[client] | round_weights.note(client))
-                content = RecordDict({f"{record}.parameters": round_weights.record, f"{record}.config": config})
+                content = RecordDict({f"{record}.parameters": round_weights.record(client), f"{record}.config": config})
                 message = Message(content, node, kind, ttl=LIFE * seconds, group_id=str(number))
                 waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
                 del content, message

@@ -58,7 +58,7 @@ class RoundMetrics:
         asked: how many clients were sent the round.
         merged: the merged updates by client.
         silent: how many clients sent no reply in time; those neither merged nor silent were refused.
-        client_bytes_down: bytes of the weights that each client is sent, without framing.
+        client_bytes_down: bytes that each client is sent, of weights or of what changed in them, without framing.
         client_bytes_up: bytes of the weights that each client sends back, without framing.
         wait: seconds until there was a quorum.
         exchange: seconds from the dispatch to the last reply.
@@ -70,7 +70,7 @@ class RoundMetrics:
     asked: int
     merged: dict[str, MergedUpdate] = field(default_factory=dict)
     silent: int = 0
-    client_bytes_down: int = 0
+    client_bytes_down: dict[str, int] = field(default_factory=dict)
     client_bytes_up: int = 0
     wait: float = 0.0
     exchange: float = 0.0
@@ -84,8 +84,8 @@ class RoundMetrics:
 
     @property
     def bytes_down(self) -> int:
-        """Bytes of the weights that all clients are sent, without framing."""
-        return self.asked * self.client_bytes_down
+        """Bytes that all clients are sent, without framing."""
+        return sum(self.client_bytes_down.values())
 
     @property
     def bytes_up(self) -> int:
@@ -197,6 +197,7 @@ class FederationMetrics:
                 "fed/update_norm": part.length.norm,
                 "fed/update_scale": part.scale,
                 "fed/bytes_up": figures.client_bytes_up,
+                "fed/bytes_down": figures.client_bytes_down[client],
                 "fed/events_total": events.total(client=client),
                 "fed/cosine_to_merged": part.cosine,
             }

@@ -22,6 +22,7 @@ from nanofed.federated.aggregation.outer import outer_strength
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.clients import Clients
+from nanofed.federated.server.downlink import Downlink
 from nanofed.federated.server.evaluation import RoundEvaluator, ServerEvaluator, ServerModel, SiteEvaluator
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.messenger import Messenger
@@ -32,7 +33,7 @@ from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
 from nanofed.federated.wire.blocks import l2_norm
-from nanofed.federated.wire.codec import CODECS, hash_arrays
+from nanofed.federated.wire.codec import payload_bytes
 from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.checkpoint import SaveError, prune_checkpoints
@@ -97,6 +98,7 @@ class RoundLoop:
         model.release()  # the state has the weights
         events = self.state.events
         self._messenger = Messenger(grid, events, transport)
+        self._downlink = Downlink(config, self._messenger.transport)
         hello = Hello.of("", module, data)
         self.clients = Clients(grid, hello, config, events, policy, seed=module.seed, admit=self._admit, owners=owners)
         self._evaluator: RoundEvaluator
@@ -213,17 +215,16 @@ class RoundLoop:
     def _admit(self, hello: Hello) -> None:
         self.state.ledger.admit(hello.name, hello.shards)
         self.state.speeds.devices[hello.name] = hello.devices
+        self._downlink.holders.discard(hello.name)  # it has been started again
 
     # --- from the global weights to updates
 
     def _train_and_merge(self, present: Mapping[str, int], figures: RoundMetrics) -> bool:
         """Have the clients train, merge their updates, and tell whether the model changed."""
         state, config, number = self.state, self._config, figures.round
-        down, up = CODECS[config.down_codec], CODECS[config.up_codec]
-        figures.client_bytes_down, figures.client_bytes_up = down.nbytes(state.weights), up.nbytes(state.weights)
         try:
-            sent = SentWeights(state.weights, self._messenger.transport.encode(state.weights, down), down, up)
-            asked = self._scheduler.instruct(number, list(present), state, hash_arrays(sent.payload))
+            sent, base = self._downlink.encode(state, present), self._downlink.base_hash
+            asked = self._scheduler.instruct(number, list(present), state, base, sent.changed_from)
             step_tokens = sum(each.batch_tokens for each in asked.values())
             self._tell(number, self._module.recipe.schedule.explain_scale(step_tokens, self._horizon))
             with make_aggregator(config.merge, sent, self._run / "spool", trim=config.trim) as aggregator:
@@ -260,12 +261,15 @@ class RoundLoop:
             requests=self._evaluator.requests(asked),
             meanwhile=meanwhile,
         )
+        figures.client_bytes_down = {client: payload_bytes(sent.payload_for(client)) for client in present}
+        figures.client_bytes_up = sent.up.nbytes(sent.weights)
         for reply in replies:
             folding = time.monotonic()
             try:
                 if isinstance(reply.result, RefusedReply):
                     self._refuse(reply.client, figures, reply.result)
                 else:
+                    self._downlink.holders.add(reply.client)
                     instructions = asked[reply.client]
                     figures.merged[reply.client] = self._fold(reply.result, instructions, reply.seconds, aggregator)
             except (RefusedReply, UnusualNorm) as refusal:

@@ -161,10 +161,13 @@ class Scheduler:
         self._config = config
         self._policy = policy
 
-    def instruct(self, number: int, clients: Sequence[str], state: State, base_hash: str) -> dict[str, Instructions]:
+    def instruct(
+        self, number: int, clients: Sequence[str], state: State, base_hash: str, changed_from: Mapping[str, str]
+    ) -> dict[str, Instructions]:
         """Return the instructions of a round by client, and enter their leases in the ledger.
 
-        The state is that after the round before, and the hash that of the weights that will be sent along.
+        The state is that after the round before, the hash that of the weights that the clients will have, and `changed_from`
+        has those of the weights that some of them hold and will be sent the changes of.
         """
         config, clock = self._config, state.clock
         round_steps = config.steps_at(self._progress(clock.tokens))
@@ -206,6 +209,7 @@ class Scheduler:
                 nonce=secrets.token_hex(16),
                 base_hash=base_hash,
                 down_codec=config.down_codec,
+                changed_from=changed_from.get(client, ""),
                 up_codec=config.up_codec,
                 max_steps=max_steps,
                 seconds=seconds,

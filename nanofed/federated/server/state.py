@@ -21,7 +21,7 @@ from nanofed.federated.server.events import Events
 from nanofed.federated.server.ledger import Ledger, make_ledger
 from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.wire.blocks import l2_norm
-from nanofed.federated.wire.codec import Array
+from nanofed.federated.wire.codec import Array, Arrays
 from nanofed.training.checkpoint import checkpoints, read_manifest, read_state, read_weights, write_checkpoint
 from nanofed.training.checkpoint.folder import set_aside
 from nanofed.training.module import GPTModule
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # What a checkpoint calls the parts of a state that save themselves.
 PARTS = {"outer": "outer", "ledger": "ledger", "norms": "norms", "pace": "speeds", "events": "events"}
+HELD = "held"
 NEEDED = {"run", "clock", "seconds", "curve", *PARTS}
 
 
@@ -58,6 +59,8 @@ class State:
         clock: where the run is.
         run_id: the run's id, which stays over resumes.
         evaluations: client -> `round` and `bpb` of the last weights that the client evaluated, where sites evaluate.
+        held: the weights that the clients of the last round held, in bf16, where they are sent what changed; None elsewhere. It
+            is replaced and never written to.
     """
 
     weights: dict[str, Array]
@@ -69,6 +72,7 @@ class State:
     clock: RoundClock = field(default_factory=RoundClock)
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    held: Arrays | None = None
 
     @classmethod
     def new(
@@ -107,6 +111,7 @@ class State:
                 "seconds": summary.seconds,
                 "bytes": summary.bytes,
                 "curve": [vars(point).copy() for point in summary.curve],
+                **({} if self.held is None else {HELD: [torch.from_numpy(a).view(torch.bfloat16) for a in self.held]}),
             },
             config=module.config,
             tokenizer=data.tokenizer,
@@ -162,6 +167,8 @@ class State:
         self.clock = RoundClock(**saved["clock"])
         self.run_id = saved["run"]
         self.evaluations = saved.get("evaluations", {})
+        held = saved.get(HELD)
+        self.held = None if held is None else [tensor.view(torch.uint16).numpy() for tensor in held]
         return saved
 
     def weights_norm(self) -> float:

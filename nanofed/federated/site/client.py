@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from nanofed.errors import NanofedError
-from nanofed.federated.site.trainer import LeaseTooShort, LocalTrainer
+from nanofed.federated.site.trainer import ClientFailure, LocalTrainer
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Evaluate, Failure, Instructions, StoredWeights, is_over
 from nanofed.federated.wire.plain_text import SAFE_NAME
@@ -90,17 +90,18 @@ class TrainerClient(NumPyClient):
         stored = StoredWeights.found_in(config)
         arrays = self._weights(parameters, stored)
         measured: dict[str, Any] = {}
-        if asked is not None:
-            began = time.monotonic()
-            measured = self._evaluate(arrays, asked)[2]
-            if (deadline := instructions.deadline_seconds) is not None:
-                instructions = replace(instructions, deadline_seconds=deadline - (time.monotonic() - began))
         try:
+            if asked is not None:
+                began = time.monotonic()
+                measured = self._evaluate(arrays, asked)[2]
+                if (deadline := instructions.deadline_seconds) is not None:
+                    instructions = replace(instructions, deadline_seconds=deadline - (time.monotonic() - began))
             trained, report = self._trainer.fit(arrays, instructions)
         except NanofedError as error:
-            if not isinstance(error, LeaseTooShort) and not isinstance(error.__cause__, LeaseTooShort):
+            failure = error if isinstance(error, ClientFailure) else error.__cause__  # of an error that ranks agreed on
+            if not isinstance(failure, ClientFailure):
                 raise
-            return [], 0, Failure(**instructions.repeated(), kind="lease", reason=str(error)).to_config()
+            return [], 0, Failure(**instructions.repeated(), kind=failure.kind, reason=str(error)).to_config()
         if stored is not None and self._weights_client is not None:
             with suppress(RoundOver):  # then the answer is late, and the server will say so
                 self._weights_client.deliver(stored, trained, self._arrived + stored.seconds)

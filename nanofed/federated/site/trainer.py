@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,17 @@ from nanofed.federated.site.evaluation import measure
 from nanofed.federated.site.optimizer_states import Saved, StateFolder
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
 from nanofed.federated.wire.blocks import all_finite, flat
+from nanofed.federated.wire.changes import changed
 from nanofed.federated.wire.codec import CODECS, Arrays, WireError, hash_arrays, pack_with_feedback
-from nanofed.federated.wire.messages import MAX_FAILURE, Evaluate, Evaluation, Hello, Instructions, Report
+from nanofed.federated.wire.messages import (
+    MAX_FAILURE,
+    Evaluate,
+    Evaluation,
+    Hello,
+    Instructions,
+    Report,
+    WeightsMessage,
+)
 from nanofed.federated.wire.plain_text import SAFE_NAME
 from nanofed.training.loop import LoopResult, Stopwatch, train_steps
 from nanofed.training.module import GPTModule
@@ -33,12 +42,28 @@ from nanofed.training.strategy import send_weights
 
 logger = logging.getLogger(__name__)
 
+OTHER_HASH = "the weights that arrived do not have the hash that was announced"
+
 # What codecs have rounded off and is still to be sent, of each weight; empty where nothing is.
 Residual = dict[str, Tensor]
 
 
-class LeaseTooShort(NanofedError):
+class ClientFailure(NanofedError):
+    """A round cannot be trained for a reason that the server can do something about; `kind` is that of a `Failure`."""
+
+    kind: ClassVar[Literal["lease", "weights"]]
+
+
+class LeaseTooShort(ClientFailure):
     """The leased rows ended before the first optimizer step; a longer lease would help."""
+
+    kind = "lease"
+
+
+class WeightsNotHeld(ClientFailure):
+    """The weights that were changed are not here; whole weights would help."""
+
+    kind = "weights"
 
 
 class LocalTrainer(Protocol):
@@ -52,6 +77,14 @@ class LocalTrainer(Protocol):
 
     def evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:
         """Measure the weights in `arrays`."""
+
+
+@dataclass(frozen=True)
+class HeldWeights:
+    """Weights in bf16, to which what changed in them is added."""
+
+    hash: str
+    arrays: Arrays
 
 
 @dataclass(frozen=True)
@@ -122,6 +155,7 @@ class FabricTrainer:
         folder: The folder of the clients' states.
         speed: A function from a client's name to its speed; 1 is this machine's own.
         durable: Whether a state counts as saved only when the disk has confirmed it.
+        shared: Whether other processes train the same clients: the weights that a client holds are saved with its state then.
 
     Attributes:
         ranks: The ranks that train together.
@@ -137,6 +171,7 @@ class FabricTrainer:
         speed: Callable[[str], float] = lambda client: 1.0,
         *,
         durable: bool = False,
+        shared: bool = False,
     ) -> None:
         with fabric.init_module():
             module.configure_model()
@@ -155,9 +190,11 @@ class FabricTrainer:
         self._pinned: dict[str, Tensor] | None = None
         self._kept: dict[str, ClientState] = {}
         self._trained: tuple[Instructions, Report] | None = (
-            None  # the last round, where the weights are those at its end
+            None  # the last round, while the weights are those at its end
         )
         self._ahead: Ahead | None = None
+        self._shared = shared
+        self._held: HeldWeights | None = None  # by all clients that train here, on the first rank
         self._residual: Residual = {}  # of the client whose turn it is, on the first rank
         self._pace: dict[str, float] = {}
         self._unwritten = 0  # states, when the last report was made
@@ -190,6 +227,7 @@ class FabricTrainer:
 
         Raises:
             WireError: the weights are not the ones that the instructions describe.
+            ClientFailure: the server has to send a longer lease, or whole weights.
             NanofedError: the training cannot be done (a batch that does not divide, a loss that is not finite).
             Exception: `turn.check` raises it.
             Agreed: Where there are several ranks, all of them raise it in the place of all these.
@@ -199,7 +237,7 @@ class FabricTrainer:
         ahead = self._take_ahead(instructions)
         with ranks.together():
             if ranks.first:
-                self._take_weights(arrays, instructions)
+                arrays = self._take_weights(arrays, instructions)
         if ranks.size > 1:
             send_weights(module.gpt)
         if ahead is None:
@@ -361,6 +399,8 @@ class FabricTrainer:
         if self.ranks.first:
             if self._residual:
                 state["residual"] = self._residual
+            if self._shared and self._held is not None:
+                state["held"] = [torch.from_numpy(array).view(torch.bfloat16) for array in self._held.arrays]
             self.states.save(instructions.client, instructions.run, instructions.round, state)
 
     def evaluate(self, arrays: Arrays, asked: Evaluate, turn: Turn | None = None) -> Evaluation:
@@ -375,6 +415,7 @@ class FabricTrainer:
 
         Raises:
             WireError: the weights are not the ones that the request describes.
+            ClientFailure: the server has to send whole weights.
             Exception: `turn.check` raises it.
             Agreed: Where there are several ranks, all of them raise it in the place of all these.
         """
@@ -404,20 +445,52 @@ class FabricTrainer:
             **asked.repeated(), nats=nats, bytes=count, seconds=watch.elapsed(), failure=failure[:MAX_FAILURE]
         )
 
-    def _take_weights(self, arrays: Arrays, instructions: Instructions | Evaluate) -> None:
+    def _take_weights(self, arrays: Arrays, instructions: WeightsMessage) -> Arrays:
+        """Give the model the weights that a message describes, and return them in the codec of whole weights."""
         for name, text in (("run", instructions.run), ("client", instructions.client)):
             if not SAFE_NAME.fullmatch(text):  # each names a folder
                 raise WireError(f"the {name} is {text[:80]!r}, no plain word")
-        if hash_arrays(arrays) != instructions.base_hash:
-            raise WireError("the weights that arrived do not have the hash that was announced")
+        down = CODECS[instructions.down_codec]
+        if down.whole is not down:
+            arrays = self._hold(arrays, instructions)
+        elif hash_arrays(arrays) != instructions.base_hash:
+            raise WireError(OTHER_HASH)
         staged = self._staged()
-        CODECS[instructions.down_codec].write_to(staged, arrays, self._like)
+        down.whole.write_to(staged, arrays, self._like)
         for name, parameter in self._parameters.items():
             if staged[name] is not parameter:
                 parameter.detach().copy_(staged[name], non_blocking=True)
+        return arrays
+
+    def _hold(self, arrays: Arrays, asked: WeightsMessage) -> Arrays:
+        """Hold the weights that a message describes, and return them."""
+        down, held = CODECS[asked.down_codec], self._held
+        if held is not None and held.hash == asked.base_hash:
+            return held.arrays  # they came with an evaluation, or for another client that trains here
+        if not asked.changed_from:
+            down.whole.check(arrays, self._like)
+            # Changes are added in place, and what lies in a message of Flower's is for reading only.
+            arrays = [np.require(array, requirements=["C", "W"]) for array in arrays]
+        else:
+            if held is None or held.hash != asked.changed_from:
+                held = self._held_elsewhere(asked)
+            self._held = None  # until what is made of them is known to be right
+            arrays = changed(held.arrays, arrays, down, self._like, out=held.arrays)
+        if hash_arrays(arrays) != asked.base_hash:
+            raise WireError(OTHER_HASH)
+        self._held = HeldWeights(asked.base_hash, arrays)
+        return arrays
+
+    def _held_elsewhere(self, asked: WeightsMessage) -> HeldWeights:
+        """Return the weights that were changed from the client's last state, which another process may have saved."""
+        saved = self.states.load(asked.client, asked.run, asked.round) if self._shared else None
+        arrays: Arrays = [tensor.view(torch.uint16).numpy() for tensor in saved.get("held", [])] if saved else []
+        if not arrays or hash_arrays(arrays) != asked.changed_from:
+            raise WeightsNotHeld("the weights that were changed are not held here any more: they have to be sent whole")
+        return HeldWeights(asked.changed_from, arrays)
 
     def _local_weights(self, arrays: Arrays, instructions: Instructions) -> Arrays:
-        down, up = CODECS[instructions.down_codec], CODECS[instructions.up_codec]
+        down, up = CODECS[instructions.down_codec].whole, CODECS[instructions.up_codec]
         staged = self._staged()
         for name, parameter in self._parameters.items():
             if staged[name] is not parameter:
@@ -468,6 +541,8 @@ class FabricTrainer:
         if self.ranks.from_first(kept is not None):
             assert kept is not None
             return kept.optimizer
+        if saved is not None:
+            saved.pop("held", None)
         saved = self._send_state(saved)
         if saved is None:
             return defaultdict(dict)

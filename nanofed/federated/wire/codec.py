@@ -46,6 +46,11 @@ class Codec(ABC):
     lossless: bool
     feedback = False
 
+    @property
+    def whole(self) -> Codec:
+        """The codec of weights that go down whole: this one, or bf16 where this one sends what changed (`wire/changes.py`)."""
+        return self
+
     @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Return dtype and shape of each array that a weight of `shape` travels as."""
@@ -68,14 +73,15 @@ class Codec(ABC):
         """Return the arrays to send, in the weights' order; where a buffer of `nbytes(weights)` bytes is given, they fill it."""
         return self._packed(weights, None, buffer)
 
-    def pack(self, local: Weights, base: Mapping[str, Array | Part]) -> Arrays:
-        """Return what a client sends up.
+    def pack(self, local: Weights, base: Mapping[str, Array | Part], buffer: Any = None) -> Arrays:
+        """Return what a client sends up, or a server down to those who hold the base.
 
         Args:
             local: The weights after training.
             base: The weights as they were received, `decode` or `parts` of what came down; of the same names and shapes.
+            buffer: As in `encode`.
         """
-        return self.encode(local) if self.lossless else self._packed(local, base)
+        return self.encode(local, buffer) if self.lossless else self._packed(local, base, buffer)
 
     def over(self, buffer: Any, like: Weights) -> Arrays:
         """Return the arrays of a message whose bytes stand one after the other in a buffer, on the same memory.
@@ -257,6 +263,11 @@ class IntCodec(Codec):
     lossless = False
     EXACT = 4096
     TOP: int  # the largest integer
+
+    @property
+    def whole(self) -> Codec:
+        """The codec of weights that go down whole: of a weight itself, integers would keep too little."""
+        return CODECS["bf16"]
 
     @abstractmethod
     def _arrays(self, shape: tuple[int, ...]) -> Layout:

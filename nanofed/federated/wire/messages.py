@@ -230,7 +230,7 @@ class RoundMessage(WireMessage):
         round: number of the round, from 1.
         client: name of the client, so that a reply cannot be taken for another's.
         nonce: a number of this message alone, in hexadecimal digits.
-        base_hash: hash of the arrays that the server sends along.
+        base_hash: hash of the weights that the client has once it has the arrays that the server sends along.
     """
 
     run: str
@@ -245,11 +245,28 @@ class RoundMessage(WireMessage):
 
 
 @dataclass(frozen=True)
-class Instructions(RoundMessage):
+class WeightsMessage(RoundMessage):
+    """A message of one round with which weights go, or what changed in them.
+
+    Attributes:
+        down_codec: how weights travel. With `int8` and `int4` the client holds them, in bf16, until others take their place.
+        changed_from: hash of the weights that the client holds and to which the arrays have to be added; empty where the arrays
+            are the weights themselves.
+    """
+
+    down_codec: str
+    changed_from: str
+
+    def described(self) -> dict[str, Any]:
+        """Return what another message with the same weights says of them and of the round, by field."""
+        return {field.name: getattr(self, field.name) for field in fields(WeightsMessage)}
+
+
+@dataclass(frozen=True)
+class Instructions(WeightsMessage):
     """What a client is to do in a round.
 
     Attributes:
-        down_codec: codec of the arrays that go with the message.
         up_codec: codec of the arrays that are to be sent back.
         max_steps: optimizer steps at most: the round's, or what is left to the horizon.
         seconds: training budget on the client's own clock; None in a round of steps.
@@ -266,7 +283,6 @@ class Instructions(RoundMessage):
         overlap: train on when the round is over, until the next one is here; those steps are of the next one then.
     """
 
-    down_codec: str
     up_codec: str
     max_steps: Int
     seconds: float | None
@@ -325,18 +341,19 @@ class Failure(RoundMessage):
     """Why a client sends no update, where the server can do something about it; any other failure is an error of Flower's.
 
     Attributes:
-        kind: `lease`: the leased rows hold too little text for one optimizer step, and the next lease should be longer.
+        kind: `lease`: the leased rows hold too little text for one optimizer step, and the next lease should be longer; or
+            `weights`: the client does not hold the weights that were changed, and should be sent them whole.
         reason: the failure in words.
     """
 
     key: ClassVar[str] = "nanofed.failure"
 
-    kind: Literal["lease"]
+    kind: Literal["lease", "weights"]
     reason: str
 
 
 @dataclass(frozen=True)
-class Evaluate(RoundMessage):
+class Evaluate(WeightsMessage):
     """What a client is to measure of the global weights, on text of its own.
 
     The text is that of the server's own evaluation, of the client's validation shard: its first `eval_tokens` targets in document
@@ -344,7 +361,6 @@ class Evaluate(RoundMessage):
     shard are disjoint and together all of it, and a pass gives the same sums wherever it is computed on the same hardware.
 
     Attributes:
-        down_codec: The codec of the weights that go with the message and are to be measured.
         eval_tokens: The number of targets to score, all shares together.
         share: The number of this client's share, from 0.
         shares: The number of shares.
@@ -353,7 +369,6 @@ class Evaluate(RoundMessage):
 
     key: ClassVar[str] = "nanofed.evaluate"
 
-    down_codec: str
     eval_tokens: Int
     share: Int
     shares: Int

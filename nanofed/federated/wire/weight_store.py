@@ -13,14 +13,15 @@ import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, layout_of
+from nanofed.federated.wire.codec import Arrays, Codec, Part, Weights, WireError, arrays_over, layout_of, payload_bytes
 from nanofed.federated.wire.messages import StoredWeights
 from nanofed.federated.wire.weight_transport import RoundWeights, WeightTransport
 from nanofed.federated.wire.weights_calls import DOWN, UP
@@ -38,7 +39,7 @@ class WeightStore(WeightTransport):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ticket = ""
+        self._placed: list[tuple[Arrays, str]] = []  # with their tickets
         try:
             for name in (DOWN, UP):
                 if (folder / name).exists():
@@ -47,35 +48,51 @@ class WeightStore(WeightTransport):
         except OSError as error:
             raise self._failed(error) from error
 
-    def encode(self, weights: Weights, codec: Codec) -> Arrays:
-        """Return weights as they are sent, in a new file of the store; the file of the round before is removed.
+    def encode(self, weights: Weights, codec: Codec, base: Mapping[str, Part] | None = None) -> Arrays:
+        """Return what is sent, in a new file of the store; the files of the round before are removed.
 
         Raises:
             NanofedError: The disk has no room for it.
         """
         self.remove()
-        self._ticket, mapped = self._file(DOWN, codec.nbytes(weights))
-        return codec.encode(weights, mapped)
+        ticket, mapped = self._file(DOWN, codec.nbytes(weights))
+        arrays = codec.encode(weights, mapped) if base is None else codec.pack(weights, base, mapped)
+        self._placed.append((arrays, ticket))
+        return arrays
 
-    def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
+    def place(self, arrays: Arrays) -> Arrays:
+        """Copy arrays into a new file of the store.
+
+        Raises:
+            NanofedError: The disk has no room for it.
+        """
+        ticket, mapped = self._file(DOWN, payload_bytes(arrays))
+        placed = arrays_over(mapped, tuple((array.dtype, array.shape) for array in arrays))
+        for array, copy in zip(arrays, placed, strict=True):
+            np.copyto(copy, array)
+        self._placed.append((placed, ticket))
+        return placed
+
+    def offer(self, payloads: Mapping[str, Arrays], answer_bytes: int, seconds: float) -> RoundWeights:
         """Make a file for each client's answer."""
-        layout, stored = layout_of(payload), dict[str, StoredWeights]()
+        there = {id(arrays): (ticket, layout_of(arrays)) for arrays, ticket in self._placed}
+        stored = dict[str, StoredWeights]()
         round_weights = _StoredRound(self, self._folder / UP, stored)
         try:
-            for client in clients:  # before anybody trains for what has no room
+            for client, payload in payloads.items():  # before anybody trains for what has no room
                 answer = self._file(UP, answer_bytes)[0] if answer_bytes else ""
-                stored[client] = StoredWeights(self._ticket, layout, answer, answer_bytes, seconds)
+                stored[client] = StoredWeights(*there[id(payload)], answer, answer_bytes, seconds)
         except NanofedError:
             round_weights.close()
             raise
         return round_weights
 
     def remove(self) -> None:
-        """Remove the file of the weights: no site fetches them any more."""
-        if self._ticket:
+        """Remove the files of the weights: no site fetches them any more."""
+        for _, ticket in self._placed:
             with contextlib.suppress(OSError):
-                (self._folder / DOWN / self._ticket).unlink()
-            self._ticket = ""
+                (self._folder / DOWN / ticket).unlink()
+        self._placed.clear()
 
     def _file(self, where: str, size: int) -> tuple[str, mmap.mmap]:
         """Make a file of so many bytes, and return its ticket and its bytes; where there is no room, there is no file."""
@@ -111,7 +128,7 @@ class _StoredRound(RoundWeights):
     """The files of one round."""
 
     def __init__(self, store: WeightStore, folder: Path, stored: dict[str, StoredWeights]) -> None:
-        super().__init__([])  # the messages hold none
+        super().__init__({})  # the messages hold none
         self._store = store
         self._folder = folder
         self._stored = stored

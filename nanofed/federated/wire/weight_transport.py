@@ -7,14 +7,14 @@ copy several times, through files in memory.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message
 
-from nanofed.federated.wire.codec import Arrays, Codec, Weights, WireError, payload_bytes
+from nanofed.federated.wire.codec import Arrays, Codec, Part, Weights, WireError, payload_bytes
 
 KIND = "numpy.ndarray"  # what Flower calls these arrays
 
@@ -23,16 +23,24 @@ class RoundWeights:
     """The weights of one round on their way to the clients and back, in Flower's messages.
 
     Args:
-        payload: The encoded weights, which go into a record that all messages share.
+        payloads: client -> its encoded weights; messages of the same arrays share one record.
 
     Attributes:
-        record: The arrays that every message of the round holds; empty where the weights travel beside the messages.
-        message_bytes: The size of these arrays.
+        message_bytes: The size of the arrays in all records.
     """
 
-    def __init__(self, payload: Arrays) -> None:
-        self.record = ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
-        self.message_bytes = payload_bytes(payload)
+    def __init__(self, payloads: Mapping[str, Arrays]) -> None:
+        distinct = {id(payload): payload for payload in payloads.values()}
+        records = {
+            key: ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
+            for key, payload in distinct.items()
+        }
+        self._records = {client: records[id(payload)] for client, payload in payloads.items()}
+        self.message_bytes = sum(map(payload_bytes, distinct.values()))
+
+    def record(self, client: str) -> ArrayRecord:
+        """Return the arrays that a client's message holds: none where the weights travel beside the messages."""
+        return self._records.get(client, ArrayRecord())
 
     def note(self, client: str) -> dict[str, Any]:
         """Return the entries that tell a client, in the config of its message, where its weights are."""
@@ -40,7 +48,7 @@ class RoundWeights:
 
     def sent(self) -> None:
         """Free what was needed only until all messages were sent: in process, the messages shared the record."""
-        self.record = ArrayRecord()
+        self._records.clear()
 
     def take(self, client: str, reply: Message, codec: Codec, like: Weights) -> Arrays:
         """Return the arrays of a client's reply; nobody else can change them from now on.
@@ -72,27 +80,34 @@ class WeightTransport:
     That is for clients in this process or in one simulation with it.
     """
 
-    def encode(self, weights: Weights, codec: Codec) -> Arrays:
-        """Return weights as they are sent, for the next `offer`.
+    def encode(self, weights: Weights, codec: Codec, base: Mapping[str, Part] | None = None) -> Arrays:
+        """Return weights as they are sent, or where there is a base, what they moved, for the next `offer`.
 
         Raises:
             NanofedError: There is no room for them.
         """
-        return codec.encode(weights)
+        return codec.encode(weights) if base is None else codec.pack(weights, base)
 
-    def offer(self, payload: Arrays, clients: Sequence[str], answer_bytes: int, seconds: float) -> RoundWeights:
+    def place(self, arrays: Arrays) -> Arrays:
+        """Return arrays that are encoded already, for the next `offer`, beside what `encode` returned.
+
+        Raises:
+            NanofedError: There is no room for them.
+        """
+        return arrays
+
+    def offer(self, payloads: Mapping[str, Arrays], answer_bytes: int, seconds: float) -> RoundWeights:
         """Offer the weights of a round to its clients.
 
         Args:
-            payload: The weights as `encode` returned them last.
-            clients: The names of the clients that may fetch them.
+            payloads: client -> what it may fetch, as `encode` or `place` returned it last.
             answer_bytes: The size of the weights that each client sends back; 0 where it sends none.
             seconds: The seconds within which the weights are fetched and the answers delivered.
 
         Raises:
             NanofedError: There is no room for the answers.
         """
-        return RoundWeights(payload)
+        return RoundWeights(payloads)
 
 
 def to_flower(array: npt.NDArray[np.generic]) -> Array:
