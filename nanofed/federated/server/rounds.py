@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,13 +22,14 @@ from nanofed.federated.aggregation.norm_guard import Steps, UnusualNorm
 from nanofed.federated.aggregation.outer import outer_strength
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
+from nanofed.federated.planning import TARGET
 from nanofed.federated.server.clients import Clients
 from nanofed.federated.server.evaluation import RoundEvaluator, ServerEvaluator, ServerModel, SiteEvaluator
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.metrics import FederationMetrics, MergedUpdate, RoundMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
-from nanofed.federated.server.scheduling import Scheduler
+from nanofed.federated.server.scheduling import SPEED_ROUNDS, Scheduler
 from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
@@ -44,6 +46,8 @@ from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import AT_HORIZON
 
 logger = logging.getLogger(__name__)
+
+LOW = 0.9  # share of a round in training, below which the log says what would make it more
 
 
 class RoundLoop:
@@ -102,6 +106,7 @@ class RoundLoop:
             self._evaluator = ServerEvaluator(model, metrics, options, beside=not policy.one_machine)
         self._unsaved = False  # a checkpoint was due and could not be written
         self._told: set[str] = set()  # of the rates in use
+        self._merged_rounds = 0  # of this start
 
     # --- the run
 
@@ -180,6 +185,7 @@ class RoundLoop:
         due = bool(self._options.save_every) and number % self._options.save_every == 0
         if due or self._unsaved or last:
             self._save()
+        self._tell_utilisation(figures, time.monotonic() - started)
         return True
 
     # --- who takes part
@@ -375,6 +381,17 @@ class RoundLoop:
         if rates not in self._told:
             self._told.add(rates)
             logger.info("round %3d  %s", number, rates)
+
+    def _tell_utilisation(self, figures: RoundMetrics, seconds: float) -> None:
+        """Log once, when the first rounds of this start are over, which part of their seconds sites train."""
+        self._merged_rounds += 1
+        if self._policy.one_machine or self._merged_rounds != SPEED_ROUNDS:
+            return
+        trained = statistics.fmean(part.report.seconds for part in figures.merged.values())
+        length = math.ceil((seconds - trained) / (1 - TARGET))
+        more = f"; federation.round_seconds={length} would make it {TARGET:.0%}" if trained < LOW * seconds else ""
+        share = 100 * trained / seconds
+        logger.info("round %3d  sites trained for %.0f%% of its %.1f s%s", figures.round, share, seconds, more)
 
     def _say(self, phase: str, number: int, **figures: object) -> None:
         """Tell the terminal and `nanofed status` what is going on."""
