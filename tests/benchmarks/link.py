@@ -1,6 +1,6 @@
 """`bin/bench link`: rounds over lines of given rates: the share of their seconds that sites train, by codec, and as planned.
 
-Server and sites are in network namespaces of their own, joined by veth pairs whose rate the kernel limits both ways (`tc … tbf`).
+Server and sites are in network namespaces of their own, joined by veth pairs whose rate the kernel limits both ways (tc's tbf); a delay is a relay's.
 All namespaces end with the last process in them, however the benchmark ends. TLS and keys are on for ours; stock has none.
 Without --train, sites train nothing, and the share is that in rounds of --round_seconds beside which a round costs as much.
 """
@@ -12,8 +12,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nanofed.errors import ConfigError
@@ -22,7 +24,7 @@ from nanofed.federated.planning import CODEC_PAIRS, Model, Places, PlannedSite, 
 from tests.benchmarks import machine
 from tests.benchmarks.report import progress, show
 from tests.benchmarks.round import CPU, DOWN, UP, fleet, fleet_options, work_folder
-from tests.benchmarks.round_fleet import Network, ours, stock
+from tests.benchmarks.round_fleet import Network, ours, running, stock
 
 INSIDE = "NANOFED_BENCH_NAMESPACE"  # is set in the server's namespace
 # A user, network and mount namespace for the server; those of the sites are named in it, below /run.
@@ -53,27 +55,45 @@ class Namespaces(Network):
 
     listen = "0.0.0.0"
 
-    def __init__(self, sites: int) -> None:
+    def __init__(self, sites: int, delay_ms: float) -> None:
         self._sites = range(sites)
+        self._delay = delay_ms / 2e3  # seconds each way
         _do("mount", "-t", "tmpfs", "none", "/run")  # names of namespaces are files there
         _do("ip", "link", "set", "lo", "up")
         for site in self._sites:
             name, here = f"site-{site}", f"to-site-{site}"
             _do("ip", "netns", "add", name)
             _do("ip", "link", "add", here, "type", "veth", "peer", "name", "line", "netns", name)
-            _do("ip", "address", "add", f"{self.server(site)}/24", "dev", here)
+            _do("ip", "address", "add", f"10.77.{site}.1/24", "dev", here)
             _do("ip", "link", "set", here, "up")
             _do("ip", "-n", name, "address", "add", f"10.77.{site}.2/24", "dev", "line")
             for device in ("lo", "line"):
                 _do("ip", "-n", name, "link", "set", device, "up")
 
     def server(self, site: int) -> str:
-        """Return the server's end of a site's line."""
-        return f"10.77.{site}.1"
+        """Return the server's end of a site's line, or where there is a relay on the way, that."""
+        return "127.0.0.1" if self._delay else f"10.77.{site}.1"
 
     def at(self, site: int, command: Sequence[str]) -> list[str]:
         """Return the command line that runs a command in a site's namespace."""
         return ["ip", "netns", "exec", f"site-{site}", *command]
+
+    @contextmanager
+    def relays(self, port: int, folder: Path) -> Iterator[None]:
+        """Run a relay in each site's namespace where there is a delay: the kernel limits rates, but has no delay here."""
+        with ExitStack() as stack:
+            for site in self._sites if self._delay else ():
+                relay = [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "tests.faults.link",
+                    str(port),
+                    f"10.77.{site}.1",
+                    str(self._delay),
+                ]
+                stack.enter_context(running(self.at(site, relay), folder / f"relay-{site}.log", os.environ))
+            yield
 
     def limit(self, mbit: float) -> None:
         """Let all lines pass so many Mbit/s each way."""
@@ -103,6 +123,8 @@ def main(argv: Sequence[str]) -> int:
     parser = fleet_options("link", __doc__, round_seconds=300.0, sites=2)
     pairs = ",".join(map("/".join, CODEC_PAIRS))
     parser.add_argument("--mbit", default="50,200,1000", help="of each site's line, each way (default: %(default)s)")
+    delay = "milliseconds to the server and back, by a relay at each site (default: none)"
+    parser.add_argument("--delay_ms", type=float, default=0.0, help=delay)
     parser.add_argument("--codecs", default=pairs, help="pairs of codecs, down/up (default: %(default)s)")
     args = parser.parse_args(argv)
     args.secure = True
@@ -117,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--mbit takes rates above 0, --codecs {'|'.join(DOWN)} / {'|'.join(UP)}, not {args.codecs}")
     try:
         if INSIDE in os.environ:
-            result = measure(args, Namespaces(args.sites), rates, codecs)
+            result = measure(args, Namespaces(args.sites, args.delay_ms), rates, codecs)
             show(result, [list(run["row"].values()) for run in result["runs"]], HEADER, as_json=args.json)
             return 0
         _do(*UNSHARE, "true")
@@ -147,7 +169,7 @@ def measure(
     with work_folder(args, 4 * config.num_parameters) as folder:
         for mbit in rates:
             lines.limit(mbit)
-            site = PlannedSite(down_mbit=mbit, up_mbit=mbit, tokens_per_second=1.0, delay_ms=0.0)
+            site = PlannedSite(down_mbit=mbit, up_mbit=mbit, tokens_per_second=1.0, delay_ms=args.delay_ms)
             places = Places({f"site-{index}": site for index in range(args.sites)})
             for args.down, args.up in codecs:
                 progress(f"{mbit:g} Mbit/s, {args.down} down, {args.up} up")
@@ -160,7 +182,7 @@ def measure(
                 progress(f"{mbit:g} Mbit/s, Flower's FedAvg")
                 runs.append(_run(args, mbit, "stock", stock(setting, folder / "stock"), None))
                 shutil.rmtree(folder / "stock")
-    result = {name: getattr(args, name) for name in ("depth", "sites", "rounds", "train", "round_seconds")}
+    result = {name: getattr(args, name) for name in ("depth", "sites", "rounds", "train", "round_seconds", "delay_ms")}
     return result | {"parameters": config.num_parameters, "runs": runs, **machine.describe(CPU)}
 
 

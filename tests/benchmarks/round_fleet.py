@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ class Network:
     def at(self, site: int, command: Sequence[str]) -> list[str]:
         """Return the command line that runs a command where a site is."""
         return list(command)
+
+    def relays(self, port: int, folder: Path) -> AbstractContextManager[object]:
+        """Run what stands between the sites and the server's port while the block lasts."""
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def ours(fleet: Fleet, folder: Path) -> dict[str, Any]:
     with _traced(fleet, folder) as (environment, figures), ExitStack() as stack:
         log = folder / "server.log"
         service = stack.enter_context(running([*server, *fleet.args, *rounds], log, environment))
+        stack.enter_context(network.relays(port, folder))
         sites = {}
         for index, name in enumerate(names):
             own = ["--superlink", f"{network.server(index)}:{port}", "--name", name, "--state", str(folder / name)]
@@ -184,6 +189,7 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         database = ["--database", str(folder / "superlink.db")]
         listen = ["--host", fleet.network.listen]  # the last one counts
         stack.enter_context(link.running([*database, *listen, "--disable-runtime-dependency-installation"]))
+        stack.enter_context(fleet.network.relays(link.port, folder))
         for index in range(fleet.sites):
             command = [str(Path(sys.executable).with_name("flower-supernode")), "--insecure"]
             command += ["--superlink", f"{fleet.network.server(index)}:{link.port}"]

@@ -119,9 +119,9 @@ def test_utilisation_by_hand() -> None:
 def test_the_most_exact_codecs_that_reach_the_target_are_taken() -> None:
     """Per Mbit/s of line, fp32 both ways is 64 Gbit, bf16 32, bf16 and int8 24, bf16 and int4 20."""
 
-    def chosen(mbit: float, speed: float = 1e5, **changes: float) -> tuple[str, str, float]:
+    def chosen(mbit: float, speed: float = 1e5) -> tuple[str, str, float]:
         site = PlannedSite(down_mbit=mbit, up_mbit=mbit, tokens_per_second=speed, delay_ms=0)
-        plan = Plan.of(replace(SETTING, **changes), Places({"a": site}), NOTHING)
+        plan = Plan.of(SETTING, Places({"a": site}), NOTHING)
         share = plan.recommended.utilisation_of_all(plan.round_seconds)
         assert plan.recommended.steps(plan.round_seconds)["a"] <= MOST_STEPS
         assert ("more would take more than 500 steps" in plan.sentence()) == (share < 0.95 - 1e-9)

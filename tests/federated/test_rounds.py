@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,11 +314,16 @@ def test_sites_hear_once_which_part_of_their_seconds_they_train(
 ) -> None:
     caplog.set_level(logging.INFO, "nanofed")
     said = []
+
+    def slowly(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+        time.sleep(0.3)
+        return fit(arrays, asked)
+
     for name, policy in (("sites", SITES), ("here", ONE_MACHINE)):
         config = federation(tiny_corpus, tmp_path, name, clients=1, rounds=5)
         config.open()
-        site = Site(config.trainer(), hook=lambda fit, arrays, asked: (time.sleep(0.3), fit(arrays, asked))[1])
-        loop = config.loop(InProcessGrid(client_app(lambda context, site=site: site), ["client-0"]), policy=policy)
+        app = client_app(partial(lambda site, context: site, Site(config.trainer(), hook=slowly)))
+        loop = config.loop(InProcessGrid(app, ["client-0"]), policy=policy)
         loop.train()
         loop.metrics.close()
         said.append([record.getMessage() for record in caplog.records if "sites trained" in record.getMessage()])
