@@ -125,8 +125,9 @@ class Costs:
     checkpoint: float
 
 
-# `bin/bench round --secure` on two cores of an AMD EPYC with AVX-512 (notebooks/LOG.md, 2026-11-29, the planner).
-MEASURED = Costs(fixed=0.9, round_trips=20.0, fetch=4.0, deliver=5.0, site=10.0, merge=8.0, step=10.0, checkpoint=15.0)
+# `bin/bench round --depth 12 --sites 2 --up int8 --secure`, server and sites on two cores of an AMD EPYC that were not idle
+# (notebooks/LOG.md, 2026-11-29, the planner).
+MEASURED = Costs(fixed=1.0, round_trips=20.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7, checkpoint=16.6)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """`bin/bench link`: rounds over lines of given rates: the share of their seconds that sites train, by codec, and as planned.
 
-Server and sites are in network namespaces of their own, joined by veth pairs whose rate the kernel limits both ways (tc's tbf); a delay is a relay's.
-All namespaces end with the last process in them, however the benchmark ends. TLS and keys are on for ours; stock has none.
-Without --train, sites train nothing, and the share is that in rounds of --round_seconds beside which a round costs as much.
+Server and sites are in network namespaces of their own, joined by veth pairs whose rate the kernel limits both ways (tbf); a
+delay is a relay's. All namespaces end with the last process in them, however the benchmark ends. TLS and keys are on for ours;
+stock has none. Without --train sites train nothing: the share is that in rounds of --round_seconds, of which so many are not
+training.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from nanofed.federated.planning import CODEC_PAIRS, Model, Places, PlannedSite, 
 from tests.benchmarks import machine
 from tests.benchmarks.report import progress, show
 from tests.benchmarks.round import CPU, DOWN, UP, fleet, fleet_options, work_folder
-from tests.benchmarks.round_fleet import Network, ours, running, stock
+from tests.benchmarks.round_fleet import FleetError, Network, ours, running, stock
 
 INSIDE = "NANOFED_BENCH_NAMESPACE"  # is set in the server's namespace
 # A user, network and mount namespace for the server; those of the sites are named in it, below /run.
@@ -140,8 +142,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if INSIDE in os.environ:
             result = measure(args, Namespaces(args.sites, args.delay_ms), rates, codecs)
-            show(result, [list(run["row"].values()) for run in result["runs"]], HEADER, as_json=args.json)
-            return 0
+            show(result, [line(run, args.sites) for run in result["runs"]], HEADER, as_json=args.json)
+            return int(any("failed" in run for run in result["runs"]))
         _do(*UNSHARE, "true")
     except NoNamespaces as error:
         print(f"bench: skipped, for there are no network namespaces with limited lines here: {error}", file=sys.stderr)
@@ -172,35 +174,52 @@ def measure(
             site = PlannedSite(down_mbit=mbit, up_mbit=mbit, tokens_per_second=1.0, delay_ms=args.delay_ms)
             places = Places({f"site-{index}": site for index in range(args.sites)})
             for args.down, args.up in codecs:
-                progress(f"{mbit:g} Mbit/s, {args.down} down, {args.up} up")
-                setting = replace(fleet(args), network=lines)
-                figures = ours(setting, folder / "ours")
                 planned = overheads(model, places, args.down, args.up)["site-0"].seconds
-                runs.append(_run(args, mbit, f"{args.down}/{args.up}", figures, planned))
-                shutil.rmtree(folder / "ours")
+                setting = replace(fleet(args), network=lines)
+                runs.append(_run(args, mbit, f"{args.down}/{args.up}", partial(ours, setting), folder, planned))
             if args.against:
-                progress(f"{mbit:g} Mbit/s, Flower's FedAvg")
-                runs.append(_run(args, mbit, "stock", stock(setting, folder / "stock"), None))
-                shutil.rmtree(folder / "stock")
+                runs.append(_run(args, mbit, "stock", partial(stock, setting), folder, None))
     result = {name: getattr(args, name) for name in ("depth", "sites", "rounds", "train", "round_seconds", "delay_ms")}
     return result | {"parameters": config.num_parameters, "runs": runs, **machine.describe(CPU)}
 
 
 def _run(
-    args: argparse.Namespace, mbit: float, codecs: str, figures: dict[str, Any], planned: float | None
+    args: argparse.Namespace,
+    mbit: float,
+    codecs: str,
+    run: Callable[[Path], dict[str, Any]],
+    folder: Path,
+    planned: float | None,
 ) -> dict[str, Any]:
+    """Run one federation and return its figures, those of the site that answers last; one that fails costs no other's."""
+    progress(f"{mbit:g} Mbit/s, {codecs}")
+    result: dict[str, Any] = {"mbit": mbit, "codecs": codecs, "planned_seconds": planned}
+    own = folder / f"{mbit:g}-{codecs.replace('/', '-')}"
+    try:
+        figures = run(own)
+    except FleetError as error:
+        progress(f"it failed: {error}")
+        return result | {"failed": str(error)}
+    finally:
+        shutil.rmtree(own / "runs", ignore_errors=True)
     phases, overhead = figures["phases"], figures["overhead_seconds"]
-    # Of the site that answers last.
+    parts = {name: sum(phases[phase] for phase in group) for name, group in GROUPS.items()}
     share = phases["train"] / figures["round_seconds"] if args.train else 1 - overhead / args.round_seconds
-    row = {
-        "Mbit/s": f"{mbit:g}",
-        "codecs": codecs,
-        **{f"s {name}": sum(phases[phase] for phase in group) for name, group in GROUPS.items()},
-        "s not training": overhead,
-        "as planned": planned,
-        "error": None if planned is None else f"{planned / overhead - 1:+.1%}",
-        "training": f"{share:.1%}",
-        "MB down": figures["bytes_down"] / 1e6 / args.sites,
-        "MB up": figures["bytes_up"] / 1e6 / args.sites,
-    }
-    return {"mbit": mbit, "codecs": codecs, "planned_seconds": planned, "utilisation": share, "row": row, **figures}
+    return result | {"parts": parts, "utilisation": share, **figures}
+
+
+def line(run: dict[str, Any], sites: int) -> list[object]:
+    """Return a run's row of the table."""
+    if "failed" in run:
+        return [f"{run['mbit']:g}", run["codecs"], *["failed"] * (len(HEADER) - 2)]
+    planned, measured = run["planned_seconds"], run["overhead_seconds"]
+    return [
+        f"{run['mbit']:g}",
+        run["codecs"],
+        *run["parts"].values(),
+        measured,
+        planned,
+        None if planned is None else f"{planned / measured - 1:+.1%}",
+        f"{run['utilisation']:.1%}",
+        *(run[way] / 1e6 / sites for way in ("bytes_down", "bytes_up")),
+    ]
