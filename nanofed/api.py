@@ -1,4 +1,4 @@
-"""fit, federate, load, evaluate, generate: what notebooks import and what commands call."""
+"""fit, federate, plan, load, evaluate, generate: what notebooks import and what commands call."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from nanofed.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from nanofed.federated.planning import Plan
     from nanofed.model import GPT
     from nanofed.tokenizer.bpe import Tokenizer
     from nanofed.training.startup import Startup
@@ -220,9 +221,7 @@ def federate(
     from nanofed.federated.federation import Federation
     from nanofed.federated.runtimes.in_process import run_in_process
 
-    if config is None and not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args):
-        config = runtime.config_file("tiny_federated.yaml")
-    federation = Federation.from_args([*arguments(config, overrides or {}), *args])
+    federation = Federation.from_args(_federation_arguments(config, args, overrides))
     if federation.config.runtime == "simulation":
         from nanofed.federated.runtimes.simulation import run_simulation
 
@@ -232,6 +231,42 @@ def federate(
 
         return run_deployment(federation)
     return run_in_process(federation)
+
+
+def _federation_arguments(
+    config: str | Path | None, args: Sequence[str], overrides: dict[str, Any] | None
+) -> list[str]:
+    """Return the command line of a federation, which is `tiny_federated` where no config is named."""
+    if config is None and not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args):
+        config = runtime.config_file("tiny_federated.yaml")
+    return [*arguments(config, overrides or {}), *args]
+
+
+def plan(
+    places: str | Path,
+    config: str | Path | None = None,
+    *,
+    args: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+) -> Plan:
+    """Return how long rounds should be at given sites, and how weights should travel; nothing is trained.
+
+    Args:
+        places: YAML file of the sites' speeds and lines, such as `configs/sites.yaml`.
+        config: YAML file of the federation, as `federate` takes it.
+        args: further command-line arguments, as `nanofed federate` takes them.
+        overrides: dotted keys and values.
+
+    Raises:
+        ConfigError: a wrong option, or a wrong key in the file of the sites.
+        DataError: no shards or no tokenizer.
+    """
+    from nanofed.federated.config import Arguments
+    from nanofed.federated.planning import Places, Plan, Setting
+
+    known = Places.read(str(places))
+    arguments_of_run = Arguments.from_args(_federation_arguments(config, args, overrides))
+    return Plan.of(Setting.of(arguments_of_run, len(known.sites)), known)
 
 
 def serve(

@@ -158,7 +158,8 @@ class FabricOptions:
 
 def build_parser() -> ArgumentParser:
     """Return the parser of `nanofed federate`: the sections of `nanofed fit`, with `federation` and `fabric` for `trainer`."""
-    parser = ArgumentParser(prog="nanofed federate", exit_on_error=False)
+    plan = "--plan FILE (such as configs/sites.yaml) trains nothing: it says how long rounds should be, and which codecs to take."
+    parser = ArgumentParser(prog="nanofed federate", epilog=plan, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file in YAML")
     parser.add_argument(
         "--runtime",

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "checkpoint": "seconds, bytes and memory of saving and loading",
     "startup": "seconds from `nanofed fit` to the first step, in its parts",
     "round": "a round over real SuperLink and SuperNodes beside its training: phases, bytes, memory; against FedAvg",
+    "link": "rounds over lines of given rates, in network namespaces: utilisation by codec, against FedAvg and the plan",
     "engine": "bits per byte at equal tokens: fit, clients in one process, clients over real SuperLink and SuperNodes",
     "time_to_bpb": "seconds to a given bits per byte, against the plain path on the same batches",
 }

@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
 from nanofed.errors import ConfigError
+from nanofed.federated.config import FederationConfig
 from nanofed.federated.deploy.process import ended_by_signals
-from nanofed.federated.wire.codec import CODECS
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import load_tokenizer
 from tests.benchmarks import machine
@@ -29,6 +30,24 @@ from tests.benchmarks.round_fleet import Fleet, ours, stock
 from tests.benchmarks.round_phases import PHASES
 
 CPU = torch.device("cpu")
+DOWN, UP = (get_args(get_type_hints(FederationConfig)[name]) for name in ("down_codec", "up_codec"))
+
+
+def fleet_options(name: str, description: str | None, *, round_seconds: float, sites: int) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark of whole federations, with the options that say which."""
+    size = {"vocab_size": 65_536, "sequence_len": 128, "device_batch_size": 8}
+    parser = options(name, description, data=True, **size, sites=sites)
+    add = parser.add_argument
+    add("--depth", type=int, default=4, help="d20 takes 14 GB of memory and 14 GB of disk; stock d12 11 GB of memory")
+    add("--rounds", type=int, default=4, help="that count; one more is run")
+    add("--train", action="store_true", help="with the real worker, for rounds of --round_seconds")
+    add("--round_seconds", type=float, default=round_seconds)
+    add("--against", choices=("stock",), help="then Flower's own FedAvg in fp32, with the same sites and shapes")
+    add("--set", action="append", default=[], metavar="--KEY=VALUE", help="further options of nanofed federate")
+    add("--environment", action="append", default=[], metavar="NAME=VALUE", help="of all processes")
+    add("--folder", type=Path, help="where runs and logs go (default: a temporary folder); kept if named")
+    add("--seconds", type=float, default=1800.0, help="after which a side is given up")
+    return parser
 
 
 def fleet(args: argparse.Namespace) -> Fleet:
@@ -62,43 +81,39 @@ def lines(result: dict[str, Any]) -> list[list[object]]:
     return [*rows, ["MB together", *(side["peak_rss_mb_together"] for side in sides)]]
 
 
-def main(argv: Sequence[str]) -> int:
-    size = {"vocab_size": 65_536, "sequence_len": 128, "device_batch_size": 8}
-    parser = options("round", __doc__, data=True, **size, sites=1)
-    add = parser.add_argument
-    add("--depth", type=int, default=4, help="d20 takes 14 GB of memory and 14 GB of disk; stock d12 11 GB of memory")
-    add("--rounds", type=int, default=4, help="that count; one more is run")
-    add("--down", choices=CODECS, default="bf16", help="codec of the weights")
-    add("--up", choices=CODECS, default="bf16", help="codec of the updates")
-    add("--train", action="store_true", help="with the real worker, for rounds of --round_seconds")
-    add("--round_seconds", type=float, default=5.0)
-    add("--secure", action="store_true", help="TLS and keys")
-    add("--against", choices=("stock",), help="then Flower's own FedAvg in fp32, with the same sites and shapes")
-    add("--set", action="append", default=[], metavar="--KEY=VALUE", help="further options of nanofed federate")
-    add("--environment", action="append", default=[], metavar="NAME=VALUE", help="of all processes")
-    add("--folder", type=Path, help="where runs and logs go (default: a temporary folder); kept if named")
-    add("--seconds", type=float, default=1800.0, help="after which a side is given up")
-    args = parser.parse_args(argv)
+@contextmanager
+def work_folder(args: argparse.Namespace, payload: int) -> Iterator[Path]:
+    """Yield the folder of runs and logs, with room for weights of so many bytes; what was started is stopped at the end."""
     if args.rounds < 1 or args.sites < 1:
         raise ConfigError("--rounds and --sites must be at least 1")
-    setting = fleet(args)
-    payload = 4 * setting.config.num_parameters
     folder = args.folder.absolute() if args.folder else Path(tempfile.mkdtemp(prefix="nanofed-round-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < 8 * payload:
             raise ConfigError(f"{8 * payload / 1e9:.0f} GB must be free in {folder}: name another --folder")
-        progress(f"d{args.depth}: {setting.config.num_parameters:,} parameters, {args.sites} sites")
-        with ended_by_signals():  # what was started is stopped
-            result = ours(setting, folder / "ours")
-            if args.against:
-                shutil.rmtree(folder / "ours" / "runs")
-                progress("Flower's FedAvg")
-                result["stock"] = stock(setting, folder / "stock")
-                result["ratio_seconds"] = result["overhead_seconds"] / result["stock"]["overhead_seconds"]
+        with ended_by_signals():
+            yield folder
     finally:
         if not args.folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = fleet_options("round", __doc__, round_seconds=5.0, sites=1)
+    add = parser.add_argument
+    add("--down", choices=DOWN, default="bf16", help="codec of the weights")
+    add("--up", choices=UP, default="bf16", help="codec of the updates")
+    add("--secure", action="store_true", help="TLS and keys")
+    args = parser.parse_args(argv)
+    setting = fleet(args)
+    with work_folder(args, 4 * setting.config.num_parameters) as folder:
+        progress(f"d{args.depth}: {setting.config.num_parameters:,} parameters, {args.sites} sites")
+        result = ours(setting, folder / "ours")
+        if args.against:
+            shutil.rmtree(folder / "ours" / "runs")
+            progress("Flower's FedAvg")
+            result["stock"] = stock(setting, folder / "stock")
+            result["ratio_seconds"] = result["overhead_seconds"] / result["stock"]["overhead_seconds"]
     result |= {name: getattr(args, name) for name in ("depth", "sites", "rounds", "down", "up", "train", "secure")}
     result |= {"parameters": setting.config.num_parameters, **machine.describe(CPU)}
     header = ["median after the first round", "ours", *(["stock"] if args.against else [])]

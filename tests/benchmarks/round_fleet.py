@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,24 @@ STOP_SECONDS = 20.0
 NAME = "bench"
 
 
+class Network:
+    """Where the sites are: here, on loopback, where nothing slows them down."""
+
+    listen = "127.0.0.1"
+
+    def server(self, site: int) -> str:
+        """Return the address at which a site reaches the server."""
+        return self.listen
+
+    def at(self, site: int, command: Sequence[str]) -> list[str]:
+        """Return the command line that runs a command where a site is."""
+        return list(command)
+
+    def relays(self, port: int, folder: Path) -> AbstractContextManager[object]:
+        """Run what stands between the sites and the server's port while the block lasts."""
+        return nullcontext()
+
+
 @dataclass(frozen=True)
 class Fleet:
     """What to run."""
@@ -46,6 +64,7 @@ class Fleet:
     secure: bool  # TLS and keys
     environment: Mapping[str, str]  # changes to that of all processes
     seconds: float  # after which a run is given up
+    network: Network = Network()  # noqa: RUF009 (it has no state)
 
 
 class FleetError(RuntimeError):
@@ -95,24 +114,26 @@ def ours(fleet: Fleet, folder: Path) -> dict[str, Any]:
     Raises:
         FleetError: a process failed, or the run took too long.
     """
-    address, names = f"127.0.0.1:{free_port()}", [f"site-{index}" for index in range(fleet.sites)]
+    port, network, names = free_port(), fleet.network, [f"site-{index}" for index in range(fleet.sites)]
+    address = f"{network.listen}:{port}"
     rounds = ["--federation.rounds", str(fleet.rounds + 1), "--federation.quorum", str(fleet.sites)]
     python = [sys.executable, "-P", "-m"]
     server = [*python, "nanofed", "server", "--listen", address, "--name", NAME, "--runs_dir", str(folder / "runs")]
     site = [*python, "nanofed", "site"] if fleet.train else [*python, "tests.benchmarks.echo_site"]
     keys: dict[str, list[str]] = {name: [] for name in names}
     if fleet.secure:
-        made = init(folder / "keys", ["127.0.0.1"], names)
+        made = init(folder / "keys", [network.server(index) for index in range(fleet.sites)], names)
         server += ["--keys", str(made.folder)]
         keys = {name: ["--keys", str(made.handout(name))] for name in names}
     with _traced(fleet, folder) as (environment, figures), ExitStack() as stack:
         log = folder / "server.log"
         service = stack.enter_context(running([*server, *fleet.args, *rounds], log, environment))
+        stack.enter_context(network.relays(port, folder))
         sites = {}
-        for name in names:
-            own = ["--superlink", address, "--name", name, "--state", str(folder / name), *keys[name]]
-            site_log = folder / f"{name}.log"
-            sites[name] = stack.enter_context(running([*site, *own, *fleet.args], site_log, environment)), site_log
+        for index, name in enumerate(names):
+            own = ["--superlink", f"{network.server(index)}:{port}", "--name", name, "--state", str(folder / name)]
+            command, site_log = network.at(index, [*site, *own, *keys[name], *fleet.args]), folder / f"{name}.log"
+            sites[name] = stack.enter_context(running(command, site_log, environment)), site_log
         _wait(service, log, sites, fleet.seconds)
     committed = int(checkpoints(folder / "runs" / NAME)[-1].name.removeprefix("round_"))
     if committed != fleet.rounds + 1:
@@ -166,14 +187,18 @@ def stock(fleet: Fleet, folder: Path) -> dict[str, Any]:
         program = [str(Path(sys.executable).with_name("flower-superlink")), "--insecure"]
         link = SuperLink(folder, log, environment=own, program=program)
         database = ["--database", str(folder / "superlink.db")]
-        stack.enter_context(link.running([*database, "--disable-runtime-dependency-installation"]))
+        listen = ["--host", fleet.network.listen]  # the last one counts
+        stack.enter_context(link.running([*database, *listen, "--disable-runtime-dependency-installation"]))
+        stack.enter_context(fleet.network.relays(link.port, folder))
         for index in range(fleet.sites):
             command = [str(Path(sys.executable).with_name("flower-supernode")), "--insecure"]
-            command += ["--superlink", f"127.0.0.1:{link.port}", "--host", "127.0.0.1", "--port", str(free_port())]
+            command += ["--superlink", f"{fleet.network.server(index)}:{link.port}"]
+            command += ["--host", "127.0.0.1", "--port", str(free_port())]
             home = folder / f"site-{index}"
             home.mkdir()
             supernode = flower_environment(home, **own)
-            stack.enter_context(running(command, folder / f"site-{index}.log", supernode))
+            at_site = fleet.network.at(index, command)
+            stack.enter_context(running(at_site, folder / f"site-{index}.log", supernode))
         run_id = link.submit(app)
         follower = threading.Thread(target=link.follow, args=(run_id,), daemon=True)
         follower.start()

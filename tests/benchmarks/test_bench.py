@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from nanofed.errors import ConfigError
+from nanofed.federated.planning import GOODPUT
 from nanofed.model import GPTConfig
-from tests.benchmarks import gemm
+from tests.benchmarks import gemm, link
 from tests.benchmarks.__main__ import BENCHMARKS
 from tests.benchmarks.machine import PHASES, ROOT
 from tests.benchmarks.sides import Setting
@@ -134,6 +136,48 @@ def test_round_counts_every_second_and_byte(corpus: str, capsys: pytest.CaptureF
     assert max(result["peak_rss_mb"].values()) < result["peak_rss_mb_together"]
     # The others wait most of it.
     assert all(result["cpu_seconds"][name] > 0 for name in ("superlink", "serverapp", "worker"))
+
+
+@pytest.mark.slow
+def test_link_measures_rounds_over_limited_lines_and_holds_them_to_the_plan(corpus: str) -> None:
+    """At 5 Mbit/s lines are all that counts; the other process of the benchmark leaves no namespace behind."""
+    options = ["--depth=2", "--sequence_len=32", "--vocab_size=300", "--rounds=2", "--seconds=240", "--json"]
+    lines = ["--sites=1", "--mbit=5", "--codecs=bf16/bf16", "--round_seconds=60"]
+    command = [ROOT / "bin" / "bench", "link", *options, *lines, f"--data={corpus}"]
+    before = namespaces()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == link.SKIPPED:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    (run,) = result["runs"]
+    payload = 2 * result["parameters"]
+    seconds = 8 * payload / (5e6 * GOODPUT)
+    assert 0.8 * seconds < run["phases"]["client pulls"] and 0.8 * seconds < run["phases"]["client pushes"]
+    assert run["utilisation"] == pytest.approx(1 - run["overhead_seconds"] / 60)
+    assert run["planned_seconds"] > 2 * seconds
+    assert namespaces() == before
+
+
+def namespaces() -> list[str]:
+    """The network namespaces of this machine that have a name."""
+    folder = Path("/run/netns")
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def test_link_says_why_it_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(link, "UNSHARE", ("false",))
+    assert link.main([]) == link.SKIPPED
+    assert "skipped" in capsys.readouterr().err
+    monkeypatch.setattr(link, "UNSHARE", ("no-such-program",))
+    assert link.main([]) == link.SKIPPED
+    assert "there is no no-such-program here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--mbit=fast", "--mbit=0", "--codecs=bf16", "--codecs=int8/bf17"])
+def test_link_refuses_what_it_cannot_measure(option: str) -> None:
+    with pytest.raises(ConfigError, match=option.split("=")[0]):
+        link.main([option])
 
 
 def test_memory_is_measured_after_a_reset(corpus: str) -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,14 @@ import numpy as np
 import pytest
 
 from nanofed.errors import ConfigError, DataError, NanofedError
+from nanofed.federated.runtimes.in_process import InProcessGrid
+from nanofed.federated.server.policy import ONE_MACHINE, SITES
+from nanofed.federated.site.client import client_app
 from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest, read_weights
 from nanofed.training.loop import Stopwatch
-from tests.federated.tiny import Fit, federation, prepare, same_bits, train
+from tests.federated.tiny import Fit, Site, federation, prepare, same_bits, train
 from tests.support import BATCH
 
 FEDAVG = {"outer_lr": 1, "outer_momentum": 0}
@@ -369,3 +376,32 @@ def test_rates_follow_the_batches_of_those_who_are_there(
         True
     ] * 2
     assert len(said) == 2, "once a run, as long as nothing changes"
+
+
+def test_sites_hear_once_which_part_of_their_seconds_they_train(
+    tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nanofed")
+    said = []
+
+    def slowly(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+        time.sleep(0.3)
+        return fit(arrays, asked)
+
+    for name, policy in (("sites", SITES), ("here", ONE_MACHINE)):
+        config = federation(tiny_corpus, tmp_path, name, clients=1, rounds=5)
+        config.open()
+        app = client_app(partial(lambda site, context: site, Site(config.trainer(), hook=slowly)))
+        loop = config.loop(InProcessGrid(app, ["client-0"]), policy=policy)
+        loop.train()
+        loop.metrics.close()
+        said.append([record.getMessage() for record in caplog.records if "sites trained" in record.getMessage()])
+        caplog.clear()
+    (told,), nothing = said
+    assert nothing == []
+    found = re.fullmatch(
+        r"round   3  sites trained for (\d+)% of its (\S+) s; federation.round_seconds=(\d+) would .* 95%", told
+    )
+    assert found is not None, told
+    share, seconds, length = int(found[1]) / 100, float(found[2]), int(found[3])
+    assert seconds > 0.3 and length == pytest.approx((1 - share) * seconds / 0.05, abs=1 + seconds / 5)

@@ -61,6 +61,7 @@ class RoundMetrics:
         client_bytes_down: bytes that each client is sent, of weights or of what changed in them, without framing.
         client_bytes_up: bytes of the weights that each client sends back, without framing.
         wait: seconds until there was a quorum.
+        encode: seconds in which the weights were encoded and the instructions written.
         exchange: seconds from the dispatch to the last reply.
         merge: seconds of folding, of the outer step and of the commit.
         merged_norm: L2 norm of the pseudo-gradient.
@@ -73,6 +74,7 @@ class RoundMetrics:
     client_bytes_down: dict[str, int] = field(default_factory=dict)
     client_bytes_up: int = 0
     wait: float = 0.0
+    encode: float = 0.0
     exchange: float = 0.0
     merge: float = 0.0
     merged_norm: float = 0.0
@@ -100,7 +102,14 @@ class RoundMetrics:
     @property
     def seconds(self) -> float:
         """From the end of the round before to this one's."""
-        return self.wait + self.exchange + self.merge
+        return self.wait + self.encode + self.exchange + self.merge
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the round in which a client trains, on average."""
+        return (
+            math.fsum(part.report.training_seconds for part in self.merged.values()) / len(self.merged) / self.seconds
+        )
 
     def scalars(self) -> dict[str, float]:
         """Return the scalars of the round by tag."""
@@ -120,12 +129,12 @@ class RoundMetrics:
             "fed/bytes_up": self.bytes_up,
             "fed/bytes_down": self.bytes_down,
             "fed/wait_seconds": self.wait,
+            "fed/encode_seconds": self.encode,
             "fed/train_seconds": self.train_seconds,
             "fed/transfer_seconds": max(0.0, *(part.seconds - part.report.seconds for part in parts)),
             "fed/merge_seconds": self.merge,
             "fed/round_seconds": self.seconds,
-            # The share of the round in which a client trains, on average.
-            "fed/utilisation": math.fsum(report.training_seconds for report in reports) / len(parts) / self.seconds,
+            "fed/utilisation": self.utilisation,
             "fed/update_norm_mean": mean_norm,
             "fed/update_norm_max": max(norms),
             "fed/update_norm_merged": self.merged_norm,

@@ -21,6 +21,7 @@ from nanofed.federated.aggregation.norm_guard import Steps, UnusualNorm
 from nanofed.federated.aggregation.outer import outer_strength
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
+from nanofed.federated.planning import TARGET
 from nanofed.federated.server.clients import Clients
 from nanofed.federated.server.downlink import Downlink
 from nanofed.federated.server.evaluation import RoundEvaluator, ServerEvaluator, ServerModel, SiteEvaluator
@@ -28,7 +29,7 @@ from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.metrics import FederationMetrics, MergedUpdate, RoundMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
-from nanofed.federated.server.scheduling import Scheduler
+from nanofed.federated.server.scheduling import SPEED_ROUNDS, Scheduler
 from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
@@ -45,6 +46,8 @@ from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import AT_HORIZON
 
 logger = logging.getLogger(__name__)
+
+LOW = 0.9  # share of a round in training, below which the log says what would make it more
 
 
 class RoundLoop:
@@ -110,6 +113,7 @@ class RoundLoop:
         self._unsaved = False  # a checkpoint could not be written
         self._told: set[str] = set()  # of the rates in use
         self._replied: dict[str, float] = {}  # client -> when its last reply was here, on the monotonic clock
+        self._merged_rounds = 0  # of this start
 
     # --- the run
 
@@ -190,6 +194,7 @@ class RoundLoop:
         due = bool(self._options.save_every) and number % self._options.save_every == 0
         if due or self._unsaved:
             self._save_later()
+        self._tell_utilisation(figures)
         return True
 
     # --- who takes part
@@ -221,12 +226,13 @@ class RoundLoop:
 
     def _train_and_merge(self, present: Mapping[str, int], figures: RoundMetrics) -> bool:
         """Have the clients train, merge their updates, and tell whether the model changed."""
-        state, config, number = self.state, self._config, figures.round
+        state, config, number, started = self.state, self._config, figures.round, time.monotonic()
         try:
             sent, base = self._downlink.encode(state, present), self._downlink.base_hash
             asked = self._scheduler.instruct(number, list(present), state, base, sent.changed_from)
             step_tokens = sum(each.batch_tokens for each in asked.values())
             self._tell(number, self._module.recipe.schedule.explain_scale(step_tokens, self._horizon))
+            figures.encode = time.monotonic() - started
             with make_aggregator(config.merge, sent, self._run / "spool", trim=config.trim) as aggregator:
                 self._collect(present, asked, sent, aggregator, figures)
                 self._compare(aggregator, figures)
@@ -407,6 +413,18 @@ class RoundLoop:
         if rates not in self._told:
             self._told.add(rates)
             logger.info("round %3d  %s", number, rates)
+
+    def _tell_utilisation(self, figures: RoundMetrics) -> None:
+        """Log once, when the first rounds of this start are over, which part of their seconds sites train."""
+        self._merged_rounds += 1
+        if self._policy.one_machine or self._merged_rounds != SPEED_ROUNDS:
+            return
+        share = figures.utilisation
+        length = math.ceil((1 - share) * figures.seconds / (1 - TARGET))
+        more = f"; federation.round_seconds={length} would make it {TARGET:.0%}" if share < LOW else ""
+        logger.info(
+            "round %3d  sites trained for %.0f%% of its %.1f s%s", figures.round, 100 * share, figures.seconds, more
+        )
 
     def _say(self, phase: str, number: int, **figures: object) -> None:
         """Tell the terminal and `nanofed status` what is going on."""
