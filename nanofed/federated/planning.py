@@ -30,9 +30,8 @@ TARGET, NEAR = 0.95, 0.005  # of all seconds in training, and what makes no diff
 # DiLoCo loses little up to 500 inner steps a round, and 2.9 % perplexity at 1,000 against 50 (arXiv:2311.08105, section 3.1).
 MOST_STEPS = 500
 STEPS_MEASURED = 40  # inner steps a round with which nanofed itself has been measured (notebooks/LOG.md)
-GOODPUT = (
-    1448 / 1514
-)  # bytes of a body in each full Ethernet frame of a line: the rest is headers of TCP, IP and Ethernet
+# Bytes of a body in each byte of a full Ethernet frame on a line: the rest is headers of TCP, IP and Ethernet.
+GOODPUT = 1448 / 1514
 
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -88,16 +87,19 @@ class Places:
         try:
             return TypeAdapter(cls).validate_json(json.dumps(read_yaml(path), default=str))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"])) or "it"
-        if first["type"] == "missing":
-            measure = "; `nanofed fit` logs it as tok/s" if key.endswith("tokens_per_second") else ""
-            raise ConfigError(f"{path}: {key} is missing{measure}")
-        if first["type"] == "unexpected_keyword_argument":
-            kind = {"sites": PlannedSite, "server": Line}.get(str(first["loc"][0])) if first["loc"][1:] else cls
-            known = ", ".join(field.name for field in fields(kind or cls))
-            raise ConfigError(f"{path}: there is no key {key}: known are {known}")
-        raise ConfigError(f"{path}: {key} is {first['input']!r:.60}: {first['msg'][0].lower()}{first['msg'][1:]}")
+            raise ConfigError(f"{path}: {_problem(error)}") from error
+
+
+def _problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong in a file of sites, with its key."""
+    first = error.errors(include_url=False)[0]
+    key, message = ".".join(map(str, first["loc"])) or "it", first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "missing":
+        return f"{key} is missing" + ("; `nanofed fit` logs it as tok/s" if key.endswith("tokens_per_second") else "")
+    if first["type"] == "unexpected_keyword_argument":
+        kind = Places if len(first["loc"]) == 1 else {"sites": PlannedSite, "server": Line}[str(first["loc"][0])]
+        return f"there is no key {key}: known are {', '.join(field.name for field in fields(kind))}"
+    return f"{key} is {first['input']!r:.60}: {message}"
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _run(
     own = folder / f"{mbit:g}-{codecs.replace('/', '-')}"
     try:
         figures = run(own)
-    except FleetError as error:
+    except (FleetError, ValueError) as error:  # or a mark is missing in it
         progress(f"it failed: {error}")
         return result | {"failed": str(error)}
     finally:

@@ -84,7 +84,8 @@ class Trace:
         return [self._round(*window) for window in itertools.pairwise(times)]
 
     def _round(self, start: float, stop: float) -> Round:
-        inside = [mark for mark in self._marks if start <= mark.start and mark.end <= stop]
+        # A poll that brought the round's message may have begun before that was there.
+        inside = [mark for mark in self._marks if start <= mark.end <= stop]
 
         def find(what: Sequence[str] | str, where: Callable[[Mark], bool]) -> Mark:
             names = [what] if isinstance(what, str) else what
