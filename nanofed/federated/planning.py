@@ -25,7 +25,7 @@ from nanofed.training.config_errors import read_yaml
 
 # Down and up, from the most exact to the fewest bytes. Two clients ended within 0.005 % of fp32 in bits per byte with int8 up,
 # and within 0.03 % with int4 (notebooks/LOG.md, 2026-11-29).
-CODEC_PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "int8"), ("bf16", "int4"))
+CODEC_PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "int8"), ("int8", "int8"), ("int8", "int4"))
 TARGET, NEAR = 0.95, 0.005  # of all seconds in training, and what makes no difference
 # DiLoCo loses little up to 500 inner steps a round, and 2.9 % perplexity at 1,000 against 50 (arXiv:2311.08105, section 3.1).
 MOST_STEPS = 500
@@ -114,7 +114,6 @@ class Costs:
         site: seconds for a billion parameters of a site's own work: check, decode and encode.
         merge: seconds for a billion parameters of the server's work on each update: check and fold.
         step: seconds for a billion parameters of the server's work once a round: outer step, encode, hash.
-        checkpoint: seconds for a billion parameters of writing the checkpoint.
     """
 
     fixed: float
@@ -124,12 +123,11 @@ class Costs:
     site: float
     merge: float
     step: float
-    checkpoint: float
 
 
 # `bin/bench round --depth 12 --sites 2 --up int8 --secure`, server and sites on two cores of an AMD EPYC that were not idle
 # (notebooks/LOG.md, 2026-11-29, the planner).
-MEASURED = Costs(fixed=1.0, round_trips=20.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7, checkpoint=16.6)
+MEASURED = Costs(fixed=1.0, round_trips=20.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7)
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ def overheads(model: Model, places: Places, down: str, up: str, costs: Costs = M
     receives, sends = (math.inf, math.inf) if (line := places.server) is None else (line.down_mbit, line.up_mbit)
     down_rates = shared({name: site.down_mbit for name, site in sites.items()}, sends)
     up_rates = shared({name: site.up_mbit for name, site in sites.items()}, receives)
-    server = costs.fixed + billions * (costs.merge * len(sites) + costs.step + costs.checkpoint)
+    server = costs.fixed + billions * (costs.merge * len(sites) + costs.step)
     return {
         name: Overhead(
             down=max(transfer_seconds(down_bytes, down_rates[name]), costs.fetch * down_bytes / 1e9),
@@ -368,6 +366,7 @@ class Plan:
         most = max(steps_of.values())
         notes = [
             "Seconds of sites and server are those of two cores of an AMD EPYC, of lines those of the file (notebooks/LOG.md).",
+            "With --federation.overlap=true sites also train while weights travel and the server works.",
             *setting.notes,
         ]
         if most > STEPS_MEASURED:

@@ -25,7 +25,7 @@ def test_a_plan_says_what_to_set_and_starts_nothing(
     shown = capsys.readouterr().out
     assert "steps of 2,048 tokens, 2 sites" in shown
     for words in (
-        "bf16  int4",
+        "int8  int4",
         "\nlab-a ",
         "\nlab-b ",
         "--federation.down_codec=",
