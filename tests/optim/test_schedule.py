@@ -6,6 +6,7 @@ import pytest
 
 from nanofed.errors import ConfigError
 from nanofed.optim import Clock, Schedule
+from nanofed.optim.schedule import least_tokens
 
 OCTOBER = Schedule()
 WARMED = Schedule(warmup_ratio=0.1, warmdown_ratio=0.5, final_lr_frac=0.2)
@@ -88,3 +89,8 @@ def test_rates_follow_the_square_root_of_the_batch_over_what_the_horizon_asks_fo
     assert f"steps of {step_tokens:,} tokens on {horizon:,}" in automatic.explain_scale(**run)
     assert Schedule(lr_scale=0.3).scale(step_tokens, horizon) == 0.3
     assert Schedule(lr_scale=0.3).explain_scale(**run) == "learning rates x 0.3 (as configured)"
+
+
+def test_the_least_batch_of_a_client_grows_with_the_horizon() -> None:
+    assert [least_tokens(horizon) for horizon in (819_200, 4_915_200, 11_219_763_200)] == [512, 2048, 65_536]
+    assert least_tokens(1) == 1

@@ -37,6 +37,7 @@ from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import payload_bytes
 from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.federated.wire.weight_transport import WeightTransport
+from nanofed.optim.schedule import least_tokens
 from nanofed.training.checkpoint import SaveError, prune_checkpoints
 from nanofed.training.event_files import cut_events
 from nanofed.training.gc_control import FrozenObjects
@@ -232,6 +233,13 @@ class RoundLoop:
             asked = self._scheduler.instruct(number, list(present), state, base, sent.changed_from)
             step_tokens = sum(each.batch_tokens for each in asked.values())
             self._tell(number, self._module.recipe.schedule.explain_scale(step_tokens, self._horizon))
+            least, most = least_tokens(self._horizon), max(each.batch_tokens for each in asked.values())
+            if len(asked) > 1 and most < least:
+                self._tell(
+                    number,
+                    f"steps of {most:,} tokens of each client are noisy: fewer of {least:,} end better, by "
+                    f"federation.global_batch_tokens={least * len(asked)} or model.recipe.batch_tokens={least}",
+                )
             figures.encode = time.monotonic() - started
             with make_aggregator(config.merge, sent, self._run / "spool", trim=config.trim) as aggregator:
                 self._collect(present, asked, sent, aggregator, figures)
