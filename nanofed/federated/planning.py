@@ -127,9 +127,9 @@ class Costs:
     checkpoint: float
 
 
-# `bin/bench round --depth 12 --sites 2 --up int8 --secure`, server and sites on two cores of an AMD EPYC that were not idle
+# Two sites and the server on two cores of an AMD EPYC beside other work, d12 over loopback and d4 over lines of 1,000 Mbit/s
 # (notebooks/LOG.md, 2026-11-29, the planner).
-MEASURED = Costs(fixed=1.0, round_trips=20.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7, checkpoint=16.6)
+MEASURED = Costs(fixed=1.5, round_trips=20.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7, checkpoint=16.6)
 
 
 @dataclass(frozen=True)
