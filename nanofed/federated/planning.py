@@ -127,9 +127,9 @@ class Costs:
     checkpoint: float
 
 
-# Two sites and the server on two cores of an AMD EPYC beside other work, d12 over loopback and d4 over lines of 1,000 Mbit/s
-# (notebooks/LOG.md, 2026-11-29, the planner).
-MEASURED = Costs(fixed=1.5, round_trips=20.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7, checkpoint=16.6)
+# Two sites and the server on two cores of an AMD EPYC beside other work: d12 over loopback and d4 over lines of 1,000 Mbit/s; d2
+# with a delay and without (notebooks/LOG.md, 2026-11-29, the planner).
+MEASURED = Costs(fixed=1.5, round_trips=14.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7, checkpoint=16.6)
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ class Plan:
         ]
         most = max(steps_of.values())
         notes = [
-            "Seconds of sites and server are those of two cores of an AMD EPYC, of lines those of the file (notebooks/LOG.md).",
+            "Work of sites and server is counted as two busy CPU cores do it (notebooks/LOG.md); faster ones take less.",
             *setting.notes,
         ]
         if most > STEPS_MEASURED:

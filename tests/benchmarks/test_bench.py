@@ -149,7 +149,7 @@ def test_link_measures_rounds_over_limited_lines_and_holds_them_to_the_plan(corp
     """At 5 Mbit/s lines are all that counts; the other process of the benchmark leaves no namespace behind."""
     options = ["--depth=2", "--sequence_len=32", "--vocab_size=300", "--rounds=2", "--seconds=240", "--json"]
     lines = ["--sites=1", "--mbit=5", "--codecs=bf16/bf16", "--round_seconds=60"]
-    command = [ROOT / "bin" / "bench", "link", *options, *lines, f"--data={corpus}"]
+    command = [str(ROOT / "bin" / "bench"), "link", *options, *lines, f"--data={corpus}"]
     before = namespaces()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == link.SKIPPED:
