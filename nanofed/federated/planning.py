@@ -125,9 +125,9 @@ class Costs:
     step: float
 
 
-# `bin/bench round --depth 12 --sites 2 --up int8 --secure`, server and sites on two cores of an AMD EPYC that were not idle
-# (notebooks/LOG.md, 2026-11-29, the planner).
-MEASURED = Costs(fixed=1.0, round_trips=20.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7)
+# Two sites and the server on two cores of an AMD EPYC beside other work: d12 over loopback and d4 over lines of 1,000 Mbit/s; d2
+# with a delay and without (notebooks/LOG.md, 2026-11-29, the planner).
+MEASURED = Costs(fixed=1.5, round_trips=14.0, fetch=8.0, deliver=15.0, site=13.5, merge=7.3, step=11.7)
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,7 @@ class Plan:
         ]
         most = max(steps_of.values())
         notes = [
-            "Seconds of sites and server are those of two cores of an AMD EPYC, of lines those of the file (notebooks/LOG.md).",
+            "Work of sites and server is counted as two busy CPU cores do it (notebooks/LOG.md); faster ones take less.",
             "With --federation.overlap=true sites also train while weights travel and the server works.",
             *setting.notes,
         ]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
+import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ from tests.benchmarks.machine import PHASES, ROOT
 from tests.benchmarks.sides import Setting
 from tests.benchmarks.time_to_bpb import seconds_to
 from tests.benchmarks.training import Training
+from tests.faults.link import HOST, Link
+from tests.ranks import in_time
 
 SMALL = ["--depth=1", "--sequence_len=32", "--device_batch_size=8", "--vocab_size=300"]
 
@@ -163,6 +169,25 @@ def namespaces() -> list[str]:
     """The network namespaces of this machine that have a name."""
     folder = Path("/run/netns")
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def test_a_far_link_holds_each_byte_back_and_loses_none() -> None:
+    """Many are under way at a time: what is sent at once arrives at once."""
+    with socket.create_server((HOST, 0)) as server:
+        far = Link(server.getsockname()[1], delay=0.1)
+        with socket.create_connection((HOST, far.port)) as here:
+            there, _ = server.accept()
+            with there:
+                started, sent = time.monotonic(), random.Random(0).randbytes(1 << 20)
+                sender = threading.Thread(target=here.sendall, args=(sent,))
+                sender.start()
+                arrived = bytearray()
+                while len(arrived) < len(sent):
+                    arrived += there.recv(1 << 16)
+                seconds = time.monotonic() - started
+                sender.join()
+    far.close()
+    assert arrived == sent and 0.1 <= seconds < in_time(2)
 
 
 def test_link_says_why_it_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
