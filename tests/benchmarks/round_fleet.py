@@ -20,6 +20,7 @@ import torch
 
 from nanofed.errors import NanofedError
 from nanofed.federated.deploy.keys import init
+from nanofed.federated.deploy.process import kill_marked
 from nanofed.federated.deploy.superlink import SuperLink
 from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.model import GPT, GPTConfig
@@ -83,8 +84,11 @@ def _traced(fleet: Fleet, folder: Path) -> Iterator[tuple[dict[str, str], dict[s
     changes = {MARK: mark, round_probe.FILE: str(trace), "PYTHONPATH": f"{watching}:{ROOT}", **fleet.environment}
     figures: dict[str, Any] = {}
     with patch.dict(os.environ, changes):
-        with Sampler(f"{MARK}={mark}") as memory:
-            yield dict(os.environ), figures
+        try:
+            with Sampler(f"{MARK}={mark}") as memory:
+                yield dict(os.environ), figures
+        finally:  # Flower's SuperNode leaves its client, and a supervisor that is told twice at once what it has started
+            kill_marked(f"{MARK}={mark}")
         figures |= medians(Trace(trace).rounds(), memory)
 
 
