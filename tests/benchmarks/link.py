@@ -204,7 +204,7 @@ def _run(
         shutil.rmtree(own / "runs", ignore_errors=True)
     phases, overhead = figures["phases"], figures["overhead_seconds"]
     parts = {name: sum(phases[phase] for phase in group) for name, group in GROUPS.items()}
-    share = phases["train"] / figures["round_seconds"] if args.train else 1 - overhead / args.round_seconds
+    share = figures["trained_seconds"] / figures["round_seconds"] if args.train else 1 - overhead / args.round_seconds
     return result | {"parts": parts, "utilisation": share, **figures}
 
 

@@ -51,13 +51,14 @@ class Round:
     start: float
     seconds: float
     phases: dict[str, float]
+    trained: float  # seconds in which the last client trained, also before it had the round's weights
     bytes_down: int
     bytes_up: int
 
     @property
     def overhead(self) -> float:
         """Seconds in which the last client did not train."""
-        return self.seconds - self.phases["train"]
+        return self.seconds - self.trained
 
 
 class Trace:
@@ -153,6 +154,11 @@ class Trace:
             start=start,
             seconds=stop - start,
             phases=phases,
+            trained=sum(
+                max(0.0, min(mark.end, stop) - max(mark.start, start))
+                for mark in self._marks
+                if mark.name == "train" and client(mark)
+            ),
             bytes_down=moved("pull objects", "fetch"),
             bytes_up=moved("push objects", "deliver"),
         )
@@ -180,6 +186,7 @@ def medians(rounds: Sequence[Round], memory: Sampler) -> dict[str, Any]:
         "overhead_seconds_first": first.overhead,
         "overhead_seconds_each": [one.overhead for one in rounds],
         "round_seconds": statistics.median(one.seconds for one in later),
+        "trained_seconds": statistics.median(one.trained for one in later),
         "phases": {name: statistics.median(one.phases[name] for one in later) for name in PHASES},
         "phases_first": first.phases,
         "bytes_down": statistics.median(one.bytes_down for one in later),
