@@ -31,7 +31,8 @@ class FederationConfig:
         round_seconds: length of a round by each client's clock; where clients have clocks of their own, from dispatch to commit.
             Where a federation is to begin with short rounds, that is a list such as `[[0.05, 20], [1, 300]]`: each length holds
             for the rounds that begin before that share of the horizon.
-        round_steps: optimizer steps of a round instead, or a list of them; two runs of one seed then end in the same weights.
+        round_steps: optimizer steps of a round instead, or a list of them; two runs of one seed then end in the same weights,
+            but for `overlap`.
         quorum: clients that a round needs: with fewer connected the server waits, with fewer answers the round changes nothing.
         quorum_seconds: how long to wait for them before saying that the round cannot begin; then the wait goes on.
         grace_seconds: beyond a round's seconds, until a client that has not answered is given up.
@@ -169,7 +170,9 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--seed_everything", type=int, default=42, help="seed of weights and draws")
     parser.add_class_arguments(RunOptions, None, as_group=False)
-    parser.set_defaults({"eval_every": 1, "save_every": 1})  # rounds: a killed server loses at most the one it was in
+    parser.set_defaults(
+        {"eval_every": 1, "save_every": 1}
+    )  # rounds: a killed server loses at most the one it was in and the one before
     parser.add_class_arguments(GPTModule, "model")
     parser.add_class_arguments(TokenDataModule, "data")
     parser.add_class_arguments(FederationConfig, "federation")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -42,6 +43,7 @@ class EchoTrainer:
     broken: Exception | None = None
 
     def __init__(self, args: Sequence[str]) -> None:
+        self.idle = threading.Event()
         self._module, self._data = Arguments.from_args(args).build()
         with torch.device("meta"):
             shapes = {n: tuple(t.shape) for n, t in GPT(self._module.config).state_dict().items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from flwr.app import Error, Message
@@ -41,10 +42,16 @@ def answer(message_id: str, error: str = "") -> Message:
     return Message(Error(1, error), reply_to=asked) if error else Message(asked.content, reply_to=asked)
 
 
-def play(messenger: Messenger, number: int, seconds: float = 0.3) -> Any:
+def play(messenger: Messenger, number: int, seconds: float = 0.3, meanwhile: Callable[[], None] = lambda: None) -> Any:
     request()  # Message() reads what it sets
     results = messenger.round(
-        {CLIENT: NODE}, {CLIENT: instructions(round=number)}, sent(), streams=STREAMS, most_pending=1, seconds=seconds
+        {CLIENT: NODE},
+        {CLIENT: instructions(round=number)},
+        sent(),
+        streams=STREAMS,
+        most_pending=1,
+        seconds=seconds,
+        meanwhile=meanwhile,
     )
     (one,) = list(results)
     return one.result
@@ -77,3 +84,11 @@ def test_flowers_word_for_a_dead_message_ends_the_waiting_for_it() -> None:
     play(messenger, 3)
     assert "message 0" not in grid.asked
     assert events.total() == 0
+
+
+def test_what_the_server_does_meanwhile_takes_no_clients_time() -> None:
+    """A checkpoint that takes longer than the round: the answers that came in that time are still looked for."""
+    grid = SlowGrid()
+    grid.answers["message 0"] = answer("message 0", "the client's own error")
+    result = play(Messenger(cast(Grid, grid), Events()), 1, meanwhile=lambda: time.sleep(0.5))
+    assert isinstance(result, RefusedReply) and result.kind == "failed"

@@ -306,6 +306,17 @@ def test_a_stop_between_two_rounds_saves_the_last_one(
     assert find_checkpoint(config.folder).name == "round_00000002"
 
 
+def test_a_checkpoint_is_written_once(tiny_corpus: Path, tmp_path: Path) -> None:
+    """A signal may come between its end and the note of it."""
+    config = federation(tiny_corpus, tmp_path, "run", rounds=2)
+    loop, _ = train(config)
+    loop._save_later()
+    assert loop._due is not None
+    for _ in range(2):
+        loop._due[1]()
+    assert len(list((config.folder / "checkpoints" / "superseded").iterdir())) == 1, "of the end of the run"
+
+
 def test_the_first_rounds_can_be_shorter(tiny_corpus: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"rounds": 99, "clients": 1, "model.recipe.num_steps": 12}
     config = federation(tiny_corpus, tmp_path, "run", round_steps="[[0.25, 1], [1.0, 4]]", **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -53,8 +54,34 @@ def test_what_was_trained_before_a_round_is_of_the_time_before_it() -> None:
     speeds = learned(elapsed=10.0)
     with pytest.raises(RefusedReply, match=r"within 10\.0 s"):
         speeds.check(replace(early, ahead=0), 10.0, before=8.0)
-    speeds.learn(early, 10.0)
-    assert speeds.rate["client-0"] == 120.0
+    speeds.learn(early, 10.0, before=8.0)
+    assert speeds.rate["client-0"] == pytest.approx(2400 / 18)
+
+
+def test_a_site_whose_transfers_are_long_is_believed() -> None:
+    """It trains through all of the round, and only a third of that after the weights are there."""
+    speeds = ClientSpeeds()
+    whole = report(tokens=3000, steps=30, ahead=20, seconds=4.0)
+    for _ in range(SPEED_ROUNDS + 1):
+        speeds.check(whole, 12.0, before=1.0)
+        speeds.learn(whole, 12.0, before=1.0)
+    assert speeds.overhead["client-0"] == 8.0
+
+
+def test_a_server_that_has_started_again_does_not_know_when_a_site_began() -> None:
+    speeds = learned(elapsed=10.0)
+    early = report(tokens=2400, steps=24, ahead=12, seconds=9.0)
+    speeds.check(early, 10.0, before=math.inf)
+    before = speeds.rate["client-0"]
+    speeds.learn(early, 10.0, before=math.inf)
+    assert speeds.rate["client-0"] == before > 0
+
+
+def test_tokens_that_are_not_counted_are_not_counted_as_trained_ahead_either() -> None:
+    reports = [report(client=f"client-{n}", tokens=100, steps=1) for n in (1, 2)]
+    fast = report(tokens=16_000, steps=160, ahead=120)
+    mine, *_ = ClientSpeeds().believed([fast, *reports])
+    assert (mine.tokens, mine.steps, mine.ahead) == (800, 8, 6)
 
 
 def test_speed_is_of_the_servers_seconds() -> None:

@@ -133,6 +133,8 @@ def test_another_serialization_is_refused() -> None:
         ({"steps": True, "tokens": 64}, "steps is True"),
         ({"tokens": 193}, "193 tokens for 3 steps of 64"),
         ({"seconds": -0.5}, "took -0.5 s"),
+        ({"ahead": 1}, "took 1 of 3 steps before it had the weights"),  # the round has no overlap
+        ({"ahead": -1}, "took -1 of 3 steps"),
         ({"seconds": float("nan")}, "should be a finite number"),
         ({"loss_last": float("inf")}, "should be a finite number"),
         ({"seconds": 1e-300}, "its training took 1e-300 s for 3 steps"),

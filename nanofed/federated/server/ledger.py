@@ -408,7 +408,8 @@ class _SiteLedger(Ledger):
         if possible < 1:
             raise RefusedReply("tokens", f"it claims {report.tokens} tokens and has read no row")
         steps = max(1, min(report.steps, possible * report.steps // report.tokens))
-        return replace(report, tokens=min(report.tokens, possible), steps=steps)
+        ahead = report.ahead * steps // report.steps
+        return replace(report, tokens=min(report.tokens, possible), steps=steps, ahead=ahead)
 
 
 class LocalLedger(Ledger):

@@ -147,7 +147,9 @@ class Messenger:
             round_weights.sent()
             if round_weights.message_bytes > WASTE_BYTES:
                 gc.collect()
+            paused = time.monotonic()
             meanwhile()
+            deadline += time.monotonic() - paused  # the clients' answers wait meanwhile
             while waiting and time.monotonic() < deadline:
                 idle = True
                 for reply in self._pull(waiting):

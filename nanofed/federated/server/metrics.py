@@ -36,6 +36,7 @@ class MergedUpdate:
         weight: the client's share in the mean; shares need not sum to 1.
         scale: the factor of the update, below 1 where its norm was clipped.
         seconds: time from the dispatch to the checked reply, without the time in which the client evaluated the weights.
+        before: time from the client's last reply to the dispatch, infinite where there was none.
         held: the update waited on disk until the others of its round were known.
         cosine: the cosine of the update and the merged update, once that is known.
     """
@@ -44,6 +45,7 @@ class MergedUpdate:
     length: Length
     weight: float
     seconds: float
+    before: float
     held: bool
     scale: float = 1.0
     cosine: float = 0.0

@@ -110,7 +110,7 @@ class RoundLoop:
             self._evaluator = SiteEvaluator(self._messenger, self._there, data, config, metrics, options, policy)
         else:
             self._evaluator = ServerEvaluator(model, metrics, options, beside=not policy.one_machine)
-        self._due: Callable[[], None] | None = None  # it writes the checkpoint of the last round
+        self._due: tuple[int, Callable[[], None]] | None = None  # a round, and what writes its checkpoint
         self._unsaved = False  # a checkpoint could not be written
         self._told: set[str] = set()  # of the rates in use
         self._replied: dict[str, float] = {}  # client -> when its last reply was here, on the monotonic clock
@@ -298,10 +298,10 @@ class RoundLoop:
     def _fold(self, update: Update, asked: Instructions, seconds: float, aggregator: Aggregator) -> MergedUpdate:
         """Check an update against what is known of its client, and fold it in, or hold it until the round's others are known."""
         client, state = asked.client, self.state
+        now = time.monotonic()
+        before = now - seconds - self._replied.get(client, -math.inf)
+        self._replied[client] = now
         if not self._policy.one_machine:
-            now = time.monotonic()
-            before = now - seconds - self._replied.get(client, now - seconds)
-            self._replied[client] = now
             state.speeds.check(update.report, seconds, before)
         report = state.ledger.of(client).believed(update.report, asked)
         rates = self.rates(asked, update.report.steps)
@@ -316,7 +316,7 @@ class RoundLoop:
             aggregator.fold(client, update.arrays, weight)
         self.clients.refused.pop(client, None)
         evaluating = self._evaluator.take_reply(client, update.metrics, seconds, state)
-        return MergedUpdate(report, length, weight, seconds=seconds - evaluating, held=held)
+        return MergedUpdate(report, length, weight, seconds=seconds - evaluating, before=before, held=held)
 
     def rates(self, asked: Instructions, steps: int) -> Steps:
         """Return the learning rates of a client's first steps of a round."""
@@ -381,7 +381,7 @@ class RoundLoop:
             return False
         for part, report in zip(parts, reports, strict=True):
             state.ledger.of(report.client).commit(report.client, report.data)
-            state.speeds.learn(report, None if self._policy.one_machine else part.seconds)
+            state.speeds.learn(report, None if self._policy.one_machine else part.seconds, part.before)
         state.norms.accept({client: (part.length, part.scale) for client, part in figures.merged.items()})
         state.clock.round = figures.round
         state.clock.tokens = tokens
@@ -395,16 +395,17 @@ class RoundLoop:
 
         A server that dies before that loses this round as well; the clients keep what they need to train it again.
         """
-        self._due = self.state.checkpoint(self._run, self._module, self._data, self.metrics.summary)
+        write = self.state.checkpoint(self._run, self._module, self._data, self.metrics.summary)
+        self._due = (self.state.clock.round, write)
 
     def _save(self, *, last: bool = False) -> None:
         """Write the checkpoint that is due. Where there is no room the run goes on, and tries again after every round."""
         if self._due is None:
             return
-        number = self.state.clock.round
+        number, write = self._due
         self._say("saving", number)
         try:
-            self._due()
+            write()
         except SaveError as error:
             self._due, self._unsaved = None, True
             if last:

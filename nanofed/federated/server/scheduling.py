@@ -68,7 +68,8 @@ class ClientSpeeds:
         Args:
             report: What it says that it has done.
             elapsed: The seconds since the round was sent, on the server's clock.
-            before: The seconds from the client's last reply until then, in which it may have trained ahead.
+            before: The seconds from the client's last reply until then, in which it may have trained ahead; infinite where this
+                server has not seen that reply.
 
         Raises:
             RefusedReply: The report claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
@@ -108,14 +109,16 @@ class ClientSpeeds:
                 usual = statistics.median_low(others) * self.devices.get(report.client, 1)
                 possible = min(possible, max(1, int(DEVICE_MARGIN * usual)))
             steps = max(1, possible * report.steps // report.tokens)
-            out.append(replace(report, tokens=possible, steps=steps))
+            out.append(replace(report, tokens=possible, steps=steps, ahead=report.ahead * steps // report.steps))
         return out
 
-    def learn(self, report: Report, elapsed: float | None) -> None:
-        """Take up a merged round; `elapsed` is as in `check`, None where clients take turns."""
+    def learn(self, report: Report, elapsed: float | None, before: float = 0.0) -> None:
+        """Take up a merged round; `elapsed` and `before` are as in `check`, `elapsed` None where clients take turns."""
         client = report.client
-        tokens = report.tokens * (report.steps - report.ahead) / report.steps
-        rate = tokens / max(report.seconds if elapsed is None else elapsed, LEAST_SECONDS)
+        worked = (report.seconds if elapsed is None else elapsed) + (before if report.ahead else 0.0)
+        rate = report.tokens / max(worked, LEAST_SECONDS) or self.rate.get(
+            client, 0.0
+        )  # as before, where it is not known
         self.rate[client] = rate
         self.a_device[client] = report.tokens / self.devices.get(client, 1)
         self.fastest[client] = max(rate, self.fastest.get(client, 0.0))
@@ -231,7 +234,7 @@ class Scheduler:
         if round_steps := self._config.steps_at(self._progress(first.clock_tokens)):
             return first.max_steps / round_steps
         if all(report.steps == first.max_steps for report in reports):
-            return min(1.0, max(report.seconds / (asked[report.client].seconds or 1.0) for report in reports))
+            return min(1.0, max(report.training_seconds / (asked[report.client].seconds or 1.0) for report in reports))
         return 1.0
 
     def time_limit(self, tokens: int, clients: int = 1) -> float:

@@ -92,7 +92,7 @@ class State:
         """Return a function that writes the checkpoint of this round, all of it or nothing.
 
         Everything is as it is now, but weights and outer momentum, of which there is no copy: it has to be called before the
-        next step.
+        next step. Once it has written the checkpoint, it does nothing.
 
         The function raises:
             SaveError: The checkpoint cannot be written; those before it are whole.
@@ -121,9 +121,14 @@ class State:
             data=data.dataset.identity,
         )
 
+        written = False
+
         def save() -> None:
-            set_aside(path)
-            write()
+            nonlocal written
+            if not written:
+                set_aside(path)
+                write()
+                written = True
 
         return save
 

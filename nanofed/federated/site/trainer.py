@@ -245,7 +245,7 @@ class FabricTrainer:
         else:
             self._residual = ahead.residual
             for name, parameter in self._parameters.items():
-                parameter.detach().add_(ahead.change[name])
+                parameter.detach().add_(ahead.change.pop(name))
         arrived = ranks.from_first(turn.arrived)
         own = Stopwatch(self._speed(instructions.client)) if arrived is None else Stopwatch(start=arrived)
         watch = SharedStopwatch(ranks, own)
@@ -298,8 +298,8 @@ class FabricTrainer:
     def ahead_steps(self) -> int:
         """Return how many steps may be taken before the next round's weights are there.
 
-        They are no more than the last round had, so that a server that is gone does not make a site drift away, and one less than
-        the next one will have.
+        They are no more than the last round had, so that a server that is gone does not make a site drift away, and leave one for
+        the next round where that is no shorter.
         """
         if self._trained is None:
             return 0
@@ -322,7 +322,8 @@ class FabricTrainer:
         residual = self._kept.pop(
             asked.client
         ).residual  # what else was kept is changed in place: without these steps it is loaded
-        change = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        with self.ranks.together():  # there may be no room for one more copy of the model
+            change = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         shared = SharedStopwatch(self.ranks, watch)
         result = self._steps(
             asked, turn, after=report.steps, start=report.data, num_steps=num_steps, seconds=0.0, watch=shared

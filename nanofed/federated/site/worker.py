@@ -117,6 +117,7 @@ class SiteTrainer:
     Attributes:
         task: The message that is worked on.
         broken: An error that leaves ranks or a device in an unknown state: the process has to be started anew.
+        idle: Set while no message is worked on: all answers have been handed over.
     """
 
     task: Task
@@ -125,6 +126,8 @@ class SiteTrainer:
         self.broken: Exception | None = None
         self._trainer = trainer
         self._progress = progress
+        self.idle = threading.Event()
+        self.idle.set()
         self._unsaved: Instructions | None = None
         self._jobs: queue.Queue[Job] = queue.Queue()
 
@@ -166,6 +169,8 @@ class SiteTrainer:
                 raise job
             do, answer = job
             try:
+                if self.broken is not None:
+                    raise self.broken
                 answer.set_result(do())
             except Exception as error:
                 answer.set_exception(error)
@@ -208,8 +213,8 @@ class SiteTrainer:
             with self._on_all_ranks(AHEAD):
                 self._trainer.train_ahead(_UntilAsked(self._jobs), _Between(self._progress))
         except Exception as error:
-            if self.broken is not None:
-                raise
+            if self.broken is not None and self.idle.is_set():
+                raise  # else the round before is still on its way to the server, and its thread ends this process then
             logger.warning("the site could not train on after its round: %s", error)
 
     def _save(self) -> None:
@@ -261,11 +266,13 @@ def lead(options: WorkerOptions, inbox: Inbox, trainer: SiteTrainer) -> None:
         app = client_app(lambda context: trainer, WeightsClient(options.superlink, options.authority, options.key))
         while trainer.broken is None:
             trainer.task = task = inbox.next()
+            trainer.idle.clear()
             try:
                 message, context, bundle = task.receive()
             except Exception as error:
                 logger.warning("a message could not be taken: %s", error)
                 task.give_up()
+                trainer.idle.set()
                 continue
             try:
                 check_bundle(bundle)
@@ -283,6 +290,7 @@ def lead(options: WorkerOptions, inbox: Inbox, trainer: SiteTrainer) -> None:
             except Exception as error:  # the SuperNode is gone, or has answered for this process
                 logger.warning("an answer cannot be handed over: %s", error)
             del message, reply
+            trainer.idle.set()
         trainer.end(trainer.broken)
     except BaseException as error:
         trainer.end(error)
