@@ -40,7 +40,8 @@ def early(federation: Deployment, site: str) -> list[int]:
 
 def well(federation: Deployment) -> None:
     federation.no_row_is_merged_twice()
-    assert {event["kind"] for event in federation.events()} <= {"failed", "silent", "late", "quorum"}
+    # `tokens`: on a busy machine a site may be much faster than it was so far.
+    assert {event["kind"] for event in federation.events()} <= {"failed", "silent", "late", "quorum", "tokens"}
 
 
 def test_sites_train_while_weights_are_under_way(overlapping: Deployment) -> None:

@@ -173,7 +173,7 @@ def test_clients_of_one_machine_have_nothing_to_wait_for(tiny_corpus: Path, tmp_
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_worker_trains_on_until_it_is_asked(args: list[str], rounds: Rounds, tmp_path: Path, ranks: int) -> None:
     with Trainer(args, tmp_path, ranks=ranks) as site:
-        steps = 40
+        steps = 200
         for _ in range(2):
             site.train(rounds, max_steps=steps, overlap=True)
         now = site.wait_until(lambda now: now["state"] == "training" and now["steps"] > steps + 1, "steps ahead")
