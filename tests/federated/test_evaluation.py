@@ -192,7 +192,7 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
         time.sleep(0.5)
         return real(*args, **options)
 
-    def learn(self: Any, report: Report, elapsed: float | None) -> None:
+    def learn(self: Any, report: Report, elapsed: float | None, before: float) -> None:
         learned.append((report.seconds, elapsed))
 
     monkeypatch.setattr(module, "measure", slowly)
