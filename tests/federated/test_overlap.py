@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -173,15 +174,17 @@ def test_clients_of_one_machine_have_nothing_to_wait_for(tiny_corpus: Path, tmp_
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_worker_trains_on_until_it_is_asked(args: list[str], rounds: Rounds, tmp_path: Path, ranks: int) -> None:
     with Trainer(args, tmp_path, ranks=ranks) as site:
-        steps = 200
+        steps = 70
         for _ in range(2):
             site.train(rounds, max_steps=steps, overlap=True)
-        now = site.wait_until(lambda now: now["state"] == "training" and now["steps"] > steps + 1, "steps ahead")
-        assert now["round"] == 2
+        time.sleep(0.2)
         site.train(rounds, max_steps=steps, overlap=True)
         assert [report.steps for report in rounds.reports] == [steps] * 3
-        assert 1 < rounds.reports[-1].ahead < steps
-        site.wait_until(lambda now: now["state"] == "idle", "end of what may be trained")
+        assert 1 <= rounds.reports[-1].ahead < steps
+        all_of_them = 2 * steps - 2  # said when the last one begins
+        site.wait_until(
+            lambda now: now["state"] == "idle" and now["steps"] == all_of_them, "end of what may be trained"
+        )
         site.train(rounds, max_steps=steps)
         assert rounds.reports[-1].ahead == steps - 1
     losses = [report.loss_last for report in rounds.reports]
