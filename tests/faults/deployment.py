@@ -240,6 +240,11 @@ class Deployment:
             if client in ("", event["client"]) and kind in ("", event["kind"]) and event["when"] >= since
         ]
 
+    def unusual_events(self, *usual: str) -> list[dict[str, Any]]:
+        """Return the events that neither a kill nor a busy machine explains, where a site may be much faster than it was so far."""
+        kinds = {"failed", "silent", "late", "quorum", *usual}
+        return [e for e in self.events() if e["kind"] not in kinds and "times its speed so far" not in e["reason"]]
+
     def takes_part(self, client: str, seconds: float = 180.0) -> float:
         """Wait until one more round of a client is merged."""
         before, last = self.merged(client), self.round()

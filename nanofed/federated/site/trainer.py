@@ -319,9 +319,8 @@ class FabricTrainer:
         """
         assert self._trained is not None
         num_steps, (asked, report), self._trained = self.ahead_steps(), self._trained, None
-        residual = self._kept.pop(
-            asked.client
-        ).residual  # what else was kept is changed in place: without these steps it is loaded
+        # The steps change the optimizer state in place: a round without them takes the saved one.
+        residual = self._kept.pop(asked.client).residual
         with self.ranks.together():  # there may be no room for one more copy of the model
             change = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         shared = SharedStopwatch(self.ranks, watch)

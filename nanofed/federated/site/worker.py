@@ -48,10 +48,8 @@ logger = logging.getLogger("nanofed.federated.site.worker")  # the module itself
 LAUNCHER_POLL = 1.0  # seconds between two looks for the processes without which this one is an orphan
 AHEAD = "ahead"  # what the first rank tells the others where they train on together
 T = TypeVar("T")
-Job = (
-    tuple[Callable[[], Any], "Future[Any]"] | BaseException
-)  # something to do and where its result goes, or why to end
-
+# Something to do and where its result goes, or why to end.
+Job = tuple[Callable[[], Any], "Future[Any]"] | BaseException
 LOG_FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
 
 
