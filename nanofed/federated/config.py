@@ -61,7 +61,7 @@ class FederationConfig:
         global_batch_tokens: split one batch over the clients of a round, in whole micro-batches, instead of
             `model.recipe.batch_tokens` each.
         overlap: Sites train on while their update goes up, the others' are merged and the new weights come down. What these steps
-            have changed is added to the new weights, from which the site goes on.
+            have changed is added to the new weights, from which the site goes on. Clients of one machine take turns and cannot.
         down_codec: how weights travel to the clients: whole, in fp32 or bf16; or as what changed since the last round, in int8 or
             int4, and whole in bf16 to a client that did not answer that round.
         up_codec: how they come back.

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from nanofed.errors import ConfigError
 from nanofed.federated.config import Arguments
-from nanofed.federated.server.scheduling import LEAST_SHARE
+from nanofed.federated.server.scheduling import LEAST_SHARE, client_batch_tokens
 from nanofed.federated.wire.codec import CODECS
 from nanofed.model import GPT, GPTConfig
 from nanofed.training.config_errors import read_yaml
@@ -177,10 +177,8 @@ class Setting:
     def of(cls, arguments: Arguments, sites: int) -> Self:
         """Return what the options of `nanofed federate` describe, for so many sites."""
         module, data = arguments.build()
-        config, batch_tokens, notes = arguments.federation, module.recipe.batch_tokens, []
-        if config.global_batch_tokens is not None:
-            micro = data.device_batch_size * data.sequence_len
-            batch_tokens = max(micro, config.global_batch_tokens // sites // micro * micro)
+        config, notes = arguments.federation, []
+        batch_tokens = client_batch_tokens(config, module.recipe, data, sites)
         if config.evaluation == "sites":
             notes.append("Evaluations by the sites are not counted: how long they take is not known.")
         if config.merge != "mean":

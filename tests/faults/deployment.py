@@ -241,7 +241,7 @@ class Deployment:
         ]
 
     def unusual_events(self, *usual: str) -> list[dict[str, Any]]:
-        """Return the events that neither a kill nor a busy machine explains, where a site may be much faster than it was so far."""
+        """Return the events that neither a kill explains nor a busy machine, on which a site's speed changes."""
         kinds = {"failed", "silent", "late", "quorum", *usual}
         return [e for e in self.events() if e["kind"] not in kinds and "times its speed so far" not in e["reason"]]
 

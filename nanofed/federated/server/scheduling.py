@@ -14,6 +14,7 @@ from nanofed.federated.server.policy import ClientPolicy
 from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.messages import Instructions, Report
 from nanofed.training.module import GPTModule
+from nanofed.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from nanofed.federated.server.state import State
@@ -152,6 +153,14 @@ class ClientSpeeds:
         vars(self).update(vars(ClientSpeeds(**state)))
 
 
+def client_batch_tokens(config: FederationConfig, recipe: Recipe, data: TokenDataModule, clients: int) -> int:
+    """Return the tokens of an optimizer step of each of so many clients: the recipe's, or its share of one batch of them all."""
+    if config.global_batch_tokens is None:
+        return recipe.batch_tokens
+    micro = data.device_batch_size * data.sequence_len
+    return max(micro, config.global_batch_tokens // clients // micro * micro)
+
+
 class Scheduler:
     """Leases rows and writes the instructions of a round."""
 
@@ -175,10 +184,7 @@ class Scheduler:
         config, clock = self._config, state.clock
         round_steps = config.steps_at(self._progress(clock.tokens))
         round_seconds = config.seconds_at(self._progress(clock.tokens))
-        batch_tokens = self._recipe.batch_tokens
-        if config.global_batch_tokens is not None:
-            micro = self._data.device_batch_size * self._data.sequence_len
-            batch_tokens = max(micro, config.global_batch_tokens // len(clients) // micro * micro)
+        batch_tokens = client_batch_tokens(config, self._recipe, self._data, len(clients))
         left = -(-(self._horizon - clock.tokens) // (batch_tokens * len(clients)))
         max_steps = min(left, round_steps) if round_steps else left
         out = {}

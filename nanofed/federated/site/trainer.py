@@ -104,7 +104,7 @@ class Ahead:
     Attributes:
         asked: The round after which they were taken.
         start: Where the streams stood at its end, as it was reported.
-        change: The local weights at its end, and later what the steps have changed of them, by name.
+        change: What the steps have changed of the weights, by name.
         data: Where the streams stand now.
         residual: What codecs had rounded off by its end.
     """
