@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nanofed.federated.deploy import process
 from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.training.checkpoint import checkpoints
 from nanofed.training.signals import Signals
@@ -130,16 +131,32 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_what_unwinds_the_stack_is_not_disturbed_by_a_second_hangup(number: int, code: int) -> None:
-    before, unwound = signal.getsignal(signal.SIGHUP), False
-    with pytest.raises(SystemExit) as ended, ended_by_signals():
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "ends"),
+    [(signal.SIGINT, KeyboardInterrupt()), (signal.SIGTERM, SystemExit(143)), (signal.SIGHUP, SystemExit(129))],
+)
+def test_what_unwinds_the_stack_is_not_disturbed_by_a_second_signal(
+    number: int, ends: BaseException, second: int
+) -> None:
+    before, unwound = signal.getsignal(second), False
+    with pytest.raises(type(ends)) as ended, ended_by_signals():
         try:
             signal.raise_signal(number)
         finally:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(second)
             unwound = True
-    assert (ended.value.code, unwound, signal.getsignal(signal.SIGHUP)) == (code, True, before)
+    assert (ended.value.args, unwound, signal.getsignal(second)) == (ends.args, True, before)
+
+
+def test_who_asks_again_later_ends_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "AT_ONCE_SECONDS", 0.0)
+    with pytest.raises(SystemExit) as ended, ended_by_signals():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
 
 
 # --- two ranks

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import stat
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -43,6 +46,28 @@ def test_a_process_that_ends_at_once_is_started_later_each_time_and_its_reason_r
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(lines) == 5
     assert all("exit code 3" in line and r"ERROR: the key of \x1b[2J is gone" in line for line in lines)
+
+
+def test_a_signal_while_a_process_starts_does_not_leave_it_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = subprocess.Popen
+
+    def interrupted(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        made = started(*args, **options)
+        signal.raise_signal(signal.SIGINT)  # after its start, and before anybody knows it
+        return made
+
+    environment = runtime.environment(NANOFED_TEST_CHILD=str(tmp_path))
+    command = runtime.python("-c", "import time; time.sleep(600)")
+    child = SupervisedProcess("child", command, environment, "NANOFED_TEST_CHILD", tmp_path / "log")
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        child.start()
+    monkeypatch.undo()
+    assert child.running
+    child.stop(0.0)
+    assert marked(f"NANOFED_TEST_CHILD={tmp_path}") == []
 
 
 def stubborn(tmp_path: Path) -> SupervisedProcess:

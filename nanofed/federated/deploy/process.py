@@ -25,19 +25,28 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY_SECONDS = 60.0  # a process that lived so long starts again after the first pause
 STOP_SECONDS = 5.0
+AT_ONCE_SECONDS = 2.0  # in which two signals ask for one end
 LOG_BYTES = 32 << 20  # of a log; what was in it before is kept once, as NAME.1
 TAIL_BYTES = 64 << 10  # of a log, in which the reason of an end is looked for
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM (exit code 143) and SIGHUP (129) unwind the stack, as Ctrl-C does, so that what was started is stopped."""
+    """Let SIGTERM (exit code 143) and SIGHUP (129) unwind the stack, as Ctrl-C does, so that what was started is stopped.
+
+    A terminal that closes and its shell send one each, and an impatient hand sends two: another one within `AT_ONCE_SECONDS` is
+    the same wish, and must not end the unwinding that the first has begun.
+    """
+    asked = -AT_ONCE_SECONDS
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes and its shell send one each
-        raise SystemExit(128 + number)
+        nonlocal asked
+        if time.monotonic() - asked < AT_ONCE_SECONDS:
+            return
+        asked = time.monotonic()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    with _handled({number: end for number in ending_signals() if number != signal.SIGINT}):
+    with _handled(dict.fromkeys(ending_signals(), end)):
         yield
 
 
@@ -157,7 +166,8 @@ class SupervisedProcess:
         if self._outcomes is not None:
             Outcome.clear(self._outcomes)
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        # A signal while it starts would leave behind what nobody knows yet.
+        with undisturbed(), self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command,
                 cwd=self._folder,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import traceback
+from typing import NoReturn
 
+from nanofed.errors import in_one_line
 from nanofed.federated import flower_patches
 
 
 def main() -> None:
-    """Run `flower-supernode`."""
+    """Run `flower-supernode`; the process ends with its loop, and with any of its threads.
+
+    An answer of the server that Flower does not know, such as an internal error, ends its loop, or its thread of heartbeats. The
+    others would go on, and the site would take part in no round again while everything seems to be well.
+    """
     from flwr.supercore.corestate import in_memory_corestate
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
@@ -18,8 +27,22 @@ def main() -> None:
     flower_patches.give_up_unfinished_answers(start_client_internal)
     flower_patches.answer_at_any_time(start_client_internal)
     flower_patches.notice_dead_workers_sooner(in_memory_corestate)
+    threading.excepthook = lambda died: _end(died.exc_value)
     sys.argv[0] = "flower-supernode"
-    flower_supernode()
+    try:
+        flower_supernode()
+    except Exception as error:
+        _end(error)
+    _end(None)
+
+
+def _end(error: BaseException | None) -> NoReturn:
+    if error is not None:
+        traceback.print_exception(error)
+    reason = "its loop has ended, and it is said above why" if error is None else in_one_line(error)
+    sys.stderr.write(f"the SuperNode cannot go on: {reason}\n")
+    sys.stderr.flush()
+    os._exit(1)  # Python would wait for the other threads
 
 
 if __name__ == "__main__":
