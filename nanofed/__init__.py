@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanofed.api import evaluate, federate, fit, generate, load
+    from nanofed.data.datamodule import TokenDataModule
     from nanofed.model import GPT, GPTConfig
     from nanofed.tokenizer.bpe import Tokenizer
+    from nanofed.training.module import GPTModule
 
 __version__ = "0.1.0"
 
@@ -21,10 +23,24 @@ _PUBLIC = {
     "generate": "nanofed.api",
     "GPT": "nanofed.model",
     "GPTConfig": "nanofed.model",
+    "GPTModule": "nanofed.training.module",
     "Tokenizer": "nanofed.tokenizer.bpe",
+    "TokenDataModule": "nanofed.data.datamodule",
 }
 
-__all__ = ["GPT", "GPTConfig", "Tokenizer", "__version__", "evaluate", "federate", "fit", "generate", "load"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "GPTModule",
+    "TokenDataModule",
+    "Tokenizer",
+    "__version__",
+    "evaluate",
+    "federate",
+    "fit",
+    "generate",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,8 @@ from nanofed.errors import ConfigError
 from nanofed.files import write_atomically
 from nanofed.training.checkpoint import CheckpointError, checkpoints, read_manifest
 from nanofed.training.config_diff import differences
-from nanofed.training.summary import CONFIG, Summary
+from nanofed.training.summary import CONFIG, UNITS, Summary
 
-AXES = {"tokens": "tokens", "seconds": "seconds of training", "bytes": "bytes sent"}
 TEXT = (
     "data.eval_tokens",
     "data.validation_shard",
@@ -116,12 +115,12 @@ class Comparison:
             [
                 run.name,
                 run.summary.kind,
-                *(_short(run.end(axis), axis) for axis in AXES),
+                *(_short(run.end(axis), axis) for axis in UNITS),
                 f"{run.summary.curve[-1].bpb:.4f}",
             ]
             for run in self.runs
         ]
-        for axis in AXES:
+        for axis in UNITS:
             found = self.common(axis)
             if found is None:
                 continue
@@ -174,7 +173,7 @@ class Comparison:
         head, *body = self.rows()
         cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-        plots = "".join(_plot(self.coloured(axis), axis) for axis in AXES if self.common(axis))
+        plots = "".join(_plot(self.coloured(axis), axis) for axis in UNITS if self.common(axis))
         legend = "".join(
             f'<span><b style="color:{_colour(index)}">&#9644;</b> {html.escape(run.name)}</span>'
             for index, run in enumerate(self.runs)
@@ -216,12 +215,12 @@ class Comparison:
             raise ConfigError(
                 "a .png needs matplotlib, which comes with the extra `notebooks`; .html does not"
             ) from error
-        axes = [axis for axis in AXES if self.common(axis)]
+        axes = [axis for axis in UNITS if self.common(axis)]
         figure = Figure(figsize=(6 * len(axes), 4.5), layout="constrained")
         for plot, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True):
             for colour, run in self.coloured(axis):
                 plot.plot(*run.curve(axis), color=colour, label=run.name)
-            plot.set(xlabel=AXES[axis], ylabel="bits per byte")
+            plot.set(xlabel=UNITS[axis], ylabel="bits per byte")
             plot.legend()
         figure.savefig(path, dpi=120)
 
@@ -280,5 +279,5 @@ def _plot(runs: Sequence[tuple[str, ComparedRun]], axis: str) -> str:
         marks += f'<text x="{across}" y="{HEIGHT - MARGIN + 28}" text-anchor="middle">{tick}</text>'
         marks += f'<text x="{MARGIN - 6}" y="{down}" text-anchor="end">{y:.3f}</text>'
         marks += f'<line x1="{MARGIN}" x2="{WIDTH - 30}" y1="{down}" y2="{down}" stroke="#ddd"/>'
-    caption = f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">bits per byte by {AXES[axis]}</text>'
+    caption = f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">bits per byte by {UNITS[axis]}</text>'
     return f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">{marks}{lines}{caption}</svg>'

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from nanofed.errors import ConfigError
 from nanofed.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 MARKER = "nanofed-run.json"  # makes a folder a run of nanofed's (run_folder.py)
 AT_HORIZON = "the horizon is reached"
+UNITS = {"tokens": "tokens", "seconds": "seconds of training", "bytes": "bytes sent"}  # what a curve can be drawn by
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,42 @@ class Summary:
     def add(self, point: Point) -> None:
         """Record a validation; one at a step that is there already replaces it (a resumed run repeats its last)."""
         self.curve = [p for p in self.curve if p.step < point.step] + [point]
+
+    def plot(self, by: Literal["tokens", "seconds", "bytes"] = "tokens", axes: Axes | None = None) -> Axes:
+        """Draw the curve, bits per byte by tokens, seconds or bytes sent, and return the axes, on which other runs can follow.
+
+        Args:
+            by: The axis that goes across.
+            axes: Where to draw; by default a new figure.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        if axes is None:
+            try:
+                from matplotlib import pyplot
+            except ImportError as error:
+                raise ConfigError("a plot needs matplotlib, which comes with the extra `notebooks`") from error
+            axes = pyplot.subplots()[1]
+        axes.plot(
+            [getattr(point, by) for point in self.curve], [p.bpb for p in self.curve], marker=".", label=self.name
+        )
+        axes.set(xlabel=UNITS[by], ylabel="bits per byte")
+        axes.legend()
+        return axes
+
+    def _repr_html_(self) -> str:
+        """Return the totals as a table, which notebooks show."""
+        ends = [f"{bpb:.4f}" if bpb is not None else "not measured" for bpb in (self.bpb_start, self.bpb_end)]
+        cells = {
+            "run": self.name, "kind": self.kind, "tokens": f"{self.tokens:,}", "seconds": f"{self.seconds:.1f}",
+            "MB sent": f"{self.bytes / 1e6:.1f}", "bits per byte, before": ends[0], "after": ends[1], "ended": self.ended or "",
+        }  # fmt: skip
+        head, row = (
+            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
+            for tag, line in (("th", cells), ("td", cells.values()))
+        )
+        return f"<table><tr>{head}</tr><tr>{row}</tr></table>"
 
     def write(self, run: Path) -> None:
         """Write `summary.json` atomically."""

@@ -36,3 +36,20 @@ def test_a_summary_that_is_none_is_refused(tmp_path: Path, content: str) -> None
         Summary.read(tmp_path)
     with pytest.raises(ConfigError):
         Summary.read(tmp_path / "absent")
+
+
+def test_runs_are_drawn_on_the_same_axes_by_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    pytest.importorskip("matplotlib")
+    one = Summary("one", "fit", curve=[Point(0, 0, 0.0, 3.0), Point(5, 100, 2.0, 2.0)])
+    two = Summary("two", "federated", curve=[Point(0, 0, 0.0, 3.0), Point(1, 100, 4.0, 2.5, 1000)])
+    axes = two.plot("seconds", axes=one.plot("seconds"))
+    drawn = [(str(line.get_label()), line.get_xydata().tolist()) for line in axes.get_lines()]
+    assert drawn == [("one", [[0.0, 3.0], [2.0, 2.0]]), ("two", [[0.0, 3.0], [4.0, 2.5]])]
+    assert axes.get_xlabel() == "seconds of training"
+
+
+def test_a_notebook_shows_a_table_in_which_a_name_is_no_markup() -> None:
+    shown = Summary("<b>run</b>", "fit", 1234, 5.0, curve=[Point(0, 0, 0.0, 3.0)])._repr_html_()
+    assert "&lt;b&gt;run" in shown and "<b>" not in shown and "1,234" in shown and "3.0000" in shown
+    assert "not measured" in Summary("run", "fit")._repr_html_()
