@@ -12,7 +12,7 @@ from nanofed.files import write_atomically
 PATTERN = "events.out.tfevents.*"
 CUT = "superseded"  # folder of the run: TensorBoard shows only files with `tfevents` in their name
 LENGTH = struct.Struct("<QI")  # of a record, and a checksum of that; another checksum follows the content
-OTHER_AXES = ("_by_tokens", "_by_seconds")  # written right after the same figure by steps
+OTHER_AXES = ("by_tokens", "by_seconds", "by_bytes")  # written right after the same figure by steps
 
 
 def cut_events(run: Path, step: int) -> None:

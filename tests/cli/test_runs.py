@@ -59,7 +59,7 @@ def test_points_after_the_checkpoint_are_gone_on_resume(name: str, corpus: Corpu
             writer.add_scalar("train/loss", 9.0, step)
             writer.add_scalar("train/loss_by_tokens", 9.0, step * 512)
             writer.add_scalar("val/bpb", 9.0, step)
-            writer.add_scalar("val/bpb_by_tokens", 9.0, step * 512)
+            writer.add_scalar("bpb/by_tokens", 9.0, step * 512)
     content = summary(run)
     lost = {**content["curve"][-1], "step": content["curve"][-1]["step"] + 1}
     (run / "summary.json").write_text(json.dumps({**content, "curve": [*content["curve"], lost]}))
@@ -67,7 +67,7 @@ def test_points_after_the_checkpoint_are_gone_on_resume(name: str, corpus: Corpu
     assert cli.main(command(name, corpus, runs, "--ckpt_path=last", *further)) == 0
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    for tag in ("train/loss_by_tokens", "train/loss", "val/bpb", "val/bpb_by_tokens"):
+    for tag in ("train/loss_by_tokens", "train/loss", "val/bpb", "bpb/by_tokens"):
         steps = [event.step for event in events.Scalars(tag)]
         assert steps == sorted(set(steps)) and 9.0 not in [event.value for event in events.Scalars(tag)], tag
     assert [point["step"] for point in summary(run)["curve"]] == ([0, 2, 4, 6, 8] if name == "fit" else [0, 2, 4])

@@ -135,7 +135,7 @@ def test_sites_with_text_of_their_own_show_both_domains(
     for name, bpb in last.items():
         events = EventAccumulator(str(config.folder / "sites" / name)).Reload()
         assert [event.step for event in events.Scalars("val/bpb")] == [0, 1, 2]
-        assert events.Scalars("val/bpb_by_tokens")[-1].value == pytest.approx(bpb)
+        assert events.Scalars("bpb/by_tokens")[-1].value == pytest.approx(bpb)
     assert main(["status", str(config.folder), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert {name: (site["bpb"], site["bpb_round"]) for name, site in status["sites"].items()} == {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from nanofed.federated.server.events import KINDS, Events
 from nanofed.federated.wire.messages import Report
 from nanofed.federated.wire.plain_text import plain
 from nanofed.training.summary import Point, Summary
+from nanofed.training.tensorboard import describe, write_point
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +200,8 @@ class FederationMetrics:
         loss = scalars["train/loss"]
         self._scalars("", scalars, step)
         self._scalars("", {"train/loss_by_tokens": loss}, tokens)
+        norms = np.array(figures.norms)
+        self._try(lambda: self._writer("").add_histogram("fed/update_norms", norms, step))
         for client, part in figures.merged.items():
             report = part.report
             own = {
@@ -239,12 +243,11 @@ class FederationMetrics:
         """
         sites = sites or {}
         self.summary.add(point)
-        self._scalars("", {"val/bpb": point.bpb, "fed/evaluate_seconds": seconds}, step)
-        self._scalars("", {"val/bpb_by_tokens": point.bpb}, point.tokens)
-        self._scalars("", {"val/bpb_by_seconds": point.bpb}, round(point.seconds))
+        self._scalars("", {"fed/evaluate_seconds": seconds}, step)
+        self._try(lambda: write_point(self._writer(""), point, step))
         for client, bpb in sites.items():
             self._scalars(client, {"val/bpb": bpb}, step)
-            self._scalars(client, {"val/bpb_by_tokens": bpb}, point.tokens)
+            self._scalars(client, {"bpb/by_tokens": bpb}, point.tokens)
         named = [f"{client} {bpb:.4f}" for client, bpb in sorted(sites.items())[:MAX_NAMED]]
         named += [f"{len(sites) - MAX_NAMED} more"] if len(sites) > MAX_NAMED else []
         by_site = f" ({', '.join(named)}{f'; {silent} without a figure' if silent else ''})" if sites else ""
@@ -257,6 +260,10 @@ class FederationMetrics:
     def text(self, prompt: str, sample: str, step: int) -> None:
         """Write a text sample."""
         self._try(lambda: self._writer("").add_text(f"sample/{plain(prompt, 40)}", sample, step))
+
+    def describe(self) -> None:
+        """Write the run's config and how TensorBoard lays its curves out, at each start."""
+        self._try(lambda: describe(self._writer(""), self._run))
 
     def open_bar(self, tokens: int, horizon: int) -> None:
         """Show a bar of merged tokens on their way to the horizon, if this is a terminal."""

@@ -127,6 +127,7 @@ class RoundLoop:
         """
         clock, summary = self.state.clock, self.metrics.summary
         cut_events(self._run, clock.step if clock.round else -1)
+        self.metrics.describe()
         if clock.round:
             self.metrics.save()
         with self._status_file, FrozenObjects():

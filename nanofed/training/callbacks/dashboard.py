@@ -18,6 +18,7 @@ from nanofed.training.losses import LossWindow, SmoothedLoss
 from nanofed.training.module import GPTModule
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
+from nanofed.training.tensorboard import describe, write_point
 
 
 def _writer(trainer: Trainer) -> Any:
@@ -59,8 +60,8 @@ class RunLogger(TensorBoardLogger):
 class Dashboard(Callback):
     """Writes nanochat's TensorBoard tags, against steps and against tokens, and the run's summary.
 
-    Every scalar is written at its optimizer step (with its wall time), and validations once more under
-    `val/bpb_by_tokens` at their token count, so that runs of both paths overlay. `train/loss` is nanochat's: a debiased moving
+    Every scalar is written at its optimizer step (with its wall time), and validations once more by tokens and seconds, so that
+    runs of both paths overlay. `train/loss` is nanochat's: a debiased moving
     average over the steps; `train/data_wait` is the share of time in which a step waited for its batch. Validations and saves
     are no training time. A resumed run goes on with average, seconds and curve.
 
@@ -110,6 +111,8 @@ class Dashboard(Callback):
         module = cast(GPTModule, pl_module)
         self._step = module.clock.step
         self._losses.start(module.data_state)
+        if (writer := _writer(trainer)) is not None:
+            describe(writer, self._options.folder)
         due = self._step > 0 and self._step * trainer.accumulate_grad_batches % int(trainer.val_check_interval) == 0
         missing = due and all(point.step != self._step for point in self.summary.curve)
         if trainer.strategy.broadcast(missing, src=0):
@@ -200,8 +203,7 @@ class Dashboard(Callback):
         self.summary.tokens = clock.tokens
         writer = _writer(trainer)
         if writer is not None:
-            writer.add_scalar("val/bpb", value, clock.step)
-            writer.add_scalar("val/bpb_by_tokens", value, clock.tokens)
+            write_point(writer, self.summary.curve[-1], clock.step)
             writer.flush()
         if trainer.is_global_zero:
             self.summary.write(self._options.folder)
