@@ -37,7 +37,7 @@ def describe(writer: Any, run: Path) -> None:
     text = (run / CONFIG).read_text(encoding="utf-8")
     writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), 0)
     writer.add_custom_scalars(LAYOUT)
-    for summary in hparams(dict(_flat(yaml.safe_load(text))), {"val/bpb": 0.0}):
+    for summary in hparams(dict(_flat(yaml.safe_load(text))), {"val/bpb": 0.0}):  # type: ignore[no-untyped-call]
         writer.file_writer.add_summary(summary, 0)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanofed.errors import ConfigError
@@ -44,7 +45,7 @@ def test_runs_are_drawn_on_the_same_axes_by_what_is_asked_for(monkeypatch: pytes
     one = Summary("one", "fit", curve=[Point(0, 0, 0.0, 3.0), Point(5, 100, 2.0, 2.0)])
     two = Summary("two", "federated", curve=[Point(0, 0, 0.0, 3.0), Point(1, 100, 4.0, 2.5, 1000)])
     axes = two.plot("seconds", axes=one.plot("seconds"))
-    drawn = [(str(line.get_label()), line.get_xydata().tolist()) for line in axes.get_lines()]
+    drawn = [(str(line.get_label()), np.asarray(line.get_xydata()).tolist()) for line in axes.get_lines()]
     assert drawn == [("one", [[0.0, 3.0], [2.0, 2.0]]), ("two", [[0.0, 3.0], [4.0, 2.5]])]
     assert axes.get_xlabel() == "seconds of training"
 
