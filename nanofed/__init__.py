@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanofed.api import evaluate, federate, fit, generate, load
+    from nanofed.api import evaluate, export, federate, fit, generate, import_model, load
     from nanofed.model import GPT, GPTConfig
     from nanofed.tokenizer.bpe import Tokenizer
 
@@ -19,12 +19,26 @@ _PUBLIC = {
     "load": "nanofed.api",
     "evaluate": "nanofed.api",
     "generate": "nanofed.api",
+    "export": "nanofed.api",
+    "import_model": "nanofed.api",
     "GPT": "nanofed.model",
     "GPTConfig": "nanofed.model",
     "Tokenizer": "nanofed.tokenizer.bpe",
 }
 
-__all__ = ["GPT", "GPTConfig", "Tokenizer", "__version__", "evaluate", "federate", "fit", "generate", "load"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "Tokenizer",
+    "__version__",
+    "evaluate",
+    "export",
+    "federate",
+    "fit",
+    "generate",
+    "import_model",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
