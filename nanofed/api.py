@@ -170,7 +170,7 @@ def export(
             raise ConfigError(f"--push uploads what transformers loads: export with --to hf, not {to}")
         huggingface.check_repository(push)
     path = runtime.user_path(output)
-    formats.export(find_checkpoint(checkpoint), path, to, dtype=dtype, licence=licence)
+    formats.export(find_checkpoint(checkpoint), path, to, dtype=dtype, licence=licence, address=push or path.name)
     if push is not None:
         logger.info("uploaded to %s", huggingface.push(path, push))
     return path

@@ -50,7 +50,8 @@ def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> 
 def created(path: Path) -> Iterator[Path]:
     """Make a new file or folder whole or not at all: the body writes it under the name that it is given, beside `path`.
 
-    When the body is done, everything is synced to disk and takes the name `path`. When it fails, nothing is left.
+    When the body is done, everything is synced to disk and takes the name `path`. When it fails, nothing is left. Files get the
+    permissions that the user's umask leaves: libraries that write by a temporary file keep theirs from everybody else.
 
     Args:
         path: the file or folder to make; an empty folder may be there, and the folders above are made.
@@ -63,6 +64,8 @@ def created(path: Path) -> Iterator[Path]:
         raise ConfigError(f"{path} is there already: choose another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    umask = os.umask(0)
+    os.umask(umask)
     try:
         yield temporary
         for part in (*temporary.rglob("*"), temporary):
@@ -70,6 +73,7 @@ def created(path: Path) -> Iterator[Path]:
                 sync_folder(part)
             else:
                 with part.open("rb") as file:
+                    os.fchmod(file.fileno(), 0o666 & ~umask)
                     os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:

@@ -67,7 +67,7 @@ def _import_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    source = "a nanochat checkpoint's folder or NANOCHAT_BASE_DIR, a folder of transformers' NanoChat, or a file of `nanofed export`"
+    source = "a nanochat checkpoint or NANOCHAT_BASE_DIR, a folder of transformers' NanoChat, or a file of --to torch"
     parser.add_argument("source", metavar="DIR", help=source)
     parser.add_argument("--name", required=True, help="of the run, which may not be there yet")
     parser.add_argument("--runs_dir", default="runs", help="folder of all runs (default: %(default)s)")

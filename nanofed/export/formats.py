@@ -11,6 +11,7 @@ import torch
 
 from nanofed.errors import ConfigError
 from nanofed.export import huggingface, nanochat, single_file
+from nanofed.export.model_card import model_card
 from nanofed.export.pretrained import Pretrained
 from nanofed.export.provenance import Provenance
 from nanofed.files import created
@@ -18,7 +19,6 @@ from nanofed.training.checkpoint import (
     MANIFEST,
     find_checkpoint,
     local_path,
-    read_manifest,
     read_state,
     write_checkpoint,
 )
@@ -52,7 +52,7 @@ def read(where: str | Path) -> Pretrained:
     return Pretrained.from_checkpoint(find_checkpoint(path))
 
 
-def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licence: str) -> None:
+def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licence: str, address: str) -> None:
     """Write a checkpoint in another format, all of it or nothing.
 
     Args:
@@ -60,7 +60,8 @@ def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licenc
         output: the folder to make; a file with `torch`.
         target: `hf` for transformers, `nanochat` for a `NANOCHAT_BASE_DIR`, `torch` for one safetensors file.
         dtype: of the weights, `float32` or `bfloat16`; nanochat's has its own rule.
-        licence: what the model card says.
+        licence: the licence that the model card names.
+        address: what the model card loads the model from: the folder's name, or OWNER/NAME on the Hub.
 
     Raises:
         ConfigError: `output` is there already, or the format cannot express the model.
@@ -73,7 +74,7 @@ def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licenc
             return
         temporary.mkdir()
         if target == "hf":
-            huggingface.write(temporary, model, provenance, dtype=DTYPES[dtype], licence=licence)
+            huggingface.write(temporary, model, dtype=DTYPES[dtype], card=model_card(provenance, licence, address))
         else:
             nanochat.write(temporary, model, provenance, read_state(checkpoint))
 
@@ -81,8 +82,8 @@ def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licenc
 def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: int | None = None) -> Path:
     """Make a run of a model from elsewhere, and return its checkpoint.
 
-    A nanochat checkpoint with the optimizers' whole state is one that `fit` goes on with (`--ckpt_path last`); every other model is
-    one that a run starts from (`--init_from`).
+    A nanochat checkpoint with the optimizers' whole state is one that `fit` goes on with (`--ckpt_path last`); every other
+    model is one that a run starts from (`--init_from`).
 
     Args:
         source: what `read` takes, but for nanofed's own.

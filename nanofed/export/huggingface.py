@@ -1,7 +1,7 @@
 """The folder that transformers loads as its own `NanoChatForCausalLM`, written and read; and the Hugging Face Hub.
 
-transformers' NanoChat is nanochat of October 2025 (huggingface.co/docs/transformers/model_doc/nanochat). One thing of it differs and
-cannot be said in a config: nanochat rounds its rotary tables to bf16, and transformers computes them in the dtype of the activations.
+transformers' NanoChat is nanochat of October 2025 (huggingface.co/docs/transformers/model_doc/nanochat). One difference is in no
+config: nanochat rounds its rotary tables to bf16, and transformers computes them in the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanofed.errors import ConfigError, DataError
-from nanofed.export.model_card import model_card
 from nanofed.export.pretrained import Pretrained, listed
-from nanofed.export.provenance import Provenance
 from nanofed.model import GPTConfig
 from nanofed.model.layers import ROTARY_BASE
 from nanofed.model.loss import LOGIT_CAP
@@ -65,8 +63,8 @@ BLOCK = {
     "mlp.c_proj": "mlp.fc2",
 }
 
-# A conversation as nanochat renders it: a system message goes in front of the first one of the user; an assistant's message may be
-# a list of parts of type text, python (a call) and python_output (what it returned).
+# A conversation as nanochat renders it: a system message goes in front of the user's first one; an assistant's message may
+# be a list of parts of type text, python (a call) and python_output (what it returned).
 CHAT_TEMPLATE = "".join(
     (
         "{{ bos_token }}",
@@ -89,8 +87,8 @@ CHAT_TEMPLATE = "".join(
 )
 
 
-def write(folder: Path, model: Pretrained, provenance: Provenance, *, dtype: torch.dtype, licence: str) -> None:
-    """Write everything that `AutoModelForCausalLM` and `AutoTokenizer` load, and a model card, into an empty folder.
+def write(folder: Path, model: Pretrained, *, dtype: torch.dtype, card: str) -> None:
+    """Write everything that `AutoModelForCausalLM` and `AutoTokenizer` load, and the model card, into an empty folder.
 
     Weights of more than 5 GB are divided over several files with an index.
 
@@ -112,7 +110,7 @@ def write(folder: Path, model: Pretrained, provenance: Provenance, *, dtype: tor
         ("tokenizer_config.json", tokenizer_config(model.tokenizer, model.config)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(provenance, licence), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def renamed(model: Pretrained) -> dict[str, Tensor]:

@@ -21,24 +21,25 @@ CARD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")  # this folder, or OWNER/NAME on the Hub
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{address}")
+tokenizer = AutoTokenizer.from_pretrained("{address}")
 ids = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ```
 
-It is a base model: it goes on with a text. The chat template renders conversations as nanochat does, for fine-tuning; the model has not
-learnt to answer. It may repeat what stands in its training text, errors and prejudice included. nanochat rounds its rotary tables to
-bf16 and transformers does not, so that logits differ by what that rounding makes.
+It is a base model: it goes on with a text. The chat template renders conversations as nanochat does, for fine-tuning; the model
+has not learnt to answer. It may repeat what stands in its training text, errors and prejudice included. nanochat rounds its
+rotary tables to bf16 and transformers does not, so that logits differ by what that rounding makes.
 """
 
 
-def model_card(provenance: Provenance, licence: str) -> str:
+def model_card(provenance: Provenance, licence: str, address: str) -> str:
     """Return the README of an exported model: the header that the Hub reads, the training's figures, and how to load it.
 
     Args:
         provenance: how the model was trained.
         licence: an identifier of the Hub's, such as `apache-2.0`, or `unknown`.
+        address: what `from_pretrained` is to be given.
     """
     federated = provenance.rounds is not None
     header = {
@@ -51,6 +52,7 @@ def model_card(provenance: Provenance, licence: str) -> str:
     return CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
         name=provenance.name,
+        address=address,
         intro=f"The nanochat GPT of October 2025, pretrained {how} by nanofed.",
         facts="\n".join(f"| {what} | {said} |" for what, said in provenance.facts().items()),
     )

@@ -175,8 +175,8 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
 def optimizer_from(saved: Any, config: GPTConfig) -> dict[str, Any]:
     """Return the state of `MuonAdamW`, without its clock, that continues nanochat's AdamW and Muon.
 
-    nanochat's AdamW has the head and the embedding, in that order. Its Muon has the blocks' matrices in groups of as many elements
-    (on one process) or of one shape (on several), each in the order of the model.
+    nanochat's AdamW has the head and the embedding, in that order. Its Muon has the blocks' matrices in groups of as many
+    elements (on one process) or of one shape (on several), each in the order of the model.
 
     Raises:
         IncompleteError: several ranks trained, and the file holds the state of one of them.
