@@ -130,7 +130,7 @@ def load(
         CheckpointError: it is damaged, or of another architecture.
         DataError: it has no tokenizer, or one that is damaged.
     """
-    from nanofed.export.formats import read
+    from nanofed.formats.convert import read
 
     found = read(checkpoint)
     model = found.model(device, compute_dtype or runtime.default_compute_dtype(device))
@@ -162,7 +162,7 @@ def export(
         CheckpointError: the checkpoint is damaged.
         DataError: the Hub cannot be reached, or refuses.
     """
-    from nanofed.export import formats, huggingface
+    from nanofed.formats import convert, huggingface
     from nanofed.training.checkpoint import find_checkpoint
 
     if push is not None:
@@ -170,7 +170,7 @@ def export(
             raise ConfigError(f"--push uploads what transformers loads: export with --to hf, not {to}")
         huggingface.check_repository(push)
     path = runtime.user_path(output)
-    formats.export(find_checkpoint(checkpoint), path, to, dtype=dtype, licence=licence, address=push or path.name)
+    convert.export(find_checkpoint(checkpoint), path, to, dtype=dtype, licence=licence, address=push or path.name)
     if push is not None:
         logger.info("uploaded to %s", huggingface.push(path, push))
     return path
@@ -198,7 +198,7 @@ def import_model(
         CheckpointError: it is damaged, or of another architecture; names what this GPT lacks.
         DataError: it has no tokenizer, or one that is damaged.
     """
-    from nanofed.export.formats import import_run
+    from nanofed.formats.convert import import_run
     from nanofed.training.checkpoint import local_path
     from nanofed.training.run_options import RunOptions
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from nanofed.errors import ConfigError, DataError
-from nanofed.export.pretrained import Pretrained, empty_model, listed
-from nanofed.export.provenance import Provenance
+from nanofed.formats.pretrained import Pretrained, empty_model, listed
+from nanofed.formats.provenance import Provenance
 from nanofed.model import GPTConfig
 from nanofed.optim import Schedule, parameter_groups
 from nanofed.tokenizer.bpe import Tokenizer

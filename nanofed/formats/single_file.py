@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanofed.errors import ConfigError
-from nanofed.export.pretrained import Pretrained
-from nanofed.export.provenance import Provenance
+from nanofed.formats.pretrained import Pretrained
+from nanofed.formats.provenance import Provenance
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.storage import from_json, to_json

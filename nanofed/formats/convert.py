@@ -1,4 +1,4 @@
-"""Which format a path holds, a checkpoint taken out of nanofed in one of three formats, and any of them taken in as a run."""
+"""Which format a path holds; a checkpoint taken out of nanofed in one of three formats; any of them taken in as a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 
 from nanofed.errors import ConfigError
-from nanofed.export import huggingface, nanochat, single_file
-from nanofed.export.model_card import model_card
-from nanofed.export.pretrained import Pretrained
-from nanofed.export.provenance import Provenance
 from nanofed.files import created
+from nanofed.formats import huggingface, nanochat, single_file
+from nanofed.formats.model_card import model_card
+from nanofed.formats.pretrained import Pretrained
+from nanofed.formats.provenance import Provenance
 from nanofed.training.checkpoint import (
     MANIFEST,
     find_checkpoint,

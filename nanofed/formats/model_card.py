@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from nanofed.export.provenance import Provenance
+from nanofed.formats.provenance import Provenance
 
 CARD = """\
 ---

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanofed.errors import ConfigError, DataError
-from nanofed.export.pretrained import Pretrained, listed
+from nanofed.formats.pretrained import Pretrained, listed
 from nanofed.model import GPTConfig
 from nanofed.model.layers import ROTARY_BASE
 from nanofed.model.loss import LOGIT_CAP
@@ -201,17 +201,17 @@ def push(folder: Path, repository: str) -> str:
     Raises:
         DataError: the Hub cannot be reached, or refuses; says why.
     """
-    import requests
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported by nanofed"))
     except LocalTokenNotFoundError as error:
-        raise DataError(f"--push {repository}: there is no token for the Hub: run `hf auth login`") from error
-    except (HfHubHTTPError, requests.RequestException, OSError) as error:
+        reason = "there is no token for the Hub: run `hf auth login`"
+        raise DataError(f"--push {repository}: {folder} is written, and was not uploaded: {reason}") from error
+    except Exception as error:  # of the HTTP library, which is another one in each version of huggingface_hub
         raise DataError(f"--push {repository}: {folder} is written, and was not uploaded: {error}") from error
 
 
