@@ -36,7 +36,10 @@ class RunsSomething:
 
 
 def peer_optimizers(model: GPT, *, by_shape: bool = False) -> list[dict[str, Any]]:
-    """Return what nanochat saves of its optimizers: torch's AdamW after a step, and Muon's buffers in its groups."""
+    """Return what nanochat saves of its optimizers, torch's AdamW after a step and Muon in its groups.
+
+    Every mean of gradients is twice the weight that it belongs to.
+    """
     head, embedding = model.lm_head.weight, model.transformer.wte.weight
     adamw = torch.optim.AdamW(
         [{"params": [head], "lr": 0.01}, {"params": [embedding], "lr": 0.5}],
@@ -48,6 +51,8 @@ def peer_optimizers(model: GPT, *, by_shape: bool = False) -> list[dict[str, Any
     for parameter in (head, embedding):
         parameter.grad = torch.randn_like(parameter)
     adamw.step()
+    for parameter, state in adamw.state.items():
+        state["exp_avg"] = 2 * parameter.detach()
     for group in adamw.param_groups:
         group["initial_lr"] = group["lr"]
         group["lr"] *= 0.5
@@ -58,7 +63,7 @@ def peer_optimizers(model: GPT, *, by_shape: bool = False) -> list[dict[str, Any
     for kind in sorted(kinds) if by_shape else kinds:
         params = [p for p in matrices if kind in (p.shape, p.numel())]
         indices = list(range(len(buffers), len(buffers) + len(params)))
-        buffers |= {i: {"momentum_buffer": torch.randn_like(p).detach()} for i, p in zip(indices, params, strict=True)}
+        buffers |= {i: {"momentum_buffer": 2 * p.detach()} for i, p in zip(indices, params, strict=True)}
         momentum = (1 - 6 / 300) * 0.85 + 6 / 300 * 0.95
         rates = {"lr": 0.01, "initial_lr": 0.02, "momentum": momentum, "nesterov": True, "ns_steps": 5}
         groups.append({**rates, "params": indices})
@@ -173,17 +178,15 @@ def test_a_run_goes_on_here(corpus: Corpus, fit_run: Path, tmp_path: Path, capsy
     assert state["optimizer_states"][0]["state"][0]["step"] == 6
 
 
-def test_groups_by_shape_as_of_several_processes(peer: Path) -> None:
+@pytest.mark.parametrize("by_shape", [False, True], ids=["one process", "several"])
+def test_every_mean_of_gradients_comes_to_its_own_weight(by_shape: bool, peer: Path) -> None:
     model = GPT(nanochat.read(peer).model.config)
-    saved = peer_optimizers(model, by_shape=True)
-    taken = nanochat.optimizer_from(saved, model.config)["state"]
-    buffers = [state["momentum_buffer"] for state in saved[1]["state"].values()]
-    assert [taken[i]["momentum_buffer"].shape for i in range(2, 14)] == [
-        p.shape for p in model.transformer.h.parameters()
-    ]
-    assert sorted(float(taken[i]["momentum_buffer"].sum()) for i in range(2, 14)) == sorted(
-        float(b.sum()) for b in buffers
-    )
+    weights = [model.lm_head.weight, model.transformer.wte.weight, *model.transformer.h.parameters()]
+    taken = nanochat.optimizer_from(peer_optimizers(model, by_shape=by_shape), model.config)
+    assert [group["name"] for group in taken["param_groups"]] == ["head", "embedding", "matrices"]
+    assert [index for group in taken["param_groups"] for index in group["params"]] == list(range(len(weights)))
+    for index, weight in enumerate(weights):
+        assert torch.equal(taken["state"][index]["exp_avg" if index < 2 else "momentum_buffer"], 2 * weight)
 
 
 @pytest.mark.parametrize("lost", ["a matrix", "rows of the head"])
