@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from nanofed.errors import ConfigError, DataError
+from nanofed.formats import nanochat_optimizers
+from nanofed.formats.nanochat_optimizers import EMBEDDING
 from nanofed.formats.pretrained import Pretrained, empty_model, listed
 from nanofed.formats.provenance import Provenance
 from nanofed.model import GPTConfig
-from nanofed.optim import Schedule, parameter_groups
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.storage import NANOCHAT_PICKLE, to_nanochat
 from nanofed.training.checkpoint import CheckpointError
@@ -36,13 +37,7 @@ from nanofed.training.checkpoint import CheckpointError
 logger = logging.getLogger(__name__)
 
 MODEL = re.compile(r"model_(\d+)\.pt")
-EMBEDDING = "transformer.wte.weight"
-HEAD = "lm_head.weight"
 META = "nanochat"  # in the state of an imported checkpoint: the peer's meta, which is exported again as it was
-
-
-class IncompleteError(CheckpointError):
-    """An optimizer's state lacks parameters or parts of them."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +112,8 @@ def read(folder: Path, *, tokenizer: Path | None = None, step: int | None = None
     if not optimizer_path.is_file():
         return NanochatCheckpoint(model, meta, None, f"there is no {optimizer_path.name}")
     try:
-        return NanochatCheckpoint(model, meta, optimizer_from(_load(optimizer_path), config))
-    except IncompleteError as error:
+        return NanochatCheckpoint(model, meta, nanochat_optimizers.read(_load(optimizer_path), config))
+    except nanochat_optimizers.IncompleteError as error:
         return NanochatCheckpoint(model, meta, None, f"{optimizer_path.name} {error}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{optimizer_path} does not hold nanochat's two optimizers: {error!r}") from error
@@ -143,14 +138,16 @@ def write(folder: Path, model: Pretrained, provenance: Provenance, state: Mappin
     number = f"{provenance.manifest.step:06d}"
     checkpoint = folder / "base_checkpoints" / f"d{model.config.n_layer}"
     checkpoint.mkdir(parents=True)
-    optimizer = next(iter(state.get("optimizer_states", ())), None)
+    optimizer = next((saved for saved in state.get("optimizer_states", ()) if saved.get("state")), None)
     embedding = [model.weights[EMBEDDING], *(_moments(optimizer) if optimizer else ())]
     narrow = torch.bfloat16 if all(torch.equal(part, part.bfloat16().float()) for part in embedding) else torch.float32
     names = empty_model(model.config).state_dict()
     weights = {name: model.weights[name].to(narrow if name == EMBEDDING else torch.float32) for name in names}
     torch.save(weights, checkpoint / f"model_{number}.pt")
     if optimizer:
-        torch.save(optimizer_to(optimizer, weights, provenance.manifest.step), checkpoint / f"optim_{number}.pt")
+        torch.save(
+            nanochat_optimizers.write(optimizer, weights, provenance.manifest.step), checkpoint / f"optim_{number}.pt"
+        )
     else:
         logger.info("no optimizer state is exported: %s", _why_no_optimizer(provenance))
     meta = state.get(META) or _meta(model.config, provenance)
@@ -170,85 +167,6 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
     texts = [token.decode("utf-8", errors="replace") for token in tokenizer.vocabulary.tokens]
     lengths = [len(text.encode()) for text in texts] + [0 for _ in tokenizer.special_tokens]
     return torch.tensor(lengths, dtype=torch.int32)
-
-
-def optimizer_from(saved: Any, config: GPTConfig) -> dict[str, Any]:
-    """Return the state of `MuonAdamW`, without its clock, that continues nanochat's AdamW and Muon.
-
-    nanochat's AdamW has the head and the embedding, in that order. Its Muon has the blocks' matrices in groups of as many
-    elements (on one process) or of one shape (on several), each in the order of the model.
-
-    Raises:
-        IncompleteError: several ranks trained, and the file holds the state of one of them.
-        KeyError, TypeError, ValueError: it is no state of these optimizers.
-    """
-    adamw, muon = saved
-    model = empty_model(config)
-    groups = parameter_groups(model)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    shapes = [parameter.shape for parameter in parameters]
-    states: dict[int, dict[str, Any]] = {}
-    for index in (0, 1):
-        state = adamw["state"].get(index, {})
-        moments = {name: state[name].float() for name in ("exp_avg", "exp_avg_sq") if name in state}
-        states[index] = {"step": int(state.get("step", 0)), **moments}
-    left = list(range(2, len(parameters)))
-    for group in muon["param_groups"]:
-        buffers = [muon["state"].get(index, {}).get("momentum_buffer") for index in group["params"]]
-        kinds = {buffer.shape for buffer in buffers if buffer is not None}
-        taken = [index for index in left if shapes[index] in kinds]
-        if None in buffers or len(taken) != len(buffers):
-            raise IncompleteError("holds the state of one rank of several, and the others' is nowhere")
-        left = [index for index in left if index not in taken]
-        states |= {index: {"momentum_buffer": buffer.float()} for index, buffer in zip(taken, buffers, strict=True)}
-    for index, shape in enumerate(shapes):
-        tensors = [value for value in states.get(index, {}).values() if isinstance(value, Tensor)]
-        if len(tensors) != (2 if index < 2 else 1) or any(tensor.shape != shape for tensor in tensors):
-            raise IncompleteError("holds the state of one rank of several, and the others' is nowhere")
-    theirs = [*adamw["param_groups"], muon["param_groups"][0]]
-    kept = {"adamw": ("lr", "initial_lr", "betas", "eps", "weight_decay"), "muon": ("lr", "initial_lr", "ns_steps")}
-    param_groups = []
-    for group, their in zip(groups, theirs, strict=True):
-        first = sum(len(before["params"]) for before in param_groups)
-        known = {name: their[name] for name in kept[group["kind"]]}
-        indices = list(range(first, first + len(group["params"])))
-        param_groups.append({"name": group["name"], "kind": group["kind"], **known, "params": indices})
-    return {"state": states, "param_groups": param_groups}
-
-
-def optimizer_to(state: Mapping[str, Any], weights: Mapping[str, Tensor], step: int) -> list[dict[str, Any]]:
-    """Return the state dicts of nanochat's AdamW and Muon, as one process has them, that continue `MuonAdamW`'s state.
-
-    Args:
-        state: the state dict of `MuonAdamW`.
-        weights: the model's weights as they are exported; moments take their dtypes.
-        step: optimizer steps so far, which Muon's momentum follows.
-    """
-    head, embedding, matrices = state["param_groups"]
-    adamw = torch.optim.AdamW([{"params": [weights[HEAD]]}, {"params": [weights[EMBEDDING]]}], fused=True)
-    for index, (group, ours, name) in enumerate(
-        zip(adamw.param_groups, (head, embedding), (HEAD, EMBEDDING), strict=True)
-    ):
-        group |= {key: ours[key] for key in ("lr", "betas", "eps", "weight_decay", "initial_lr")}
-        moments = state["state"][index]
-        adamw.state[weights[name]] = {
-            "step": torch.tensor(float(moments["step"])),
-            **{key: moments[key].to(weights[name].dtype) for key in ("exp_avg", "exp_avg_sq")},
-        }
-    names = [name for name in weights if name not in (HEAD, EMBEDDING)]
-    numbers = dict(zip(names, matrices["params"], strict=True))
-    groups, buffers = [], {}
-    for elements in {weights[name].numel() for name in names}:  # in the order of the same set that nanochat makes
-        of_size = [name for name in names if weights[name].numel() == elements]
-        indices = list(range(len(buffers), len(buffers) + len(of_size)))
-        buffers |= {
-            index: {"momentum_buffer": state["state"][numbers[name]]["momentum_buffer"]}
-            for index, name in zip(indices, of_size, strict=True)
-        }
-        rates = {"lr": matrices["lr"], "initial_lr": matrices["initial_lr"], "ns_steps": matrices["ns_steps"]}
-        momentum = Schedule().momentum(max(0, step - 1))
-        groups.append({**rates, "momentum": momentum, "nesterov": True, "params": indices})
-    return [adamw.state_dict(), {"state": buffers, "param_groups": groups}]
 
 
 def _moments(optimizer: Mapping[str, Any]) -> Iterator[Tensor]:

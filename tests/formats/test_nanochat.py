@@ -15,7 +15,7 @@ import torch
 import nanofed
 from nanofed import cli
 from nanofed.errors import ConfigError, DataError
-from nanofed.formats import nanochat
+from nanofed.formats import nanochat, nanochat_optimizers
 from nanofed.model import GPT, GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.training import train_tokenizer
@@ -182,7 +182,7 @@ def test_a_run_goes_on_here(corpus: Corpus, fit_run: Path, tmp_path: Path, capsy
 def test_every_mean_of_gradients_comes_to_its_own_weight(by_shape: bool, peer: Path) -> None:
     model = GPT(nanochat.read(peer).model.config)
     weights = [model.lm_head.weight, model.transformer.wte.weight, *model.transformer.h.parameters()]
-    taken = nanochat.optimizer_from(peer_optimizers(model, by_shape=by_shape), model.config)
+    taken = nanochat_optimizers.read(peer_optimizers(model, by_shape=by_shape), model.config)
     assert [group["name"] for group in taken["param_groups"]] == ["head", "embedding", "matrices"]
     assert [index for group in taken["param_groups"] for index in group["params"]] == list(range(len(weights)))
     for index, weight in enumerate(weights):

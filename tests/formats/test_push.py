@@ -28,6 +28,8 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    served = Hub("")
+
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -37,11 +39,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.headers["Authorization"] != "Bearer hf_token" or hub.refuses:
+            if self.headers["Authorization"] != "Bearer hf_token" or served.refuses:
                 return self._answer({"error": "no"}, 403)
             if self.path == "/api/repos/create":
-                hub.repositories.append(json.loads(body))
-                return self._answer({"url": f"{hub.url}/me/model"})
+                served.repositories.append(json.loads(body))
+                return self._answer({"url": f"{served.url}/me/model"})
             if self.path == "/api/models/me/model/preupload/main":
                 files = [
                     {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -51,8 +53,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             if self.path == "/api/models/me/model/commit/main":
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
-                        hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                address = f"{hub.url}/me/model/commit/0"
+                        served.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                address = f"{served.url}/me/model/commit/0"
                 return self._answer({"success": True, "commitOid": "0" * 40, "commitUrl": address, "hookOutput": ""})
             return self._answer({"errors": [], "warnings": []})  # of the model card's header
 
@@ -65,12 +67,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             self.wfile.write(body)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub = Hub(f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    served.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield hub
+    yield served
     server.shutdown()
     server.server_close()
     thread.join()
