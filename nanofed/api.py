@@ -160,6 +160,7 @@ def export(
     Raises:
         ConfigError: no checkpoint is there, something is at `output`, or the format cannot express the model.
         CheckpointError: the checkpoint is damaged.
+        NanofedError: `output` cannot be written.
         DataError: the Hub cannot be reached, or refuses.
     """
     from nanofed.formats import convert, huggingface
@@ -217,7 +218,10 @@ def generate(
     seed: int = 42,
     device: str | torch.device = "cpu",
 ) -> Iterator[str]:
-    """Yield pieces of text that go on from `prompt`; temperature 0 takes the likeliest token each time."""
+    """Yield pieces of text that go on from `prompt`; temperature 0 takes the likeliest token each time.
+
+    `checkpoint` is what `load` takes, or what it has returned.
+    """
     from nanofed.generation.text import generate as stream
 
     try:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
-from nanofed.errors import ConfigError
+from nanofed.errors import ConfigError, NanofedError
 from nanofed.files import created
 from nanofed.formats import huggingface, nanochat, single_file
 from nanofed.formats.model_card import model_card
@@ -66,17 +67,21 @@ def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licenc
     Raises:
         ConfigError: `output` is there already, or the format cannot express the model.
         CheckpointError: the checkpoint is damaged.
+        NanofedError: `output` cannot be written.
     """
     model, provenance = Pretrained.from_checkpoint(checkpoint), Provenance.of(checkpoint)
-    with created(output) as temporary:
-        if target == "torch":
-            single_file.write(temporary, model, provenance, dtype=DTYPES[dtype])
-            return
-        temporary.mkdir()
-        if target == "hf":
-            huggingface.write(temporary, model, dtype=DTYPES[dtype], card=model_card(provenance, licence, address))
-        else:
-            nanochat.write(temporary, model, provenance, read_state(checkpoint))
+    try:
+        with created(output) as temporary:
+            if target == "torch":
+                single_file.write(temporary, model, provenance, dtype=DTYPES[dtype])
+                return
+            temporary.mkdir()
+            if target == "hf":
+                huggingface.write(temporary, model, dtype=DTYPES[dtype], card=model_card(provenance, licence, address))
+            else:
+                nanochat.write(temporary, model, provenance, read_state(checkpoint))
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has three names: torch's is a RuntimeError
+        raise NanofedError(f"{output} could not be written, and nothing is left of it: {error}") from error
 
 
 def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: int | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import nanofed
-from nanofed.errors import ConfigError
+from nanofed.errors import ConfigError, NanofedError
 from nanofed.training.checkpoint import CheckpointError, read_manifest, read_weights
 from tests.cli.conftest import Corpus
 
@@ -48,6 +49,18 @@ def test_what_is_there_is_not_replaced(to: Any, wild: Path, tmp_path: Path) -> N
         nanofed.import_model(nanofed.export(wild, tmp_path / "new", to=to), "there", runs_dir=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "there"]
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_disk_that_takes_no_more_leaves_nothing(to: Any, wild: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(NanofedError, match="out could not be written, and nothing is left of it"):
+            nanofed.export(wild, tmp_path / "out", to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint_is_not_exported(wild: Path, tmp_path: Path) -> None:
