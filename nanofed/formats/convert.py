@@ -14,6 +14,7 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.files import created
 from nanofed.formats import huggingface, nanochat, single_file
 from nanofed.formats.model_card import model_card
+from nanofed.formats.nanochat_optimizers import IncompleteError
 from nanofed.formats.pretrained import Pretrained
 from nanofed.formats.provenance import Provenance
 from nanofed.training.checkpoint import (
@@ -107,16 +108,15 @@ def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: 
         model, at, tokens = found.model, found.step, found.tokens
         state = {nanochat.META: found.meta}
         metrics = {"val/bpb": found.meta["val_bpb"]} if isinstance(found.meta.get("val_bpb"), float) else {}
-        kind = WEIGHTS_ONLY if found.optimizer is None else "fit"
-        if found.optimizer is None:
-            logger.info(
-                "the optimizer's state is not imported: %s; start from the weights with --init_from", found.without
-            )
-        else:
-            state |= _lightning_state(found.optimizer, at, tokens)
+        try:
+            state |= _lightning_state(found.optimizer(), at, tokens)
+            kind = "fit"
             logger.info(
                 "the optimizer's state is imported; the text begins anew: nanochat does not save where it stood"
             )
+        except IncompleteError as error:
+            kind = WEIGHTS_ONLY
+            logger.info("the optimizer's state is not imported: %s; start from the weights with --init_from", error)
     elif tokenizer is not None or step is not None:
         raise ConfigError(f"{source} is no nanochat checkpoint: --tokenizer and --step are for those")
     else:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nanofed.errors import ConfigError, DataError
 from nanofed.formats import nanochat_optimizers
-from nanofed.formats.nanochat_optimizers import EMBEDDING
+from nanofed.formats.nanochat_optimizers import EMBEDDING, IncompleteError
 from nanofed.formats.pretrained import Pretrained, empty_model, listed
 from nanofed.formats.provenance import Provenance
 from nanofed.model import GPTConfig
@@ -47,14 +47,12 @@ class NanochatCheckpoint:
     Attributes:
         model: sizes, weights in fp32 and tokenizer.
         meta: the content of its `meta_*.json`.
-        optimizer: the state of `MuonAdamW` that continues its optimizers' states, without a clock; None where there is none.
-        without: why there is no optimizer state; empty where there is one.
+        optimizer_file: its `optim_*.pt`, which need not be there.
     """
 
     model: Pretrained
     meta: dict[str, Any]
-    optimizer: dict[str, Any] | None
-    without: str = ""
+    optimizer_file: Path
 
     @property
     def step(self) -> int:
@@ -66,6 +64,23 @@ class NanochatCheckpoint:
         """Tokens that it was trained on; 0 where its options do not say how many a step has."""
         return self.step * int((self.meta.get("user_config") or {}).get("total_batch_size", 0))
 
+    def optimizer(self) -> dict[str, Any]:
+        """Read the state of `MuonAdamW`, without its clock, that goes on where nanochat's optimizers stood.
+
+        Raises:
+            IncompleteError: there is none, or only one rank's part; says which.
+            CheckpointError: the file is damaged.
+        """
+        path = self.optimizer_file
+        if not path.is_file():
+            raise IncompleteError(f"there is no {path.name}")
+        try:
+            return nanochat_optimizers.read(_load(path), self.model.config)
+        except IncompleteError as error:
+            raise IncompleteError(f"{path.name} {error}") from None
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not hold nanochat's two optimizers: {error!r}") from error
+
 
 def is_checkpoint(folder: Path) -> bool:
     """Tell whether a folder holds a nanochat checkpoint, or the checkpoints of a `NANOCHAT_BASE_DIR`."""
@@ -73,7 +88,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read(folder: Path, *, tokenizer: Path | None = None, step: int | None = None) -> NanochatCheckpoint:
-    """Read a checkpoint; nothing in it is run, and nothing but tensors, plain values and the tokenizer's tokens is unpickled.
+    """Read a checkpoint but for its optimizers; nothing but tensors, plain values and the tokenizer's tokens is unpickled.
 
     Args:
         folder: the folder of a model, or a `NANOCHAT_BASE_DIR` that holds one model.
@@ -108,15 +123,7 @@ def read(folder: Path, *, tokenizer: Path | None = None, step: int | None = None
         raise CheckpointError(f"{path} is of another recipe than October 2025's: this GPT has no {listed(later)}")
     model = Pretrained(config, weights, _tokenizer(folder, tokenizer), path)
     model.check()
-    optimizer_path = folder / f"optim_{number}.pt"
-    if not optimizer_path.is_file():
-        return NanochatCheckpoint(model, meta, None, f"there is no {optimizer_path.name}")
-    try:
-        return NanochatCheckpoint(model, meta, nanochat_optimizers.read(_load(optimizer_path), config))
-    except nanochat_optimizers.IncompleteError as error:
-        return NanochatCheckpoint(model, meta, None, f"{optimizer_path.name} {error}")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{optimizer_path} does not hold nanochat's two optimizers: {error!r}") from error
+    return NanochatCheckpoint(model, meta, folder / f"optim_{number}.pt")
 
 
 def write(folder: Path, model: Pretrained, provenance: Provenance, state: Mapping[str, Any]) -> None:

@@ -22,16 +22,14 @@ from nanofed.training.checkpoint import CheckpointError
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
+ONE_RANK = "holds the state of one rank of several, and the others' is nowhere"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What a group's options are called by both.
 OPTIONS = {"adamw": ("lr", "initial_lr", "betas", "eps", "weight_decay"), "muon": ("lr", "initial_lr", "ns_steps")}
 
 
 class IncompleteError(CheckpointError):
-    """A saved state is the part of one process of several."""
-
-    def __init__(self) -> None:
-        super().__init__("holds the state of one rank of several, and the others' is nowhere")
+    """There is no saved state, or only the part of one process of several."""
 
 
 def read(saved: Any, config: GPTConfig) -> dict[str, Any]:
@@ -52,7 +50,7 @@ def read(saved: Any, config: GPTConfig) -> dict[str, Any]:
     for index, shape in enumerate(shapes):
         tensors = [value for value in states.get(index, {}).values() if isinstance(value, Tensor)]
         if not tensors or any(tensor.shape != shape for tensor in tensors):
-            raise IncompleteError
+            raise IncompleteError(ONE_RANK)
     indices = iter(range(len(shapes)))
     param_groups = []
     for group, theirs in zip(groups, [*adamw["param_groups"], muon["param_groups"][0]], strict=True):
@@ -94,7 +92,7 @@ def write(state: Mapping[str, Any], weights: Mapping[str, Tensor], step: int) ->
 
 def _adamw_state(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if not theirs:
-        raise IncompleteError
+        raise IncompleteError(ONE_RANK)
     return {"step": int(theirs["step"]), **{name: theirs[name].float() for name in MOMENTS}}
 
 
@@ -103,7 +101,7 @@ def _muon_states(muon: Mapping[str, Any], shapes: list[torch.Size]) -> dict[int,
     states: dict[int, dict[str, Any]] = {}
     for group in muon["param_groups"]:
         if any(index not in muon["state"] for index in group["params"]):
-            raise IncompleteError
+            raise IncompleteError(ONE_RANK)
         buffers = [muon["state"][index]["momentum_buffer"] for index in group["params"]]
         grouped = {buffer.shape for buffer in buffers}
         indices = [index for index, shape in enumerate(shapes) if index > 1 and shape in grouped]
