@@ -116,7 +116,7 @@ def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: 
             )
         except IncompleteError as error:
             kind = WEIGHTS_ONLY
-            logger.info("the optimizer's state is not imported: %s; start from the weights with --init_from", error)
+            logger.info("the optimizer's state is not imported: %s", error)
     elif tokenizer is not None or step is not None:
         raise ConfigError(f"{source} is no nanochat checkpoint: --tokenizer and --step are for those")
     else:
@@ -140,6 +140,10 @@ def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: 
             metrics=metrics,
         )
         Marker("fit", Reached.CHECKPOINT).write(temporary)
+    if kind == WEIGHTS_ONLY:
+        logger.info("a run starts from these weights with `nanofed fit --config CONFIG --init_from %s`", run)
+    else:
+        logger.info("it goes on with `nanofed fit --config CONFIG --name %s --ckpt_path last`", run.name)
     return run / checkpoint
 
 

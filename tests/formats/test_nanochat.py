@@ -172,7 +172,8 @@ def test_a_run_goes_on_here(corpus: Corpus, fit_run: Path, tmp_path: Path, capsy
     more = ["--name=on", f"--runs_dir={tmp_path}", "--model.recipe.num_steps=6", "--ckpt_path=last"]
     assert cli.main(corpus.start("fit", *more)) == 0
     said = capsys.readouterr().out
-    assert "the text begins anew" in said and "resuming from" in said
+    assert "the text begins anew" in said and "`nanofed fit --config CONFIG --name on --ckpt_path last`" in said
+    assert "resuming from" in said
     state = read_state(tmp_path / "on" / "checkpoints" / "step_00000006")
     assert state["optimizer_states"][0]["clock"] == {"step": 6, "tokens": 6 * 512}
     assert state["optimizer_states"][0]["state"][0]["step"] == 6
