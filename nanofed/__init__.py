@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanofed.api import evaluate, federate, fit, generate, load
+    from nanofed.api import evaluate, export, federate, fit, generate, import_model, load
     from nanofed.data.datamodule import TokenDataModule
     from nanofed.model import GPT, GPTConfig
     from nanofed.tokenizer.bpe import Tokenizer
@@ -21,6 +21,8 @@ _PUBLIC = {
     "load": "nanofed.api",
     "evaluate": "nanofed.api",
     "generate": "nanofed.api",
+    "export": "nanofed.api",
+    "import_model": "nanofed.api",
     "GPT": "nanofed.model",
     "GPTConfig": "nanofed.model",
     "GPTModule": "nanofed.training.module",
@@ -36,9 +38,11 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "evaluate",
+    "export",
     "federate",
     "fit",
     "generate",
+    "import_model",
     "load",
 ]
 

@@ -1,4 +1,4 @@
-"""fit, federate, plan, load, evaluate, generate: what notebooks import and what commands call."""
+"""fit, federate, plan, load, evaluate, generate, export: what notebooks import and what commands call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
@@ -115,30 +115,97 @@ class Loaded:
 def load(
     checkpoint: str | Path, *, device: str | torch.device = "cpu", compute_dtype: torch.dtype | None = None
 ) -> Loaded:
-    """Load model and tokenizer from a run folder (its newest checkpoint) or from one checkpoint, of either path.
+    """Load model and tokenizer of a run (its newest checkpoint), of one checkpoint, or of an exported model.
+
+    An exported model is what `export` makes, or its like: a folder of transformers' NanoChat, a checkpoint of nanochat's, or one
+    safetensors file. Nothing in it is run.
 
     Args:
-        checkpoint: the run folder or the checkpoint.
+        checkpoint: the run folder, the checkpoint, or the exported folder or file.
         device: where the model runs.
         compute_dtype: dtype of the matmuls; None takes bf16 where the device multiplies it, else fp32.
 
     Raises:
         ConfigError: nothing there.
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or of another architecture.
+        DataError: it has no tokenizer, or one that is damaged.
     """
-    import torch
+    from nanofed.formats.convert import read
 
-    from nanofed.model import GPT
-    from nanofed.tokenizer.bpe import Tokenizer
-    from nanofed.training.checkpoint import TOKENIZER, find_checkpoint, read_manifest, read_weights
+    found = read(checkpoint)
+    model = found.model(device, compute_dtype or runtime.default_compute_dtype(device))
+    return Loaded(model, found.tokenizer, found.path)
 
-    path = find_checkpoint(checkpoint)
-    manifest = read_manifest(path)
-    with torch.device("meta"):
-        model = GPT(manifest.model, compute_dtype=compute_dtype or runtime.default_compute_dtype(device))
-    model.to_empty(device=device)
-    model.load_state_dict(read_weights(path), strict=True)
-    return Loaded(model.eval(), Tokenizer.load(path / TOKENIZER), path)
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    to: Literal["hf", "nanochat", "torch"] = "hf",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    licence: str = "unknown",
+    push: str | None = None,
+) -> Path:
+    """Write a trained model in another format, all of it or nothing, and return where it is.
+
+    Args:
+        checkpoint: a run folder (its newest checkpoint) or one checkpoint, of either path.
+        output: the folder to make (`hf`, `nanochat`) or the file (`torch`); nothing may be there yet.
+        to: `hf` is what transformers' `AutoModelForCausalLM` and `AutoTokenizer` load; `nanochat` a `NANOCHAT_BASE_DIR` with its
+            checkpoint, optimizer state included where the checkpoint has one; `torch` one safetensors file.
+        dtype: of the exported weights; nanochat's are fp32, but for an embedding that bf16 expresses.
+        licence: the licence that the model card names, an identifier of the Hugging Face Hub's such as `apache-2.0`.
+        push: `OWNER/NAME` of a repository on the Hugging Face Hub to upload the folder to as well; a new one is private.
+
+    Raises:
+        ConfigError: no checkpoint is there, something is at `output`, or the format cannot express the model.
+        CheckpointError: the checkpoint is damaged.
+        NanofedError: `output` cannot be written.
+        DataError: the Hub cannot be reached, or refuses.
+    """
+    from nanofed.formats import convert, huggingface
+    from nanofed.training.checkpoint import find_checkpoint
+
+    if push is not None:
+        if to != "hf":
+            raise ConfigError(f"--push uploads what transformers loads: export with --to hf, not {to}")
+        huggingface.check_repository(push)
+    path = runtime.user_path(output)
+    convert.export(find_checkpoint(checkpoint), path, to, dtype=dtype, licence=licence, address=push or path.name)
+    if push is not None:
+        logger.info("uploaded to %s", huggingface.push(path, push))
+    return path
+
+
+def import_model(
+    source: str | Path,
+    name: str,
+    *,
+    runs_dir: str | Path = "runs",
+    tokenizer: str | Path | None = None,
+    step: int | None = None,
+) -> Path:
+    """Make a run of a model from elsewhere, for `fit` and `federate` to start from, and return its checkpoint.
+
+    Args:
+        source: a checkpoint of nanochat's of October 2025, a folder of transformers' NanoChat, or a safetensors file of `export`.
+        name: the run's name; it may not be there yet.
+        runs_dir: the folder of all runs.
+        tokenizer: the folder of a nanochat checkpoint's tokenizer, where it lies in another place than nanochat's.
+        step: which of several nanochat checkpoints; by default the last.
+
+    Raises:
+        ConfigError: nothing is there, or the run is there already.
+        CheckpointError: it is damaged, or of another architecture; names what this GPT lacks.
+        DataError: it has no tokenizer, or one that is damaged.
+    """
+    from nanofed.formats.convert import import_run
+    from nanofed.training.checkpoint import local_path
+    from nanofed.training.run_options import RunOptions
+
+    run = RunOptions(name=name, runs_dir=str(runs_dir)).folder
+    own = None if tokenizer is None else local_path(tokenizer)
+    return import_run(local_path(source), run, tokenizer=own, step=step)
 
 
 def generate(
@@ -151,7 +218,10 @@ def generate(
     seed: int = 42,
     device: str | torch.device = "cpu",
 ) -> Iterator[str]:
-    """Yield pieces of text that go on from `prompt`; temperature 0 takes the likeliest token each time."""
+    """Yield pieces of text that go on from `prompt`; temperature 0 takes the likeliest token each time.
+
+    `checkpoint` is what `load` takes, or what it has returned.
+    """
     from nanofed.generation.text import generate as stream
 
     try:
@@ -176,7 +246,7 @@ def evaluate(
     """Return bits per byte of a checkpoint on the validation shard of a dataset (`demo`, `fineweb-edu` or a folder).
 
     Args:
-        checkpoint: a run folder or one checkpoint, of either path.
+        checkpoint: a run folder, one checkpoint of either path, or an exported model.
         data: where the validation shard is.
         eval_tokens: targets to score, as many as `TokenDataModule` scores by default.
         device_batch_size: changes nothing: which rows share a forward pass is fixed, and so the figure is.
@@ -192,12 +262,12 @@ def evaluate(
 
     from nanofed.data.datamodule import TokenDataModule
     from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
-    from nanofed.training.checkpoint import TOKENIZER
 
     loaded = load(checkpoint, device=device, compute_dtype=compute_dtype)
     options: dict[str, Any] = {} if eval_tokens is None else {"eval_tokens": eval_tokens}
     sequence_len = loaded.model.config.sequence_len
-    module = TokenDataModule(data, str(loaded.path / TOKENIZER), sequence_len=sequence_len, **options)
+    module = TokenDataModule(data, sequence_len=sequence_len, **options)
+    module.tokenizer = loaded.tokenizer
     metric = BitsPerByte(torch.tensor(loaded.tokenizer.token_bytes)).to(device)
     with closing(iter(module.validation_loader())) as text:
         batches = ((batch.inputs, batch.targets) for batch in text)

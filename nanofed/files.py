@@ -1,4 +1,4 @@
-"""Small files written whole or not at all, and files hashed: the one place for each."""
+"""Files and folders written whole or not at all, and files hashed: the one place for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from nanofed.errors import ConfigError
 
 
 def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
@@ -39,6 +42,45 @@ def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> 
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def created(path: Path) -> Iterator[Path]:
+    """Make a new file or folder whole or not at all: the body writes it under the name that it is given, beside `path`.
+
+    When the body is done, everything is synced to disk and takes the name `path`. When it fails, nothing is left. Files get the
+    permissions that the user's umask leaves: libraries that write by a temporary file keep theirs from everybody else.
+
+    Args:
+        path: the file or folder to make; an empty folder may be there, and the folders above are made.
+
+    Raises:
+        ConfigError: something is there already.
+        OSError: it cannot be written.
+    """
+    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"{path} is there already: choose another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        yield temporary
+        for part in (*temporary.rglob("*"), temporary):
+            if part.is_dir():
+                sync_folder(part)
+            else:
+                with part.open("rb") as file:
+                    os.fchmod(file.fileno(), 0o666 & ~umask)
+                    os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 

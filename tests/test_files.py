@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from nanofed import files
-from nanofed.files import keep_short, sha256, write_atomically
+from nanofed.errors import ConfigError
+from nanofed.files import created, keep_short, sha256, write_atomically
 
 
 def test_a_file_that_cannot_be_written_keeps_its_old_content_and_leaves_nothing(
@@ -72,3 +73,31 @@ def test_a_log_is_kept_short_under_the_process_that_writes_it(tmp_path: Path) ->
         keep_short(path, 10)
     assert path.read_bytes() == b"short\n"
     assert path.with_name("server.log.1").read_bytes() == b"the third line\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_created_is_there_whole_or_not_at_all(kind: str, tmp_path: Path) -> None:
+    def write(place: Path) -> None:
+        if kind == "folder":
+            place.mkdir()
+            place = place / "content"
+        place.write_text("new")
+        place.chmod(0o600)  # as libraries leave what they wrote by a temporary file
+
+    path = tmp_path / "above" / "made"
+    with pytest.raises(ZeroDivisionError), created(path) as place:
+        write(place)
+        raise ZeroDivisionError
+    assert list(path.parent.iterdir()) == []
+    before = os.umask(0o027)
+    try:
+        with created(path) as place:
+            write(place)
+            assert not path.exists()
+    finally:
+        os.umask(before)
+    file = path if kind == "file" else path / "content"
+    assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == ("new", 0o640)
+    with pytest.raises(ConfigError, match="made is there already"), created(path):
+        pytest.fail("nothing is written over it")
+    assert [p.name for p in path.parent.iterdir()] == ["made"]

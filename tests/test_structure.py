@@ -40,7 +40,10 @@ def module_of(path: Path) -> str:
         "import nanofed",
         "from nanofed.cli import main; main(['--help'])",
         "from nanofed.cli import main; main(['--version'])",
-        *(f"import nanofed.{room}" for room in ("data", "training", "federated", "generation", "evaluation")),
+        *(
+            f"import nanofed.{room}"
+            for room in ("data", "training", "federated", "formats", "generation", "evaluation")
+        ),
     ],
 )
 def test_light_imports_load_nothing_heavy(statement: str) -> None:
@@ -126,7 +129,7 @@ def test_every_command_has_a_main(command: str) -> None:
     assert callable(importlib.import_module(COMMANDS[command][0]).main)
 
 
-@pytest.mark.parametrize("command", ["data", "generate", "info", "tokenizer"])
+@pytest.mark.parametrize("command", ["data", "export", "generate", "import", "info", "tokenizer"])
 def test_help_of_the_small_commands_loads_nothing_heavy(command: str) -> None:
     code = f"import sys; sys.argv = ['nanofed', {command!r}, '--help']\nfrom nanofed.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"

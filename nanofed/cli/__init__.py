@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("nanofed.cli.data", "download, build, list and verify parquet shards"),
     "tokenizer": ("nanofed.cli.tokenizer", "train and evaluate the BPE tokenizer"),
     "generate": ("nanofed.cli.generate", "sample text from a checkpoint"),
+    "export": ("nanofed.cli.export", "a trained model for transformers, nanochat, or as one safetensors file"),
+    "import": ("nanofed.cli.export", "a model of nanochat's or transformers', as a run to start from"),
     "compare": ("nanofed.cli.compare", "runs beside each other: bits per byte at equal tokens, seconds and bytes"),
     "info": ("nanofed.cli.info", "what this machine has: devices, caches, data, versions"),
 }

@@ -40,7 +40,10 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("nanofed generate", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest) or one checkpoint"
+        "--checkpoint",
+        required=True,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run's folder (its newest), one checkpoint, or an exported model",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads standard input")
     add = functools.partial(add_number, parser)

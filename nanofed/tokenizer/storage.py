@@ -1,4 +1,4 @@
-"""Tokenizer files: our `tokenizer.json`, which Hugging Face tools read too; nanochat's `tokenizer.pkl`, read only."""
+"""Tokenizer files: our `tokenizer.json`, which Hugging Face tools read too; nanochat's `tokenizer.pkl`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import tiktoken
 
 from nanofed.errors import ConfigError, DataError
 from nanofed.files import write_atomically
@@ -185,6 +187,18 @@ def read_nanochat(path: Path) -> Vocabulary:
         return Vocabulary(tuple(tokens), tuple(str(text) for text in specials), state["pat_str"])
     except Exception as error:  # a broken pickle raises nearly anything
         raise DataError(f"{path} is damaged or not nanochat's tokenizer: {error}") from error
+
+
+def to_nanochat(vocabulary: Vocabulary) -> bytes:
+    """Return a vocabulary as the content of nanochat's `tokenizer.pkl`, a pickled tiktoken Encoding."""
+    specials = {text: len(vocabulary.tokens) + n for n, text in enumerate(vocabulary.special_tokens)}
+    encoding = tiktoken.Encoding(
+        "rustbpe",  # as nanochat calls it
+        pat_str=vocabulary.split_pattern,
+        mergeable_ranks=vocabulary.ranks,
+        special_tokens=specials,
+    )
+    return pickle.dumps(encoding)
 
 
 def _in_order(ids: Mapping[T, int], start: int) -> Sequence[T]:

@@ -147,7 +147,7 @@ def check_identity(
     if use != "resume":
         return
     if manifest.data is None:
-        older = f"{path} was saved by an older nanofed and does not record its text"
+        older = f"{path} was imported, or saved by an older nanofed, and does not record its text"
         say_once(logging.INFO, f"{older}: that data.path holds the same is not checked")
         return
     differing = manifest.data.differences(data.dataset.identity, training=training)

@@ -62,7 +62,7 @@ class Manifest:
     """What a checkpoint says of itself.
 
     Attributes:
-        kind: `fit` or `federated`.
+        kind: `fit` or `federated`; `weights` is one to start from, and not to go on with.
         model: the sizes of the GPT.
         step: optimizer steps (fit) or rounds (federated).
         tokens: tokens trained so far.
@@ -70,7 +70,7 @@ class Manifest:
         metrics: the last measured figures, such as `val/bpb`.
         files: size and SHA-256 of every file.
         format_version: the version of this layout.
-        data: the text that the run trains on and validates with; None in a checkpoint of an older nanofed.
+        data: the text that the run trains on and validates with; None in one that was imported, or of an older nanofed.
     """
 
     kind: str

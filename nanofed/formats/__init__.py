@@ -1,0 +1,1 @@
+"""Models in and out: transformers' folder, nanochat's checkpoints, one safetensors file."""

@@ -1,0 +1,88 @@
+"""What a path holds is found out by itself; what is made is there whole or not at all."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nanofed
+from nanofed.errors import ConfigError, NanofedError
+from nanofed.training.checkpoint import CheckpointError, read_manifest, read_weights
+from tests.cli.conftest import Corpus
+
+TARGETS = ["hf", "nanochat", "torch"]
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_every_format_is_evaluated_as_the_run_is(to: Any, fit_run: Path, corpus: Corpus, tmp_path: Path) -> None:
+    made = nanofed.export(fit_run, tmp_path / "made", to=to)
+    figures = [nanofed.evaluate(where, str(corpus.data), eval_tokens=256) for where in (fit_run, made)]
+    assert figures[0] == figures[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["hf", "torch"])
+def test_a_run_starts_from_a_model_of_elsewhere(to: Any, fit_run: Path, corpus: Corpus, tmp_path: Path) -> None:
+    made = nanofed.export(fit_run, tmp_path / "made", to=to)
+    imported = nanofed.import_model(made, "theirs", runs_dir=tmp_path / "runs")
+    assert (read_manifest(imported).kind, read_manifest(imported).step) == ("weights", 0)
+    newest = max((fit_run / "checkpoints").iterdir())
+    theirs, ours = read_weights(imported), read_weights(newest)
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+    options = {"runs_dir": tmp_path / "runs", "name": "on", "init_from": imported, "model.recipe.num_steps": 1}
+    started = nanofed.fit(corpus.fit, overrides=options)
+    assert started.bpb_start == nanofed.evaluate(fit_run, str(corpus.data), eval_tokens=1024)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_what_is_there_is_not_replaced(to: Any, wild: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        nanofed.export(wild, tmp_path / "there", to=to)
+    with pytest.raises(ConfigError, match="is there already"):
+        nanofed.import_model(nanofed.export(wild, tmp_path / "new", to=to), "there", runs_dir=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "there"]
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_disk_that_takes_no_more_leaves_nothing(to: Any, wild: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(NanofedError, match="out could not be written, and nothing is left of it"):
+            nanofed.export(wild, tmp_path / "out", to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_not_exported(wild: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(wild, tmp_path / "checkpoints" / wild.name)
+    weights = bytearray((damaged / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="is not what was saved"):
+        nanofed.export(damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_holds_no_model_is_refused(wild: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no checkpoint in"):
+        nanofed.load(tmp_path)
+    with pytest.raises(ConfigError, match="there is no checkpoint in"):
+        nanofed.import_model(tmp_path / "nowhere", "a", runs_dir=tmp_path)
+    with pytest.raises(ConfigError, match="is nanofed's own: a run starts from it with --init_from"):
+        nanofed.import_model(wild, "a", runs_dir=tmp_path)
+    folder = nanofed.export(wild, tmp_path / "out")
+    with pytest.raises(ConfigError, match="is no nanochat checkpoint: --tokenizer and --step are for those"):
+        nanofed.import_model(folder, "a", runs_dir=tmp_path, step=1)
+    with pytest.raises(ConfigError, match="--push uploads what transformers loads"):
+        nanofed.export(wild, tmp_path / "more", to="torch", push="me/model")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
