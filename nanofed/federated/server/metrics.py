@@ -223,11 +223,13 @@ class FederationMetrics:
             }
             self._scalars(client, own, step)
         self._bar.clear()
+        who = f"{len(figures.merged)} of {figures.asked} clients"
+        if figures.in_flight > 1:
+            who = ", ".join(f"{client}, {part.age} merges late" for client, part in figures.merged.items())
         logger.info(
-            "round %3d  %d of %d clients  %8.2f M tokens  %s steps  train loss %.3f  %7.1f s",
+            "round %3d  %s  %8.2f M tokens  %s steps  train loss %.3f  %7.1f s",
             figures.round,
-            len(figures.merged),
-            figures.asked,
+            who,
             tokens / 1e6,
             "+".join(str(part.report.steps) for part in figures.merged.values()),
             loss,
