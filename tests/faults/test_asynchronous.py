@@ -27,14 +27,14 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         made.site("fast")
         made.site("slow", port=link.port)
         made.until(lambda: made.round() > 0 and bool(made.merged("fast") and made.merged("slow")), "both sites", 300)
-        link.bytes_per_second = 60_000
+        link.bytes_per_second = 200_000
         yield made
         link.close()
 
 
 def well(federation: Deployment) -> None:
     federation.no_row_is_merged_twice()
-    assert not federation.unusual_events()
+    assert not federation.unusual_events("hello")  # a site that comes back finds its name taken, for a while
 
 
 def test_one_site_is_merged_many_times_while_another_is_once(sites: Deployment) -> None:
@@ -53,7 +53,6 @@ def test_a_process_is_killed(sites: Deployment, process: str) -> None:
     where = sites.processes["fast" if process == "site.worker" else "server"]
     assert where.kill(process)
     for site in ("fast", "slow"):
-        sites.takes_part(site)
         sites.takes_part(site)
     well(sites)
 

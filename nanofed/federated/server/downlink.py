@@ -48,11 +48,8 @@ class Downlink:
         if whole is down:
             state.held = None
             payload = self._transport.encode(weights, down)
-            if self._keep:  # fp32 in memory is the weights themselves, which the next merge steps
-                payload = [
-                    array.copy() if np.may_share_memory(array, weight) else array
-                    for array, weight in zip(payload, weights.values(), strict=True)
-                ]
+            if self._keep and any(map(np.may_share_memory, payload, weights.values())):
+                payload = [array.copy() for array in payload]  # of the weights themselves, which the next merge steps
             self.base_hash = hash_arrays(payload)
             return SentWeights(weights, payload, down, self._up)
         changes, changed_from = None, dict.fromkeys(self.holders.intersection(clients), self.base_hash)
