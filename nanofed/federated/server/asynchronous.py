@@ -1,9 +1,12 @@
 """The loop without rounds: every client always has one message, and its update is merged when it comes.
 
-Each merge is one tick of the same clock, of one client, so that ledger, validation, norm guard, evaluation, checkpoint and resume
+Each merge is a round of one client by the run's clock, so that ledger, validation, norm guard, evaluation, checkpoint and resume
 are those of rounds. What differs is who is waited for, which weights an update is read against, and the outer step
-(`DelayedNesterov`, `damping`). After a restart of the server clients that still train are sent new messages: what they
-train meanwhile is lost, and their rows are read again.
+(`DelayedNesterov`, `damping`). After a restart of the server, clients that still train are sent new messages: what they have
+trained is lost, and their rows are read again.
+
+With N clients the server encodes, steps and saves N times where rounds do once. It keeps each version of the weights from which
+a client still trains, N at most: in a deployment as files, elsewhere in memory. `DelayedNesterov` keeps two arrays a parameter.
 """
 
 from __future__ import annotations
@@ -80,6 +83,7 @@ class AsynchronousLoop(RoundLoop):
                         looked = -math.inf  # the client is sent another message
                 if time.monotonic() - looked > LOOK_SECONDS:
                     self._send(self._participants(figures.round, 0), figures)
+                    self._say("training", figures.round, clients=sorted(self._in_flight))
                     looked = time.monotonic()
                 self._messenger.rest()
         except NanofedError as error:  # the disk on which weights or updates are kept is full
