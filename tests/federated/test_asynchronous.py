@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -107,6 +107,26 @@ def test_where_all_fail_the_run_ends_with_the_reason(tiny_corpus: Path, tmp_path
 
     with pytest.raises(NanofedError, match=r"2 rounds in a row .*the disk is gone"):
         train(federation(tiny_corpus, tmp_path, "run", rounds=8, max_failed_rounds=2, **SPEEDS), hook=broken)
+
+
+def test_a_site_that_was_started_again_is_sent_another_message(tiny_corpus: Path, tmp_path: Path) -> None:
+    """It is another node then, and nobody answers what the old one was sent."""
+    loop, site = prepare(federation(tiny_corpus, tmp_path, "run", rounds=6, **SPEEDS))
+    grid = cast(Any, loop._messenger._grid)
+
+    def restarted(fit: Fit, arrays: Sequence[Any], asked: Instructions) -> tuple[Arrays, Report]:
+        if len(site.asked) == 2:
+            grid._contexts[9], grid._speeds[9] = grid._contexts.pop(4), 20.0
+            for lost in [name for name, message in grid._inbox.items() if message.metadata.dst_node_id == 4]:
+                del grid._inbox[lost], grid._ready[lost]
+        return fit(arrays, asked)
+
+    site.hook = restarted
+    loop.train()
+    loop.metrics.close()
+    assert loop.state.events.total("silent", client="client-3") == 1
+    slowest = [asked.round for asked in site.asked if asked.client == "client-3"]
+    assert slowest[0] == 3, "it was sent the weights after the second merge"
 
 
 @pytest.mark.slow
