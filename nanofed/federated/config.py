@@ -50,7 +50,7 @@ class FederationConfig:
         grace_seconds: beyond a round's seconds, until a client that has not answered is given up.
         availability: chance that a client takes part in a round (Bernoulli).
         client_speeds: how fast each client is, 1 being this machine; in process, a client of 0.5 does half the steps in a
-            round of seconds.
+            round of seconds, and with `asynchronous` takes twice as long for an update of so many steps.
         evaluation: who measures bits per byte every `eval_every` rounds: the `server`, on its validation shard and beside the
             next round; or the `sites`, each on its own validation shard with `sharding: local`, else on a share of the pinned
             one, pooled by bytes. They measure the weights that a round brings them before they train, in addition to
