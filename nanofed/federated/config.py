@@ -77,6 +77,7 @@ class FederationConfig:
         asynchronous: An update is merged when it comes, and its client is sent the newest weights at once: nobody waits.
             Each merge counts as a round, of one client; `round_seconds` or `round_steps` is what a client trains for one update.
             An update that is late counts for less. The server keeps each version of the weights from which a client still trains.
+            Rounds of seconds wait for no slow client either, and end better at equal tokens (notebooks/LOG.md): prefer them.
         down_codec: how weights travel to the clients: whole, in fp32 or bf16; or as what changed since the last round, in int8 or
             int4, and whole in bf16 to a client that did not answer that round.
         up_codec: how they come back.
