@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -19,6 +19,18 @@ from nanofed.training.module import GPTModule
 from nanofed.training.run_options import RunOptions
 
 N = TypeVar("N", int, float)
+
+# What goes with `asynchronous`. An update that is merged by itself has no others to be compared or weighed with, the clients have
+# no weights in common of which a change could be sent, and there is no round to be absent from or to measure weights in.
+ASYNCHRONOUS: Mapping[str, tuple[object, ...]] = {
+    "merge": ("mean",),
+    "weighting": ("uniform",),
+    "outer": ("auto", "nesterov", "fedavg"),
+    "overlap": (False,),
+    "availability": (1.0,),
+    "evaluation": ("server",),
+    "down_codec": ("fp32", "bf16"),
+}
 
 
 @dataclass
@@ -38,7 +50,7 @@ class FederationConfig:
         grace_seconds: beyond a round's seconds, until a client that has not answered is given up.
         availability: chance that a client takes part in a round (Bernoulli).
         client_speeds: how fast each client is, 1 being this machine; in process, a client of 0.5 does half the steps in a
-            round of seconds.
+            round of seconds, and with `asynchronous` takes twice as long for an update of so many steps.
         evaluation: who measures bits per byte every `eval_every` rounds: the `server`, on its validation shard and beside the
             next round; or the `sites`, each on its own validation shard with `sharding: local`, else on a share of the pinned
             one, pooled by bytes. They measure the weights that a round brings them before they train, in addition to
@@ -62,6 +74,10 @@ class FederationConfig:
             `model.recipe.batch_tokens` each.
         overlap: Sites train on while their update goes up, the others' are merged and the new weights come down. What these steps
             have changed is added to the new weights, from which the site goes on. Clients of one machine take turns and cannot.
+        asynchronous: An update is merged when it comes, and its client is sent the newest weights at once: nobody waits.
+            Each merge counts as a round, of one client; `round_seconds` or `round_steps` is what a client trains for one update.
+            An update that is late counts for less. The server keeps each version of the weights from which a client still trains.
+            Rounds of seconds wait for no slow client either, and end better at equal tokens (notebooks/LOG.md): prefer them.
         down_codec: how weights travel to the clients: whole, in fp32 or bf16; or as what changed since the last round, in int8 or
             int4, and whole in bf16 to a client that did not answer that round.
         up_codec: how they come back.
@@ -91,6 +107,7 @@ class FederationConfig:
     outer_warmdown: Share = 0.4
     global_batch_tokens: Count | None = None
     overlap: bool = False
+    asynchronous: bool = False
     down_codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     up_codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     max_failed_rounds: Count | None = None
@@ -114,6 +131,12 @@ class FederationConfig:
             raise ConfigError(
                 "federation.outer=fedavg has no outer_lr and no outer_momentum: leave them out, or take nesterov"
             )
+        for name, fitting in ASYNCHRONOUS.items() if self.asynchronous else ():
+            if (value := getattr(self, name)) not in fitting:
+                raise ConfigError(
+                    f"federation.asynchronous=true merges every update by itself, and federation.{name}={value} does not go with "
+                    f"that: set federation.{name} to {' or '.join(map(str, fitting))}, or federation.asynchronous to false"
+                )
         if self.merge != "mean" and self.weighting != "uniform":
             raise ConfigError(
                 f"federation.merge={self.merge} weighs all clients the same: set federation.weighting to uniform"

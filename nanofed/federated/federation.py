@@ -17,6 +17,7 @@ from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.aggregation.outer import make_outer
 from nanofed.federated.config import Arguments
+from nanofed.federated.server.asynchronous import AsynchronousLoop
 from nanofed.federated.server.metrics import FederationMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
 from nanofed.federated.server.rounds import RoundLoop
@@ -194,7 +195,7 @@ class Federation(Arguments):
         known = resume is not None and (run / SUMMARY).is_file()
         metrics = FederationMetrics(run, Summary.read(run) if known else Summary(options.name, "federated"))
         device = self.fabric().device
-        loop = RoundLoop(
+        loop = (AsynchronousLoop if self.federation.asynchronous else RoundLoop)(
             grid,
             module,
             data,

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "startup": "seconds from `nanofed fit` to the first step, in its parts",
     "round": "a round over real SuperLink and SuperNodes beside its training: phases, bytes, memory; against FedAvg",
     "link": "rounds over lines of given rates, in network namespaces: utilisation by codec, against FedAvg and the plan",
+    "speeds": "bits per byte and time of clients of several speeds, in rounds and merged when they come",
     "engine": "bits per byte at equal tokens: fit, clients in one process, clients over real SuperLink and SuperNodes",
     "time_to_bpb": "seconds to a given bits per byte, against the plain path on the same batches",
 }

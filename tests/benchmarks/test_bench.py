@@ -172,6 +172,18 @@ def namespaces() -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
+@pytest.mark.slow
+def test_clients_of_several_speeds_lose_no_time_where_nobody_waits(
+    corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of speeds 3 and 1, rounds in which both take the same steps take twice as long as they need."""
+    options = ["--speeds", "3", "1", "--rounds=2", "--steps=4", "--eval_tokens=512", "--only=all take the same steps"]
+    result = run(capsys, "speeds", *SMALL, f"--data={corpus}", *options)
+    rounds, single = result["rounds, all take the same steps"], result["asynchronous, all take the same steps"]
+    assert rounds["time"] == 2 and single["time"] < 1.6
+    assert single["merges"] > rounds["merges"] == 2 and single["tokens"] >= rounds["tokens"] == 2 * 2 * 4 * 8 * 32
+
+
 def test_a_far_link_holds_each_byte_back_and_loses_none() -> None:
     """Many are under way at a time: what is sent at once arrives at once."""
     with socket.create_server((HOST, 0)) as server:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from nanofed.federated.runtimes.in_process import InProcessGrid
+from tests.federated.replies import instructions
 
 
 @pytest.fixture
@@ -68,3 +71,28 @@ def test_an_interrupt_is_no_clients_failure(handled: list[str]) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(InProcessGrid(app, ["a"]).send_and_receive([message(1)]))
+
+
+def test_clients_of_several_speeds_answer_in_the_order_in_which_they_are_ready() -> None:
+    """Of 6 and 2 tokens in a unit of time: 12 tokens take 2 and 6; a budget of seconds is as long as it says."""
+    app, handled = ClientApp(), list[str]()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        handled.append(f"{context.node_config['name']} {message.metadata.group_id}")
+        return Message(RecordDict(), reply_to=message)
+
+    grid = InProcessGrid(app, ["fast", "slow"], [6.0, 2.0])
+
+    def send(node: int, name: str, **asked: Any) -> str:
+        config = ConfigRecord(instructions(max_steps=3, batch_tokens=4, **asked).to_config())
+        content = RecordDict({"fitins.config": config})
+        (message_id,) = grid.push_messages([Message(content, node, MessageType.TRAIN, group_id=name)])
+        return message_id
+
+    waiting = [send(2, "at 6"), send(1, "at 2")]
+    assert not grid.pull_messages([waiting[0]]) and handled == [], "another one is ready before it"
+    assert grid.pull_messages([waiting[1]])
+    waiting += [send(1, "at 4"), send(1, "at 3", seconds=1.0)]
+    assert grid.pull_messages([waiting[3]]) and grid.pull_messages([waiting[2]]) and grid.pull_messages([waiting[0]])
+    assert handled == ["fast at 2", "fast at 3", "fast at 4", "slow at 6"]

@@ -92,3 +92,53 @@ def test_what_the_server_does_meanwhile_takes_no_clients_time() -> None:
     grid.answers["message 0"] = answer("message 0", "the client's own error")
     result = play(Messenger(cast(Grid, grid), Events()), 1, meanwhile=lambda: time.sleep(0.5))
     assert isinstance(result, RefusedReply) and result.kind == "failed"
+
+
+# --- messages that are waited for one by one
+
+
+def ask(messenger: Messenger, client: str, number: int, seconds: float) -> None:
+    request()
+    one = instructions(client=client, round=number)
+    messenger.send(NODE, one, sent(), streams=STREAMS, most_pending=1, seconds=seconds)
+
+
+def test_each_message_has_a_time_of_its_own() -> None:
+    grid, events = SlowGrid(), Events()
+    messenger = Messenger(cast(Grid, grid), events)
+    ask(messenger, "fast", 1, seconds=30.0)
+    ask(messenger, "gone", 1, seconds=0.2)
+    assert list(messenger.arrivals(1)) == [] and messenger.waiting_for == {"fast", "gone"}
+    time.sleep(0.25)
+    (silent,) = messenger.arrivals(1)
+    assert silent.client == "gone" and isinstance(silent.result, RefusedReply) and silent.result.kind == "silent"
+    grid.answers |= {"message 0": answer("message 0", "it failed"), "message 1": answer("message 1")}
+    (failed,) = messenger.arrivals(2)
+    assert failed.client == "fast" and isinstance(failed.result, RefusedReply) and failed.result.kind == "failed"
+    assert messenger.waiting_for == set()
+    ask(messenger, "fast", 3, seconds=30.0)
+    assert list(messenger.arrivals(3)) == [] and messenger.late == {"gone"}
+    assert events.total("late", client="gone") == 1
+
+
+def test_answers_that_were_not_looked_at_are_there_at_the_next_look() -> None:
+    grid = SlowGrid()
+    messenger = Messenger(cast(Grid, grid), Events())
+    for number, client in enumerate(("a", "b")):
+        ask(messenger, client, 1, seconds=30.0)
+        grid.answers[f"message {number}"] = answer(f"message {number}", "it failed")
+    arrivals = messenger.arrivals(1)
+    assert next(arrivals).client == "a"
+    arrivals.close()
+    assert messenger.waiting_for == {"b"} and [reply.client for reply in messenger.arrivals(2)] == ["b"]
+
+
+def test_who_is_given_up_is_not_waited_for() -> None:
+    grid = SlowGrid()
+    messenger = Messenger(cast(Grid, grid), Events())
+    for client in ("a", "b"):
+        ask(messenger, client, 1, seconds=0.0)
+    messenger.give_up("a")
+    assert messenger.waiting_for == {"b"}
+    messenger.give_up()
+    assert list(messenger.arrivals(1)) == [], "nobody is silent who is not waited for"

@@ -12,9 +12,11 @@ from nanofed.errors import ConfigError
 from nanofed.federated.aggregation.aggregator import PseudoGradient
 from nanofed.federated.aggregation.outer import (
     AutomaticOuter,
+    DelayedNesterov,
     OuterAdam,
     OuterNesterov,
     OuterOptimizer,
+    damping,
     make_outer,
     outer_strength,
 )
@@ -323,3 +325,71 @@ def test_the_state_of_another_optimizer_is_not_taken_for_its_own() -> None:
     for outer, other in ((OuterNesterov(0.7, 0.6), adam), (OuterAdam(), nesterov)):
         outer.load_state_dict(other.state_dict())
         assert outer.state_dict() == {}
+
+
+# --- one client's update at a time
+
+
+@pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.6), (1.0, 0.0)])
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_updates_of_all_clients_one_by_one_are_a_step_along_their_mean(
+    lr: float, momentum: float, strength: float
+) -> None:
+    rounds, single = OuterNesterov(lr, momentum), DelayedNesterov(lr, momentum)
+    together, alone = weights(), weights()
+    for number in range(4):
+        parts = [gradient(10 * number + client) for client in range(4)]
+        mean = {name: np.mean([part[name] for part in parts], axis=0) for name in SHAPES}
+        rounds.step(together, mean, strength=strength)
+        for part in parts:
+            single.plan(4, 1e6)
+            single.step(alone, part, strength=strength)
+        for name in SHAPES:
+            np.testing.assert_allclose(alone[name], together[name], rtol=0, atol=1e-6)
+
+
+def test_momentum_waits_until_the_parts_of_the_clients_that_are_there_make_a_whole() -> None:
+    outer, current = DelayedNesterov(1.0, 0.5), weights()
+    g = {name: np.ones(shape) for name, shape in SHAPES.items()}
+    moved = []
+    for clients in (2, 4, 4, 1):  # parts of 1/2, 1/4, 1/4: whole with the third; then another whole
+        before = current["b"][0]
+        outer.plan(clients, 1e6)
+        outer.step(current, g)
+        moved.append(float(before - current["b"][0]))
+    assert moved == pytest.approx([0.5, 0.25, 0.25 + 0.5 * 1.0, 1.0 + 0.5 * (0.5 * 1.0 + 1.0)], abs=1e-6)
+
+
+def test_a_saved_state_goes_on_between_two_updates() -> None:
+    ends = []
+    for resumed in (False, True):
+        outer, current = DelayedNesterov(0.7, 0.6), weights()
+        for number in range(7):
+            if resumed and number == 5:
+                content = io.BytesIO()
+                torch.save(outer.state_dict(), content)
+                content.seek(0)
+                outer = DelayedNesterov(0.7, 0.6)
+                outer.load_state_dict(torch.load(content, weights_only=True))
+            outer.plan(3, 1e6)
+            outer.step(current, gradient(number))
+        ends.append(hash_weights(current))
+    assert ends[0] == ends[1]
+
+
+def test_a_single_update_that_is_too_large_moves_nothing() -> None:
+    outer, current = DelayedNesterov(1.0, 0.5), weights()
+    huge = {name: np.full(shape, 3e38) for name, shape in SHAPES.items()}
+    before = hash_weights(current)
+    outer.plan(1, 1e6)
+    with pytest.raises(ValueError, match="would leave the range of fp32"):
+        outer.step(current, huge)
+    assert hash_weights(current) == before
+
+
+def test_what_is_as_late_as_clients_of_one_speed_are_is_not_damped() -> None:
+    assert [damping(age, 4) for age in (0, 1, 3)] == [1.0] * 3
+    assert damping(15, 4) == pytest.approx(0.5), "three rounds of four merges late"
+    assert damping(0, 1) == 1.0 and damping(3, 1) == pytest.approx(0.5)
+    found = [damping(age, 4) for age in range(40)]
+    assert found == sorted(found, reverse=True)

@@ -433,6 +433,26 @@ def test_a_store_that_somebody_removes_is_made_anew_for_the_next_round(
         second.take()
 
 
+def test_weights_stay_until_the_last_of_their_clients_has_answered(store: WeightStore, tmp_path: Path) -> None:
+    """Where clients are merged one by one, several versions of the weights are under way."""
+    down = tmp_path / "weights" / DOWN
+
+    def files() -> set[str]:
+        return {path.name for path in down.iterdir()}
+
+    first = store.encode(replies.weights(), FP32)
+    a, b = (store.offer({client: first}, 8, 30.0) for client in ("a", "b"))
+    (old,) = files()
+    a.close()
+    second = store.encode(replies.weights(1), FP32)
+    assert old in files() and len(files()) == 2
+    c = store.offer({"a": second}, 8, 30.0)
+    b.close()
+    assert old not in files() and len(files()) == 1
+    c.close()
+    assert files() == set() == {path.name for path in (tmp_path / "weights" / UP).iterdir()}
+
+
 def test_a_store_on_a_disk_that_is_not_mounted_is_named_and_used_again_when_it_is(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "weights").symlink_to(tmp_path / "disk")

@@ -93,7 +93,8 @@ def prepare(config: Federation, names: Sequence[str] | None = None, **behaviour:
     config.open()
     site = Site(config.trainer(), **behaviour)
     names = names or config.federation.client_names
-    grid = InProcessGrid(client_app(lambda context: site), names)
+    speeds = (config.federation.client_speeds or [1.0] * len(names)) if config.federation.asynchronous else None
+    grid = InProcessGrid(client_app(lambda context: site), names, speeds)
     return config.loop(grid), site
 
 

@@ -20,6 +20,7 @@ from nanofed.federated.wire.codec import Array, Weights
 Outer = Literal["auto", "fedavg", "nesterov", "adam"]
 
 LARGEST = float(np.finfo(np.float32).max)
+PARTS = "parts"  # of a step, in the state of `DelayedNesterov`
 
 
 class OuterOptimizer(ABC):
@@ -154,7 +155,7 @@ class OuterNesterov(OuterOptimizer):
     it is the slow weights of SNOO (arXiv:2510.15830).
     """
 
-    SLOTS = ("momentum",)
+    SLOTS: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.6) -> None:
         super().__init__(lr, momentum)
@@ -241,18 +242,103 @@ class AutomaticOuter(OuterNesterov):
         return f"{super().plan(clients, rounds)}, chosen for {why}"
 
 
-def make_outer(kind: Outer, lr: float | None = None, momentum: float | None = None) -> OuterOptimizer:
+class DelayedNesterov(AutomaticOuter):
+    """Nesterov's momentum over updates that come one at a time (Liu et al. 2024, arXiv:2401.09135, algorithm 3 with c = 0).
+
+    The update of one of N clients moves the weights by its N-th part as soon as it is there. Momentum is brought forward and
+    applied with every N-th update only, for momentum that follows each single update swings too far. So N updates move the
+    weights as one step of `AutomaticOuter` along their mean does. N may change: what counts is when the parts add up to one.
+    """
+
+    SLOTS = ("momentum", "gathered")
+
+    def __init__(self, lr: float | None = None, momentum: float | None = None) -> None:
+        super().__init__(lr, momentum)
+        self._part = 1.0  # of one step, which the next update is
+        self._parts = 0.0  # gathered since momentum was applied
+        self._whole = True  # the next update makes the parts a whole
+
+    def plan(self, clients: int, rounds: float) -> str:
+        """Choose the rates for so many clients that train at the same time and so many updates in all."""
+        self._part = 1.0 / clients
+        return super().plan(clients, rounds / clients)
+
+    def step(self, weights: Weights, gradient: PseudoGradient, *, strength: float = 1.0, fraction: float = 1.0) -> None:
+        """Step the weights along one client's pseudo-gradient; arguments and errors are those of `OuterOptimizer.step`."""
+        parts = self._parts + self._part
+        self._whole = parts > 1.0 - 1e-6  # ten tenths are a little less than one
+        super().step(weights, gradient, strength=strength, fraction=fraction)
+        self._parts = 0.0 if self._whole else parts
+
+    def _update(
+        self, g: Tensor, state: Sequence[Tensor], buffer: Tensor, *, strength: float, fraction: float
+    ) -> tuple[Tensor, float]:
+        lr, momentum = self._rates(strength)
+        if state:
+            velocity, gathered = state
+            gathered.add_(g, alpha=self._part)
+            if self._whole:
+                torch.add(gathered, velocity, alpha=momentum, out=velocity)
+                gathered.zero_()
+                return torch.mul(g, self._part, out=buffer).add_(velocity, alpha=fraction * momentum), lr
+        return g, lr * self._part
+
+    def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
+        lr, momentum = self._rates(strength)
+        if not state:
+            return [lr * self._part * g]
+        gathered = state[1] + self._part * g
+        velocity = state[0] * momentum + gathered if self._whole else state[0]
+        update = self._part * g + (fraction * momentum * velocity if self._whole else 0.0)
+        return [gathered, velocity, update, lr * update]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the state, fp32, with the parts that were gathered."""
+        return {**super().state_dict(), PARTS: torch.tensor(self._parts, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up a saved state; that of another optimizer is passed over, and this one begins anew."""
+        super().load_state_dict({key: tensor for key, tensor in state.items() if key != PARTS})
+        self._parts = float(state[PARTS]) if PARTS in state else 0.0
+
+
+def make_outer(
+    kind: Outer, lr: float | None = None, momentum: float | None = None, *, asynchronous: bool = False
+) -> OuterOptimizer:
     """Return an outer optimizer with its own rates, or those that are given in their place.
+
+    Args:
+        kind: The rule of its steps.
+        lr: The outer learning rate.
+        momentum: The outer momentum.
+        asynchronous: It is stepped along one client's update at a time; `adam` cannot be.
 
     Raises:
         ConfigError: lr is not positive or momentum not in [0, 1).
     """
+    if asynchronous:
+        own = {"fedavg": (1.0, 0.0), "nesterov": (0.7, 0.6)}.get(kind, (None, None))
+        return DelayedNesterov(own[0] if lr is None else lr, own[1] if momentum is None else momentum)
     if kind == "auto":
         return AutomaticOuter(lr, momentum)
     if kind == "fedavg":
         return OuterNesterov(1.0, 0.0)
     given = {name: value for name, value in (("lr", lr), ("momentum", momentum)) if value is not None}
     return OuterAdam(**given) if kind == "adam" else OuterNesterov(**given)
+
+
+def damping(age: int, clients: int) -> float:
+    """Return the factor on an update that was trained from weights `age` merges old.
+
+    Of N clients of one speed each trains while the N - 1 others are merged: at that age nothing is damped, as all are late alike.
+    What is later counts in rounds of N merges, s: the factor is 1 / sqrt(1 + s), the polynomial of FedBuff (Nguyen et al. 2022,
+    arXiv:2106.06639), which counts merges from the first on.
+
+    Args:
+        age: The merges since the client was sent its weights, its own not among them.
+        clients: How many clients train at the same time.
+    """
+    return 1.0 / math.sqrt(1.0 + max(0, age - clients + 1) / clients)
 
 
 def outer_strength(progress: float, warmdown: float) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import traceback
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.federated.federation import Federation
 from nanofed.federated.site.client import client_app
+from nanofed.federated.wire.messages import Instructions
 from nanofed.training.run_folder import RunFolder
 from nanofed.training.summary import Summary
 
@@ -31,12 +32,17 @@ class InProcessGrid(Grid):
     So at most one client's weights are in memory beside the server's, and a round's clients share one machine without
     sharing its clock.
 
+    Where clients are merged one by one, replies come in the order in which clients of these speeds would have them, each on a
+    machine of its own: a message that is sent at a time t of theirs is answered at t + tokens / speed, or after the seconds that
+    it asks for. It is handled then, for the time until its reply is known before.
+
     Args:
         app: the ClientApp.
         names: The names of the clients; the n-th client, from 0, is node n + 1.
+        speeds: Tokens of each client in a unit of time; None to answer messages as they are pulled.
     """
 
-    def __init__(self, app: ClientApp, names: Sequence[str]) -> None:
+    def __init__(self, app: ClientApp, names: Sequence[str], speeds: Sequence[float] | None = None) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE  # Message() reads them
         self._app = app
         self._run = Run.create_empty(run_id=1)
@@ -45,6 +51,9 @@ class InProcessGrid(Grid):
             for node, name in enumerate(names, start=1)
         }
         self._inbox: dict[str, Message] = {}
+        self._speeds = None if speeds is None else dict(enumerate(speeds, start=1))
+        self._time = 0.0  # of the last reply
+        self._ready: dict[str, float] = {}  # message -> the time of its reply, in the order of the messages
 
     def set_run(self, run: Run) -> None:
         """Keep the run that Flower describes."""
@@ -72,20 +81,32 @@ class InProcessGrid(Grid):
             message_id = uuid.uuid4().hex
             message.metadata.__dict__["_message_id"] = message_id  # as Flower's own grids do
             self._inbox[message_id] = message
+            if self._speeds is not None:
+                self._ready[message_id] = self._time + self._duration(message, self._speeds)
             ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Let the next client handle its message, and return its reply."""
         for message_id in message_ids:
+            if self._ready and message_id != min(self._ready, key=self._ready.__getitem__):
+                continue
             message = self._inbox.pop(message_id, None)
             if message is not None:
+                self._time = self._ready.pop(message_id, self._time)
                 return [self._handle(message)]
         return []
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and return their replies."""
         return [reply for message_id in self.push_messages(messages) for reply in self.pull_messages([message_id])]
+
+    def _duration(self, message: Message, speeds: Mapping[int, float]) -> float:
+        if message.metadata.message_type != MessageType.TRAIN:
+            return 0.0
+        asked = Instructions.from_config(message.content.config_records["fitins.config"])
+        tokens = asked.max_steps * asked.batch_tokens
+        return tokens / speeds[message.metadata.dst_node_id] if asked.seconds is None else asked.seconds
 
     def _handle(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
@@ -105,7 +126,9 @@ def run_in_process(federation: Federation) -> Summary:
     with ended_by_signals(), RunFolder(federation.folder):
         federation.check()
         trainer = federation.trainer()
-        grid = InProcessGrid(client_app(lambda context: trainer), federation.federation.client_names)
+        config = federation.federation
+        speeds = (config.client_speeds or [1.0] * config.clients) if config.asynchronous else None
+        grid = InProcessGrid(client_app(lambda context: trainer), config.client_names, speeds)
         loop = federation.loop(grid)
         federation.write()
         try:

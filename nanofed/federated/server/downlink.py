@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
+
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.state import State
@@ -31,6 +33,7 @@ class Downlink:
     def __init__(self, config: FederationConfig, transport: WeightTransport) -> None:
         self._down, self._up = CODECS[config.down_codec], CODECS[config.up_codec]
         self._transport = transport
+        self._keep = config.asynchronous
         self._step_tokens = -1  # at which the held weights took their last step
         self.holders: set[str] = set()
         self.base_hash = ""
@@ -45,6 +48,8 @@ class Downlink:
         if whole is down:
             state.held = None
             payload = self._transport.encode(weights, down)
+            if self._keep and any(map(np.may_share_memory, payload, weights.values())):
+                payload = [array.copy() for array in payload]  # of the weights themselves, which the next merge steps
             self.base_hash = hash_arrays(payload)
             return SentWeights(weights, payload, down, self._up)
         changes, changed_from = None, dict.fromkeys(self.holders.intersection(clients), self.base_hash)

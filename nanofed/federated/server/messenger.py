@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -42,6 +42,26 @@ class ClientReply(Generic[T]):
     seconds: float
 
 
+@dataclass
+class _Asked(Generic[T]):
+    """A message whose answer is waited for.
+
+    Attributes:
+        weights: The weights on their way, of this message or of all messages of a round.
+        check: It returns what the answer holds, or raises `RefusedReply`.
+        started: When the answer's seconds begin to count, on the monotonic clock.
+        seconds: The seconds after which the client is given up.
+    """
+
+    client: str
+    node: int
+    round: int
+    weights: RoundWeights
+    check: Callable[[str, Message], T]
+    started: float
+    seconds: float
+
+
 class Messenger:
     """Sends messages to clients and takes their replies; a reply that nobody waits for is counted and dropped.
 
@@ -59,6 +79,7 @@ class Messenger:
         self._events = events
         self.transport = transport or WeightTransport()
         self.late: set[str] = set()
+        self._waiting: dict[str, _Asked[Any]] = {}  # message ->
         self._given_up: OrderedDict[str, tuple[str, int]] = OrderedDict()  # message -> client and round
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
 
@@ -89,15 +110,59 @@ class Messenger:
         configs = {client: instructions[client].to_config() for client in nodes}
         for client, request in (requests or {}).items():
             configs[client] |= request.to_config()
-        answer_bytes, number = sent.up.nbytes(sent.weights), next(iter(instructions.values())).round
-        payloads = {client: sent.payload_for(client) for client in nodes}
-        weights = self.transport.offer(payloads, answer_bytes, seconds)
-
-        def check(client: str, reply: Message) -> Update:
-            asked = instructions[client]
-            return check_reply(reply, asked, sent, weights, streams=streams, most_pending=most_pending)
-
+        number = next(iter(instructions.values())).round
+        weights = self._offer(nodes, sent, seconds)
+        check = _update_check(instructions, sent, weights, streams=streams, most_pending=most_pending)
         return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, weights, number, seconds, check, meanwhile)
+
+    def send(
+        self,
+        node: int,
+        instructions: Instructions,
+        sent: SentWeights,
+        *,
+        streams: int,
+        most_pending: int,
+        seconds: float,
+    ) -> None:
+        """Send one client its instructions; `arrivals` says what comes of it. The arguments are those of `round`."""
+        client = instructions.client
+        weights = self._offer([client], sent, seconds)
+        check = _update_check({client: instructions}, sent, weights, streams=streams, most_pending=most_pending)
+        asked = _Asked(client, node, instructions.round, weights, check, time.monotonic(), seconds)
+        self._send(MessageType.TRAIN, "fitins", instructions.to_config(), asked)
+        weights.sent()
+
+    def arrivals(self, number: int) -> Generator[ClientReply[Update], None, None]:
+        """Look once for what was asked with `send`: yield every client whose answer is there or whose time is over.
+
+        An update is there until the next one is asked for. Who closes the iterator finds the others at the next look.
+
+        Args:
+            number: The round under which replies are counted that nobody waits for.
+        """
+        yield from self._arrived(number)
+        now = time.monotonic()
+        for asked in [asked for asked in self._waiting.values() if now > asked.started + asked.seconds]:
+            self.give_up(asked.client)
+            yield ClientReply(asked.client, _silent(asked.seconds), asked.seconds)
+
+    @property
+    def waiting_for(self) -> set[str]:
+        """The clients whose answers are waited for."""
+        return {asked.client for asked in self._waiting.values()}
+
+    def give_up(self, client: str | None = None) -> None:
+        """Wait no longer for a client's answer, or for any."""
+        for message_id, asked in [*self._waiting.items()]:
+            if client in (None, asked.client):
+                del self._waiting[message_id]
+                _remember(self._given_up, message_id, (asked.client, asked.round))
+                self._drop(asked)
+
+    def _offer(self, clients: Iterable[str], sent: SentWeights, seconds: float) -> RoundWeights:
+        payloads = {client: sent.payload_for(client) for client in clients}
+        return self.transport.offer(payloads, sent.up.nbytes(sent.weights), seconds)
 
     def evaluation(
         self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
@@ -136,14 +201,11 @@ class Messenger:
         """Send one message to each client and yield what `check` makes of its reply, or why it refuses it."""
         started = time.monotonic()
         deadline = started + seconds
-        waiting: dict[str, str] = {}  # message id -> client
+        waiting = self._waiting
         try:
             for client, node in nodes.items():
-                config = ConfigRecord(configs[client] | round_weights.note(client))
-                content = RecordDict({f"{record}.parameters": round_weights.record(client), f"{record}.config": config})
-                message = Message(content, node, kind, ttl=LIFE * seconds, group_id=str(number))
-                waiting.update(dict.fromkeys(self._grid.push_messages([message]), client))
-                del content, message
+                asked = _Asked(client, node, number, round_weights, check, started, seconds)
+                self._send(kind, record, configs[client], asked)
             round_weights.sent()
             if round_weights.message_bytes > WASTE_BYTES:
                 gc.collect()
@@ -152,38 +214,63 @@ class Messenger:
             deadline += time.monotonic() - paused  # the clients' answers wait meanwhile
             while waiting and time.monotonic() < deadline:
                 idle = True
-                for reply in self._pull(waiting):
+                for reply in self._arrived(number):
                     idle = False
-                    message_id = reply.metadata.reply_to_message_id
-                    asked = waiting.get(message_id)
-                    if asked is None or not (reply.has_error() or reply.metadata.src_node_id == nodes[asked]):
-                        self._stray(reply, number)
-                        continue
-                    client = waiting.pop(message_id)
-                    _remember(self._answered, message_id, client)
-                    result: T | RefusedReply
-                    try:
-                        result = check(client, reply)
-                    except RefusedReply as refusal:
-                        result = RefusedReply(refusal.kind, str(refusal))  # the other one's traceback holds the weights
+                    yield reply
                     del reply
-                    yield ClientReply(client, result, time.monotonic() - started)
-                    del result
-                    round_weights.drop(client)
-                if idle and waiting:
-                    time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * len(waiting)))
-            for client in waiting.values():
-                yield ClientReply(client, RefusedReply("silent", f"no answer within {seconds:.0f} s"), seconds)
+                if idle:
+                    self.rest()
+            for asked in waiting.values():
+                yield ClientReply(asked.client, _silent(seconds), seconds)
         finally:
+            self.give_up()
             round_weights.close()
-            gc.collect()  # a cycle would hold the round's files and memory, and Python hardly looks here: see `FrozenObjects`
-            for message_id, client in waiting.items():
-                _remember(self._given_up, message_id, (client, number))
 
-    def _pull(self, waiting: Mapping[str, str]) -> Iterator[Message]:
+    def _send(self, kind: str, record: str, config: dict[str, Any], asked: _Asked[Any]) -> None:
+        """Send a message, and wait for its answer from now on."""
+        weights, client = asked.weights, asked.client
+        settings = ConfigRecord(config | weights.note(client))
+        content = RecordDict({f"{record}.parameters": weights.record(client), f"{record}.config": settings})
+        message = Message(content, asked.node, kind, ttl=LIFE * asked.seconds, group_id=str(asked.round))
+        self._waiting.update(dict.fromkeys(self._grid.push_messages([message]), asked))
+
+    def rest(self) -> None:
+        """Sleep until it is worth to look for answers again."""
+        time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * max(1, len(self._waiting))))
+
+    def _arrived(self, number: int) -> Iterator[ClientReply[Any]]:
+        """Look once for each message's answer, and yield what its check makes of it, or why it refuses it."""
+        for reply in self._pull():
+            message_id = reply.metadata.reply_to_message_id
+            asked = self._waiting.get(message_id)
+            if asked is None or not (reply.has_error() or reply.metadata.src_node_id == asked.node):
+                self._stray(reply, number)
+                continue
+            del self._waiting[message_id]
+            _remember(self._answered, message_id, asked.client)
+            result: Any
+            try:
+                result = asked.check(asked.client, reply)
+            except RefusedReply as refusal:
+                result = RefusedReply(refusal.kind, str(refusal))  # the other one's traceback holds the weights
+            del reply
+            try:
+                yield ClientReply(asked.client, result, time.monotonic() - asked.started)
+            finally:
+                del result
+                self._drop(asked)
+
+    def _drop(self, asked: _Asked[Any]) -> None:
+        """Free the weights of a message that is not waited for any more."""
+        asked.weights.drop(asked.client)
+        if all(other.weights is not asked.weights for other in self._waiting.values()):
+            asked.weights.close()
+            gc.collect()  # a cycle would hold the round's files and memory, and Python hardly looks here: see `FrozenObjects`
+
+    def _pull(self) -> Iterator[Message]:
         """Ask for each message's reply by itself: a grid that is asked for all of them holds all of them in memory."""
-        for message_id in [*waiting, *self._given_up]:
-            if not waiting:
+        for message_id in [*self._waiting, *self._given_up]:
+            if not self._waiting:
                 return  # in process, a client that was given up would train now
             yield from self._grid.pull_messages([message_id])
 
@@ -200,6 +287,27 @@ class Messenger:
         else:
             node = reply.metadata.src_node_id
             self._events.add("foreign", SERVER, f"node {node} answered a message that it was not sent", number)
+
+
+def _update_check(
+    instructions: Mapping[str, Instructions],
+    sent: SentWeights,
+    weights: RoundWeights,
+    *,
+    streams: int,
+    most_pending: int,
+) -> Callable[[str, Message], Update]:
+    """Return the check of the answers to some instructions."""
+
+    def check(client: str, reply: Message) -> Update:
+        asked = instructions[client]
+        return check_reply(reply, asked, sent, weights, streams=streams, most_pending=most_pending)
+
+    return check
+
+
+def _silent(seconds: float) -> RefusedReply:
+    return RefusedReply("silent", f"no answer within {seconds:.0f} s")
 
 
 def _remember(where: OrderedDict[str, T], message_id: str, value: T) -> None:

@@ -41,6 +41,8 @@ class MergedUpdate:
         before: time from the client's last reply to the dispatch, infinite where there was none.
         held: the update waited on disk until the others of its round were known.
         cosine: the cosine of the update and the merged update, once that is known.
+        age: how many updates were merged between the dispatch and this one, where each is merged when it comes; 0 in rounds.
+        damping: the factor of the update for its age.
     """
 
     report: Report
@@ -51,6 +53,8 @@ class MergedUpdate:
     held: bool
     scale: float = 1.0
     cosine: float = 0.0
+    age: int = 0
+    damping: float = 1.0
 
 
 @dataclass
@@ -59,7 +63,7 @@ class RoundMetrics:
 
     Attributes:
         round: number of the round, from 1.
-        asked: how many clients were sent the round.
+        asked: how many clients were sent the round; of those that are waited for one by one, how many replied or were given up.
         merged: the merged updates by client.
         silent: how many clients sent no reply in time; those neither merged nor silent were refused.
         client_bytes_down: bytes that each client is sent, of weights or of what changed in them, without framing.
@@ -69,6 +73,7 @@ class RoundMetrics:
         exchange: seconds from the dispatch to the last reply.
         merge: seconds of folding, of the outer step and of the commit.
         merged_norm: L2 norm of the pseudo-gradient.
+        in_flight: how many clients train at the same time where each is merged when it comes; 1 in rounds, which merge all.
     """
 
     round: int
@@ -82,6 +87,7 @@ class RoundMetrics:
     exchange: float = 0.0
     merge: float = 0.0
     merged_norm: float = 0.0
+    in_flight: int = 1
 
     @property
     def norms(self) -> list[float]:
@@ -100,8 +106,8 @@ class RoundMetrics:
 
     @property
     def train_seconds(self) -> float:
-        """The longest training: clients train at the same time, each on its own clock."""
-        return max(part.report.training_seconds for part in self.merged.values())
+        """The longest training: clients train at the same time, each on its own clock; merged one by one, each has its share."""
+        return max(part.report.training_seconds for part in self.merged.values()) / self.in_flight
 
     @property
     def seconds(self) -> float:
@@ -111,9 +117,8 @@ class RoundMetrics:
     @property
     def utilisation(self) -> float:
         """The share of the round in which a client trains, on average."""
-        return (
-            math.fsum(part.report.training_seconds for part in self.merged.values()) / len(self.merged) / self.seconds
-        )
+        trained = math.fsum(part.report.training_seconds for part in self.merged.values())
+        return trained / len(self.merged) / self.in_flight / self.seconds
 
     def scalars(self) -> dict[str, float]:
         """Return the scalars of the round by tag."""
@@ -147,6 +152,10 @@ class RoundMetrics:
             "fed/cosine_to_merged_mean": math.fsum(cosines) / len(cosines),
             "fed/cosine_to_merged_min": min(cosines),
         }
+        if self.in_flight > 1:
+            out["fed/clients_in_flight"] = self.in_flight
+            out["fed/age"] = max(part.age for part in parts)
+            out["fed/damping"] = min(part.damping for part in parts)
         if (cosine := self.cosine_between_clients()) is not None:
             out["fed/cosine_between_clients"] = cosine
         return out
@@ -218,11 +227,13 @@ class FederationMetrics:
             }
             self._scalars(client, own, step)
         self._bar.clear()
+        who = f"{len(figures.merged)} of {figures.asked} clients"
+        if figures.in_flight > 1:
+            who = ", ".join(f"{client}, {part.age} merges late" for client, part in figures.merged.items())
         logger.info(
-            "round %3d  %d of %d clients  %8.2f M tokens  %s steps  train loss %.3f  %7.1f s",
+            "round %3d  %s  %8.2f M tokens  %s steps  train loss %.3f  %7.1f s",
             figures.round,
-            len(figures.merged),
-            figures.asked,
+            who,
             tokens / 1e6,
             "+".join(str(part.report.steps) for part in figures.merged.values()),
             loss,

@@ -18,7 +18,7 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.aggregation import make_aggregator
 from nanofed.federated.aggregation.aggregator import Aggregator
 from nanofed.federated.aggregation.norm_guard import Steps, UnusualNorm
-from nanofed.federated.aggregation.outer import outer_strength
+from nanofed.federated.aggregation.outer import damping, outer_strength
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.planning import TARGET
@@ -212,7 +212,7 @@ class RoundLoop:
             self._say("waiting", number, waiting_for=waiting)
 
         present = self.clients.draw(self.clients.wait(number, meanwhile), number, attempt)
-        for client in set(self.state.ledger.clients()) - set(present):
+        for client in set(self.state.ledger.clients()) - set(present) - self._messenger.waiting_for:
             self.state.ledger.of(client).release(client)
         return present
 
@@ -232,15 +232,7 @@ class RoundLoop:
         try:
             sent, base = self._downlink.encode(state, present), self._downlink.base_hash
             asked = self._scheduler.instruct(number, list(present), state, base, sent.changed_from)
-            step_tokens = sum(each.batch_tokens for each in asked.values())
-            self._tell(number, self._module.recipe.schedule.explain_scale(step_tokens, self._horizon))
-            least, most = least_tokens(self._horizon), max(each.batch_tokens for each in asked.values())
-            if len(asked) > 1 and most < least:
-                self._tell(
-                    number,
-                    f"steps of {most:,} tokens of each client are noisy: fewer of {least:,} end better, by "
-                    f"federation.global_batch_tokens={least * len(asked)} or model.recipe.batch_tokens={least}",
-                )
+            self._tell_batch(next(iter(asked.values())))
             figures.encode = time.monotonic() - started
             with make_aggregator(config.merge, sent, self._run / "spool", trim=config.trim) as aggregator:
                 self._collect(present, asked, sent, aggregator, figures)
@@ -286,17 +278,23 @@ class RoundLoop:
                 else:
                     self._downlink.holders.add(reply.client)
                     instructions = asked[reply.client]
-                    figures.merged[reply.client] = self._fold(reply.result, instructions, reply.seconds, aggregator)
+                    self._fold(reply.result, instructions, reply.seconds, aggregator, figures)
             except (RefusedReply, UnusualNorm) as refusal:
                 self._refuse(reply.client, figures, refusal)
             figures.merge += time.monotonic() - folding
             self._say("training", figures.round, merged=sorted(figures.merged))
         figures.exchange = time.monotonic() - started - figures.merge
+        self._hurry_late()
+
+    def _hurry_late(self) -> None:
+        """Have those whose answers came too late train for less."""
         while self._messenger.late:
             seconds = self._config.seconds_at(self.state.clock.tokens / self._horizon)
             self.state.speeds.hurry(self._messenger.late.pop(), seconds)
 
-    def _fold(self, update: Update, asked: Instructions, seconds: float, aggregator: Aggregator) -> MergedUpdate:
+    def _fold(
+        self, update: Update, asked: Instructions, seconds: float, aggregator: Aggregator, figures: RoundMetrics
+    ) -> None:
         """Check an update against what is known of its client, and fold it in, or hold it until the round's others are known."""
         client, state = asked.client, self.state
         now = time.monotonic()
@@ -311,13 +309,17 @@ class RoundLoop:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         by_tokens = self._config.weighting == "tokens"
         weight = float(state.speeds.believed([report])[0].tokens) if by_tokens else 1.0
+        age = figures.round - asked.round
+        damped = damping(age, figures.in_flight)
         if held := not state.norms.is_unsuspicious(length):
             aggregator.hold(client, update.arrays, weight)
         else:
-            aggregator.fold(client, update.arrays, weight)
+            aggregator.fold(client, update.arrays, weight, damped)
         self.clients.refused.pop(client, None)
         evaluating = self._evaluator.take_reply(client, update.metrics, seconds, state)
-        return MergedUpdate(report, length, weight, seconds=seconds - evaluating, before=before, held=held)
+        figures.merged[client] = MergedUpdate(
+            report, length, weight, seconds=seconds - evaluating, before=before, held=held, age=age, damping=damped
+        )
 
     def rates(self, asked: Instructions, steps: int) -> Steps:
         """Return the learning rates of a client's first steps of a round."""
@@ -340,7 +342,7 @@ class RoundLoop:
                 del figures.merged[client]
                 self._refuse(client, figures, refusal)
                 continue
-            aggregator.release(client, part.scale)
+            aggregator.release(client, part.scale * part.damping)
             if part.scale < 1:
                 reason = f"its update was {1 / part.scale:.1f} times as long as the longest allowed"
                 self.state.events.add("clipped", client, reason, figures.round)
@@ -371,7 +373,7 @@ class RoundLoop:
             figures.merged[client].cosine = cosine
         tokens = state.clock.tokens + sum(report.tokens for report in reports)
         rounds = min(self._horizon / tokens * figures.round, self._config.rounds or math.inf)
-        self._tell(figures.round, state.outer.plan(len(reports), rounds))
+        self._tell(figures.round, state.outer.plan(len(reports) * figures.in_flight, rounds))
         strength = outer_strength(tokens / self._horizon, self._config.outer_warmdown)
         fraction = self._scheduler.fraction(reports, asked)
         try:
@@ -386,7 +388,11 @@ class RoundLoop:
         state.norms.accept({client: (part.length, part.scale) for client, part in figures.merged.items()})
         state.clock.round = figures.round
         state.clock.tokens = tokens
-        state.clock.step += round(sum(report.steps for report in reports) / len(reports))
+        steps = round(sum(report.steps for report in reports) / len(reports))
+        # Of n clients in flight each brings an n-th of its steps, in whole ones.
+        state.clock.step += (
+            steps * figures.round // figures.in_flight - steps * (figures.round - 1) // figures.in_flight
+        )
         figures.merge += time.monotonic() - started
         state.speeds.learn_merge(time.monotonic() - started)
         return True
@@ -424,10 +430,21 @@ class RoundLoop:
             self._told.add(rates)
             logger.info("round %3d  %s", number, rates)
 
+    def _tell_batch(self, asked: Instructions) -> None:
+        """Log what follows from the tokens of a step, of one client and of all that train at the same time."""
+        clients, most, least = asked.participants, asked.batch_tokens, least_tokens(self._horizon)
+        self._tell(asked.round, self._module.recipe.schedule.explain_scale(most * clients, self._horizon))
+        if clients > 1 and most < least:
+            self._tell(
+                asked.round,
+                f"steps of {most:,} tokens of each client are noisy: fewer of {least:,} end better, by "
+                f"federation.global_batch_tokens={least * clients} or model.recipe.batch_tokens={least}",
+            )
+
     def _tell_utilisation(self, figures: RoundMetrics) -> None:
         """Log once, when the first rounds of this start are over, which part of their seconds sites train."""
         self._merged_rounds += 1
-        if self._policy.one_machine or self._merged_rounds != SPEED_ROUNDS:
+        if self._policy.one_machine or self._config.asynchronous or self._merged_rounds != SPEED_ROUNDS:
             return
         share = figures.utilisation
         length = math.ceil((1 - share) * figures.seconds / (1 - TARGET))

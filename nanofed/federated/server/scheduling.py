@@ -174,21 +174,33 @@ class Scheduler:
         self._policy = policy
 
     def instruct(
-        self, number: int, clients: Sequence[str], state: State, base_hash: str, changed_from: Mapping[str, str]
+        self,
+        number: int,
+        clients: Sequence[str],
+        state: State,
+        base_hash: str,
+        changed_from: Mapping[str, str],
+        among: Sequence[str] | None = None,
     ) -> dict[str, Instructions]:
         """Return the instructions of a round by client, and enter their leases in the ledger.
 
-        The state is that after the round before, the hash that of the weights that the clients will have, and `changed_from`
-        has those of the weights that some of them hold and will be sent the changes of.
+        Args:
+            number: The round.
+            clients: Those who are to be instructed.
+            state: The state after the round before.
+            base_hash: The hash of the weights that the clients will have.
+            changed_from: Client -> the hash of the weights that it holds and will be sent the changes of.
+            among: All clients that train at the same time, in their order; by default those who are to be instructed.
         """
+        among = clients if among is None else among
         config, clock = self._config, state.clock
         round_steps = config.steps_at(self._progress(clock.tokens))
         round_seconds = config.seconds_at(self._progress(clock.tokens))
-        batch_tokens = client_batch_tokens(config, self._recipe, self._data, len(clients))
-        left = -(-(self._horizon - clock.tokens) // (batch_tokens * len(clients)))
+        batch_tokens = client_batch_tokens(config, self._recipe, self._data, len(among))
+        left = -(-(self._horizon - clock.tokens) // (batch_tokens * len(among)))
         max_steps = min(left, round_steps) if round_steps else left
         out = {}
-        for index, client in enumerate(clients):
+        for client in clients:
             ledger = state.ledger.of(client)
             tokens, margin = max_steps * batch_tokens, state.speeds.margin.get(client, 1.0)
             seconds = None
@@ -197,7 +209,7 @@ class Scheduler:
                 if not self._policy.one_machine:
                     seconds = state.speeds.budget(client, round_seconds)
                 rate = state.speeds.rate.get(client)  # not known before the first round: then an equal share of all
-                share = ledger.share(1 if state.ledger.own_text else len(clients))
+                share = ledger.share(1 if state.ledger.own_text else len(among))
                 tokens = int(min(tokens, rate * round_seconds * LEASE_OVER_RATE if rate else share))
                 # The client's speed is its own claim where clients take turns: an epoch is the most it is leased.
                 epoch = max(batch_tokens, ledger.share(1))
@@ -207,7 +219,7 @@ class Scheduler:
             if not self._policy.one_machine:
                 deadline = self.time_limit(clock.tokens) - state.speeds.overhead.get(client, 0.0) / 2
             spare = SPARE_ROWS[self._data.packing]
-            stride = (index, len(clients)) if config.sharding == "full" else None
+            stride = (among.index(client), len(among)) if config.sharding == "full" else None
             if config.overlap:
                 margin *= 2  # for as many steps again while the next round is on its way
             lease = ledger.lease(client, int(tokens * margin), spare_rows=int(spare * margin), stride=stride)
@@ -223,7 +235,7 @@ class Scheduler:
                 max_steps=max_steps,
                 seconds=seconds,
                 deadline_seconds=deadline,
-                participants=len(clients),
+                participants=len(among),
                 batch_tokens=batch_tokens,
                 clock_step=clock.step,
                 clock_tokens=clock.tokens,

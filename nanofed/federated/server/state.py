@@ -83,7 +83,7 @@ class State:
         return cls(
             weights={name: tensor.detach().cpu().numpy().copy() for name, tensor in named.items()},
             ledger=make_ledger(config, data),
-            outer=make_outer(config.outer, config.outer_lr, config.outer_momentum),
+            outer=make_outer(config.outer, config.outer_lr, config.outer_momentum, asynchronous=config.asynchronous),
             norms=NormGuard(config.max_norm_ratio, config.on_large_norm, module.movements()),
             events=Events(run),
         )

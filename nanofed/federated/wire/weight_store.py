@@ -40,6 +40,7 @@ class WeightStore(WeightTransport):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._placed: list[tuple[Arrays, str]] = []  # with their tickets
+        self._under_way: list[_StoredRound] = []
         try:
             for name in (DOWN, UP):
                 if (folder / name).exists():
@@ -49,7 +50,7 @@ class WeightStore(WeightTransport):
             raise self._failed(error) from error
 
     def encode(self, weights: Weights, codec: Codec, base: Mapping[str, Part] | None = None) -> Arrays:
-        """Return what is sent, in a new file of the store; the files of the round before are removed.
+        """Return what is sent, in a new file of the store; files of weights that no site fetches any more are removed.
 
         Raises:
             NanofedError: The disk has no room for it.
@@ -85,14 +86,18 @@ class WeightStore(WeightTransport):
         except NanofedError:
             round_weights.close()
             raise
+        self._under_way.append(round_weights)
         return round_weights
 
-    def remove(self) -> None:
-        """Remove the files of the weights: no site fetches them any more."""
+    def remove(self, over: RoundWeights | None = None) -> None:
+        """Remove the files of the weights that no site fetches any more, now that a round is over."""
+        self._under_way = [other for other in self._under_way if other is not over]
+        needed = {ticket for other in self._under_way for ticket in other.tickets}
         for _, ticket in self._placed:
-            with contextlib.suppress(OSError):
-                (self._folder / DOWN / ticket).unlink()
-        self._placed.clear()
+            if ticket not in needed:
+                with contextlib.suppress(OSError):
+                    (self._folder / DOWN / ticket).unlink()
+        self._placed = [(arrays, ticket) for arrays, ticket in self._placed if ticket in needed]
 
     def _file(self, where: str, size: int) -> tuple[str, mmap.mmap]:
         """Make a file of so many bytes, and return its ticket and its bytes; where there is no room, there is no file."""
@@ -159,8 +164,13 @@ class _StoredRound(RoundWeights):
         if client in self._held:
             os.close(self._held.pop(client))  # the lock goes with the last array
 
+    @property
+    def tickets(self) -> set[str]:
+        """The names of the files that hold the weights."""
+        return {stored.ticket for stored in self._stored.values()}
+
     def close(self) -> None:
-        self._store.remove()
+        self._store.remove(over=self)
         for client, stored in self._stored.items():
             self.drop(client)
             if stored.answer:
