@@ -81,7 +81,7 @@ def _of_one_prompt(args: argparse.Namespace, options: dict[str, Any]) -> int:
     _write(prompt)
     for piece in pieces:
         _write(piece)
-    _write("\n")
+    sys.stdout.write("\n")
     return 0
 
 
