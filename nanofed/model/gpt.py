@@ -40,7 +40,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if kv_cache is not None:
             k, v, mask = kv_cache.append(self.layer, k, v)
-        y: Tensor = self.c_proj(causal_attention(q, k, v, mask).flatten(-2))
+        y: Tensor = self.c_proj(causal_attention(q, k, v, mask, cached=kv_cache is not None).flatten(-2))
         return y
 
 
