@@ -11,6 +11,7 @@ import importlib.util
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -71,7 +72,9 @@ def theirs(model: GPT) -> Side:
             end = staticmethod(lambda: None)
 
         mask = torch.ones_like(prompts)
-        other.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, streamer=Clock())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers' own deprecations
+            other.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, streamer=Clock())
         return stamps
 
     return turn
