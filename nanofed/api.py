@@ -1,4 +1,4 @@
-"""fit, federate, plan, load, evaluate, generate, export: what notebooks import and what commands call."""
+"""fit, federate, plan, load, evaluate, generate, complete, export: what notebooks import and what commands call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from nanofed.federated.planning import Plan
+    from nanofed.generation.engine import Engine
+    from nanofed.generation.text import Completion
     from nanofed.model import GPT
     from nanofed.tokenizer.bpe import Tokenizer
     from nanofed.training.startup import Startup
@@ -110,6 +113,13 @@ class Loaded:
     model: GPT
     tokenizer: Tokenizer
     path: Path
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Generates with the model's weights as they are when it is first used."""
+        from nanofed.generation.engine import Engine
+
+        return Engine(self.model)
 
 
 def load(
@@ -215,23 +225,72 @@ def generate(
     max_tokens: int = 256,
     temperature: float = 0.8,
     top_k: int | None = 50,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 42,
     device: str | torch.device = "cpu",
 ) -> Iterator[str]:
-    """Yield pieces of text that go on from `prompt`; temperature 0 takes the likeliest token each time.
+    """Yield pieces of text that go on from `prompt`, as they are drawn and each of whole characters.
 
-    `checkpoint` is what `load` takes, or what it has returned.
+    Args:
+        checkpoint: what `load` takes, or what it has returned.
+        prompt: the text to go on from, which is not repeated.
+        max_tokens: tokens at most; the end of the document comes before, where the model says so.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: draw among the k likeliest tokens, None for all.
+        top_p: draw among the fewest of the likeliest tokens whose probabilities add up to this.
+        stop: texts of tokens that end it, such as `<|assistant_end|>`.
+        seed: of the draws.
+        device: where a checkpoint is loaded to.
+
+    Raises:
+        ConfigError: there is no checkpoint, or an argument is out of its range.
+        CheckpointError: the checkpoint is damaged.
     """
-    from nanofed.generation.text import generate as stream
+    from nanofed.generation.sampling import Sampling
+    from nanofed.generation.text import stream
 
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    _check_text(prompt)
+    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, device=device)
+    return stream(loaded.engine, loaded.tokenizer, prompt, sampling, max_tokens=max_tokens, stop=stop)
+
+
+def complete(
+    checkpoint: str | Path | Loaded,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 42,
+    batch_size: int = 16,
+    device: str | torch.device = "cpu",
+) -> Iterator[Completion]:
+    """Yield what follows each of many prompts, in their order, `batch_size` of them generated side by side.
+
+    Each prompt draws with the seed by itself, so that it becomes the same beside any others, as far as rounding allows.
+    Other arguments and errors are those of `generate`.
+    """
+    from nanofed.generation.sampling import Sampling
+    from nanofed.generation.text import complete as complete_texts
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    for prompt in prompts:
+        _check_text(prompt)
+    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, device=device)
+    return complete_texts(
+        loaded.engine, loaded.tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, batch_size=batch_size
+    )
+
+
+def _check_text(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"the prompt is no text: it cannot be written as UTF-8 ({error.reason})") from error
-    loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, device=device)
-    return stream(
-        loaded.model, loaded.tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
 
 
 def evaluate(

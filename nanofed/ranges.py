@@ -50,6 +50,7 @@ Tokens = Annotated[int, Range(1, 1 << 60)]
 Rows = Annotated[int, Range(1, 1 << 24)]  # of a batch, and tokens of a row
 Factor = Annotated[float, Range(0, 1e9)]  # a rate, a decay, a norm
 Share = Annotated[float, Range(0, 1)]
+Nucleus = Annotated[float, Range(0, 1, above=True)]  # a share of probability that is not empty
 Seconds = Annotated[float, Range(0, 1e9, above=True)]
 SecondsOrZero = Annotated[float, Range(0, 1e9)]
 Seed = Annotated[int, Range(0, (1 << 32) - 1)]  # what NumPy takes, and so Lightning

@@ -1,69 +1,131 @@
-"""`nanofed generate`: text from a checkpoint, as it is sampled."""
+"""`nanofed generate`: text from a checkpoint, as it is sampled: after one prompt, after each of a file, or in a dialogue.
+
+Without --prompt and --prompts, a terminal asks for prompts until Ctrl-D; /help lists what it knows, and Ctrl-C ends a text.
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nanofed.cli.numbers import add_number
-from nanofed.errors import ConfigError
-from nanofed.ranges import CountOrZero, Factor, Seed
+from nanofed.cli.numbers import add_number, read_number
+from nanofed.errors import ConfigError, DataError
+from nanofed.ranges import Count, CountOrZero, Factor, Nucleus, Seed
+
+if TYPE_CHECKING:
+    from nanofed.api import Loaded
+
+NUMBERS: dict[str, tuple[Any, float, str]] = {  # option -> kind, default, help; a dialogue sets them as /NAME VALUE
+    "max_tokens": (CountOrZero, 256, "tokens at most"),
+    "temperature": (Factor, 0.8, "0 takes the likeliest token"),
+    "top_k": (CountOrZero, 50, "draw among the k likeliest; 0: all"),
+    "top_p": (Nucleus, 1.0, "draw among the fewest of the likeliest whose probabilities add up to this"),
+    "seed": (Seed, 42, "of the draws"),
+}
 
 
 def main(argv: list[str]) -> int:
-    """Write the prompt and what the model makes of it, piece by piece."""
+    """Write what the model makes of one prompt, of a file of prompts, or of those that are typed."""
     args = _parser().parse_args(argv[1:])
-    prompt = _prompt(args.prompt)
+    if args.prompt is not None and args.prompts is not None:
+        raise ConfigError("--prompt and --prompts: give one of them")
+    options = {name: getattr(args, name) for name in NUMBERS} | {"stop": args.stop}
+    if args.prompts is not None:
+        return _of_a_file(args, options)
+    if args.jsonl:
+        raise ConfigError("--jsonl writes what follows a file of prompts: give it as --prompts FILE")
+    if args.prompt is not None:
+        return _of_one_prompt(args, options)
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise ConfigError("give --prompt or --prompts: standard input is no terminal, where prompts could be asked for")
 
     from nanofed import api
 
-    pieces = api.generate(
-        args.checkpoint,
-        prompt,
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k or None,
-        seed=args.seed,
-        device=_device(args.device),
-    )
-    # What is wrong with the request shows before the first line of output: everything up to here has been checked.
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return 0
+    return Dialogue(api.load(args.checkpoint, device=_device(args.device)), options).run()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("nanofed generate", description=__doc__, allow_abbrev=False)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "nanofed generate", description=__doc__, allow_abbrev=False, formatter_class=formatter
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="RUN_OR_CHECKPOINT",
         help="a run's folder (its newest), one checkpoint, or an exported model",
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads standard input")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to go on from; - reads standard input")
+    parser.add_argument("--prompts", metavar="FILE", help="text file of prompts, one a line; - reads standard input")
+    parser.add_argument("--jsonl", action="store_true", help="of --prompts: one JSON object a line, in their order")
     add = functools.partial(add_number, parser)
-    add("--max_tokens", kind=CountOrZero, default=256, help="tokens at most (default: %(default)s)")
-    add("--temperature", kind=Factor, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top_k", kind=CountOrZero, default=50, help="draw among the k likeliest; 0: all (default: %(default)s)")
-    add("--seed", kind=Seed, default=42, help="of the draws (default: %(default)s)")
+    add("--batch_size", kind=Count, default=16, help="of --prompts: generated side by side (default: %(default)s)")
+    for name, (kind, default, meaning) in NUMBERS.items():
+        add(f"--{name}", kind=kind, default=default, help=f"{meaning} (default: %(default)s)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TOKEN", help="text of a token that ends a text; may be repeated"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: %(default)s)")
     return parser
 
 
-def _prompt(given: str) -> str:
-    if given != "-":
-        return given
+def _of_one_prompt(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    prompt = _standard_input("--prompt").removesuffix("\n") if args.prompt == "-" else args.prompt
+
+    from nanofed import api
+
+    pieces = api.generate(args.checkpoint, prompt, **_sampled(options), device=_device(args.device))
+    # What is wrong with the request shows before the first line of output: everything up to here has been checked.
+    _write(prompt)
+    for piece in pieces:
+        _write(piece)
+    sys.stdout.write("\n")
+    return 0
+
+
+def _of_a_file(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    text = _standard_input("--prompts") if args.prompts == "-" else _read(Path(args.prompts))
+    prompts = text.removesuffix("\n").split("\n") if text else []
+
+    from nanofed import api
+
+    batches = {"batch_size": args.batch_size, "device": _device(args.device)}
+    for done in api.complete(args.checkpoint, prompts, **_sampled(options), **batches):
+        _write(f"{json.dumps(asdict(done), ensure_ascii=False) if args.jsonl else done.prompt + done.text}\n")
+    return 0
+
+
+def _sampled(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options as the API takes them: 0 stands for no limit of the likeliest."""
+    return options | {"top_k": options["top_k"] or None}
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _standard_input(option: str) -> str:
     if sys.stdin is None:
-        raise ConfigError("--prompt -: standard input is closed")
+        raise ConfigError(f"{option} -: standard input is closed")
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt -: standard input is not UTF-8 text ({error})") from error
+        raise ConfigError(f"{option} -: standard input is not UTF-8 text ({error})") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--prompts {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--prompts {path} is not UTF-8 text ({error})") from error
 
 
 def _device(wanted: str) -> str:
@@ -77,3 +139,61 @@ def _device(wanted: str) -> str:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {wanted} cannot be used here: {reason}") from error
     return wanted
+
+
+class Dialogue:
+    """Asks for prompts in a terminal and writes what follows each; lines that begin with / change the options.
+
+    Every text is drawn with the next seed, so that a prompt that is given twice goes on in two ways.
+
+    Args:
+        loaded: The model and its tokenizer.
+        options: Those of the command line, which change as they are set.
+    """
+
+    def __init__(self, loaded: Loaded, options: dict[str, Any]) -> None:
+        self.loaded = loaded
+        self.options = options
+
+    def run(self) -> int:
+        """Go on until Ctrl-D or /quit. Ctrl-C ends the text that is being written, or empties the line that is typed."""
+        import readline  # noqa: F401 (input() has a history and edits lines with it)
+
+        _write("Each line is a prompt. /help lists what else there is; Ctrl-D ends.\n")
+        while True:
+            try:
+                line = input("> ")
+                if line == "/quit":
+                    return 0
+                self._command(line[1:]) if line.startswith("/") else self._go_on(line)
+            except EOFError:
+                _write("\n")
+                return 0
+            except KeyboardInterrupt:
+                _write("\n")
+            except ConfigError as error:
+                _write(f"{error}\n")
+
+    def _go_on(self, prompt: str) -> None:
+        if not prompt:
+            return
+
+        from nanofed import api
+
+        pieces = api.generate(self.loaded, prompt, **_sampled(self.options))
+        self.options["seed"] += 1
+        _write(prompt)
+        for piece in pieces:
+            _write(piece)
+        _write("\n")
+
+    def _command(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        if name == "help":
+            shown = [(f"/{name} {self.options[name]}", meaning) for name, (_, _, meaning) in NUMBERS.items()]
+            shown += [("/help", "this"), ("/quit", "end, as Ctrl-D does")]
+            _write("".join(f"  {what:<18} {meaning}\n" for what, meaning in shown))
+            return
+        if name not in NUMBERS:
+            raise ConfigError(f"there is no /{name}: /help lists what there is")
+        self.options[name] = read_number(f"/{name}", value, NUMBERS[name][0])

@@ -21,14 +21,19 @@ def add_number(parser: argparse.ArgumentParser, *flags: str, kind: Any, **option
     Raises:
         ConfigError: when it is parsed: it is no number, or out of range; names the option.
     """
+    parser.add_argument(*flags, type=lambda text: read_number(flags[-1], text, kind), **options)
+
+
+def read_number(name: str, text: str, kind: Any) -> int | float:
+    """Return the number that a person wrote.
+
+    Raises:
+        ConfigError: it is no number, or out of the range in its type; names it.
+    """
     whole = get_args(kind)[0] is int
-
-    def read(text: str) -> int | float:
-        try:
-            number: int | float = int(text) if whole else float(text)
-        except ValueError:
-            raise ConfigError(f"{flags[-1]} must be a {'whole ' * whole}number, not {text!r:.60}") from None
-        check_number(flags[-1], number, kind)
-        return number
-
-    parser.add_argument(*flags, type=read, **options)
+    try:
+        number: int | float = int(text) if whole else float(text)
+    except ValueError:
+        raise ConfigError(f"{name} must be a {'whole ' * whole}number, not {text!r:.60}") from None
+    check_number(name, number, kind)
+    return number

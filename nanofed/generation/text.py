@@ -1,13 +1,16 @@
-"""Text after a prompt, piece by piece as it is sampled."""
+"""Text after prompts: streamed character by character from one, or whole from many."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from nanofed.generation.sampling import generate_ids
-from nanofed.model import GPT
+from nanofed.errors import ConfigError
+from nanofed.generation.engine import Engine
+from nanofed.generation.sampling import Sampling
+from nanofed.ranges import Count, check_number
 
 SAMPLE_TOKENS = 48  # of a text sample that a run writes beside its validations
 
@@ -20,6 +23,11 @@ class TextTokenizer(Protocol):
         """The token that begins a document."""
         ...
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The id of each special token."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Turn text into ids, without special tokens."""
         ...
@@ -29,32 +37,94 @@ class TextTokenizer(Protocol):
         ...
 
 
-def generate(
-    model: GPT,
+@dataclass(frozen=True)
+class Completion:
+    """What a model makes of a prompt.
+
+    Attributes:
+        prompt: The text that it goes on from.
+        text: What follows, without the prompt.
+        num_tokens: Tokens of `text`.
+        ended: `stop` where the model ended it by a stop token, `length` where `max_tokens` did.
+    """
+
+    prompt: str
+    text: str
+    num_tokens: int
+    ended: str
+
+
+def stream(
+    engine: Engine,
     tokenizer: TextTokenizer,
     prompt: str,
+    sampling: Sampling,
     *,
     max_tokens: int = 256,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 42,
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Stream the text that follows a prompt, up to the end of the document or `max_tokens`.
+    """Yield the text that follows a prompt as it is drawn, up to the end of the document, a stop token or `max_tokens`.
 
     Every piece is whole characters: bytes of an unfinished one are held back until it is complete. What can never
-    become a character is replaced by U+FFFD. Arguments and errors as in `generate_ids`.
+    become a character is replaced by U+FFFD. Arguments are checked at the call, not at the first piece.
+
+    Args:
+        engine: Generates the tokens.
+        tokenizer: The one that the model was trained with.
+        prompt: The text to go on from.
+        sampling: How tokens are drawn.
+        max_tokens: Greatest number of tokens.
+        stop: Texts of tokens that end it, special or not, beside the one that begins a document; they are left out.
+
+    Raises:
+        ConfigError: a stop is not one token, or as for `Engine.generate`.
     """
-    bos = tokenizer.bos_token_id
-    ids = generate_ids(
-        model,
-        [bos, *tokenizer.encode(prompt)],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        stop_id=bos,
+    steps = engine.generate(
+        [_tokens(tokenizer, prompt)], sampling, max_tokens=max_tokens, stop_ids=_stop_ids(tokenizer, stop)
     )
-    return decode_stream(tokenizer.decode_bytes([i]) for i in ids)
+    return decode_stream(tokenizer.decode_bytes([token]) for (token,) in steps if token is not None)
+
+
+def complete(
+    engine: Engine,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    max_tokens: int = 256,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+) -> Iterator[Completion]:
+    """Yield what follows each prompt, in their order; `batch_size` prompts at a time are rows of one batch.
+
+    Arguments are those of `stream`, and all prompts are checked at the call.
+
+    Raises:
+        ConfigError: a stop is not one token, or as for `Engine.generate`.
+    """
+    check_number("generate: batch_size", batch_size, Count)
+    rows, stop_ids = [_tokens(tokenizer, prompt) for prompt in prompts], _stop_ids(tokenizer, stop)
+    batches = [
+        (
+            prompts[n : n + batch_size],
+            engine.generate(rows[n : n + batch_size], sampling, max_tokens=max_tokens, stop_ids=stop_ids),
+        )
+        for n in range(0, len(rows), batch_size)
+    ]
+    return (completion for batch in batches for completion in _completions(tokenizer, *batch, max_tokens))
+
+
+def _completions(
+    tokenizer: TextTokenizer, prompts: Sequence[str], steps: Iterator[list[int | None]], max_tokens: int
+) -> Iterator[Completion]:
+    drawn: list[list[int]] = [[] for _ in prompts]
+    for step in steps:
+        for ids, token in zip(drawn, step, strict=True):
+            if token is not None:
+                ids.append(token)
+    for prompt, ids in zip(prompts, drawn, strict=True):
+        text = tokenizer.decode_bytes(ids).decode(errors="replace")
+        yield Completion(prompt, text, len(ids), "length" if len(ids) == max_tokens else "stop")
 
 
 def decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
@@ -65,3 +135,20 @@ def decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
             yield text
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def _tokens(tokenizer: TextTokenizer, prompt: str) -> list[int]:
+    return [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+
+
+def _stop_ids(tokenizer: TextTokenizer, stop: Sequence[str]) -> set[int]:
+    ids = {tokenizer.bos_token_id}
+    for text in stop:
+        found = [tokenizer.special_tokens[text]] if text in tokenizer.special_tokens else tokenizer.encode(text)
+        if len(found) != 1:
+            raise ConfigError(
+                f"generate: stop {text!r} is {len(found)} tokens and has to be one; special tokens are "
+                f"{', '.join(tokenizer.special_tokens)}"
+            )
+        ids.update(found)
+    return ids

@@ -37,9 +37,10 @@ class CausalSelfAttention(nn.Module):
         q = norm(apply_rotary(self.c_q(x).unflatten(-1, heads), cos, sin))  # (B, T, n_head, D)
         k = norm(apply_rotary(self.c_k(x).unflatten(-1, heads), cos, sin))  # (B, T, n_kv_head, D)
         v = self.c_v(x).unflatten(-1, heads)
+        mask = None
         if kv_cache is not None:
-            k, v = kv_cache.append(self.layer, k, v)
-        y: Tensor = self.c_proj(causal_attention(q, k, v).flatten(-2))
+            k, v, mask = kv_cache.append(self.layer, k, v)
+        y: Tensor = self.c_proj(causal_attention(q, k, v, mask, cached=kv_cache is not None).flatten(-2))
         return y
 
 
@@ -166,23 +167,27 @@ class GPT(nn.Module):
         Raises:
             ConfigError: the sequence is longer than the rotary tables.
         """
-        start = 0 if kv_cache is None else kv_cache.position
-        end = start + inputs.size(1)
+        x = self.hidden_states(inputs, kv_cache)
+        if targets is None:
+            return capped_logits(x, self.lm_head.weight)
+        return head_loss(x, self.lm_head.weight, targets, reduction=reduction)
+
+    def hidden_states(self, inputs: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+        """Return what the head reads, (B, T, n_embd) in the compute dtype; arguments and errors as in `forward`."""
+        T = inputs.size(1)
+        end = T if kv_cache is None else max(kv_cache.lengths) + T
         if end > self.max_positions:
             raise ConfigError(f"model: {end} tokens are more than the {self.max_positions} positions it can read")
-        cos, sin = self.cos[start:end], self.sin[start:end]
+        positions = slice(0, T) if kv_cache is None else kv_cache.begin(T)
+        cos, sin = self.cos[positions], self.sin[positions]
 
         x = norm(self.transformer.wte(inputs).to(self.compute_dtype))
         with nullcontext() if kv_cache is None else decoding_kernels():
             for block in self.transformer.h:
                 x = block(x, cos, sin, kv_cache)
-        x = norm(x)
         if kv_cache is not None:
-            kv_cache.advance(inputs.size(1))
-
-        if targets is None:
-            return capped_logits(x, self.lm_head.weight)
-        return head_loss(x, self.lm_head.weight, targets, reduction=reduction)
+            kv_cache.advance(T)
+        return norm(x)
 
     def _build_rotary(self) -> None:
         cos, sin = rotary_tables(self.max_positions, self.config.head_dim, device=self.device, dtype=self.rotary_dtype)

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROTARY_BASE = 10_000.0
+# So few rows are cheaper with the weight on the left, on a CPU in bf16: oneDNN copies a right-hand matrix into its own layout
+# at every product, and a left-hand one not (measured with AMX: 1.3x to 1.7x up to 64 rows; with fp32 it makes no difference).
+FEW_ROWS = 32
 
 
 class Linear(nn.Linear):
@@ -20,7 +23,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (…, in_features) to (…, out_features) in `x.dtype`."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply (…, in) by the transpose of a weight (out, in) that is cast to the dtype of `x`, to (…, out)."""
+    weight = weight.to(x.dtype)
+    rows = x.numel() // x.size(-1)
+    if x.is_cpu and x.dtype is torch.bfloat16 and rows <= FEW_ROWS and not torch.is_grad_enabled():
+        y = weight @ x.flatten() if rows == 1 else (weight @ x.reshape(rows, -1).mT).mT
+        return y.reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanofed.model.layers import linear
+
 LOGIT_CAP = 15.0
 IGNORED_TARGET = -1
 # Logits held at once. On CPU the chunk should stay near the caches, but its matmuls need some hundred rows; on a GPU it
@@ -27,7 +29,7 @@ def capped_logits(hidden: Tensor, head: Tensor) -> Tensor:
 
     The product runs in the hidden states' dtype; the cap in fp32.
     """
-    logits = F.linear(hidden, head.to(hidden.dtype)).float()
+    logits = linear(hidden, head).float()
     return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
 
 

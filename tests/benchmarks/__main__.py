@@ -12,6 +12,7 @@ BENCHMARKS = {
     "optimizer": "the optimizer's step",
     "data": "tokens a second from parquet to batch",
     "tokenizer": "tokens a second encoded",
+    "generate": "tokens a second read and generated, against transformers' generate on the same weights",
     "trainer": "Trainer.fit against a bare loop over the same module and data",
     "merge": "the server's merge against the speed of memory and against Flower's; codecs",
     "checkpoint": "seconds, bytes and memory of saving and loading",

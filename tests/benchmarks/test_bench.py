@@ -105,6 +105,21 @@ def test_checkpoint_saves_and_loads(corpus: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
+def test_generate_takes_turns_with_transformers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    options = ["--vocab_size=300", "--prompt_tokens=8", "--max_tokens=4", "--repeat=1", "--dtypes=float32"]
+    result = run(capsys, "generate", "--depths=2", "--batch_sizes=2", *options)
+    (figures,) = result["results"]
+    assert (figures["depth"], figures["dtype"], figures["batch_size"]) == (2, "float32", 2)
+    for what in ("read", "decoded"):
+        ours, theirs = (figures[side][what]["median"] for side in ("nanofed", "transformers"))
+        assert figures[f"ratio_{what}"] == pytest.approx(ours / theirs, rel=1e-2)
+
+
+@pytest.mark.slow
 def test_startup_counts_all_parts(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*SMALL, f"--data={corpus}", "--compile=false", "--repeat=1", "--", "--data.streams=2"]
     options.insert(0, "--json")  # behind -- all is the fit's

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +139,139 @@ def test_standard_input_that_is_not_text(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     assert cli.main(["generate", "--checkpoint", str(fit_run), "--prompt", "-"]) == 2
     assert "standard input is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_in_its_order(fit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [PROMPT, "fox", "", "lazy wizards mix"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    file = ["--checkpoint", str(fit_run), "--prompts", str(tmp_path / "prompts.txt"), "--device", "cpu"]
+    options = ["--max_tokens", "9", "--temperature", "0", "--batch_size", "3"]
+    expected = list(api.complete(fit_run, prompts, max_tokens=9, temperature=0, batch_size=3))
+    assert [one.prompt for one in expected] == prompts
+    assert said(capsys, *file, *options) == "".join(f"{one.prompt}{one.text}\n" for one in expected)
+    lines = said(capsys, *file, *options, "--jsonl").splitlines()
+    assert [json.loads(line) for line in lines] == [asdict(one) for one in expected]
+
+
+def test_a_stop_token_ends_the_text(fit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = [
+        "--checkpoint",
+        str(fit_run),
+        "--prompt",
+        PROMPT,
+        "--max_tokens",
+        "30",
+        "--device",
+        "cpu",
+        "--top_p",
+        "0.95",
+    ]
+    before, stop, after = said(capsys, *base).partition(" the")
+    assert stop and after
+    assert said(capsys, *base, "--stop", stop) == f"{before}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--prompt", "p", "--prompts", "f"], 2, "--prompt and --prompts: give one of them"),
+        (["--prompt", "p", "--jsonl"], 2, "--jsonl writes what follows a file of prompts"),
+        (["--prompts", "no-such-file"], 3, "--prompts no-such-file: No such file or directory"),
+        (["--prompt", "p", "--stop", "quick fox"], 2, "tokens and has to be one; special tokens are <|bos|>"),
+        ([], 2, "standard input is no terminal"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    options: list[str], code: int, message: str, fit_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert cli.main(["generate", "--checkpoint", str(fit_run), *options]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+class Terminal:
+    """`nanofed generate` in a pseudo-terminal of its own, so that Ctrl-C and Ctrl-D mean what they do to a person."""
+
+    # the new session takes the terminal as its own, which is what sends it signals
+    TAKE = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    )
+
+    def __init__(self, *options: str) -> None:
+        self.master, inside = os.openpty()
+        command = [sys.executable, "-m", "nanofed", "generate", *options]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.TAKE, *command],
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUTF8": "1", "TERM": "dumb"},
+        )
+        os.close(inside)
+        self.unread = b""
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def until(self, text: str) -> str:
+        """Wait for a text and return what was written up to its end."""
+        deadline = time.monotonic() + 120
+        while text.encode() not in self.unread:
+            assert time.monotonic() < deadline, self.unread
+            if select.select([self.master], [], [], 1)[0]:
+                try:
+                    self.unread += os.read(self.master, 4096)
+                except OSError as error:  # EIO: the other end is closed
+                    raise AssertionError(self.unread) from error
+        before, _, self.unread = self.unread.partition(text.encode())
+        return (before.decode(errors="replace") + text).replace("\r\n", "\n")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@pytest.mark.slow
+def test_a_dialogue_in_a_terminal(fit_run: Path) -> None:
+    """Prompts, /help, options, history with Ctrl-P; Ctrl-C ends a text and not the program, Ctrl-D the program."""
+    loaded = api.load(fit_run)
+    short, long = ("".join(api.generate(loaded, "fox", max_tokens=n, temperature=0)) for n in (5, 310))
+    terminal = Terminal("--checkpoint", str(fit_run), "--max_tokens", "5", "--temperature", "0", "--device", "cpu")
+    try:
+        assert "/help lists" in terminal.until("\n> ")
+        terminal.type("fox\n")
+        assert terminal.until("\n> ") == f"fox\nfox{short}\n> "
+        terminal.type("\x10\n")
+        assert f"fox{short}\n" in terminal.until("\n> ")
+        terminal.type("/help\n")
+        assert "/seed 44" in terminal.until("\n> ")  # each text has the next seed
+        terminal.type("/nonsense\n")
+        assert "there is no /nonsense" in terminal.until("\n> ")
+        terminal.type("/temperature hot\n")
+        assert "/temperature must be a number, not 'hot'" in terminal.until("\n> ")
+        terminal.type("/max_tokens 1000\n")
+        terminal.until("\n> ")
+        terminal.type("fox\n")
+        assert "exceed the 320 positions" in terminal.until("\n> ")
+        terminal.type("/max_tokens 310\n")
+        terminal.until("\n> ")
+        for _ in range(20):  # a text takes a fraction of a second: Ctrl-C may come too late once
+            terminal.type("fox\n")
+            terminal.until(f"fox{long[:3]}")
+            terminal.type("\x03")
+            if long[3:] not in terminal.until("\n> "):
+                break
+        else:
+            raise AssertionError("Ctrl-C never ended a text")
+        terminal.type("half a line\x03")
+        terminal.until("\n> ")
+        assert terminal.process.poll() is None
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nanofed.generation.engine import Engine
+from nanofed.generation.sampling import Sampling
 from nanofed.model import GPT, GPTConfig
 
 # nanofed name -> transformers name, of one block
@@ -90,3 +93,22 @@ def test_bf16_tables_are_what_separates_the_two_by_default() -> None:
                 p.normal_(std=0.1, generator=generator)
         difference = (rounded(ids) - reference(rounded, 1e-6)(ids).logits).abs().max()
     assert 1e-5 < difference < 0.05
+
+
+def test_greedy_generation_equals_generate() -> None:
+    config = GPTConfig(sequence_len=64, vocab_size=211, n_layer=4, n_head=4, n_kv_head=2, n_embd=128)
+    model = GPT(config, rotary_dtype=torch.float32)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 211, (3, 9), generator=generator)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.2, generator=generator)
+    theirs: Any = reference(model, torch.finfo(torch.float32).eps)
+    theirs.generation_config.eos_token_id = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30)
+    steps = Engine(model).generate(ids.tolist(), Sampling(temperature=0.0), max_tokens=30)
+    assert torch.tensor(list(steps)).T.tolist() == expected[:, 9:].tolist()

@@ -32,7 +32,9 @@ from nanofed.federated.server.validation import RefusedReply, ReplyMetrics, chec
 from nanofed.federated.wire.codec import CODECS, Weights, WireError, hash_arrays, payload_bytes
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Instructions
 from nanofed.federated.wire.plain_text import plain
-from nanofed.generation.text import SAMPLE_TOKENS, generate
+from nanofed.generation.engine import Engine
+from nanofed.generation.sampling import Sampling
+from nanofed.generation.text import SAMPLE_TOKENS, complete
 from nanofed.model.loss import LOGIT_CAP
 from nanofed.training.module import GPTModule
 from nanofed.training.run_options import RunOptions
@@ -159,12 +161,12 @@ class ServerModel:
 
     def measure(self, prompts: Sequence[str]) -> tuple[float, dict[str, str], float]:
         """Return bits per byte of the loaded weights, the likeliest text after each prompt, and the seconds; release them."""
-        started, samples = time.monotonic(), dict[str, str]()
+        started = time.monotonic()
         try:
             bpb = self.bits_per_byte()
-            for prompt in prompts:
-                text = generate(self._gpt, self._data.tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0)
-                samples[prompt] = prompt + "".join(text)
+            greedy = Sampling(temperature=0.0)
+            texts = complete(Engine(self._gpt), self._data.tokenizer, prompts, greedy, max_tokens=SAMPLE_TOKENS)
+            samples = {done.prompt: done.prompt + done.text for done in texts}
             return bpb, samples, time.monotonic() - started
         finally:
             self.release()

@@ -13,7 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from nanofed import runtime
-from nanofed.generation.text import SAMPLE_TOKENS, generate
+from nanofed.generation.engine import Engine
+from nanofed.generation.sampling import Sampling
+from nanofed.generation.text import SAMPLE_TOKENS, complete
 from nanofed.training.losses import LossWindow, SmoothedLoss
 from nanofed.training.module import GPTModule
 from nanofed.training.run_options import RunOptions
@@ -230,6 +232,8 @@ class TextSamples(Callback):
         if writer is None or not every or module.clock.step % every:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for prompt in self._options.sample_prompts:
-            pieces = generate(module.gpt, datamodule.tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0)
-            writer.add_text(f"sample/{prompt[:40]}", prompt + "".join(pieces), module.clock.step)
+        engine, prompts = Engine(module.gpt), self._options.sample_prompts
+        for done in complete(
+            engine, datamodule.tokenizer, prompts, Sampling(temperature=0.0), max_tokens=SAMPLE_TOKENS
+        ):
+            writer.add_text(f"sample/{done.prompt[:40]}", done.prompt + done.text, module.clock.step)
