@@ -166,6 +166,16 @@ class GPT(nn.Module):
         Raises:
             ConfigError: the sequence is longer than the rotary tables.
         """
+        x = self.hidden(inputs, kv_cache=kv_cache)
+        if targets is None:
+            return capped_logits(x, self.lm_head.weight)
+        return head_loss(x, self.lm_head.weight, targets, reduction=reduction)
+
+    def hidden(self, inputs: Tensor, *, kv_cache: KVCache | None = None) -> Tensor:
+        """Return the normed hidden states (B, T, n_embd) that the head reads, in the compute dtype.
+
+        Arguments and errors as in `forward`. Whoever needs few positions of long rows multiplies only these by the head.
+        """
         start = 0 if kv_cache is None else kv_cache.position
         end = start + inputs.size(1)
         if end > self.max_positions:
@@ -179,10 +189,7 @@ class GPT(nn.Module):
         x = norm(x)
         if kv_cache is not None:
             kv_cache.advance(inputs.size(1))
-
-        if targets is None:
-            return capped_logits(x, self.lm_head.weight)
-        return head_loss(x, self.lm_head.weight, targets, reduction=reduction)
+        return x
 
     def _build_rotary(self) -> None:
         cos, sin = rotary_tables(self.max_positions, self.config.head_dim, device=self.device, dtype=self.rotary_dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,11 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Count `tokens` that every layer has appended."""
         self.position += tokens
+
+    def fork(self, rows: Tensor, *, length: int) -> KVCache:
+        """Return a new cache of `length` tokens whose row i goes on from a copy of this one's row `rows[i]` (int64)."""
+        forked = copy.copy(self)
+        forked.length = length
+        forked._store = self._store.new_empty((*self._store.shape[:2], len(rows), length, *self._store.shape[4:]))
+        forked._store[:, :, :, : self.position] = self._store[:, :, rows, : self.position]
+        return forked
