@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         temperature=args.temperature,
         top_k=args.top_k or None,
         seed=args.seed,
-        device=_device(args.device),
+        device=device(args.device),
     )
     # What is wrong with the request shows before the first line of output: everything up to here has been checked.
     sys.stdout.write(prompt)
@@ -63,7 +63,12 @@ def _prompt(given: str) -> str:
         raise ConfigError(f"--prompt -: standard input is not UTF-8 text ({error})") from error
 
 
-def _device(wanted: str) -> str:
+def device(wanted: str) -> str:
+    """Return the device that `--device` names; `auto` is a GPU where there is one.
+
+    Raises:
+        ConfigError: it cannot be used here.
+    """
     import torch
 
     if wanted == "auto":
