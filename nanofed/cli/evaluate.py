@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "nanofed evaluate",
-        description="Bits per byte on a run's own validation text, and CORE (DCLM's mean over tasks of centred accuracy, few-shot), "
+        description="Bits per byte on a run's own validation text, and CORE (DCLM's mean over tasks of centred accuracy), "
         "with 95 % intervals of a bootstrap over examples. Several ranks: torchrun --nproc_per_node=N -m nanofed evaluate ...",
         allow_abbrev=False,
     )

@@ -62,7 +62,11 @@ def download_core(
         archive = folder.with_name(f"{folder.name}.zip")
         if not archive.exists() or _problem(archive):
             with tqdm(unit="B", unit_scale=True, desc=archive.name, disable=None if progress else True) as bar:
-                Transfer(url, archive, _problem, bar.update, threading.Event(), retry or Retry()).run()
+
+                def advance(size: int) -> None:
+                    bar.update(size)
+
+                Transfer(url, archive, _problem, advance, threading.Event(), retry or Retry()).run()
         staging = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
         try:
             unpack(archive, staging)

@@ -139,6 +139,11 @@ class Federation(Arguments):
                 f"--sample_every {options.sample_every}: text samples are taken where the server measures the weights; set it to "
                 "0, or federation.evaluation to server"
             )
+        if config.evaluation == "sites" and options.core_every:
+            raise ConfigError(
+                f"--core_every {options.core_every}: CORE is measured where the server measures the weights; set it to 0, or "
+                "federation.evaluation to server"
+            )
         check_usable(options)
         module, data = self.build()
         batch_tokens = module.recipe.batch_tokens

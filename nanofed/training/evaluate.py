@@ -111,12 +111,12 @@ def measure_bits_per_byte(
     options |= {} if eval_tokens is None else {"eval_tokens": eval_tokens}
     module = TokenDataModule(tokenizer=str(checkpoint / TOKENIZER), sequence_len=model.config.sequence_len, **options)
     manifest = read_manifest(checkpoint, verify=False)
-    if data is None and manifest.data is not None:
-        if differing := manifest.data.differences(module.dataset.identity, training=False):
-            raise ConfigError(
-                f"{module.dataset.path} is not what {checkpoint} was validated with: {'; '.join(differing)}; bring it back, or "
-                "name a text with --data"
-            )
+    recorded = manifest.data if data is None else None
+    if recorded is not None and (differing := recorded.differences(module.dataset.identity, training=False)):
+        raise ConfigError(
+            f"{module.dataset.path} is not what {checkpoint} was validated with: {'; '.join(differing)}; bring it back, or "
+            "name a text with --data"
+        )
     ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if dist.is_initialized() else {}
     metric = BitsPerByte(torch.tensor(tokenizer.token_bytes)).to(model.device)
     with closing(iter(module.validation_loader(**ranks))) as text:

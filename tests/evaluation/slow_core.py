@@ -51,7 +51,7 @@ def choice(model: GPT, tokenizer: Tokenizer, solved: str, between: str, item: di
     while all(len(ids) > start for ids in texts) and len({ids[start] for ids in texts}) == 1:
         start += 1
     costs = [mean_cost(model, ids, start) for ids in texts]
-    return costs.index(min(costs)) == item["gold"]
+    return costs.index(min(costs)) == int(item["gold"])
 
 
 def schema(model: GPT, tokenizer: Tokenizer, solved: str, between: str, item: dict[str, Any]) -> bool:
@@ -62,7 +62,7 @@ def schema(model: GPT, tokenizer: Tokenizer, solved: str, between: str, item: di
     while all(len(ids) > same for ids in texts) and len({ids[-1 - same] for ids in texts}) == 1:
         same += 1
     costs = [mean_cost(model, ids, len(ids) - same) for ids in texts]
-    return costs.index(min(costs)) == item["gold"]
+    return costs.index(min(costs)) == int(item["gold"])
 
 
 def continuation(model: GPT, tokenizer: Tokenizer, solved: str, between: str, item: dict[str, Any]) -> bool:
@@ -90,4 +90,5 @@ def mean_cost(model: GPT, ids: list[int], start: int) -> float:
 
 @torch.no_grad()
 def logits_of(model: GPT, ids: list[int]) -> torch.Tensor:
-    return model(torch.tensor([ids]))[0]
+    logits: torch.Tensor = model(torch.tensor([ids]))
+    return logits[0]

@@ -92,6 +92,12 @@ class CoreScore:
         out = {"core/metric": self.core, "core/low": low, "core/high": high}
         return out | {f"core/task/{task.label}": task.centred for task in self.tasks}
 
+    def line(self) -> str:
+        """Return CORE with its interval in a few words."""
+        low, high = self.interval
+        share = " (partial)" if self.partial else ""
+        return f"CORE {self.core:.4f}{share}, 95 % within {low:.4f}..{high:.4f}, {self.seconds:.0f} s"
+
     def table(self) -> str:
         """Return a table of the tasks with CORE below, and what it lacks."""
         width = max(len("CORE"), *(len(task.label) for task in self.tasks))

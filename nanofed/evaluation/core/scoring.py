@@ -40,9 +40,9 @@ def _longest(question: Question) -> int:
 def judge(model: GPT, batch: Sequence[Question]) -> list[bool]:
     """Tell of each question whether the model answers it right.
 
-    A model chooses the option whose judged tokens cost the least on average, in nats a token, the first of equal ones. In language
-    modelling it must expect every judged token. An option that another one begins with has no token of its own, and its mean is
-    NaN: as in nanochat, it is chosen where it comes first, and not where it comes later.
+    A model chooses the option whose judged tokens cost the least on average, in nats a token, the first of equal ones. In
+    language modelling it must expect every judged token. An option that another one begins with has no token of its own, and its
+    mean is NaN: as in nanochat, it is chosen where it comes first, and not where it comes later.
 
     Raises:
         NanofedError: the model's logits are not finite.

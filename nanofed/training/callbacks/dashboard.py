@@ -20,7 +20,7 @@ from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 
 
-def _writer(trainer: Trainer) -> Any:
+def writer_of(trainer: Trainer) -> Any:
     """Return TensorBoard's SummaryWriter on the first rank, None elsewhere or without a logger."""
     experiment = getattr(trainer.logger, "experiment", None) if trainer.is_global_zero else None
     return experiment if hasattr(experiment, "add_scalar") else None
@@ -170,7 +170,7 @@ class Dashboard(Callback):
         self._window = (self.summary.seconds, tokens)
         waited, self._waited = self._waited, trainer.datamodule.wait.seconds  # type: ignore[attr-defined]
         self.summary.tokens = tokens
-        writer = _writer(trainer)
+        writer = writer_of(trainer)
         if writer is None or self.last_loss is None:
             return
         scalars = {
@@ -198,7 +198,7 @@ class Dashboard(Callback):
         clock = module.clock
         self.summary.add(Point(clock.step, clock.tokens, round(self.summary.seconds, 3), value))
         self.summary.tokens = clock.tokens
-        writer = _writer(trainer)
+        writer = writer_of(trainer)
         if writer is not None:
             writer.add_scalar("val/bpb", value, clock.step)
             writer.add_scalar("val/bpb_by_tokens", value, clock.tokens)
@@ -223,7 +223,7 @@ class TextSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample after a validation, where the model stands still anyway."""
         module = cast(GPTModule, pl_module)
-        writer = _writer(trainer)
+        writer = writer_of(trainer)
         every = self._options.sample_every
         if writer is None or not every or module.clock.step % every:
             return
