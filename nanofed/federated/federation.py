@@ -90,6 +90,7 @@ class Federation(Arguments):
             (config.data, "tokenizer", ("gpt2",)),
             (config, "ckpt_path", ("last",)),
             (config, "init_from", ()),
+            (config, "core_data", ()),
         ):
             if section[name] is not None and section[name] not in words:
                 section[name] = _absolute(section[name])

@@ -98,8 +98,10 @@ def question(
                 f"{task.path}: {len(ids) - start:,} tokens are to be judged, and this model reads {max_positions:,} positions"
             )
         rows.append(Row(ids[cut:], start - cut))
-    shared = min(_common([row.ids for row in rows]), *(row.start for row in rows)) - 1 if len(rows) > 1 else 0
-    return Question(number, tuple(rows), None if task.kind == "language_modeling" else examples[number].gold, shared)
+    alike = min(_common([row.ids for row in rows]), *(row.start for row in rows)) if len(rows) > 1 else 0
+    return Question(
+        number, tuple(rows), None if task.kind == "language_modeling" else examples[number].gold, max(0, alike - 1)
+    )
 
 
 def _common(sequences: Sequence[NDArray[np.int32]]) -> int:
