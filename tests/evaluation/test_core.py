@@ -161,7 +161,7 @@ def test_what_is_judged(tokenizer: Tokenizer) -> None:
 
 def test_what_cannot_be_judged_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="no token of its own"):
-        judged("language_modeling", [("the quick", "")], tokenizer)
+        question(task("language_modeling", 0, ""), [Example((("the quick", ""),), 0)], 0, tokenizer, max_positions=999)
     with pytest.raises(DataError, match="tokens are to be judged, and this model reads 3 positions"):
         question(task("language_modeling", 0), [Example((("a", "fox " * 9),), 0)], 0, tokenizer, max_positions=3)
 
@@ -222,10 +222,11 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path, name: str, old: str, new: s
     folder = write_bundle(tmp_path / "bundle")
     before = Bundle.read(folder).fingerprint()
     path = folder / name
-    path.write_text(path.read_text().replace(old, new))
+    text = path.read_text()
+    path.write_text(text.replace(old, new))
     with pytest.raises(DataError, match=said):
         Bundle.read(folder).check()
-    path.write_text(path.read_text().replace(new, old))
+    path.write_text(text)
     assert Bundle.read(folder).fingerprint() == before
 
 
