@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the bundle of CORE's tasks, for `nanofed evaluate --core`, in the place of shards",
     )
     add_number(
-        download,
+        what,
         "-n",
         "--num_shards",
         kind=Annotated[int, Range(-1, 1 << 20)],
@@ -118,8 +118,6 @@ def _download(args: argparse.Namespace) -> int:
 
     if args.core:
         return _download_core(args)
-    if args.num_shards is None:
-        raise ConfigError("say how many shards with -n (or --num_shards), -1 for all; or --core for CORE's tasks")
     if args.background:
         wanted_shards(args.num_shards), source_at(args.base_url)  # a mistake shows here, not in the log
         return _in_background(args)
@@ -132,8 +130,8 @@ def _download_core(args: argparse.Namespace) -> int:
     from nanofed.data.core_download import URL, download_core
     from nanofed.evaluation.core.bundle import Bundle
 
-    if args.num_shards is not None or args.background:
-        raise ConfigError("--core brings one small file: leave out --num_shards and --background")
+    if args.background:
+        raise ConfigError("--background: --core brings one small file, in the foreground")
     folder = download_core(
         lambda path: Bundle.read(path).check(), output=args.output, url=URL if args.base_url is None else args.base_url
     )

@@ -78,7 +78,7 @@ def process_group(device: str) -> Iterator[torch.device]:
     if not launch.by or (dist.is_available() and dist.is_initialized()):
         yield torch.device(device)
         return
-    if launch.by not in ("torchrun", "env"):
+    if launch.by not in {"torchrun", "env"}:
         raise ConfigError(f"evaluate: {launch.by} has started this process; start the ranks with torchrun")
     on_gpu = torch.device(device).type == "cuda"
     place = torch.device("cuda", launch.local_rank) if on_gpu else torch.device(device)

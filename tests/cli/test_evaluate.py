@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from nanofed.training.checkpoint import find_checkpoint
 from nanofed.training.summary import Summary
 from tests.cli.conftest import Corpus
 from tests.evaluation.small_bundle import write_bundle
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, ended
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +59,9 @@ def test_core_is_a_table_json_and_in_tensorboard(
     said = capsys.readouterr().out
     assert f"CORE{' ':<56}" in said.replace("\n", " ") or f"{core['core']:7.4f}" in said
     assert "partial: without 18 of CORE's tasks" in said
-    assert points(run, "core/metric") == [(found["step"], pytest.approx(core["core"], abs=1e-6))]
-    assert points(run, "core/metric_by_tokens") == [(found["tokens"], pytest.approx(core["core"], abs=1e-6))]
+    for tag, place in (("core/metric", found["step"]), ("core/metric_by_tokens", found["tokens"])):
+        ((at, value),) = points(run, tag)
+        assert at == place and value == pytest.approx(core["core"], abs=1e-6)
     assert points(run, "core/task/copa")
     same = nanofed.evaluate(run, bpb=False, core=True, core_data=bundle)
     assert same.core is not None and same.core.core == core["core"] and same.core.bundle == core["bundle"]
@@ -99,33 +98,26 @@ def test_a_checkpoint_alone_is_scored_and_writes_nowhere(runs: Path, bundle: Pat
 
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(runs: Path, bundle: Path, tmp_path: Path) -> None:
-    found: list[Any] = []
-    for ranks in (1, 2):
-        output = tmp_path / f"{ranks}.json"
-        command = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            "-m",
-            "nanofed",
-            "evaluate",
-        ]
-        options = ["--bpb", "--core", f"--core_data={bundle}", f"--json={output}", "--dtype=float32"]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *command, str(runs / "fit"), *options],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("bits per byte") == 1
-        (entry,) = json.loads(output.read_text())
-        found.append((entry["bpb"], entry["core"]["tasks"]))
-    assert found[0] == found[1]
+    alone = nanofed.evaluate(runs / "fit", core=True, core_data=bundle, compute_dtype="float32").to_plain()
+    output = tmp_path / "two.json"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "nanofed",
+        "evaluate",
+    ]
+    options = ["--bpb", "--core", f"--core_data={bundle}", f"--json={output}", "--dtype=float32"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = ended([*command, str(runs / "fit"), *options], env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("bits per byte") == 1
+    (found,) = json.loads(output.read_text())
+    assert found["bpb"] == alone["bpb"]
+    assert found["core"]["tasks"] == json.loads(json.dumps(alone["core"]["tasks"]))
 
 
 # --- while a run trains

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from nanofed.errors import DataError, NanofedError
 from nanofed.evaluation.core.bundle import CORE_TASKS, Bundle, Example, Task
@@ -68,7 +66,7 @@ def fast_answers(model: GPT, tokenizer: Tokenizer, task: Task, most: int = 0) ->
     asked = [
         question(task, examples, n, tokenizer, max_positions=model.max_positions) for n in range(most or len(examples))
     ]
-    found = {}
+    found: dict[int, bool] = {}
     for batch in batches(asked):
         found |= dict(zip([question.number for question in batch], judge(model, batch), strict=True))
     return [found[number] for number in range(most or len(examples))]
@@ -257,21 +255,3 @@ def test_scores_are_centred_and_their_intervals_are_of_the_examples(bundle: Bund
     assert half == pytest.approx(sum(part**2 for part in parts) ** 0.5 / 4, rel=0.15)
     assert json.loads(json.dumps(score.to_plain()))["tasks"][0]["accuracy"] == copa.accuracy
     assert "CORE" in score.table() and "partial: without 18" in score.table()
-
-
-def score_on_a_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    tokenizer = small_tokenizer()
-    score = evaluate_core(small_model(tokenizer), tokenizer, Bundle.read(Path(folder, "bundle")))
-    Path(folder, str(rank)).write_text(json.dumps(score.to_plain()["tasks"]))
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_ranks_divide_the_examples(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    bundle = Bundle.read(write_bundle(tmp_path / "bundle"))
-    alone = json.loads(json.dumps(evaluate_core(small_model(tokenizer), tokenizer, bundle).to_plain()["tasks"]))
-    spawn(score_on_a_rank, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    for rank in range(2):
-        assert json.loads((tmp_path / str(rank)).read_text()) == alone
