@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         help="shards of FineWeb-Edu; CORE's tasks",
         description="Download FineWeb-Edu shards, or CORE's tasks.",
     )
-    download.add_argument(
+    what = download.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--core",
         action="store_true",
         help="the bundle of CORE's tasks, for `nanofed evaluate --core`, in the place of shards",

@@ -32,3 +32,15 @@ def test_positions_before_the_chunk_count_against_the_tables(model: GPT) -> None
         model(torch.zeros(1, 320, dtype=torch.long), kv_cache=cache)
         with pytest.raises(ConfigError, match="321 tokens"):
             model(torch.zeros(1, 1, dtype=torch.long), kv_cache=cache)
+
+
+def test_a_fork_goes_on_from_copies_of_the_rows_that_are_named(model: GPT, ids: Tensor) -> None:
+    cache = KVCache(model.config, batch_size=2, length=12)
+    with torch.no_grad():
+        model.hidden(ids[:, :12], kv_cache=cache)
+        rows = torch.tensor([1, 0, 1])
+        forked = cache.fork(rows, length=20)
+        logits = model(ids[rows, 12:], kv_cache=forked)
+        whole = model(ids)[rows, 12:]
+    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+    assert (cache.position, forked.position) == (12, 20)
