@@ -48,9 +48,9 @@ def small_tokenizer() -> Tokenizer:
     return train_tokenizer(texts * 3, vocab_size=300)
 
 
-def small_model(tokenizer: Tokenizer, *, sequence_len: int = 64) -> GPT:
+def small_model(tokenizer: Tokenizer, *, depth: int = 2, sequence_len: int = 64) -> GPT:
     """One whose answers differ: at nanochat's first weights every token costs the same."""
-    model = GPT(GPTConfig.from_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len))
+    model = GPT(GPTConfig.from_depth(depth, vocab_size=tokenizer.vocab_size, sequence_len=sequence_len))
     model.init_weights(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
