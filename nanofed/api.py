@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nanofed.generation.text import Completion
     from nanofed.model import GPT
     from nanofed.tokenizer.bpe import Tokenizer
+    from nanofed.training.evaluate import Evaluation
     from nanofed.training.startup import Startup
     from nanofed.training.summary import Summary
 
@@ -295,42 +296,66 @@ def _check_text(prompt: str) -> None:
 
 def evaluate(
     checkpoint: str | Path,
-    data: str = "demo",
+    data: str | None = None,
     *,
+    bpb: bool = True,
+    core: bool = False,
+    core_data: str | Path | None = None,
+    core_examples: int = 0,
     eval_tokens: int | None = None,
-    device_batch_size: int | None = None,
     device: str | torch.device = "cpu",
-    compute_dtype: torch.dtype | None = None,
-) -> float:
-    """Return bits per byte of a checkpoint on the validation shard of a dataset (`demo`, `fineweb-edu` or a folder).
+    compute_dtype: torch.dtype | str | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Return bits per byte and CORE of a checkpoint, over all ranks where a process group is there.
+
+    CORE is the mean over tasks of accuracy, each centred by what a random answer is worth (Li et al. 2024, arXiv:2406.11794). It
+    is written into the TensorBoard files of the checkpoint's run as well.
 
     Args:
         checkpoint: a run folder, one checkpoint of either path, or an exported model.
-        data: where the validation shard is.
-        eval_tokens: targets to score, as many as `TokenDataModule` scores by default.
-        device_batch_size: changes nothing: which rows share a forward pass is fixed, and so the figure is.
+        data: a dataset whose validation shard is scored (`demo`, `fineweb-edu` or a folder); by default the run's own.
+        bpb: measure bits per byte.
+        core: measure CORE.
+        core_data: the bundle of CORE's tasks; by default the one that `nanofed data download --core` brings.
+        core_examples: examples to ask of each task, the first ones; 0 asks all.
+        eval_tokens: targets to score for bits per byte; by default the run's number.
         device: where the model runs.
-        compute_dtype: dtype of the matmuls, as `load` takes it; only figures of one dtype can be compared.
+        compute_dtype: dtype of the matmuls, as `load` takes it, or its name; only figures of one dtype can be compared.
+        progress: draw a bar of CORE's examples where standard error is a terminal.
 
     Raises:
-        ConfigError: there is no checkpoint.
+        ConfigError: there is no checkpoint, or its run does not say what text it was validated with.
         CheckpointError: the checkpoint is damaged.
-        DataError: there is no validation shard, it is damaged, or holds no text.
+        DataError: there is no validation shard or no bundle, or it is damaged.
     """
-    import torch
+    from nanofed.evaluation.core.bundle import Bundle
+    from nanofed.evaluation.core.score import evaluate_core
+    from nanofed.training.checkpoint import MANIFEST, read_manifest
+    from nanofed.training.evaluate import Evaluation, measure_bits_per_byte, write_into_run
+    from nanofed.training.module import DTYPES
 
-    from nanofed.data.datamodule import TokenDataModule
-    from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
+    bundle = Bundle.read(core_data) if core else None
+    dtype = DTYPES[compute_dtype] if isinstance(compute_dtype, str) else compute_dtype
+    loaded = load(checkpoint, device=device, compute_dtype=dtype)
+    own = (loaded.path / MANIFEST).is_file()  # else it was exported, and nobody knows its text
+    manifest = read_manifest(loaded.path, verify=False) if own else None
+    figure = score = None
+    if bpb:
+        figure = measure_bits_per_byte(loaded.model, loaded.tokenizer, loaded.path, data, eval_tokens)
+    if bundle is not None:
+        score = evaluate_core(loaded.model, loaded.tokenizer, bundle, examples=core_examples, progress=progress)
+        if manifest is not None and runtime.is_first_rank():
+            write_into_run(loaded.path, manifest, score)
+    step, tokens = (None, None) if manifest is None else (manifest.step, manifest.tokens)
+    return Evaluation(loaded.path, step, tokens, figure, score)
 
-    loaded = load(checkpoint, device=device, compute_dtype=compute_dtype)
-    options: dict[str, Any] = {} if eval_tokens is None else {"eval_tokens": eval_tokens}
-    sequence_len = loaded.model.config.sequence_len
-    module = TokenDataModule(data, sequence_len=sequence_len, **options)
-    module.tokenizer = loaded.tokenizer
-    metric = BitsPerByte(torch.tensor(loaded.tokenizer.token_bytes)).to(device)
-    with closing(iter(module.validation_loader())) as text:
-        batches = ((batch.inputs, batch.targets) for batch in text)
-        return evaluate_bits_per_byte(loaded.model, batches, metric, device)
+
+def ranks(device: str) -> AbstractContextManager[torch.device]:
+    """Join the ranks that torchrun has started, for the block, and return this rank's device: `evaluate` divides its work."""
+    from nanofed.training.evaluate import process_group
+
+    return process_group(device)
 
 
 def federate(

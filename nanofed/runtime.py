@@ -143,6 +143,11 @@ def tokenizer_dir(dataset: str = "fineweb-edu") -> Path:
     return base_dir() / "demo" / "tokenizer" if dataset == "demo" else base_dir() / "tokenizer"
 
 
+def core_dir() -> Path:
+    """Return the folder of the CORE bundle when none is named: nanochat's own place."""
+    return base_dir() / "eval_bundle"
+
+
 def config_file(name: str) -> Path:
     """Return one of nanofed's own configs: beside the package in a checkout, inside it where it was installed as a wheel."""
     package = Path(__file__).resolve().parent

@@ -96,6 +96,7 @@ def test_every_object_refuses_by_name(prefix: str) -> None:
 
 COMMANDS = [
     *(f"generate --checkpoint=c --prompt=p --{name}" for name in ("max_tokens", "temperature", "top_k", "seed")),
+    *(f"evaluate run --{name}" for name in ("core_examples", "eval_tokens")),
     *(f"data download --num_shards=1 --{name}" for name in ("num_shards", "workers")),
     *(f"data demo --{name}" for name in ("num_shards", "max_bytes")),
     *(f"data pack x --output=o --{name}" for name in ("num_shards", "rows_per_group", "shuffle_buffer", "seed")),

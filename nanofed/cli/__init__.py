@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("nanofed.cli.status", "how far a federated run is, who is here, what was refused and why"),
     "data": ("nanofed.cli.data", "download, build, list and verify parquet shards"),
     "tokenizer": ("nanofed.cli.tokenizer", "train and evaluate the BPE tokenizer"),
+    "evaluate": ("nanofed.cli.evaluate", "bits per byte and CORE of runs and checkpoints"),
     "generate": ("nanofed.cli.generate", "sample text from a checkpoint"),
     "export": ("nanofed.cli.export", "a trained model for transformers, nanochat, or as one safetensors file"),
     "import": ("nanofed.cli.export", "a model of nanochat's or transformers', as a run to start from"),
@@ -28,7 +29,20 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 # Commands that are run for what they print. The others go on where nobody reads it any more, or where it has no room.
-OUTPUT_IS_ALL = {"", "-h", "--help", "help", "-V", "--version", "validate", "status", "generate", "compare", "info"} | {
+OUTPUT_IS_ALL = {
+    "",
+    "-h",
+    "--help",
+    "help",
+    "-V",
+    "--version",
+    "validate",
+    "status",
+    "evaluate",
+    "generate",
+    "compare",
+    "info",
+} | {
     "data list",
     "data verify",
     "tokenizer eval",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from nanofed import runtime, streams
 from nanofed.cli.numbers import add_number
-from nanofed.errors import DataError
+from nanofed.errors import ConfigError, DataError
 from nanofed.ranges import Count, CountOrZero, Range, Seed
 
 if TYPE_CHECKING:
@@ -32,19 +32,32 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add = functools.partial(commands.add_parser, allow_abbrev=False)
 
-    download = add("download", help="shards of FineWeb-Edu", description="Download FineWeb-Edu shards.")
+    download = add(
+        "download",
+        help="shards of FineWeb-Edu; CORE's tasks",
+        description="Download FineWeb-Edu shards, or CORE's tasks.",
+    )
+    what = download.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--core",
+        action="store_true",
+        help="the bundle of CORE's tasks, for `nanofed evaluate --core`, in the place of shards",
+    )
     add_number(
-        download,
+        what,
         "-n",
         "--num_shards",
         kind=Annotated[int, Range(-1, 1 << 20)],
-        required=True,
         help="training shards of about 100 MB (the one for validation comes too); -1: all 1,822",
     )
     download.add_argument(
-        "--output", type=runtime.user_path, help="folder (default: base_data under NANOCHAT_BASE_DIR)"
+        "--output",
+        type=runtime.user_path,
+        help="folder (default: base_data, of the bundle eval_bundle, under NANOCHAT_BASE_DIR)",
     )
-    download.add_argument("--base_url", help="address that holds the shards (default: the dataset at HF_ENDPOINT)")
+    download.add_argument(
+        "--base_url", help="address that holds the shards (default: the dataset at HF_ENDPOINT), or of the zip file"
+    )
     workers = Annotated[int, Range(1, 64)]
     add_number(download, "--workers", kind=workers, default=4, help="files at a time (default: %(default)s)")
     download.add_argument("--background", action="store_true", help="go on detached and write a log")
@@ -104,11 +117,28 @@ def _parser() -> argparse.ArgumentParser:
 def _download(args: argparse.Namespace) -> int:
     from nanofed.data.download import download, source_at, wanted_shards
 
+    if args.core:
+        return _download_core(args)
     if args.background:
         wanted_shards(args.num_shards), source_at(args.base_url)  # a mistake shows here, not in the log
         return _in_background(args)
     dataset = download(args.num_shards, output=args.output, base_url=args.base_url, workers=args.workers)
     print(_summary(dataset))
+    return 0
+
+
+def _download_core(args: argparse.Namespace) -> int:
+    from nanofed.data.core_download import URL, download_core
+    from nanofed.evaluation.core.bundle import Bundle
+
+    if args.background:
+        raise ConfigError("--background: --core brings one small file, in the foreground")
+    folder = download_core(
+        lambda path: Bundle.read(path).check(), output=args.output, url=URL if args.base_url is None else args.base_url
+    )
+    bundle = Bundle.read(folder)
+    lacks = f", without {', '.join(bundle.missing)}" if bundle.missing else ""
+    print(f"{folder}: {len(bundle.tasks)} of CORE's tasks{lacks}")
     return 0
 
 

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
     from nanofed import api
 
-    return Dialogue(api.load(args.checkpoint, device=_device(args.device)), options).run()
+    return Dialogue(api.load(args.checkpoint, device=device(args.device)), options).run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def _of_one_prompt(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
     from nanofed import api
 
-    pieces = api.generate(args.checkpoint, prompt, **_sampled(options), device=_device(args.device))
+    pieces = api.generate(args.checkpoint, prompt, **_sampled(options), device=device(args.device))
     # What is wrong with the request shows before the first line of output: everything up to here has been checked.
     _write(prompt)
     for piece in pieces:
@@ -94,7 +94,7 @@ def _of_a_file(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
     from nanofed import api
 
-    batches = {"batch_size": args.batch_size, "device": _device(args.device)}
+    batches = {"batch_size": args.batch_size, "device": device(args.device)}
     for done in api.complete(args.checkpoint, prompts, **_sampled(options), **batches):
         _write(f"{json.dumps(asdict(done), ensure_ascii=False) if args.jsonl else done.prompt + done.text}\n")
     return 0
@@ -128,7 +128,12 @@ def _read(path: Path) -> str:
         raise DataError(f"--prompts {path} is not UTF-8 text ({error})") from error
 
 
-def _device(wanted: str) -> str:
+def device(wanted: str) -> str:
+    """Return the device that `--device` names; `auto` is a GPU where there is one.
+
+    Raises:
+        ConfigError: it cannot be used here.
+    """
     import torch
 
     if wanted == "auto":

@@ -9,11 +9,11 @@ from nanofed.errors import ConfigError
 from nanofed.ranges import check_number
 
 
-def add_number(parser: argparse.ArgumentParser, *flags: str, kind: Any, **options: Any) -> None:
+def add_number(parser: argparse._ActionsContainer, *flags: str, kind: Any, **options: Any) -> None:
     """Add an option that takes a number of a range.
 
     Args:
-        parser: the parser that gets the option.
+        parser: the parser, or a group of it, that gets the option.
         flags: the option's flags; errors name the last one.
         kind: the type with its range, such as `Annotated[int, Range(1, 64)]`.
         options: further arguments of `add_argument`.

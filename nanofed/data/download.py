@@ -67,7 +67,7 @@ def download(
         raise ConfigError(f"workers is {workers}; it has to be from 1 to 64")
     source = source_at(base_url)
     folder = output or runtime.dataset_dir("fineweb-edu")
-    with _locked(folder):
+    with locked(folder):
         manifest = read_manifest(folder)
         if manifest is not None and manifest.provenance.get("source") != DATASET:
             raise DataError(f"{folder} holds shards from elsewhere ({manifest.provenance.get('source')})")
@@ -118,7 +118,12 @@ def wanted_shards(num_shards: int) -> list[str]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it against other downloads, which are waited for.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".download.lock")

@@ -91,6 +91,7 @@ class Federation(Arguments):
             (config.data, "tokenizer", ("gpt2",)),
             (config, "ckpt_path", ("last",)),
             (config, "init_from", ()),
+            (config, "core_data", ()),
         ):
             if section[name] is not None and section[name] not in words:
                 section[name] = _absolute(section[name])
@@ -139,6 +140,11 @@ class Federation(Arguments):
             raise ConfigError(
                 f"--sample_every {options.sample_every}: text samples are taken where the server measures the weights; set it to "
                 "0, or federation.evaluation to server"
+            )
+        if config.evaluation == "sites" and options.core_every:
+            raise ConfigError(
+                f"--core_every {options.core_every}: CORE is measured where the server measures the weights; set it to 0, or "
+                "federation.evaluation to server"
             )
         check_usable(options)
         module, data = self.build()

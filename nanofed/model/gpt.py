@@ -173,7 +173,10 @@ class GPT(nn.Module):
         return head_loss(x, self.lm_head.weight, targets, reduction=reduction)
 
     def hidden_states(self, inputs: Tensor, kv_cache: KVCache | None = None) -> Tensor:
-        """Return what the head reads, (B, T, n_embd) in the compute dtype; arguments and errors as in `forward`."""
+        """Return what the head reads, (B, T, n_embd) in the compute dtype; arguments and errors as in `forward`.
+
+        Whoever needs few positions of long rows multiplies only these by the head.
+        """
         T = inputs.size(1)
         end = T if kv_cache is None else max(kv_cache.lengths) + T
         if end > self.max_positions:

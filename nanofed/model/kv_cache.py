@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -86,3 +88,15 @@ class KVCache:
     def truncate(self, lengths: list[int]) -> None:
         """Forget what each row holds beyond a length, such as the padding of its prompt."""
         self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
+
+    def fork(self, rows: Tensor, *, length: int) -> KVCache:
+        """Return a new cache of `length` tokens whose row i goes on from a copy of this one's row `rows[i]` (int64)."""
+        forked, filled = copy.copy(self), max(self.lengths)
+        forked.length = length
+        forked.lengths = [self.lengths[row] for row in rows.tolist()]
+        forked._rows = torch.arange(len(rows), device=rows.device)[:, None]
+        forked._store = self._store.new_zeros(
+            (*self._store.shape[:2], len(rows), self._store.shape[3], length, self._store.shape[5])
+        )
+        forked._store[:, :, :, :, :filled] = self._store[:, :, rows, :, :filled]
+        return forked

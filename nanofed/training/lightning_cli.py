@@ -15,6 +15,7 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.ranges import Seed, check_number
+from nanofed.training.callbacks.core import CoreEvaluation
 from nanofed.training.callbacks.dashboard import Dashboard, RunLogger, TextSamples
 from nanofed.training.callbacks.opening import Opening
 from nanofed.training.callbacks.progress import Progress
@@ -157,6 +158,7 @@ class FitCLI(LightningCLI):
                 self.dashboard,
                 Progress(self.dashboard, self.startup),
                 TextSamples(options),
+                CoreEvaluation(options, self.dashboard, self.watchdog),
                 self.saver,
                 Stopping(self.signals, self.saver),
             ]

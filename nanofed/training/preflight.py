@@ -9,6 +9,7 @@ from typing import Literal
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
+from nanofed.evaluation.core.bundle import Bundle
 from nanofed.generation.text import SAMPLE_TOKENS
 from nanofed.training.checkpoint import TOKENIZER, Manifest, check_model, checkpoints, find_checkpoint, read_manifest
 from nanofed.training.checkpoint.format import say_once
@@ -62,6 +63,8 @@ def check_start(
     if runtime.is_first_rank():
         check_usable(options)
         check_samples(options, data, module)
+        if options.core_every:
+            check_tasks(options)
         data.dataset.identity  # noqa: B018  (what the checkpoints record is what was there now)
         check_checkpoints(module, data, options, kind, config, training=training)
         check_memory(module, data, place, batch_tokens=batch_tokens, force=options.force)
@@ -79,6 +82,15 @@ def check_samples(options: RunOptions, data: TokenDataModule, module: GPTModule)
                 f"--sample_prompts: {prompt[:40]!r}… has {length:,} tokens with the one that begins a document, and this model "
                 f"can read {longest:,} before a sample of {SAMPLE_TOKENS}: shorten it"
             )
+
+
+def check_tasks(options: RunOptions) -> None:
+    """Refuse a bundle of CORE's tasks that is not there or damaged, and say what its score will lack."""
+    bundle = Bundle.read(options.core_data)
+    for task in bundle.tasks:
+        task.examples(options.core_examples)
+    if bundle.missing:
+        logger.info("CORE will be partial: %s lacks %s", bundle.path, ", ".join(bundle.missing))
 
 
 def check_checkpoints(

@@ -32,6 +32,9 @@ class RunOptions:
         deterministic: compute the same bits each time on a GPU too, for which it takes slower kernels.
         sample_every: steps (rounds) between two text samples, taken at validations; 0 takes none.
         sample_prompts: what the samples go on from.
+        core_every: steps (rounds) between two measurements of CORE, taken after validations; 0 takes none.
+        core_data: the bundle of CORE's tasks; by default the one that `nanofed data download --core` brings.
+        core_examples: examples to ask of each task, the first ones; 0 asks all. nanochat asks 500 while it trains.
     """
 
     name: str = "run"
@@ -48,6 +51,9 @@ class RunOptions:
     deterministic: bool = False
     sample_every: CountOrZero = 0
     sample_prompts: list[str] = field(default_factory=lambda: ["The capital of France is", "To open a file,"])
+    core_every: CountOrZero = 0
+    core_data: str | None = None
+    core_examples: CountOrZero = 500
 
     def __post_init__(self) -> None:
         """Refuse intervals that are none."""
@@ -60,6 +66,11 @@ class RunOptions:
             )
         if "://" in self.runs_dir:
             raise ConfigError(f"--runs_dir {self.runs_dir} is a URL: runs are kept in local folders only")
+        if self.core_every % self.eval_every:
+            raise ConfigError(
+                f"--core_every {self.core_every}: CORE is measured after a validation: take a multiple of --eval_every "
+                f"({self.eval_every})"
+            )
         if self.overwrite and self.ckpt_path:
             raise ConfigError("--overwrite true would delete the run that --ckpt_path goes on with: give one of them")
 

@@ -21,8 +21,13 @@ TARGETS = ["hf", "nanochat", "torch"]
 @pytest.mark.parametrize("to", TARGETS)
 def test_every_format_is_evaluated_as_the_run_is(to: Any, fit_run: Path, corpus: Corpus, tmp_path: Path) -> None:
     made = nanofed.export(fit_run, tmp_path / "made", to=to)
-    figures = [nanofed.evaluate(where, str(corpus.data), eval_tokens=256) for where in (fit_run, made)]
-    assert figures[0] == figures[1] > 0
+    ours, theirs = (nanofed.evaluate(where, str(corpus.data), eval_tokens=256) for where in (fit_run, made))
+    assert ours.bpb == theirs.bpb and ours.bpb is not None and ours.bpb > 0
+    assert (ours.step is None, theirs.step, theirs.tokens) == (False, None, None) and str(
+        theirs.checkpoint
+    ) in theirs.text()
+    with pytest.raises(ConfigError, match="name a text with --data"):
+        nanofed.evaluate(made)
 
 
 @pytest.mark.slow
@@ -36,7 +41,7 @@ def test_a_run_starts_from_a_model_of_elsewhere(to: Any, fit_run: Path, corpus: 
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
     options = {"runs_dir": tmp_path / "runs", "name": "on", "init_from": imported, "model.recipe.num_steps": 1}
     started = nanofed.fit(corpus.fit, overrides=options)
-    assert started.bpb_start == nanofed.evaluate(fit_run, str(corpus.data), eval_tokens=1024)
+    assert started.bpb_start == nanofed.evaluate(fit_run, str(corpus.data), eval_tokens=1024).bpb
 
 
 @pytest.mark.parametrize("to", TARGETS)

@@ -17,7 +17,8 @@ import nanofed
 from nanofed.errors import ConfigError
 from nanofed.formats import convert, huggingface
 from nanofed.formats.pretrained import Pretrained
-from nanofed.generation.sampling import generate_ids
+from nanofed.generation.engine import Engine
+from nanofed.generation.sampling import Sampling
 from nanofed.model import GPT, GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_weights, write_checkpoint
@@ -73,7 +74,8 @@ def test_transformers_computes_the_same(name: str, exported: Callable[[str], tup
         assert (logits - theirs(ids).logits).abs().max() <= 1e-5
     prompt = tokenizer("the quick naïve", return_tensors="pt")
     start = prompt["input_ids"][0].tolist()
-    expected = list(generate_ids(ours, start, max_tokens=16, temperature=0.0, stop_id=loaded.tokenizer.bos_token_id))
+    greedy, stop_ids = Sampling(temperature=0.0), {loaded.tokenizer.bos_token_id}
+    expected = [row[0] for row in Engine(ours).generate([start], greedy, max_tokens=16, stop_ids=stop_ids)]
     made = theirs.generate(**prompt, max_new_tokens=16, do_sample=False)[0, len(start) :].tolist()
     assert made[: len(expected)] == expected
     for text in [*TEXTS[:50], "", "  naïve\n\n\t日本語 12345 it's"]:

@@ -48,3 +48,15 @@ def test_rows_of_unequal_lengths_see_nothing_of_their_padding(model: GPT, ids: T
     assert cache.lengths == [20, 15]
     assert torch.allclose(last[0], expected[0, 9:], atol=2e-6)
     assert torch.allclose(last[1], expected[1, 4:15], atol=2e-6)
+
+
+def test_a_fork_goes_on_from_copies_of_the_rows_that_are_named(model: GPT, ids: Tensor) -> None:
+    cache = KVCache(model.config, batch_size=2, length=12)
+    with torch.no_grad():
+        model.hidden_states(ids[:, :12], kv_cache=cache)
+        rows = torch.tensor([1, 0, 1])
+        forked = cache.fork(rows, length=20)
+        logits = model(ids[rows, 12:], kv_cache=forked)
+        whole = model(ids)[rows, 12:]
+    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+    assert (cache.lengths, forked.lengths) == ([12, 12], [20, 20, 20])

@@ -95,10 +95,10 @@ def test_fit_and_validate_on_ranks(
 
 
 def test_evaluate(corpus: Path, checkpoint: Path, figure: float) -> None:
-    for size in (None, *SIZES):
-        options: dict[str, Any] = {"eval_tokens": EVAL_TOKENS, "device_batch_size": size}
-        found = api.evaluate(checkpoint, str(corpus / "data"), **options, compute_dtype=torch.float32)  # the run's own
-        assert found == figure
+    for data in (str(corpus / "data"), None):
+        options: dict[str, Any] = {"eval_tokens": EVAL_TOKENS}
+        found = api.evaluate(checkpoint, data, **options, compute_dtype=torch.float32)  # the run's own
+        assert found.bpb == figure
 
 
 def test_a_federations_server_and_its_sites(

@@ -21,6 +21,8 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.validation import tokens_of_share
 from nanofed.errors import NanofedError
 from nanofed.evaluation.bits_per_byte import BitsPerByte, bits_per_byte, evaluate_bits_per_byte
+from nanofed.evaluation.core.bundle import Bundle
+from nanofed.evaluation.core.score import CoreScore, evaluate_core
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.messenger import Messenger
@@ -111,6 +113,23 @@ class RoundEvaluator(ABC):
 # --- the server evaluates
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the server has measured of some weights.
+
+    Attributes:
+        bpb: bits per byte.
+        samples: prompt -> the prompt with the likeliest text after it.
+        seconds: how long that took.
+        core: CORE, where it was due.
+    """
+
+    bpb: float
+    samples: Mapping[str, str]
+    seconds: float
+    core: CoreScore | None
+
+
 class ServerModel:
     """A model on the server that takes the global weights to be evaluated.
 
@@ -155,19 +174,33 @@ class ServerModel:
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         with closing(iter(self._data.validation_loader())) as text:  # an error leaves no thread that reads ahead
             for batch in text:
-                if self.stopped.is_set():
-                    raise InterruptedError("the run has ended: the figure is not needed")
+                self._check_stopped()
                 yield batch.inputs, batch.targets
 
-    def measure(self, prompts: Sequence[str]) -> tuple[float, dict[str, str], float]:
-        """Return bits per byte of the loaded weights, the likeliest text after each prompt, and the seconds; release them."""
-        started = time.monotonic()
+    def _check_stopped(self) -> None:
+        if self.stopped.is_set():
+            raise InterruptedError("the run has ended: the figure is not needed")
+
+    def measure(self, prompts: Sequence[str], bundle: Bundle | None, examples: int) -> Measured:
+        """Measure the loaded weights and release them.
+
+        Args:
+            prompts: what the samples go on from.
+            bundle: CORE's tasks; None measures no CORE.
+            examples: asked of each task; 0 asks all.
+        """
+        started, core = time.monotonic(), None
         try:
             bpb = self.bits_per_byte()
             greedy = Sampling(temperature=0.0)
             texts = complete(Engine(self._gpt), self._data.tokenizer, prompts, greedy, max_tokens=SAMPLE_TOKENS)
             samples = {done.prompt: done.prompt + done.text for done in texts}
-            return bpb, samples, time.monotonic() - started
+            seconds = time.monotonic() - started
+            if bundle is not None:
+                core = evaluate_core(
+                    self._gpt, self._data.tokenizer, bundle, examples=examples, on_batch=self._check_stopped
+                )
+            return Measured(bpb, samples, seconds, core)
         finally:
             self.release()
 
@@ -186,8 +219,9 @@ class ServerEvaluator(RoundEvaluator):
         super().__init__(metrics, options)
         self._model = model
         self._beside = beside
+        self._bundle = Bundle.read(options.core_data) if options.core_every else None
         self._pool = ThreadPoolExecutor(1, "evaluation")
-        self._current: tuple[_Wanted, Future[tuple[float, dict[str, str], float]]] | None = None
+        self._current: tuple[_Wanted, Future[Measured]] | None = None
 
     def start(self, state: State, *, last: bool = False) -> None:
         """Evaluate the weights as they are; the last ones of a run at once.
@@ -197,10 +231,12 @@ class ServerEvaluator(RoundEvaluator):
         """
         every, wanted = self._options.sample_every, self._wanted(state)
         prompts = self._options.sample_prompts if every and state.clock.round % every == 0 else ()
+        due = self._bundle is not None and state.clock.round % self._options.core_every == 0
+        asked = prompts, self._bundle if due else None, self._options.core_examples
         if last or not self._beside:
             self.collect(state, wait=True)
             self._model.load(state.weights)
-            self._write(wanted, *self._model.measure(prompts))
+            self._write(wanted, self._model.measure(*asked))
         elif self._current is not None:
             logger.info(
                 "round %3d  is not measured: the server is still measuring round %d",
@@ -215,7 +251,7 @@ class ServerEvaluator(RoundEvaluator):
                 self._fail(wanted, error, state)
                 return
             self.round = state.clock.round
-            self._current = wanted, self._pool.submit(self._model.measure, prompts)
+            self._current = wanted, self._pool.submit(self._model.measure, *asked)
 
     def collect(self, state: State, *, wait: bool = False) -> None:
         """Write a figure that is ready; with `wait`, also one that is under way."""
@@ -225,17 +261,19 @@ class ServerEvaluator(RoundEvaluator):
         if (error := done.exception()) is not None:  # of the model, the device or the data
             self._fail(wanted, error, state)
         else:
-            self._write(wanted, *done.result())
+            self._write(wanted, done.result())
 
     def _fail(self, wanted: _Wanted, error: BaseException, state: State) -> None:
         logger.warning("round %d: bits per byte could not be measured: %s", wanted.point.step, error)
         state.events.add("evaluation", SERVER, repr(error), wanted.point.step)
 
-    def _write(self, wanted: _Wanted, bpb: float, samples: Mapping[str, str], seconds: float) -> None:
+    def _write(self, wanted: _Wanted, found: Measured) -> None:
         self.round = max(self.round, wanted.point.step)
-        self._metrics.validation(replace(wanted.point, bpb=bpb), step=wanted.step, seconds=seconds)
-        for prompt, sample in samples.items():
+        self._metrics.validation(replace(wanted.point, bpb=found.bpb), step=wanted.step, seconds=found.seconds)
+        for prompt, sample in found.samples.items():
             self._metrics.text(prompt, sample, wanted.step)
+        if found.core is not None:
+            self._metrics.core(found.core, wanted.point, step=wanted.step)
 
     def stop(self) -> None:
         """End a measurement that is under way, at its next batch."""

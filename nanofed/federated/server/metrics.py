@@ -14,10 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from nanofed import streams
+from nanofed.evaluation.core.score import CoreScore
 from nanofed.federated.aggregation.norm_guard import Length
 from nanofed.federated.server.events import KINDS, Events
 from nanofed.federated.wire.messages import Report
 from nanofed.federated.wire.plain_text import plain
+from nanofed.training.evaluate import write_scalars
 from nanofed.training.summary import Point, Summary
 from nanofed.training.tensorboard import describe, write_point
 
@@ -266,6 +268,19 @@ class FederationMetrics:
         logger.info(
             "round %3d  %21.2f M tokens  val %.4f bits per byte%s", point.step, point.tokens / 1e6, point.bpb, by_site
         )
+        self.save()
+
+    def core(self, score: CoreScore, point: Point, *, step: int) -> None:
+        """Write CORE after a round, and a line of the log.
+
+        Args:
+            score: CORE with its tasks.
+            point: the round, and its tokens.
+            step: optimizer steps of the run by then.
+        """
+        self._try(lambda: write_scalars(self._writer(""), score, step, point.tokens))
+        self._bar.clear()
+        logger.info("round %3d  %21.2f M tokens  %s", point.step, point.tokens / 1e6, score.line())
         self.save()
 
     def text(self, prompt: str, sample: str, step: int) -> None:

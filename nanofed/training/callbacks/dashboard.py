@@ -23,7 +23,7 @@ from nanofed.training.summary import Point, Summary
 from nanofed.training.tensorboard import describe, write_point
 
 
-def _writer(trainer: Trainer) -> Any:
+def writer_of(trainer: Trainer) -> Any:
     """Return TensorBoard's SummaryWriter on the first rank, None elsewhere or without a logger."""
     experiment = getattr(trainer.logger, "experiment", None) if trainer.is_global_zero else None
     return experiment if hasattr(experiment, "add_scalar") else None
@@ -113,7 +113,7 @@ class Dashboard(Callback):
         module = cast(GPTModule, pl_module)
         self._step = module.clock.step
         self._losses.start(module.data_state)
-        if (writer := _writer(trainer)) is not None:
+        if (writer := writer_of(trainer)) is not None:
             describe(writer, self._options.folder)
         due = self._step > 0 and self._step * trainer.accumulate_grad_batches % int(trainer.val_check_interval) == 0
         missing = due and all(point.step != self._step for point in self.summary.curve)
@@ -175,7 +175,7 @@ class Dashboard(Callback):
         self._window = (self.summary.seconds, tokens)
         waited, self._waited = self._waited, trainer.datamodule.wait.seconds  # type: ignore[attr-defined]
         self.summary.tokens = tokens
-        writer = _writer(trainer)
+        writer = writer_of(trainer)
         if writer is None or self.last_loss is None:
             return
         scalars = {
@@ -203,7 +203,7 @@ class Dashboard(Callback):
         clock = module.clock
         self.summary.add(Point(clock.step, clock.tokens, round(self.summary.seconds, 3), value))
         self.summary.tokens = clock.tokens
-        writer = _writer(trainer)
+        writer = writer_of(trainer)
         if writer is not None:
             write_point(writer, self.summary.curve[-1], clock.step)
             writer.flush()
@@ -227,7 +227,7 @@ class TextSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample after a validation, where the model stands still anyway."""
         module = cast(GPTModule, pl_module)
-        writer = _writer(trainer)
+        writer = writer_of(trainer)
         every = self._options.sample_every
         if writer is None or not every or module.clock.step % every:
             return

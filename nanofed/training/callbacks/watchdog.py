@@ -209,6 +209,10 @@ class Watchdog(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Count progress."""
+        self.progress()
+
+    def progress(self) -> None:
+        """Count progress of an evaluation that is no part of Lightning's own."""
         self._idle = 0.0
 
     def state_dict(self) -> dict[str, Any]:
