@@ -181,6 +181,11 @@ class ServerModel:
         if self.stopped.is_set():
             raise InterruptedError("the run has ended: the figure is not needed")
 
+    def _samples(self, prompts: Sequence[str]) -> dict[str, str]:
+        greedy = Sampling(temperature=0.0)
+        texts = complete(Engine(self._gpt), self._data.tokenizer, prompts, greedy, max_tokens=SAMPLE_TOKENS)
+        return {done.prompt: done.prompt + done.text for done in texts}
+
     def measure(self, prompts: Sequence[str], bundle: Bundle | None, examples: int) -> Measured:
         """Measure the loaded weights and release them.
 
@@ -192,9 +197,7 @@ class ServerModel:
         started, core = time.monotonic(), None
         try:
             bpb = self.bits_per_byte()
-            greedy = Sampling(temperature=0.0)
-            texts = complete(Engine(self._gpt), self._data.tokenizer, prompts, greedy, max_tokens=SAMPLE_TOKENS)
-            samples = {done.prompt: done.prompt + done.text for done in texts}
+            samples = self._samples(prompts) if prompts else {}
             seconds = time.monotonic() - started
             if bundle is not None:
                 core = evaluate_core(
