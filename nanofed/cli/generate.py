@@ -31,7 +31,8 @@ NUMBERS: dict[str, tuple[Any, float, str]] = {  # option -> kind, default, help;
 
 def main(argv: list[str]) -> int:
     """Write what the model makes of one prompt, of a file of prompts, or of those that are typed."""
-    args = _parser().parse_args(argv[1:])
+    parser = _parser()
+    args = parser.parse_args(argv[1:])
     if args.prompt is not None and args.prompts is not None:
         raise ConfigError("--prompt and --prompts: give one of them")
     options = {name: getattr(args, name) for name in NUMBERS} | {"stop": args.stop}
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     if args.prompt is not None:
         return _of_one_prompt(args, options)
     if sys.stdin is None or not sys.stdin.isatty():
-        raise ConfigError("give --prompt or --prompts: standard input is no terminal, where prompts could be asked for")
+        parser.error("give --prompt or --prompts: standard input is no terminal, where prompts could be asked for")
 
     from nanofed import api
 

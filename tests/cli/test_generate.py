@@ -178,7 +178,6 @@ def test_a_stop_token_ends_the_text(fit_run: Path, capsys: pytest.CaptureFixture
         (["--prompt", "p", "--jsonl"], 2, "--jsonl writes what follows a file of prompts"),
         (["--prompts", "no-such-file"], 3, "--prompts no-such-file: No such file or directory"),
         (["--prompt", "p", "--stop", "quick fox"], 2, "tokens and has to be one; special tokens are <|bos|>"),
-        ([], 2, "standard input is no terminal"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(
@@ -190,6 +189,12 @@ def test_what_does_not_go_together_is_one_line(
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_without_a_prompt_and_a_terminal_it_shows_the_usage(fit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "--checkpoint", str(fit_run)])
+    assert "standard input is no terminal" in capsys.readouterr().err
 
 
 class Terminal:
