@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import time
 import traceback
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
+        if argv is None:  # an impatient second one would kill the process while it ends, and change its exit code
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"nanofed {args[0]}: interrupted", file=sys.stderr)
         return 130
     except streams.ReaderGone:
