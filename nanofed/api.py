@@ -164,7 +164,8 @@ def export(
         output: the folder to make (`hf`, `nanochat`) or the file (`torch`); nothing may be there yet.
         to: `hf` is what transformers' `AutoModelForCausalLM` and `AutoTokenizer` load; `nanochat` a `NANOCHAT_BASE_DIR` with its
             checkpoint, optimizer state included where the checkpoint has one; `torch` one safetensors file.
-        dtype: of the exported weights; nanochat's are fp32, but for an embedding that bf16 expresses.
+        dtype: the dtype in which weights are written. `nanochat` has its own rule and ignores it: fp32, but bf16 for an embedding
+            that loses nothing by it.
         licence: the licence that the model card names, an identifier of the Hugging Face Hub's such as `apache-2.0`.
         push: `OWNER/NAME` of a repository on the Hugging Face Hub to upload the folder to as well; a new one is private.
 
@@ -236,12 +237,12 @@ def generate(
     Args:
         checkpoint: what `load` takes, or what it has returned.
         prompt: the text to go on from, which is not repeated.
-        max_tokens: tokens at most; the end of the document comes before, where the model says so.
+        max_tokens: the most tokens to draw; the text ends earlier where the model ends the document.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: draw among the k likeliest tokens, None for all.
         top_p: draw among the fewest of the likeliest tokens whose probabilities add up to this.
         stop: texts of tokens that end it, such as `<|assistant_end|>`.
-        seed: of the draws.
+        seed: the seed of the random draws: the same seed draws the same tokens.
         device: where a checkpoint is loaded to.
 
     Raises:
@@ -318,8 +319,8 @@ def evaluate(
         bpb: measure bits per byte.
         core: measure CORE.
         core_data: the bundle of CORE's tasks; by default the one that `nanofed data download --core` brings.
-        core_examples: examples to ask of each task, the first ones; 0 asks all.
-        eval_tokens: targets to score for bits per byte; by default the run's number.
+        core_examples: how many examples of each task are asked, from the first one on; 0 asks all.
+        eval_tokens: how many targets are scored for bits per byte; by default as many as the run scores.
         device: where the model runs.
         compute_dtype: dtype of the matmuls, as `load` takes it, or its name; only figures of one dtype can be compared.
         progress: draw a bar of CORE's examples where standard error is a terminal.

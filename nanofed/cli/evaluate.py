@@ -63,17 +63,17 @@ def _parser() -> argparse.ArgumentParser:
         help="the bundle of tasks (default: what `nanofed data download --core` brings)",
     )
     add_number(
-        parser, "--core_examples", kind=CountOrZero, default=0, help="of each task, the first ones; 0: all (default: 0)"
+        parser, "--core_examples", kind=CountOrZero, default=0, help="examples asked of each task; 0: all (default: 0)"
     )
     parser.add_argument(
         "--data", metavar="NAME", help="bits per byte on demo, fineweb-edu or a folder of shards instead"
     )
-    add_number(parser, "--eval_tokens", kind=Tokens, default=None, help="tokens of that text (default: the run's)")
+    add_number(parser, "--eval_tokens", kind=Tokens, default=None, help="tokens to score (default: the run's number)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the matmuls (default: bfloat16 where the device multiplies it)",
+        help="dtype of the matmuls (default: bfloat16 where the device multiplies it)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
     return parser

@@ -51,8 +51,10 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("output", metavar="OUTPUT", help="the folder or file to make; nothing may be there yet")
     parser.add_argument("--to", choices=("hf", "nanochat", "torch"), default="hf", help="default: %(default)s")
     dtypes = ("float32", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (default: %(default)s)")
-    licence = "of the model card: an identifier such as apache-2.0 (default: %(default)s)"
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="float32", help="dtype of the exported weights (default: %(default)s)"
+    )
+    licence = "the licence that the model card names: an identifier such as apache-2.0 (default: %(default)s)"
     parser.add_argument("--license", default="unknown", metavar="ID", help=licence)
     push = "upload it to this repository of the Hugging Face Hub, too; a new one is private"
     parser.add_argument("--push", metavar="OWNER/NAME", help=push)
@@ -69,7 +71,7 @@ def _import_parser() -> argparse.ArgumentParser:
     )
     source = "a nanochat checkpoint or NANOCHAT_BASE_DIR, a folder of transformers' NanoChat, or a file of --to torch"
     parser.add_argument("source", metavar="DIR", help=source)
-    parser.add_argument("--name", required=True, help="of the run, which may not be there yet")
+    parser.add_argument("--name", required=True, help="name of the new run, which may not be there yet")
     parser.add_argument("--runs_dir", default="runs", help="folder of all runs (default: %(default)s)")
     beside = "folder of a nanochat checkpoint's tokenizer (default: beside the checkpoint, or beside base_checkpoints)"
     parser.add_argument("--tokenizer", metavar="FOLDER", help=beside)

@@ -25,7 +25,7 @@ NUMBERS: dict[str, tuple[Any, float, str]] = {  # option -> kind, default, help;
     "temperature": (Factor, 0.8, "0 takes the likeliest token"),
     "top_k": (CountOrZero, 50, "draw among the k likeliest; 0: all"),
     "top_p": (Nucleus, 1.0, "draw among the fewest of the likeliest whose probabilities add up to this"),
-    "seed": (Seed, 42, "of the draws"),
+    "seed": (Seed, 42, "the same seed draws the same tokens"),
 }
 
 
@@ -63,9 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="what to go on from; - reads standard input")
     parser.add_argument("--prompts", metavar="FILE", help="text file of prompts, one a line; - reads standard input")
-    parser.add_argument("--jsonl", action="store_true", help="of --prompts: one JSON object a line, in their order")
+    parser.add_argument("--jsonl", action="store_true", help="with --prompts: one JSON object a line, in their order")
     add = functools.partial(add_number, parser)
-    add("--batch_size", kind=Count, default=16, help="of --prompts: generated side by side (default: %(default)s)")
+    add(
+        "--batch_size",
+        kind=Count,
+        default=16,
+        help="prompts of --prompts that are generated side by side (default: %(default)s)",
+    )
     for name, (kind, default, meaning) in NUMBERS.items():
         add(f"--{name}", kind=kind, default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument(

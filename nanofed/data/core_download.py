@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import secrets
 import shutil
 import stat
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -23,6 +25,8 @@ URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 FOLDER = "eval_bundle"  # which the zip file has around everything
 MOST_BYTES = 4 << 30  # of what is unpacked
 _IGNORED = ("__MACOSX", ".DS_Store")  # macOS leaves them in zip files
+# What Python raises for a zip file that is damaged; a RuntimeError stands for a password or a compression that it does not know.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeDecodeError, RuntimeError)
 
 
 def download_core(
@@ -110,7 +114,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with files.open(info) as source, path.open("xb") as target:
                     shutil.copyfileobj(source, target)  # no more than `file_size`, and its checksum is checked
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, FileExistsError) as error:
+    except (*_UNREADABLE, FileExistsError) as error:
         raise DataError(f"{archive} cannot be unpacked: {error}") from error
 
 
@@ -118,6 +122,6 @@ def _problem(archive: Path) -> str | None:
     try:
         with zipfile.ZipFile(archive) as files:
             damaged = files.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, OSError) as error:
+    except (*_UNREADABLE, OSError) as error:
         return f"it is no zip file that can be read ({error})"
     return f"{damaged} in it is damaged" if damaged else None

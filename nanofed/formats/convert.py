@@ -61,7 +61,7 @@ def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licenc
         checkpoint: the checkpoint, of either path.
         output: the folder to make; a file with `torch`.
         target: `hf` for transformers, `nanochat` for a `NANOCHAT_BASE_DIR`, `torch` for one safetensors file.
-        dtype: of the weights, `float32` or `bfloat16`; nanochat's has its own rule.
+        dtype: the dtype in which weights are written, `float32` or `bfloat16`; `nanochat` ignores it (see `nanochat.write`).
         licence: the licence that the model card names.
         address: what the model card loads the model from: the folder's name, or OWNER/NAME on the Hub.
 

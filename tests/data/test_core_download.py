@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from nanofed import cli
-from nanofed.data.core_download import download_core, unpack
+from nanofed.data.core_download import _problem, download_core, unpack
 from nanofed.data.transfer import Retry
 from nanofed.errors import ConfigError, DataError
 from nanofed.evaluation.core.bundle import Bundle
@@ -102,6 +104,24 @@ def test_a_zip_that_holds_no_bundle_makes_no_folder(hub: Hub, tmp_path: Path) ->
     with pytest.raises(DataError, match="there is no CORE bundle"):
         get(hub, tmp_path / "eval_bundle")
     assert not (tmp_path / "eval_bundle").exists()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_flipped_bit_anywhere_is_said_in_a_sentence(method: int, tmp_path: Path) -> None:
+    archive, random = tmp_path / "flipped.zip", Random(0)
+    with zipfile.ZipFile(archive, "w", method) as files:
+        for number in range(3):
+            files.writestr(f"eval_bundle/ä{number}.jsonl", f'{{"a": {number}}}\n' * 200)
+    whole, found = archive.read_bytes(), 0
+    assert _problem(archive) is None
+    for attempt in range(200):
+        flipped = bytearray(whole)
+        flipped[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+        archive.write_bytes(flipped)
+        found += _problem(archive) is not None
+        with contextlib.suppress(DataError, OSError):  # what `unpack` says that it raises
+            unpack(archive, tmp_path / str(attempt))
+    assert found > 20  # the rest are dates, permissions and names
 
 
 @pytest.mark.parametrize(

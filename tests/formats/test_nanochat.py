@@ -21,6 +21,7 @@ from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.training import train_tokenizer
 from nanofed.training.checkpoint import CheckpointError, read_manifest, read_state, read_weights
 from tests.cli.conftest import TEXTS, Corpus
+from tests.optim.test_optimizer import assert_same
 
 CHECKPOINT = Path("base_checkpoints/d2")
 
@@ -102,22 +103,6 @@ def _pickled(tokenizer: Tokenizer) -> bytes:
             special_tokens=tokenizer.special_tokens,
         )
     )
-
-
-def assert_same(a: Any, b: Any) -> None:
-    """Hold two nests of tensors against each other, to the last bit and dtype."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def assert_same_folders(a: Path, b: Path) -> None:

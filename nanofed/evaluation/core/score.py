@@ -36,9 +36,9 @@ class TaskScore:
         examples: examples that were asked.
         published: examples of the whole task.
         accuracy: the share that was answered right.
-        accuracy_interval: 95 % of the bootstrap's draws lie within.
+        accuracy_interval: the lowest and highest accuracy between which 95 % of the bootstrap's draws lie.
         centred: 0 for what a random answer is worth, 1 for all right.
-        centred_interval: as `accuracy_interval`.
+        centred_interval: the same interval of the centred accuracy.
     """
 
     label: str
@@ -58,7 +58,7 @@ class CoreScore:
 
     Attributes:
         core: the mean of the tasks' centred accuracies.
-        interval: 95 % of the bootstrap's draws lie within; it holds for the choice of examples, not for the seed of a training.
+        interval: the lowest and highest score between which 95 % of the bootstrap's draws lie; it holds for the choice of examples, not for the seed of a training.
         tasks: the score of every task that was asked.
         missing: CORE's tasks that were not asked.
         bundle: a SHA-256 of the bundle's files.
