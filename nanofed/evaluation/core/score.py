@@ -58,7 +58,8 @@ class CoreScore:
 
     Attributes:
         core: the mean of the tasks' centred accuracies.
-        interval: the lowest and highest score between which 95 % of the bootstrap's draws lie; it holds for the choice of examples, not for the seed of a training.
+        interval: the lowest and highest score between which 95 % of the draws of a bootstrap lie. It says how
+            far the choice of examples decides, and nothing of the seed of a training.
         tasks: the score of every task that was asked.
         missing: CORE's tasks that were not asked.
         bundle: a SHA-256 of the bundle's files.
