@@ -18,7 +18,7 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
-from nanofed.training.checkpoint import Manifest, read_manifest
+from nanofed.training.checkpoint import MANIFEST, Manifest, read_manifest
 from nanofed.training.summary import CONFIG, MARKER
 
 if TYPE_CHECKING:
@@ -128,6 +128,10 @@ def measure_bits_per_byte(
 
 def _text_of_run(checkpoint: Path) -> dict[str, Any]:
     """Return the options that say what the validation text of a checkpoint's run is."""
+    if not (checkpoint / MANIFEST).is_file():
+        raise ConfigError(
+            f"{checkpoint} was exported, and does not say what text it was validated with: name one with --data"
+        )
     path = checkpoint.parent.parent / CONFIG
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]

@@ -90,12 +90,13 @@ class Task:
                 except (ValueError, KeyError, TypeError, IndexError) as error:
                     raise DataError(f"{self.path}, line {number}: no example of {self.kind} ({error})") from error
         random.Random(SHUFFLE_SEED).shuffle(found)
-        found = found[:most] if most else found
-        if len(found) <= self.shots:
+        asked = found[:most] if most else found
+        if len(asked) <= self.shots:
+            more = f"; there are {len(found)}: ask for more of them" if len(asked) < len(found) else ""
             raise DataError(
-                f"{self.path}: {len(found)} examples are too few for a task that shows {self.shots} before each question"
+                f"{self.path}: {len(asked)} examples are too few for a task that shows {self.shots} before each question{more}"
             )
-        return found
+        return asked
 
 
 @dataclass(frozen=True)
