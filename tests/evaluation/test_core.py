@@ -232,7 +232,7 @@ def test_no_bundle_and_too_few_examples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nanofed data download --core"):
         Bundle.read(tmp_path)
     found = Bundle.read(write_bundle(tmp_path / "bundle"))
-    with pytest.raises(DataError, match="2 examples are too few for a task that shows 2 .*: ask for more of them"):
+    with pytest.raises(DataError, match=r"2 examples are too few for a task that shows 2 .*: ask for more of them"):
         found.tasks[0].examples(2)
 
 

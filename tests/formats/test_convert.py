@@ -26,7 +26,7 @@ def test_every_format_is_evaluated_as_the_run_is(to: Any, fit_run: Path, corpus:
     assert (ours.step is None, theirs.step, theirs.tokens) == (False, None, None) and str(
         theirs.checkpoint
     ) in theirs.text()
-    with pytest.raises(ConfigError, match="was exported, and does not say .*: name one with --data"):
+    with pytest.raises(ConfigError, match=r"was exported, and does not say .*: name one with --data"):
         nanofed.evaluate(made)
 
 
