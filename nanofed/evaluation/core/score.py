@@ -129,8 +129,8 @@ def evaluate_core(
     Args:
         model: A GPT with weights; every rank has the same.
         tokenizer: the model's.
-        bundle: the tasks.
-        examples: asked of each task, the first ones in nanochat's order; 0 asks all.
+        bundle: the tasks to ask.
+        examples: How many examples of each task are asked, from the first one in nanochat's order on; 0 asks all.
         progress: whether the first rank draws a bar where standard error is a terminal.
         on_batch: is called before each batch; what it raises ends the evaluation.
 

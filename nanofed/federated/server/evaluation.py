@@ -190,9 +190,9 @@ class ServerModel:
         """Measure the loaded weights and release them.
 
         Args:
-            prompts: what the samples go on from.
+            prompts: The prompts of the text samples; without any, none is made.
             bundle: CORE's tasks; None measures no CORE.
-            examples: asked of each task; 0 asks all.
+            examples: How many examples of each task are asked; 0 asks all.
         """
         started, core = time.monotonic(), None
         try:

@@ -25,9 +25,9 @@ class CoreEvaluation(Callback):
     without. A run that is killed while it measures goes on without that point.
 
     Args:
-        options: how often, and of what.
-        dashboard: its clock stands still meanwhile.
-        watchdog: hears of progress.
+        options: The run's options, which say every how many steps CORE is measured, and on which bundle.
+        dashboard: The callback whose clock of training time is stopped while CORE is measured.
+        watchdog: The callback that is told of each batch, so that a long measurement is not taken for a rank that hangs.
     """
 
     def __init__(self, options: RunOptions, dashboard: Dashboard, watchdog: Watchdog) -> None:
