@@ -14,6 +14,7 @@ from typing import Any
 from nanofed.errors import NanofedError
 
 FIRST_WAIT = 0.1  # seconds
+WORKER_WAIT = 0.02  # seconds; looking costs a SuperNode no call
 GROWTH = 1.2  # of the wait from one look to the next: 3 s after 19 looks in 17 s
 REST_SECONDS = 10.0  # that the next piece of an answer may take, on one machine
 HEARTBEAT_SECONDS = 5.0  # a task is given up after two of them without a word; the worker sends one a second
@@ -43,7 +44,7 @@ class Waits:
             time.sleep(min(seconds, FIRST_WAIT * GROWTH ** min(self._idle, 100)))
             self._idle += 1
         else:  # for the worker, which has a message
-            time.sleep(min(seconds, FIRST_WAIT))
+            time.sleep(min(seconds, WORKER_WAIT))
             self._idle = 0
 
     def __getattr__(self, name: str) -> Any:

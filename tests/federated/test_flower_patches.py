@@ -43,7 +43,7 @@ def test_waits_grow_to_flowers_and_begin_anew_with_a_message(monkeypatch: pytest
     assert sum(waits) > 60  # who waits for minutes asks as rarely as Flower
     clock.sleep(0.5)
     clock.sleep(3)
-    assert waits[-2:] == [flower_patches.FIRST_WAIT] * 2
+    assert waits[-2:] == [flower_patches.WORKER_WAIT, flower_patches.FIRST_WAIT]
     assert clock.monotonic() > 0
 
 

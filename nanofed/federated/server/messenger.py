@@ -51,6 +51,7 @@ class _Asked(Generic[T]):
         check: It returns what the answer holds, or raises `RefusedReply`.
         started: When the answer's seconds begin to count, on the monotonic clock.
         seconds: The seconds after which the client is given up.
+        trains: The seconds that the client is to train, before which its answer is not expected.
     """
 
     client: str
@@ -60,6 +61,7 @@ class _Asked(Generic[T]):
     check: Callable[[str, Message], T]
     started: float
     seconds: float
+    trains: float
 
 
 class Messenger:
@@ -113,7 +115,9 @@ class Messenger:
         number = next(iter(instructions.values())).round
         weights = self._offer(nodes, sent, seconds)
         check = _update_check(instructions, sent, weights, streams=streams, most_pending=most_pending)
-        return self._exchange(MessageType.TRAIN, "fitins", nodes, configs, weights, number, seconds, check, meanwhile)
+        trains = next(iter(instructions.values())).seconds or 0.0
+        kind = MessageType.TRAIN
+        return self._exchange(kind, "fitins", nodes, configs, weights, number, seconds, check, meanwhile, trains)
 
     def send(
         self,
@@ -129,7 +133,8 @@ class Messenger:
         client = instructions.client
         weights = self._offer([client], sent, seconds)
         check = _update_check({client: instructions}, sent, weights, streams=streams, most_pending=most_pending)
-        asked = _Asked(client, node, instructions.round, weights, check, time.monotonic(), seconds)
+        trains = instructions.seconds or 0.0
+        asked = _Asked(client, node, instructions.round, weights, check, time.monotonic(), seconds, trains)
         self._send(MessageType.TRAIN, "fitins", instructions.to_config(), asked)
         weights.sent()
 
@@ -197,6 +202,7 @@ class Messenger:
         seconds: float,
         check: Callable[[str, Message], T],
         meanwhile: Callable[[], None] = lambda: None,
+        trains: float = 0.0,
     ) -> Iterator[ClientReply[T]]:
         """Send one message to each client and yield what `check` makes of its reply, or why it refuses it."""
         started = time.monotonic()
@@ -204,7 +210,7 @@ class Messenger:
         waiting = self._waiting
         try:
             for client, node in nodes.items():
-                asked = _Asked(client, node, number, round_weights, check, started, seconds)
+                asked = _Asked(client, node, number, round_weights, check, started, seconds, trains)
                 self._send(kind, record, configs[client], asked)
             round_weights.sent()
             if round_weights.message_bytes > WASTE_BYTES:
@@ -230,13 +236,17 @@ class Messenger:
         """Send a message, and wait for its answer from now on."""
         weights, client = asked.weights, asked.client
         settings = ConfigRecord(config | weights.note(client))
-        content = RecordDict({f"{record}.parameters": weights.record(client), f"{record}.config": settings})
+        content = RecordDict({f"{record}.config": settings})
+        if arrays := weights.record(client):
+            content[f"{record}.parameters"] = arrays
         message = Message(content, asked.node, kind, ttl=LIFE * asked.seconds, group_id=str(asked.round))
         self._waiting.update(dict.fromkeys(self._grid.push_messages([message]), asked))
 
     def rest(self) -> None:
-        """Sleep until it is worth to look for answers again."""
-        time.sleep(min(MAX_POLL_SECONDS, POLL_SECONDS * max(1, len(self._waiting))))
+        """Sleep until it is worth looking for answers again: a look costs the SuperLink 10 ms, and few come while all train."""
+        trained = min((asked.started + asked.trains for asked in self._waiting.values()), default=0.0)
+        pause = max(POLL_SECONDS * len(self._waiting), trained - time.monotonic(), POLL_SECONDS)
+        time.sleep(min(MAX_POLL_SECONDS, pause))
 
     def _arrived(self, number: int) -> Iterator[ClientReply[Any]]:
         """Look once for each message's answer, and yield what its check makes of it, or why it refuses it."""
