@@ -57,3 +57,11 @@ def test_a_command_imports_no_package_that_it_does_not_use() -> None:
     code = f"{seen} import gc, importlib.metadata; print(importlib.metadata.version('lightning') != '', gc.isenabled())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True True\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["nanofed.federated.site.worker", "nanofed.federated.runtimes.flower_app"])
+def test_neither_does_a_process_of_a_deployment(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in ('transformers', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -6,6 +6,11 @@ names the run; where a person has, the settings of the Flower run say what is to
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from nanofed.training.lightning_import import import_lightning
+
+import_lightning()  # before the modules that import it themselves: this one is imported by a process of its own
+
 import functools
 import logging
 import sys

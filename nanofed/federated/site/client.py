@@ -66,8 +66,8 @@ def refuse_late(message: Message, context: Context, handle: ClientAppCallable) -
 def spare_records(message: Message, context: Context, handle: ClientAppCallable) -> Message:
     """Send back only what the server reads, and give Flower the empty weights of a message that has none.
 
-    Flower moves each record of a message in calls of its own, of 10 ms each at the SuperLink. A NumPyClient answers with four; the
-    server reads its metrics, and its weights where these are in the message.
+    Flower moves each record of a message in calls of its own, of 10 ms each at the SuperLink. A NumPyClient answers with four
+    records; the server reads its metrics, and its weights where these are in the message.
     """
     for name in list(message.content.config_records):
         message.content.setdefault(name.replace("ins.config", "ins.parameters"), ArrayRecord())

@@ -8,6 +8,11 @@ one takes the messages, the others follow it.
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from nanofed.training.lightning_import import import_lightning
+
+import_lightning()  # before the modules that import it themselves: this one is imported by a process of its own
+
 import logging
 import os
 import queue
