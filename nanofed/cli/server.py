@@ -9,7 +9,7 @@ from nanofed import runtime
 from nanofed.cli.numbers import add_number
 from nanofed.ranges import Range
 
-USAGE = """nanofed server --config FILE [--listen HOST:PORT] [--keys KEYS] [options of nanofed federate]
+USAGE = """nanofed server --config FILE [--listen HOST:PORT] [--keys KEYS] [--plan FILE] [options of nanofed federate]
        nanofed server init KEYS --host HOST [--host …] --site NAME [--site …]"""
 
 
@@ -29,11 +29,14 @@ def main(argv: list[str]) -> int:
         "--listen", default="127.0.0.1:9092", help="where sites reach the server (default: %(default)s)"
     )
     parser.add_argument("--keys", help="folder of nanofed server init: TLS, and a key for each site")
+    parser.add_argument("--plan", metavar="FILE", help="first say what rounds will come to at the sites of a file")
     own, rest = parser.parse_known_args(argv[1:])
     from nanofed import api
     from nanofed.cli.output import describe, show_progress
 
     show_progress()
+    if own.plan is not None:
+        print(api.plan(own.plan, args=rest).text(), flush=True)
     print(describe(api.serve(args=rest, listen=own.listen, keys=own.keys)))
     return 0
 

@@ -32,6 +32,10 @@ def test_a_plan_says_what_to_set_and_starts_nothing(
         "Evaluations by the sites are not counted",
     ):
         assert words in shown
+    # A server says the same before it begins, which this one is not able to.
+    command = ["server", *corpus.start("federate", "--plan=sites.yaml")[1:], "--listen=127.0.0.1:1", "--keys=none"]
+    assert cli.main(command) == 2
+    assert "--federation.down_codec=" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["sites.yaml"]
 
 
