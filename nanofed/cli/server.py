@@ -17,6 +17,16 @@ def main(argv: list[str]) -> int:
     """Serve a federation of sites, or write the keys that it needs."""
     if argv[1:2] == ["init"]:
         return _init(argv[2:])
+    own, rest = _parser().parse_known_args(argv[1:])
+    from nanofed import api
+    from nanofed.cli.output import describe, show_progress
+
+    show_progress()
+    print(describe(api.serve(args=rest, listen=own.listen, keys=own.keys)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanofed server",
         usage=USAGE,
@@ -29,13 +39,7 @@ def main(argv: list[str]) -> int:
         "--listen", default="127.0.0.1:9092", help="where sites reach the server (default: %(default)s)"
     )
     parser.add_argument("--keys", help="folder of nanofed server init: TLS, and a key for each site")
-    own, rest = parser.parse_known_args(argv[1:])
-    from nanofed import api
-    from nanofed.cli.output import describe, show_progress
-
-    show_progress()
-    print(describe(api.serve(args=rest, listen=own.listen, keys=own.keys)))
-    return 0
+    return parser
 
 
 def _init(argv: list[str]) -> int:
