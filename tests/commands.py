@@ -53,7 +53,8 @@ def parse(words: Sequence[str]) -> Any:
     elif name in ("federate", "server", "site"):
         config = Arguments.from_args(module._parser().parse_known_args(args)[1]).config
     else:
-        module._parser().parse_args(args)
+        parser = getattr(module, f"_{name}_parser", None) or module._parser  # export's module is import's, too
+        parser().parse_args(args)
         return None
     on_meta(config)
     return config
