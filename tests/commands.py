@@ -22,7 +22,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def blocks(document: Path) -> Iterator[tuple[str, str]]:
     """Yield language and text of every code block of a Markdown document."""
     text = document.read_text(encoding="utf-8")
-    assert text.count("```") == 2 * len(found := BLOCK.findall(text)), "a code block is indented or has no end"
+    found = BLOCK.findall(text)
+    assert text.count("```") == 2 * len(found), "a code block is indented or has no end"
     yield from found
 
 

@@ -31,7 +31,7 @@ def shrink(config: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Work in a folder with small `tiny` configs, own text and CORE tasks; demo corpus and tokenizer are in a cache of its own."""
+    """Work in a folder with small `tiny` configs, own text, CORE tasks and, in a cache of its own, the demo corpus."""
     folder = tmp_path_factory.mktemp("workspace")
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     for name in ("tiny", "tiny_federated"):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from nanofed import cli
 from nanofed.federated.flower import free_port
@@ -22,8 +20,8 @@ pytest_plugins = ["tests.workspace"]
 
 README = REPOSITORY / "README.md"
 
-# Commands that do not run here, each with the reason. Those of nanofed, also under torchrun, are read by their own parsers; of the
-# others it is tested that the files they name are there.
+# Commands that do not run here, each with the reason. Those of nanofed, also under torchrun, are read by their own parsers; and
+# files of the repository that a command names are there.
 NOT_RUN = {
     r"torchrun .*|nanofed .* configs/d\d+\w*\.yaml.*": "needs GPUs, or hours",
     r"nanofed data download .*|nanofed tokenizer train": "needs the network, or what it brings",
@@ -68,3 +66,32 @@ def test_every_command_and_every_line_of_python_runs(workspace: Path) -> None:
     site.terminate()
     assert site.wait(timeout=60) == 143
     assert unused == set(), "these exceptions stand for no command"
+
+
+def texts_of_the_code() -> set[str]:
+    """Return every string in the package; in an f-string each value is an ellipsis."""
+    found = set()
+    for path in (REPOSITORY / "nanofed").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_every_message_of_troubleshooting_is_the_code_s() -> None:
+    section = README.read_text(encoding="utf-8").partition("## Troubleshooting\n")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    assert len(messages) >= 12
+    code = "\0".join(texts_of_the_code())
+    for message in messages:
+        pattern = "[^\0]*".join(map(re.escape, message.split("…")))
+        assert re.search(pattern, code), f"no message of the code says {message!r}"
+
+
+def test_every_paper_that_is_to_be_cited_is_cited_in_the_code() -> None:
+    eprints = set(re.findall(r"eprint = \{([\d.]+)\}", README.read_text(encoding="utf-8")))
+    assert len(eprints) > 10
+    code = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "nanofed").rglob("*.py"))
+    assert {eprint for eprint in eprints if f"arXiv:{eprint}" not in code} == set()
