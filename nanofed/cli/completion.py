@@ -1,4 +1,4 @@
-"""`nanofed completion bash | zsh`: print a script with which a shell completes commands and options; TAB itself runs no Python."""
+"""`nanofed completion bash | zsh`: a script with which a shell completes commands and options; TAB itself runs no Python."""
 
 from __future__ import annotations
 

@@ -8,8 +8,11 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from nanofed import cli
 from nanofed.federated.flower import free_port
@@ -35,34 +38,42 @@ NOT_RUN = {
 }
 
 
-def test_every_command_and_every_line_of_python_runs(workspace: Path) -> None:
-    namespace: dict[str, Any] = {}
+@pytest.fixture
+def services() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that the README starts in terminals of their own: what still runs at the end is told to stop."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_every_command_and_every_line_of_python_runs(workspace: Path, services: list[subprocess.Popen[bytes]]) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    names: dict[str, Any] = {}
     unused = set(NOT_RUN)
-    port = free_port()
-    services = []
     for language, text in blocks(README):
         assert language in ("console", "bash", "python", "text", "bibtex"), f"a block of {language!r} is in no class"
         if language == "python":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # transformers' own deprecations
-                exec(text, namespace)
+                exec(text, names)
         for command in commands(language, text) if language in ("console", "bash") else ():
             words = shlex.split(command)
             assert missing_files(words) == [], command
-            reasons = {pattern for pattern in NOT_RUN if re.fullmatch(pattern, command)}
-            unused -= reasons
-            if reasons and words[0] in ("nanofed", "torchrun"):
+            matching = {pattern for pattern in NOT_RUN if re.fullmatch(pattern, command)}
+            unused -= matching
+            if matching and words[0] in ("nanofed", "torchrun"):
                 parse(words)
-            elif not reasons:
+            elif not matching:
                 assert words[0] == "nanofed", f"{command!r} is in no class: add it to NOT_RUN, or run it"
-                if words[1] in ("server", "site") and words[2] != "init":
-                    address = "--listen" if words[1] == "server" else "--superlink"
-                    started = [sys.executable, "-m", *words, f"{address}=127.0.0.1:{port}"]
-                    services.append(subprocess.Popen(started))
+                if re.match(r"nanofed (server|site) --", command):
+                    place = "--listen" if words[1] == "server" else "--superlink"
+                    services.append(subprocess.Popen([sys.executable, "-m", *words, f"{place}={address}"]))
                 else:
                     assert cli.main(words[1:]) == 0, command
     server, site = services
-    assert server.wait(timeout=120) == 0
+    assert server.wait(timeout=200) == 0
     site.terminate()
     assert site.wait(timeout=60) == 143
     assert unused == set(), "these exceptions stand for no command"
@@ -74,7 +85,7 @@ def texts_of_the_code() -> set[str]:
     for path in (REPOSITORY / "nanofed").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.add("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                found.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)
     return found
