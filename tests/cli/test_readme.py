@@ -48,6 +48,7 @@ def services() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_every_command_and_every_line_of_python_runs(workspace: Path, services: list[subprocess.Popen[bytes]]) -> None:
     address = f"127.0.0.1:{free_port()}"
     names: dict[str, Any] = {}
