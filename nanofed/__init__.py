@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanofed.api import evaluate, export, federate, fit, generate, import_model, load
+    from nanofed.api import complete, evaluate, export, federate, fit, generate, import_model, load
     from nanofed.data.datamodule import TokenDataModule
     from nanofed.model import GPT, GPTConfig
     from nanofed.tokenizer.bpe import Tokenizer
@@ -21,6 +21,7 @@ _PUBLIC = {
     "load": "nanofed.api",
     "evaluate": "nanofed.api",
     "generate": "nanofed.api",
+    "complete": "nanofed.api",
     "export": "nanofed.api",
     "import_model": "nanofed.api",
     "GPT": "nanofed.model",
@@ -37,6 +38,7 @@ __all__ = [
     "TokenDataModule",
     "Tokenizer",
     "__version__",
+    "complete",
     "evaluate",
     "export",
     "federate",

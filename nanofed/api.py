@@ -81,6 +81,13 @@ def fit(
     Raises:
         ConfigError: a wrong option, or a run of that name is there already.
         DataError: no shards or no tokenizer.
+
+    Example:
+        >>> summary = nanofed.fit("configs/tiny.yaml", overrides={"name": "short", "model.recipe.num_steps": 50})
+        >>> summary.curve[-1].step, summary.ended
+        (50, 'the horizon is reached')
+        >>> summary.bpb_end < summary.bpb_start  # bits per byte of the same text
+        True
     """
     from nanofed.training.signals import Signals
     from nanofed.training.startup import Startup
@@ -140,6 +147,13 @@ def load(
         ConfigError: nothing there.
         CheckpointError: it is damaged, or of another architecture.
         DataError: it has no tokenizer, or one that is damaged.
+
+    Example:
+        >>> loaded = nanofed.load("runs/tiny")
+        >>> ids = loaded.tokenizer.encode_document("The function returns")
+        >>> logits = loaded.model(torch.tensor(ids[None].tolist()))  # (1, T, vocab)
+        >>> logits.shape == (1, len(ids), loaded.tokenizer.vocab_size)
+        True
     """
     from nanofed.formats.convert import read
 
@@ -174,6 +188,11 @@ def export(
         CheckpointError: the checkpoint is damaged.
         NanofedError: `output` cannot be written.
         DataError: the Hub cannot be reached, or refuses.
+
+    Example:
+        >>> path = nanofed.export("runs/tiny", "tiny.safetensors", to="torch")
+        >>> nanofed.load(path).model.config == nanofed.load("runs/tiny").model.config
+        True
     """
     from nanofed.formats import convert, huggingface
     from nanofed.training.checkpoint import find_checkpoint
@@ -210,6 +229,13 @@ def import_model(
         ConfigError: nothing is there, or the run is there already.
         CheckpointError: it is damaged, or of another architecture; names what this GPT lacks.
         DataError: it has no tokenizer, or one that is damaged.
+
+    Example:
+        >>> folder = nanofed.export("runs/tiny", "tiny-hf")  # or any folder of transformers' NanoChat
+        >>> checkpoint = nanofed.import_model(folder, "from-elsewhere")
+        >>> summary = nanofed.fit("configs/tiny.yaml", overrides={"name": "on", "init_from": "runs/from-elsewhere"})
+        >>> summary.bpb_start == nanofed.evaluate("runs/tiny").bpb
+        True
     """
     from nanofed.formats.convert import import_run
     from nanofed.training.checkpoint import local_path
@@ -248,6 +274,11 @@ def generate(
     Raises:
         ConfigError: there is no checkpoint, or an argument is out of its range.
         CheckpointError: the checkpoint is damaged.
+
+    Example:
+        >>> text = "".join(nanofed.generate("runs/tiny", "def main", max_tokens=20, seed=1))
+        >>> text == "".join(nanofed.generate("runs/tiny", "def main", max_tokens=20, seed=1))
+        True
     """
     from nanofed.generation.sampling import Sampling
     from nanofed.generation.text import stream
@@ -275,6 +306,13 @@ def complete(
 
     Each prompt draws with the seed by itself, so that it becomes the same beside any others, as far as rounding allows.
     Other arguments and errors are those of `generate`.
+
+    Example:
+        >>> completions = list(nanofed.complete("runs/tiny", ["def main", "import"], max_tokens=20))
+        >>> [completion.prompt for completion in completions]
+        ['def main', 'import']
+        >>> all(completion.num_tokens <= 20 for completion in completions)
+        True
     """
     from nanofed.generation.sampling import Sampling
     from nanofed.generation.text import complete as complete_texts
@@ -329,6 +367,13 @@ def evaluate(
         ConfigError: there is no checkpoint, or its run does not say what text it was validated with.
         CheckpointError: the checkpoint is damaged.
         DataError: there is no validation shard or no bundle, or it is damaged.
+
+    Example:
+        >>> print(nanofed.evaluate("runs/tiny").text())
+        runs/tiny/checkpoints/step_...: step ..., ... M tokens
+        bits per byte ...
+        >>> nanofed.evaluate("runs/tiny", core=True, core_data="my-bundle").core.core <= 1
+        True
     """
     from nanofed.evaluation.core.bundle import Bundle
     from nanofed.evaluation.core.score import evaluate_core
@@ -372,6 +417,13 @@ def federate(
     Raises:
         ConfigError: a wrong option, or a run of that name is there already.
         DataError: no shards or no tokenizer.
+
+    Example:
+        >>> summary = nanofed.federate("configs/tiny_federated.yaml", overrides={"name": "four", "federation.clients": 4})
+        >>> summary.kind, summary.bpb_end < summary.bpb_start
+        ('federated', True)
+        >>> summary.bytes > 0  # of weights and updates, to and from all clients
+        True
     """
     from nanofed.federated.federation import Federation
     from nanofed.federated.runtimes.in_process import run_in_process

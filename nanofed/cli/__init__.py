@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("nanofed.cli.export", "a model of nanochat's or transformers', as a run to start from"),
     "compare": ("nanofed.cli.compare", "runs beside each other: bits per byte at equal tokens, seconds and bytes"),
     "info": ("nanofed.cli.info", "what this machine has: devices, caches, data, versions"),
+    "completion": ("nanofed.cli.completion", "a script with which bash or zsh completes commands and options"),
 }
 
 # Commands that are run for what they print. The others go on where nobody reads it any more, or where it has no room.
@@ -43,6 +44,7 @@ OUTPUT_IS_ALL = {
     "generate",
     "compare",
     "info",
+    "completion",
 } | {
     "data list",
     "data verify",

@@ -7,9 +7,7 @@ import argparse
 
 def main(argv: list[str]) -> int:
     """Train across clients, or say what a federation of given sites would come to."""
-    parser = argparse.ArgumentParser(prog="nanofed federate", add_help=False, allow_abbrev=False)
-    parser.add_argument("--plan", metavar="FILE")
-    own, rest = parser.parse_known_args(argv[1:])
+    own, rest = _parser().parse_known_args(argv[1:])
     from nanofed import api, streams
     from nanofed.cli.output import describe, show_progress
 
@@ -20,3 +18,10 @@ def main(argv: list[str]) -> int:
     else:
         print(describe(api.federate(args=rest)))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of what is no option of the federation."""
+    parser = argparse.ArgumentParser(prog="nanofed federate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--plan", metavar="FILE")
+    return parser

@@ -17,6 +17,18 @@ def main(argv: list[str]) -> int:
     """Serve a federation of sites, or write the keys that it needs."""
     if argv[1:2] == ["init"]:
         return _init(argv[2:])
+    own, rest = _parser().parse_known_args(argv[1:])
+    from nanofed import api
+    from nanofed.cli.output import describe, show_progress
+
+    show_progress()
+    if own.plan is not None:
+        print(api.plan(own.plan, args=rest).text(), flush=True)
+    print(describe(api.serve(args=rest, listen=own.listen, keys=own.keys)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanofed server",
         usage=USAGE,
@@ -30,15 +42,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--keys", help="folder of nanofed server init: TLS, and a key for each site")
     parser.add_argument("--plan", metavar="FILE", help="first say what rounds will come to at the sites of a file")
-    own, rest = parser.parse_known_args(argv[1:])
-    from nanofed import api
-    from nanofed.cli.output import describe, show_progress
-
-    show_progress()
-    if own.plan is not None:
-        print(api.plan(own.plan, args=rest).text(), flush=True)
-    print(describe(api.serve(args=rest, listen=own.listen, keys=own.keys)))
-    return 0
+    return parser
 
 
 def _init(argv: list[str]) -> int:

@@ -13,6 +13,16 @@ USAGE = "nanofed site --config FILE --superlink HOST:PORT --name NAME [--keys FO
 
 def main(argv: list[str]) -> int:
     """Take part in a federation with this machine until told to stop."""
+    own, rest = _parser().parse_known_args(argv[1:])
+    from nanofed import api
+    from nanofed.cli.output import show_progress
+
+    show_progress(lightning=False)  # its worker does
+    api.join(args=rest, superlink=own.superlink, name=own.name, keys=own.keys, devices=own.devices, state=own.state)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanofed site",
         usage=USAGE,
@@ -26,10 +36,4 @@ def main(argv: list[str]) -> int:
     devices = Annotated[int, Range(1, 1024)]
     add_number(parser, "--devices", kind=devices, default=1, help="devices of this machine that train together")
     parser.add_argument("--state", help="folder for what the site keeps (default: sites/NAME in the cache folder)")
-    own, rest = parser.parse_known_args(argv[1:])
-    from nanofed import api
-    from nanofed.cli.output import show_progress
-
-    show_progress(lightning=False)  # its worker does
-    api.join(args=rest, superlink=own.superlink, name=own.name, keys=own.keys, devices=own.devices, state=own.state)
-    return 0
+    return parser

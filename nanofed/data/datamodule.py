@@ -40,6 +40,16 @@ class TokenDataModule(LightningDataModule):
 
     Attributes:
         wait: the seconds that training steps of this process have waited for data so far (`wait.seconds`).
+
+    Raises:
+        ConfigError: an option is out of its range.
+        DataError: on first use, there are no shards or no tokenizer, or they are damaged.
+
+    Example:
+        >>> data = nanofed.TokenDataModule("demo", device_batch_size=4, sequence_len=64)
+        >>> batch = next(iter(data.loader()))
+        >>> batch.inputs.shape, batch.targets.shape  # (rows, tokens) each; the targets are one token ahead
+        (torch.Size([4, 64]), torch.Size([4, 64]))
     """
 
     def __init__(

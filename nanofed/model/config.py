@@ -25,6 +25,11 @@ class GPTConfig:
 
     Raises:
         ConfigError: a size is not a positive integer, or heads do not divide.
+
+    Example:
+        >>> config = nanofed.GPTConfig.from_depth(20)
+        >>> config.n_layer, config.n_head, config.n_embd, config.num_parameters
+        (20, 10, 1280, 560988160)
     """
 
     sequence_len: int = 2048

@@ -92,6 +92,15 @@ class GPT(nn.Module):
         config: The sizes.
         compute_dtype: Dtype of activations and matmuls.
         rotary_dtype: Dtype of the rotary tables; nanochat's is bf16, and transformers' follows the activations.
+
+    Example:
+        >>> gpt = nanofed.GPT(nanofed.GPTConfig.from_depth(2, vocab_size=512, sequence_len=64))
+        >>> gpt.init_weights(seed=42)
+        >>> tokens = torch.randint(512, (1, 65))
+        >>> gpt(tokens[:, :-1]).shape  # logits (B, T, vocab)
+        torch.Size([1, 64, 512])
+        >>> print(f"{gpt(tokens[:, :-1], tokens[:, 1:]):.3f}")  # the loss in nats a token: ln 512 before training
+        6.238
     """
 
     cos: Tensor

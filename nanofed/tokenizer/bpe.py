@@ -40,6 +40,14 @@ class Tokenizer:
 
     Raises:
         ValueError: the split pattern is not a regular expression that tiktoken takes.
+
+    Example:
+        >>> tokenizer = nanofed.load("runs/tiny").tokenizer
+        >>> ids = tokenizer.encode("import nanofed")
+        >>> tokenizer.decode(ids)
+        'import nanofed'
+        >>> tokenizer.encode_document("import nanofed").tolist() == [tokenizer.bos_token_id, *ids]
+        True
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:

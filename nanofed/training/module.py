@@ -44,6 +44,17 @@ class GPTModule(LightningModule):
 
     Attributes:
         compiled: whether the model, once it is built, is compiled; Newton-Schulz is on a GPU then, too.
+
+    Raises:
+        ConfigError: an option is out of its range, or `vocab_size` is not given.
+
+    Example:
+        >>> module = nanofed.GPTModule(depth=4, vocab_size=65_536, compile=False)
+        >>> module.num_steps, module.clock.horizon_tokens  # both follow from the depth
+        (1400, 734003200)
+        >>> module.configure_model()  # as a Trainer does, on its device
+        >>> sum(weight.numel() for weight in module.gpt.parameters())
+        36700160
     """
 
     def __init__(
