@@ -15,7 +15,10 @@ from nanofed.federated.deploy.server import run_server
 from nanofed.federated.deploy.site import Site
 from nanofed.federated.federation import Federation
 from nanofed.federated.flower import free_port
+from nanofed.federated.round_line import RoundLine
+from nanofed.federated.server.status import read_status_file
 from nanofed.federated.site.options import site_options
+from nanofed.terminal import StatusLine
 from nanofed.training.run_folder import check_usable
 from nanofed.training.summary import CONFIG, Summary
 
@@ -60,7 +63,9 @@ def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callab
             options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)
             sites.append(Site(replace(options, threads=own), ["--config", str(run / CONFIG)]))
         watch()
-        yield watch
+        line = RoundLine(lambda: read_status_file(run), lambda: {site.name: site.figures() for site in sites})
+        with StatusLine(line):
+            yield watch
     finally:
         with undisturbed(), ThreadPoolExecutor() as pool:
             list(pool.map(Site.close, sites))
