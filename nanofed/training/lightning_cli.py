@@ -164,6 +164,8 @@ class FitCLI(LightningCLI):
             ]
             if trainer.get("logger") in (None, True):
                 kwargs["logger"] = RunLogger(options.folder, name="", version="", default_hp_metric=False)
+            elif options.wandb_project:
+                raise ConfigError("--wandb_project sends what nanofed's own logger writes: leave trainer.logger out")
         io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer, self.datamodule)
         plugins = trainer.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]

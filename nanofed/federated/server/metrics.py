@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -17,8 +17,10 @@ from nanofed.federated.server.events import KINDS, Events
 from nanofed.federated.wire.messages import Report
 from nanofed.federated.wire.plain_text import plain
 from nanofed.training.evaluate import write_scalars
+from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 from nanofed.training.tensorboard import describe, write_point
+from nanofed.training.wandb_run import MirroredWriter, WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -181,13 +183,15 @@ class FederationMetrics:
     figures and does not end the run.
 
     Args:
-        run: The run's folder.
+        options: The run's folder, and where its figures go besides.
         summary: What the run has come to so far.
     """
 
-    def __init__(self, run: Path, summary: Summary) -> None:
+    def __init__(self, options: RunOptions, summary: Summary) -> None:
         self.summary = summary
-        self._run = run
+        self._options = options
+        self._run = options.folder
+        self._wandb: WandbRun | None = None
         self._writers: dict[str, SummaryWriter] = {}
         self._is_full = False
 
@@ -296,7 +300,11 @@ class FederationMetrics:
 
     def _writer(self, client: str) -> SummaryWriter:
         if client not in self._writers:
-            self._writers[client] = SummaryWriter(str(self._run / SITES / client if client else self._run))
+            writer: Any = SummaryWriter(str(self._run / SITES / client if client else self._run))
+            if not client and self._options.wandb_project:
+                self._wandb = self._wandb or WandbRun(self._options)
+                writer = MirroredWriter(writer, self._wandb)
+            self._writers[client] = writer
         return self._writers[client]
 
     def _try(self, write: Callable[[], object]) -> None:
@@ -321,3 +329,5 @@ class FederationMetrics:
         self.save()
         for writer in list(self._writers.values()):
             self._try(writer.close)
+        if self._wandb is not None:
+            self._wandb.finish(self.summary)
