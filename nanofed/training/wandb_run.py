@@ -26,9 +26,8 @@ def import_wandb() -> Any:
         ConfigError: it is not installed; says how to install it.
     """
     try:
-        return importlib.import_module("wandb.sdk") and importlib.import_module(
-            "wandb"
-        )  # a mere folder can be imported too
+        importlib.import_module("wandb.sdk")  # a mere folder, such as wandb itself makes, could be imported as wandb
+        return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError("--wandb_project needs wandb: pip install 'nanofed-lightning[wandb]'") from error
 

@@ -168,7 +168,10 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
 @pytest.mark.parametrize(
     ("command", "option", "message"), [(command, *rest) for *rest, commands in OPTIONS for command in commands]
 )
-def test_a_wrong_option(command: str, option: str, message: str, corpus: Corpus, refused: Refusal) -> None:
+def test_a_wrong_option(
+    command: str, option: str, message: str, corpus: Corpus, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     refused(corpus.start(command, option), 2, message)
 
 

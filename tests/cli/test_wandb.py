@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,7 @@ Points = dict[tuple[str, int], float]
 
 
 def records(path: Path) -> Iterator[Any]:
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    Record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     content, position, whole = path.read_bytes(), HEAD, b""
     while position + HEAD <= len(content):
         if BLOCK - position % BLOCK < HEAD:  # no head begins there
@@ -55,9 +55,9 @@ def last(found: list[Any], kind: str) -> Any:
 
 
 def check_scalars(run: Path, points: Points) -> None:
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()  # type: ignore[no-untyped-call]
-    tags = events.Tags()["scalars"]  # type: ignore[no-untyped-call]
-    shown = {(tag, point.step): point.value for tag in tags for point in events.Scalars(tag)}  # type: ignore[no-untyped-call]
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    shown = {(tag, point.step): point.value for tag in tags for point in events.Scalars(tag)}
     assert points == pytest.approx(shown, rel=1e-6)  # TensorBoard's values are of 32 bits
     assert {"val/bpb", "bpb/by_tokens", "train/loss"} <= set(tags)
 
