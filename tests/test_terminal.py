@@ -95,7 +95,7 @@ def test_federate_shows_what_each_client_does(corpus: Corpus, tmp_path: Path) ->
         "--federation.round_steps=null",
         "--federation.rounds=null",
     ]
-    seconds = ["--federation.round_seconds=1", "--model.recipe.num_steps=100000"]
+    seconds = ["--federation.round_seconds=0.5", "--model.recipe.num_steps=100000"]
     shell = Terminal(*corpus.start("federate", *options, *seconds))
     shell.read_until(r"round 1  \d s left  client-4 [1-9]\d* steps [\d,]+k? tok/s  4 done, 4 waiting")
     shell.read_until("round   1  9 of 9 clients")

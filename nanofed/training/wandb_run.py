@@ -5,31 +5,47 @@ from __future__ import annotations
 import importlib
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
 
-from nanofed.errors import ConfigError, DataError, in_one_line
+from nanofed.errors import ConfigError, DataError
 from nanofed.files import write_atomically
 from nanofed.training.event_files import OTHER_AXES
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import CONFIG, Summary
 
-FOLDER = "wandb"  # of the run's folder; wandb keeps there what it has not sent
 ID_FILE = "wandb-id.txt"  # of the run's folder: the name by which wandb knows the run for good
 
 
-def import_wandb() -> Any:
-    """Return the package, which nanofed does not need for anything else.
+def check_wandb(options: RunOptions) -> None:
+    """Refuse a run whose figures could not be sent: the package is missing, or nobody is logged in.
 
     Raises:
-        ConfigError: it is not installed; says how to install it.
+        ConfigError: says what to do.
     """
+    with _wandb(options) as wandb:
+        if wandb.setup().settings.mode == "online":
+            wandb.login()  # it asks for the key on a terminal, and asks no server
+
+
+@contextmanager
+def _wandb(options: RunOptions) -> Iterator[Any]:
+    """Yield the package, and say its errors in a line."""
     try:
         importlib.import_module("wandb.sdk")  # a mere folder, such as wandb itself makes, could be imported as wandb
-        return importlib.import_module("wandb")
+        wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError("--wandb_project needs wandb: pip install 'nanofed-lightning[wandb]'") from error
+    try:
+        yield wandb
+    except wandb.errors.CommError as error:
+        hint = "WANDB_MODE=offline keeps the figures here, and `wandb sync` sends them later"
+        raise DataError(f"Weights & Biases cannot be reached: {' '.join(str(error).split())}; {hint}") from error
+    except wandb.errors.Error as error:
+        raise ConfigError(f"--wandb_project {options.wandb_project}: {' '.join(str(error).split())}") from error
 
 
 class WandbRun:
@@ -44,11 +60,11 @@ class WandbRun:
     """
 
     def __init__(self, options: RunOptions) -> None:
-        wandb, folder = import_wandb(), options.folder
+        folder = options.folder
         path = folder / ID_FILE
         if not path.exists():
             write_atomically(path, secrets.token_hex(8) + "\n")
-        try:
+        with _wandb(options) as wandb:
             self._run = wandb.init(
                 project=options.wandb_project,
                 name=options.run_name or options.name,
@@ -60,11 +76,6 @@ class WandbRun:
                     console="off"
                 ),  # else it would keep all that is printed, the line that moves too
             )
-        except wandb.errors.CommError as error:
-            hint = "WANDB_MODE=offline keeps the figures here, and `wandb sync` sends them later"
-            raise DataError(f"Weights & Biases cannot be reached: {in_one_line(error)}; {hint}") from error
-        except wandb.errors.Error as error:
-            raise ConfigError(f"--wandb_project {options.wandb_project}: {in_one_line(error)}") from error
         self._known: set[str] = set()  # tags whose axis is said
 
     def scalar(self, tag: str, value: float, step: int) -> None:

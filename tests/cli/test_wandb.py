@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanofed import cli
+from nanofed import cli, runtime
 from nanofed.training.event_files import OTHER_AXES
 from tests.cli.conftest import Corpus
 
@@ -105,3 +107,15 @@ def test_without_the_package_a_person_is_told_how_to_install_it(
     assert cli.main(corpus.start(command, f"--runs_dir={tmp_path}", "--wandb_project=project")) == 2
     assert "--wandb_project needs wandb: pip install 'nanofed-lightning[wandb]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_who_is_not_logged_in_is_told_before_a_run_begins(corpus: Corpus, tmp_path: Path) -> None:
+    command = runtime.python(
+        "-m", "nanofed", *corpus.start("fit", f"--runs_dir={tmp_path}/runs", "--wandb_project=project")
+    )
+    alone = runtime.environment(HOME=str(tmp_path), WANDB_MODE="online", WANDB_API_KEY=None, NETRC=None)
+    done = subprocess.run(command, env=alone, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search("^nanofed fit: --wandb_project project: .*wandb login", done.stderr, re.MULTILINE), done.stderr
+    assert not (tmp_path / "runs").exists()
