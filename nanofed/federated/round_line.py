@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from nanofed.terminal import duration, fitting
@@ -47,7 +47,8 @@ class RoundLine:
             parts.append(f"waiting for {waits_for}" if waits_for else phase)
         if phase not in ("starting", "training"):
             return fitting(parts, columns)
-        doing = {client: _doing(client, figures, said) for client, figures in clients.items()}
+        present, merged = set(said.get("clients", [])), set(said.get("merged", []))
+        doing = {client: _doing(client, figures, said, present, merged) for client, figures in clients.items()}
         if (left := self._left(said, doing, clients)) is not None:
             parts.append(f"{duration(left)} left")
         speeds = {name: _speed(figures) for name, figures in clients.items() if figures and doing[name] == "training"}
@@ -80,15 +81,15 @@ class RoundLine:
         return float((max(to_go) if speeds is None else sum(to_go)) * len(fast) / sum(fast))
 
 
-def _doing(client: str, figures: Figures | None, said: Figures) -> str:
+def _doing(client: str, figures: Figures | None, said: Figures, present: Set[str], merged: Set[str]) -> str:
     """Return what a client does, in one word."""
     if figures is None or figures["state"] == "starting":
         return "starting"
     if said["phase"] == "starting":
         return "waiting"
-    if client not in said.get("clients", []):
+    if client not in present:
         return "absent"
-    if client in said.get("merged", []):
+    if client in merged:
         return "done"
     if figures["state"] != "idle":
         return str(figures["state"])

@@ -20,6 +20,7 @@ import pytest
 import tiktoken
 import torch
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 
 from nanofed import cli
 from tests.cli.conftest import Corpus
@@ -171,7 +172,8 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
 def test_a_wrong_option(
     command: str, option: str, message: str, corpus: Corpus, refused: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    # wandb is installed here; Lightning shall look for one that is not.
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", RequirementCache("wandb>=999"))
     refused(corpus.start(command, option), 2, message)
 
 
