@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nanofed import runtime
 from nanofed.errors import NanofedError, in_one_line
@@ -49,6 +51,11 @@ def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callab
     # Else each would take all cores: N sites of N threads spend most of their time waiting for each other.
     own = None if "OMP_NUM_THREADS" in runtime.environment() else max(1, runtime.cpu_count() // (clients * devices))
     sites: list[Site] = []
+    begun = time.time()
+
+    def server() -> dict[str, Any] | None:
+        said = read_status_file(run)  # at first it is that of an earlier start, where the run goes on
+        return said if said is not None and said.get("since", 0.0) >= begun else None
 
     def watch() -> None:
         for site in sites:
@@ -63,7 +70,7 @@ def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callab
             options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)
             sites.append(Site(replace(options, threads=own), ["--config", str(run / CONFIG)]))
         watch()
-        line = RoundLine(lambda: read_status_file(run), lambda: {site.name: site.figures() for site in sites})
+        line = RoundLine(server, lambda: {site.name: site.figures() for site in sites})
         with StatusLine(line):
             yield watch
     finally:
