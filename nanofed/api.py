@@ -1,4 +1,4 @@
-"""fit, federate, plan, load, evaluate, generate, complete, export: what notebooks import and what commands call."""
+"""fit, profile, federate, plan, load, evaluate, generate, complete, export: what notebooks import and what commands call."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nanofed.model import GPT
     from nanofed.tokenizer.bpe import Tokenizer
     from nanofed.training.evaluate import Evaluation
+    from nanofed.training.profile import StepProfile
     from nanofed.training.startup import Startup
     from nanofed.training.summary import Summary
 
@@ -111,7 +112,46 @@ def validate(
         from nanofed.training.fit import run_validate
         from nanofed.training.lightning_cli import FitCLI
 
-        return run_validate(FitCLI([*arguments(config, overrides or {}), *args], validate_only=True, signals=signals))
+        return run_validate(FitCLI([*arguments(config, overrides or {}), *args], command="validate", signals=signals))
+
+
+def profile(
+    config: str | Path | None = None,
+    *,
+    args: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    trace: str | Path = "trace.json.gz",
+    warm_up: int = 3,
+    steps: int = 5,
+) -> StepProfile | None:
+    """Return what an optimizer step of `fit` is spent on, and write a trace of some steps for the browser; nothing else is kept.
+
+    Args:
+        config: YAML file such as `configs/tiny.yaml`.
+        args: further command-line arguments, as `nanofed fit` takes them.
+        overrides: dotted keys and values, such as `{"model.depth": 4}`.
+        trace: the file of the trace, Chrome's format; it is compressed where its name ends in `.gz`.
+        warm_up: steps before those that are timed.
+        steps: steps that are timed, and as many that are traced after them.
+
+    Returns:
+        The figures on the first rank, None on the others.
+
+    Raises:
+        ConfigError: a wrong option, or a model that does not fit into the memory.
+        DataError: no shards or no tokenizer.
+    """
+    from nanofed.training.signals import Signals
+
+    path = runtime.user_path(trace)
+    if not path.parent.is_dir():
+        raise ConfigError(f"the trace cannot be written: there is no folder {path.parent}")
+    with Signals() as signals:
+        from nanofed.training.lightning_cli import FitCLI
+        from nanofed.training.profile import run_profile
+
+        cli = FitCLI([*arguments(config, overrides or {}), *args], command="profile", signals=signals)
+        return run_profile(cli, path, warm_up=warm_up, steps=steps)
 
 
 @dataclass(frozen=True)

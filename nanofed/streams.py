@@ -68,11 +68,6 @@ class _Output(io.FileIO):
             raise NanofedError(f"the output cannot be written: {error.strerror}") from error
 
 
-def on_terminal() -> bool:
-    """Tell whether standard error is a terminal, on which a progress bar can be drawn."""
-    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-
-
 def secure(*, lasting: bool) -> None:
     """Make this process's standard output and standard error fit for whatever is at their other end.
 

@@ -129,7 +129,7 @@ def test_every_command_has_a_main(command: str) -> None:
     assert callable(importlib.import_module(COMMANDS[command][0]).main)
 
 
-@pytest.mark.parametrize("command", ["data", "export", "generate", "import", "info", "tokenizer"])
+@pytest.mark.parametrize("command", ["data", "export", "generate", "import", "info", "profile", "tokenizer"])
 def test_help_of_the_small_commands_loads_nothing_heavy(command: str) -> None:
     code = f"import sys; sys.argv = ['nanofed', {command!r}, '--help']\nfrom nanofed.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"

@@ -15,6 +15,7 @@ from nanofed import streams
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("nanofed.cli.fit", "train on one machine or cluster with Lightning"),
     "validate": ("nanofed.cli.fit", "bits per byte of a checkpoint on the validation shard"),
+    "profile": ("nanofed.cli.profile", "where the time of a training step goes, with a trace for the browser"),
     "federate": ("nanofed.cli.federate", "train across clients with Flower"),
     "server": ("nanofed.cli.server", "serve a federation of sites; write their keys (server init)"),
     "site": ("nanofed.cli.site", "take part in a federation with this machine's devices"),
@@ -42,6 +43,7 @@ OUTPUT_IS_ALL = {
     "status",
     "evaluate",
     "generate",
+    "profile",
     "compare",
     "info",
     "completion",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from nanofed import runtime, streams
+from nanofed import runtime, terminal
 from nanofed.cli.numbers import add_number
 from nanofed.errors import ConfigError, DataError
 from nanofed.ranges import Count, CountOrZero, Range, Seed
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     """Run `nanofed data COMMAND`."""
     args = _parser().parse_args(argv[1:])
     # On a terminal the progress bar tells; in a log every finished shard does.
-    level = logging.WARNING if streams.on_terminal() else logging.INFO
+    level = logging.WARNING if terminal.on_terminal() else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     return int(args.run(args))
 

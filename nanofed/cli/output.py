@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, TextIO
 
-from nanofed import runtime, streams
+from nanofed import runtime, streams, terminal
 from nanofed.errors import NanofedError
 from nanofed.training.lightning_import import import_lightning
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line of the log above the one that moves."""
+        with terminal.without_line():
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Let what ends a command that is run for its output end it; a log line that cannot be made up ends nothing."""
         if isinstance(sys.exc_info()[1], streams.ReaderGone | NanofedError):

@@ -199,7 +199,7 @@ class Federation(Arguments):
         options, run = self.options, self.folder
         resume = resume_checkpoint(run, options.ckpt_path)
         known = resume is not None and (run / SUMMARY).is_file()
-        metrics = FederationMetrics(run, Summary.read(run) if known else Summary(options.name, "federated"))
+        metrics = FederationMetrics(options, Summary.read(run) if known else Summary(options.name, "federated"))
         device = self.fabric().device
         loop = (AsynchronousLoop if self.federation.asynchronous else RoundLoop)(
             grid,

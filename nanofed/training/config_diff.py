@@ -51,7 +51,7 @@ TEXT = ("data.path", "data.num_shards", "data.validation_shard")  # where the te
 # What federations did that were begun before these options were there.
 BEFORE_OUTER = {"outer": "nesterov", "outer_warmdown": 0.0}
 # Says how to start, not what to train.
-UNCOMPARED = ("config", "name", "runs_dir", *START)
+UNCOMPARED = ("config", "name", "runs_dir", "wandb_project", "run_name", *START)
 
 
 def check_resumed_config(there: Path, here: str, *, force: bool, by_content: bool = False) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from nanofed import runtime
 from nanofed.errors import ConfigError
+from nanofed.training.callbacks.dashboard import RunLogger
 from nanofed.training.callbacks.stopping import take_signals
 from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
 from nanofed.training.losses import NonFiniteError
@@ -96,6 +97,8 @@ def _fit(cli: FitCLI) -> Summary:
         if cli.opening.done:
             with suppress(OSError):  # on a disk that is full, the error that is under way says so
                 summary.write(options.folder)
+            if isinstance(trainer.logger, RunLogger):
+                trainer.logger.finish(summary)
     return summary
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Trainer
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -71,11 +71,11 @@ class FitCLI(LightningCLI):
         self,
         args: Sequence[str],
         *,
-        validate_only: bool = False,
+        command: Literal["fit", "validate", "profile"] = "fit",
         signals: Signals | None = None,
         startup: Startup | None = None,
     ) -> None:
-        self.validate_only = validate_only
+        self.command = command
         self.startup = startup or Startup()
         self.signals = signals or Signals()
         self.garbage = ManualCollection()
@@ -92,7 +92,7 @@ class FitCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_callback=None,
-            parser_kwargs={"exit_on_error": False, "prog": f"nanofed {'validate' if validate_only else 'fit'}"},
+            parser_kwargs={"exit_on_error": False, "prog": f"nanofed {command}"},
             trainer_defaults={
                 "max_epochs": -1,
                 "num_sanity_val_steps": 0,
@@ -124,7 +124,7 @@ class FitCLI(LightningCLI):
         for key, instead in TAKEN.items():
             if self.config.trainer[key] != self._default(key):
                 raise ConfigError(f"trainer.{key} is not used: set {instead}")
-        if runtime.is_first_rank() and not self.validate_only:
+        if runtime.is_first_rank() and self.command == "fit":
             check_usable(self.run_options)
         with self.lightning_errors():
             self.config_init = self.parser.instantiate(self.config)  # Lightning calls it by a name that is deprecated
@@ -147,10 +147,11 @@ class FitCLI(LightningCLI):
                     f"trainer.callbacks: {type(callback).__name__} monitors {callback.monitor!r}; all there is is {METRIC!r}"
                 )
         callbacks = [self.watchdog, *given]  # first: it hears of a step before it is saved
-        if self.validate_only:
+        self.dashboard = Dashboard(options)
+        if self.command != "fit":
             kwargs["logger"] = False
+            callbacks += [self.dashboard] if self.command == "profile" else []  # it reads losses, as in a fit
         else:
-            self.dashboard = Dashboard(options)
             self.opening = Opening(options, self.resolved_config, self.dashboard.summary)
             self.saver = SaveCheckpoint(options, self.dashboard, self.garbage)
             callbacks += [
@@ -164,6 +165,8 @@ class FitCLI(LightningCLI):
             ]
             if trainer.get("logger") in (None, True):
                 kwargs["logger"] = RunLogger(options.folder, name="", version="", default_hp_metric=False)
+            elif options.wandb_project:
+                raise ConfigError("--wandb_project sends what nanofed's own logger writes: leave trainer.logger out")
         io = DirectoryCheckpointIO(self.model.config, self.datamodule.tokenizer, self.datamodule)
         plugins = trainer.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]

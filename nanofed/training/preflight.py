@@ -20,6 +20,7 @@ from nanofed.training.recipe import accumulation_steps
 from nanofed.training.run_folder import check_usable, is_used, resume_checkpoint
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import CONFIG, SUMMARY, Summary
+from nanofed.training.wandb_run import check_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def check_start(
         check_samples(options, data, module)
         if options.core_every:
             check_tasks(options)
+        if options.wandb_project:
+            check_wandb(options)
         data.dataset.identity  # noqa: B018  (what the checkpoints record is what was there now)
         check_checkpoints(module, data, options, kind, config, training=training)
         check_memory(module, data, place, batch_tokens=batch_tokens, force=options.force)

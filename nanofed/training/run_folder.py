@@ -37,14 +37,14 @@ KILLED_SECONDS = 15.0  # a round loop whose command was killed has ended by then
 # What nanofed writes into a run's folder, by its path in it. What else is there is a person's, and is never deleted.
 _CHECKPOINT = r"\.?(?:step|round)_\d+(?:\.old|\.\d+(?:\.gone)?\.tmp|\.\d+)?"
 _OURS = re.compile(
-    rf"""\.?(?:{re.escape(MARKER)}|config\.yaml|summary\.json|hparams\.yaml|server\.json|server\.lock)(?:\.\w+\.tmp)?
+    rf"""\.?(?:{re.escape(MARKER)}|config\.yaml|summary\.json|hparams\.yaml|server\.json|server\.lock|wandb-id\.txt)(?:\.\w+\.tmp)?
     |events(?:\.old)?\.jsonl|flower\.log[\w.]*
     |(?:sites/[^/]+/)?(?:events\.out\.tfevents\.[^/]+|\.events\.[^/]+\.tmp|{CUT}/[^/]+)
     |checkpoints/(?:superseded/)?{_CHECKPOINT}/(?:model\.safetensors|state\.pt|manifest\.json|tokenizer/[\w.-]+)
-    |(?:server|clients|spool)/.+""",
+    |(?:server|clients|spool|wandb)/.+""",
     re.VERBOSE,
 )
-_OWN_FOLDERS = ("checkpoints", "sites", "server", "clients", "spool", CUT)
+_OWN_FOLDERS = ("checkpoints", "sites", "server", "clients", "spool", "wandb", CUT)
 
 
 class Reached(IntEnum):

@@ -32,6 +32,9 @@ class RunOptions:
         deterministic: compute the same bits each time on a GPU too, for which it takes slower kernels.
         sample_every: steps (rounds) between two text samples, taken at validations; 0 takes none.
         sample_prompts: what the samples go on from.
+        wandb_project: project at Weights & Biases that gets the figures of TensorBoard too; by default none does. In a federation
+            the server sends them, and the sites nothing.
+        run_name: what the run is called there; by default its `name`.
         core_every: steps (rounds) between two measurements of CORE, taken after validations; 0 takes none.
         core_data: the bundle of CORE's tasks; by default the one that `nanofed data download --core` brings.
         core_examples: examples to ask of each task, the first ones; 0 asks all. nanochat asks 500 while it trains.
@@ -51,6 +54,8 @@ class RunOptions:
     deterministic: bool = False
     sample_every: CountOrZero = 0
     sample_prompts: list[str] = field(default_factory=lambda: ["The capital of France is", "To open a file,"])
+    wandb_project: str | None = None
+    run_name: str | None = None
     core_every: CountOrZero = 0
     core_data: str | None = None
     core_examples: CountOrZero = 500

@@ -7,15 +7,15 @@ import platform
 import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nanofed.training.laps import synchronize
+
 ROOT = Path(__file__).resolve().parents[2]
-PHASES = ("data", "forward", "backward", "optimizer", "logging")
 
 
 def cpu_name() -> str:
@@ -58,58 +58,6 @@ def commit() -> str | None:
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode
     return head.stdout.strip() + ("+" if changed else "")
-
-
-class Laps:
-    """Times the phases of steps on several clocks at once, and waits for nothing until it is read.
-
-    `wall` is the wall clock, on CUDA that of the device's stream (events); `cpu` is the CPU time of this whole process,
-    which other processes on the machine hardly touch; `host` is the wall clock of the Python thread, which on CUDA runs
-    ahead of the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[tuple[str | None, float, float, torch.cuda.Event | None]] = []
-
-    def start(self) -> None:
-        """Begin a step."""
-        self._mark(None)
-
-    def lap(self, phase: str) -> None:
-        """End a phase, which began where the last one ended."""
-        self._mark(phase)
-
-    def _mark(self, phase: str | None) -> None:
-        event = None
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self._device))
-        self._marks.append((phase, time.perf_counter(), time.process_time(), event))
-
-    def read(self) -> list[dict[str, dict[str, float]]]:
-        """Return each step's seconds by clock and phase, and forget them; waits for the device."""
-        synchronize(self._device)
-        steps: list[dict[str, dict[str, float]]] = []
-        for index, (phase, host, cpu, event) in enumerate(self._marks):
-            if phase is None:
-                steps.append({clock: dict.fromkeys(PHASES, 0.0) for clock in ("wall", "cpu", "host")})
-                continue
-            _, host_before, cpu_before, event_before = self._marks[index - 1]
-            on_host = host - host_before
-            seconds = steps[-1]
-            seconds["host"][phase] += on_host
-            seconds["cpu"][phase] += cpu - cpu_before
-            # micro-batches of a step add up
-            seconds["wall"][phase] += event_before.elapsed_time(event) / 1e3 if event and event_before else on_host
-        self._marks.clear()
-        return steps
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for all that the device was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

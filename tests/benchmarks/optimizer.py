@@ -18,7 +18,8 @@ from nanofed.model import GPT, GPTConfig
 from nanofed.optim import Clock, MuonAdamW, Schedule, parameter_groups
 from nanofed.optim.adamw import adamw_update
 from nanofed.optim.muon import aspect_scale, equal_stacks, muon_update, newton_schulz, orthogonalize
-from tests.benchmarks.machine import describe, synchronize
+from nanofed.training.laps import synchronize
+from tests.benchmarks.machine import describe
 from tests.benchmarks.options import options
 from tests.benchmarks.report import show, spread
 

@@ -18,9 +18,11 @@ import torch
 from nanofed.errors import ConfigError
 from nanofed.federated.planning import GOODPUT
 from nanofed.model import GPTConfig
-from tests.benchmarks import gemm, link
+from nanofed.training import gemm
+from nanofed.training.laps import PHASES
+from tests.benchmarks import link
 from tests.benchmarks.__main__ import BENCHMARKS
-from tests.benchmarks.machine import PHASES, ROOT
+from tests.benchmarks.machine import ROOT
 from tests.benchmarks.sides import Setting
 from tests.benchmarks.time_to_bpb import seconds_to
 from tests.benchmarks.training import Training

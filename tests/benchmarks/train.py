@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from nanofed import runtime
+from nanofed.training.laps import PHASES
 from tests.benchmarks.corpus import SYNTHETIC, tokenizer_folder
-from tests.benchmarks.machine import PHASES, describe
+from tests.benchmarks.machine import describe
 from tests.benchmarks.options import boolean, options
 from tests.benchmarks.report import print_json, progress, quartiles, spread, table
 from tests.benchmarks.sides import Setting

@@ -17,9 +17,10 @@ from lightning import Callback, LightningModule, Trainer
 
 from nanofed.data.streams import Batch
 from nanofed.training.fit import run_fit
+from nanofed.training.laps import synchronize
 from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.module import GPTModule
-from tests.benchmarks.machine import describe, synchronize
+from tests.benchmarks.machine import describe
 from tests.benchmarks.options import boolean, options, training
 from tests.benchmarks.report import progress, quartiles, show, spread
 from tests.benchmarks.train import CLOCKS

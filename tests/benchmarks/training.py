@@ -8,8 +8,9 @@ from itertools import islice
 import torch
 
 from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
-from tests.benchmarks import gemm, machine
-from tests.benchmarks.machine import Laps
+from nanofed.training.gemm import ceiling
+from nanofed.training.laps import Laps
+from tests.benchmarks import machine
 from tests.benchmarks.sides import SIDES, Setting, Side
 
 Readings = dict[str, dict[str, float]]  # seconds by clock and phase
@@ -96,7 +97,7 @@ class Training:
     def gemm(self, dtype: str, seconds: float) -> dict[str, dict[str, float]]:
         """Return the GEMM ceiling at this model's shapes, in FLOP/s by shape and clock."""
         tokens = self.setting.device_batch_size * self.setting.sequence_len
-        return gemm.ceiling(self.setting.config, tokens, self.setting.torch_dtype(dtype), self.device, seconds)
+        return ceiling(self.setting.config, tokens, self.setting.torch_dtype(dtype), self.device, seconds)
 
     def restart(self) -> None:
         """Go back to the first weights, optimizer state and batch; what was compiled stays so."""

@@ -20,6 +20,7 @@ import pytest
 import tiktoken
 import torch
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 
 from nanofed import cli
 from tests.cli.conftest import Corpus
@@ -168,7 +169,11 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
 @pytest.mark.parametrize(
     ("command", "option", "message"), [(command, *rest) for *rest, commands in OPTIONS for command in commands]
 )
-def test_a_wrong_option(command: str, option: str, message: str, corpus: Corpus, refused: Refusal) -> None:
+def test_a_wrong_option(
+    command: str, option: str, message: str, corpus: Corpus, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # wandb is installed here; Lightning shall look for one that is not.
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", RequirementCache("wandb>=999"))
     refused(corpus.start(command, option), 2, message)
 
 

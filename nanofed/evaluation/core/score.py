@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanofed import streams
+from nanofed import terminal
 from nanofed.evaluation.core.bundle import Bundle, Task
 from nanofed.evaluation.core.questions import question
 from nanofed.evaluation.core.scoring import batches, judge
@@ -143,7 +143,7 @@ def evaluate_core(
     rank = dist.get_rank() if ranks > 1 else 0
     training = model.training
     model.eval()
-    scores, bar = [], tqdm(unit="example", disable=not (progress and rank == 0 and streams.on_terminal()), leave=False)
+    scores, bar = [], tqdm(unit="example", disable=not (progress and rank == 0 and terminal.on_terminal()), leave=False)
     try:
         for task in bundle.tasks:
             asked = task.examples(examples)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nanofed import runtime
 from nanofed.errors import NanofedError, in_one_line
@@ -15,7 +17,10 @@ from nanofed.federated.deploy.server import run_server
 from nanofed.federated.deploy.site import Site
 from nanofed.federated.federation import Federation
 from nanofed.federated.flower import free_port
+from nanofed.federated.round_line import RoundLine
+from nanofed.federated.server.status import read_status_file
 from nanofed.federated.site.options import site_options
+from nanofed.terminal import StatusLine
 from nanofed.training.run_folder import check_usable
 from nanofed.training.summary import CONFIG, Summary
 
@@ -46,6 +51,11 @@ def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callab
     # Else each would take all cores: N sites of N threads spend most of their time waiting for each other.
     own = None if "OMP_NUM_THREADS" in runtime.environment() else max(1, runtime.cpu_count() // (clients * devices))
     sites: list[Site] = []
+    begun = time.time()
+
+    def server() -> dict[str, Any] | None:
+        said = read_status_file(run)  # at first it is that of an earlier start, where the run goes on
+        return said if said is not None and said.get("since", 0.0) >= begun else None
 
     def watch() -> None:
         for site in sites:
@@ -60,7 +70,9 @@ def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callab
             options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)
             sites.append(Site(replace(options, threads=own), ["--config", str(run / CONFIG)]))
         watch()
-        yield watch
+        line = RoundLine(server, lambda: {site.name: site.figures() for site in sites})
+        with StatusLine(line):
+            yield watch
     finally:
         with undisturbed(), ThreadPoolExecutor() as pool:
             list(pool.map(Site.close, sites))

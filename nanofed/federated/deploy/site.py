@@ -6,9 +6,10 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -96,6 +97,10 @@ class Site:
             folder / f"{log}.log",
             outcomes=folder if name == "worker" else None,
         )
+
+    def figures(self) -> Mapping[str, Any] | None:
+        """Return how far the worker is, as its `Progress` says; None where it is being started."""
+        return self._page.read(since=self._worker.started) if self._worker.running else None
 
     def watch(self) -> None:
         """Start what is not there, and replace a worker that hangs."""

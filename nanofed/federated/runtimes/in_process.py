@@ -15,8 +15,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.federated.federation import Federation
+from nanofed.federated.round_line import RoundLine
 from nanofed.federated.site.client import client_app
-from nanofed.federated.wire.messages import Instructions
+from nanofed.federated.site.progress import Progress, ProgressTurn
+from nanofed.federated.site.trainer import FabricTrainer
+from nanofed.federated.wire.codec import Arrays
+from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
+from nanofed.terminal import StatusLine
 from nanofed.training.run_folder import RunFolder
 from nanofed.training.summary import Summary
 
@@ -24,6 +29,42 @@ logger = logging.getLogger(__name__)
 
 CLIENT_FAILED = 1
 SERVER_NODE = 0
+
+
+class ObservedTrainer:
+    """A trainer of clients that take turns, which says how far each of them is.
+
+    Attributes:
+        progress: how far each client is, by name.
+    """
+
+    def __init__(self, trainer: FabricTrainer, clients: Sequence[str]) -> None:
+        self.progress = {client: Progress(None) for client in clients}
+        self._trainer = trainer
+        for progress in self.progress.values():
+            progress.say(state="idle")
+
+    def hello(self, client: str) -> Hello:
+        """Say who a client is and what it runs."""
+        return self._trainer.hello(client)
+
+    def fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
+        """Train a client's round."""
+        progress = self.progress[instructions.client]
+        progress.begin(instructions)
+        try:
+            return self._trainer.fit(arrays, instructions, ProgressTurn(progress))
+        finally:
+            progress.say(state="idle")
+
+    def evaluate(self, arrays: Arrays, asked: Evaluate) -> Evaluation:
+        """Measure weights for a client."""
+        progress = self.progress[asked.client]
+        progress.say(state="evaluating")
+        try:
+            return self._trainer.evaluate(arrays, asked)
+        finally:
+            progress.say(state="idle")
 
 
 class InProcessGrid(Grid):
@@ -125,14 +166,20 @@ def run_in_process(federation: Federation) -> Summary:
     """
     with ended_by_signals(), RunFolder(federation.folder):
         federation.check()
-        trainer = federation.trainer()
         config = federation.federation
+        trainer = ObservedTrainer(federation.trainer(), config.client_names)
         speeds = (config.client_speeds or [1.0] * config.clients) if config.asynchronous else None
         grid = InProcessGrid(client_app(lambda context: trainer), config.client_names, speeds)
         loop = federation.loop(grid)
         federation.write()
+        line = RoundLine(
+            lambda: loop.status.said,
+            lambda: {client: progress.figures for client, progress in trainer.progress.items()},
+            speeds=dict(zip(config.client_names, config.client_speeds or [1.0] * config.clients, strict=True)),
+        )
         try:
-            loop.train()
+            with StatusLine(line):
+                loop.train()
         finally:
             loop.metrics.close()
         return loop.metrics.summary

@@ -1,4 +1,4 @@
-"""The figures of a federation: TensorBoard, one line of the log a round, a progress bar, and the run's summary."""
+"""The figures of a federation: TensorBoard, one line of the log a round, and the run's summary."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from nanofed import streams
 from nanofed.evaluation.core.score import CoreScore
 from nanofed.federated.aggregation.norm_guard import Length
 from nanofed.federated.server.events import KINDS, Events
 from nanofed.federated.wire.messages import Report
 from nanofed.federated.wire.plain_text import plain
 from nanofed.training.evaluate import write_scalars
+from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 from nanofed.training.tensorboard import describe, write_point
+from nanofed.training.wandb_run import MirroredWriter, WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -184,16 +183,17 @@ class FederationMetrics:
     figures and does not end the run.
 
     Args:
-        run: The run's folder.
+        options: The run's folder, and where its figures go besides.
         summary: What the run has come to so far.
     """
 
-    def __init__(self, run: Path, summary: Summary) -> None:
+    def __init__(self, options: RunOptions, summary: Summary) -> None:
         self.summary = summary
-        self._run = run
+        self._options = options
+        self._run = options.folder
+        self._wandb: WandbRun | None = None
         self._writers: dict[str, SummaryWriter] = {}
         self._is_full = False
-        self._bar: tqdm[Any] = tqdm(disable=True)
 
     def merged(self, figures: RoundMetrics, *, step: int, tokens: int, rows: int, events: Events) -> None:
         """Write what a round came to, with the run's steps, tokens, rows and events so far; scalars stand at the step."""
@@ -228,7 +228,6 @@ class FederationMetrics:
                 "fed/cosine_to_merged": part.cosine,
             }
             self._scalars(client, own, step)
-        self._bar.clear()
         who = f"{len(figures.merged)} of {figures.asked} clients"
         if figures.in_flight > 1:
             who = ", ".join(f"{client}, {part.age} merges late" for client, part in figures.merged.items())
@@ -264,7 +263,6 @@ class FederationMetrics:
         named = [f"{client} {bpb:.4f}" for client, bpb in sorted(sites.items())[:MAX_NAMED]]
         named += [f"{len(sites) - MAX_NAMED} more"] if len(sites) > MAX_NAMED else []
         by_site = f" ({', '.join(named)}{f'; {silent} without a figure' if silent else ''})" if sites else ""
-        self._bar.clear()
         logger.info(
             "round %3d  %21.2f M tokens  val %.4f bits per byte%s", point.step, point.tokens / 1e6, point.bpb, by_site
         )
@@ -279,7 +277,6 @@ class FederationMetrics:
             step: optimizer steps of the run by then.
         """
         self._try(lambda: write_scalars(self._writer(""), score, step, point.tokens))
-        self._bar.clear()
         logger.info("round %3d  %21.2f M tokens  %s", point.step, point.tokens / 1e6, score.line())
         self.save()
 
@@ -290,28 +287,6 @@ class FederationMetrics:
     def describe(self) -> None:
         """Write the run's config and how TensorBoard lays its curves out, at each start."""
         self._try(lambda: describe(self._writer(""), self._run))
-
-    def open_bar(self, tokens: int, horizon: int) -> None:
-        """Show a bar of merged tokens on their way to the horizon, if this is a terminal."""
-        self._bar = tqdm(
-            total=horizon,
-            initial=tokens,
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not streams.on_terminal(),
-            leave=False,
-        )
-
-    def show(self, text: str, tokens: int) -> None:
-        """Move the bar to the merged tokens, and say beside it what is going on."""
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(tokens - self._bar.n)
-        self._bar.refresh()
-
-    def close_bar(self) -> None:
-        """Take the bar away."""
-        self._bar.close()
 
     def _scalars(self, client: str, scalars: Mapping[str, float], step: int) -> None:
         if client not in self._writers and len(self._writers) > MAX_SITES:
@@ -325,7 +300,11 @@ class FederationMetrics:
 
     def _writer(self, client: str) -> SummaryWriter:
         if client not in self._writers:
-            self._writers[client] = SummaryWriter(str(self._run / SITES / client if client else self._run))
+            writer: Any = SummaryWriter(str(self._run / SITES / client if client else self._run))
+            if not client and self._options.wandb_project:
+                self._wandb = self._wandb or WandbRun(self._options)
+                writer = MirroredWriter(writer, self._wandb)
+            self._writers[client] = writer
         return self._writers[client]
 
     def _try(self, write: Callable[[], object]) -> None:
@@ -347,7 +326,8 @@ class FederationMetrics:
 
     def close(self) -> None:
         """Close the event files."""
-        self.close_bar()
         self.save()
         for writer in list(self._writers.values()):
             self._try(writer.close)
+        if self._wandb is not None:
+            self._wandb.finish(self.summary)

@@ -95,7 +95,7 @@ class RoundLoop:
         self._run = run
         self.metrics = metrics
         self._horizon = module.recipe.horizon(module.config)
-        self._status_file = StatusFile(run)
+        self.status = StatusFile(run)
         self._scheduler = Scheduler(module, data, config, policy)
         model = ServerModel(module, data, device, shared=policy.one_machine)
         self.state = State.new(module, data, config, run)
@@ -130,8 +130,7 @@ class RoundLoop:
         self.metrics.describe()
         if clock.round:
             self.metrics.save()
-        with self._status_file, FrozenObjects():
-            self.metrics.open_bar(clock.tokens, self._horizon)
+        with self.status, FrozenObjects():
             try:
                 self._rounds()
                 rounds = f"federation.rounds={self._config.rounds} are done"
@@ -143,7 +142,6 @@ class RoundLoop:
                 raise
             finally:
                 self._evaluator.stop()
-                self.metrics.close_bar()
 
     def _rounds(self) -> None:
         state, failed = self.state, 0
@@ -192,6 +190,7 @@ class RoundLoop:
         self.metrics.merged(figures, step=clock.step, tokens=clock.tokens, rows=rows, events=state.events)
         last = self._finished()
         if number % self._options.eval_every == 0 or last:
+            self._say("validating", number)
             self._evaluator.start(state, last=last)
         due = bool(self._options.save_every) and number % self._options.save_every == 0
         if due or self._unsaved:
@@ -232,7 +231,9 @@ class RoundLoop:
         try:
             sent, base = self._downlink.encode(state, present), self._downlink.base_hash
             asked = self._scheduler.instruct(number, list(present), state, base, sent.changed_from)
-            self._tell_batch(next(iter(asked.values())))
+            self._tell_batch(first := next(iter(asked.values())))
+            seconds = None if first.seconds is None else config.seconds_at(first.clock_tokens / self._horizon)
+            self._say("training", number, began=time.time(), seconds=seconds, steps=first.max_steps)
             figures.encode = time.monotonic() - started
             with make_aggregator(config.merge, sent, self._run / "spool", trim=config.trim) as aggregator:
                 self._collect(present, asked, sent, aggregator, figures)
@@ -455,8 +456,5 @@ class RoundLoop:
 
     def _say(self, phase: str, number: int, **figures: object) -> None:
         """Tell the terminal and `nanofed status` what is going on."""
-        tokens, refused = self.state.clock.tokens, self.clients.refused
-        self._status_file.say(
-            phase=phase, round=number, tokens=tokens, horizon=self._horizon, refused=refused, **figures
-        )
-        self.metrics.show(f"round {number}, {len(self.clients.names)} clients, {phase}", tokens)
+        tokens, refused = self.state.clock.tokens, dict(self.clients.refused)
+        self.status.say(phase=phase, round=number, tokens=tokens, horizon=self._horizon, refused=refused, **figures)

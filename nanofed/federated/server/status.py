@@ -27,16 +27,21 @@ logger = logging.getLogger(__name__)
 FILE = "server.json"
 KINDS_IN_FILE: dict[str, type | UnionType] = {
     "pid": int, "host": str, "since": float, "when": float, "phase": str, "round": int, "horizon": int | None,
-    "clients": list, "merged": list, "refused": dict, "waiting_for": str,
+    "clients": list, "merged": list, "refused": dict, "waiting_for": str, "tokens": int,
+    "began": float, "seconds": float | None, "steps": int | None,
 }  # fmt: skip
 
 
 class StatusFile:
-    """Keeps `server.json` in a run's folder up to date while a round loop runs, as a context manager."""
+    """Keeps `server.json` in a run's folder up to date while a round loop runs, as a context manager.
+
+    Attributes:
+        said: what it holds, replaced as a whole with each change.
+    """
 
     def __init__(self, run: Path) -> None:
         self._path = run / FILE
-        self._said: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        self.said: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
 
     def __enter__(self) -> Self:
         self.say(phase="starting")
@@ -47,9 +52,9 @@ class StatusFile:
 
     def say(self, **figures: Any) -> None:
         """Write what the server is doing; figures that were said before stay."""
-        self._said |= {"when": time.time(), **figures}
+        self.said = {**self.said, "when": time.time(), **figures}
         try:
-            write_atomically(self._path, json.dumps(self._said) + "\n")
+            write_atomically(self._path, json.dumps(self.said) + "\n")
         except OSError as error:  # the file is for people who look on; the run does not need it
             logger.debug("%s cannot be written: %s", self._path, error)
 

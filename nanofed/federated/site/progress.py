@@ -1,4 +1,4 @@
-"""How far a site's worker is: written by the worker every second, read by the supervisor that watches it."""
+"""How far a client is: a site's worker writes it every half a second, and the supervisor that watches the worker reads it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from nanofed.federated.site.ranks import Turn
+from nanofed.federated.wire.messages import Instructions
 
 logger = logging.getLogger(__name__)
 
@@ -23,26 +26,32 @@ class Progress:
     - `state`: `starting`, `idle`, `evaluating` or `training`.
     - `pid` and `ranks`.
     - `run` and `round`: under way, or the last one; "" and 0 before the first.
-    - `steps`: full optimizer steps of the round.
+    - `began`: when the round's training began, on the machine's monotonic clock; `steps`: its full optimizer steps;
+      `step_tokens`: the tokens of one.
     - `quiet_seconds`: since something last happened while not idle; 0 when idle. The first step of a process may
       compile for minutes: `warm` says whether there has been one.
-    - `tokens_per_second`: of the last round that was trained, 0 before.
+    - `tokens_per_second`: of the round so far, and of the one before until its first step is done; 0 before that.
     - `rounds`: answered with weights so far; `unwritten`: optimizer states that the disk did not take.
     - `at`: when this was written, in seconds of the machine's monotonic clock.
 
     Args:
-        page: path of the supervisor's `Page`; None where nobody watches.
+        page: path of the supervisor's `Page`; None where nobody watches from outside of this process.
+
+    Attributes:
+        figures: the figures, replaced as a whole with each change.
     """
 
     def __init__(self, page: str | None) -> None:
         self._last = time.monotonic()
-        self._figures: dict[str, Any] = {
+        self.figures: dict[str, Any] = {
             "state": "starting",
             "pid": os.getpid(),
             "ranks": 0,
             "run": "",
             "round": 0,
+            "began": 0.0,
             "steps": 0,
+            "step_tokens": 0,
             "warm": False,
             "tokens_per_second": 0.0,
             "rounds": 0,
@@ -55,11 +64,23 @@ class Progress:
     def say(self, **figures: Any) -> None:
         """Change figures."""
         self._last = time.monotonic()
-        self._figures |= figures
+        self.figures = {**self.figures, **figures}
+
+    def begin(self, asked: Instructions) -> None:
+        """Say that the training of a round begins."""
+        tokens = asked.batch_tokens
+        self.say(
+            state="training", run=asked.run, round=asked.round, began=time.monotonic(), steps=0, step_tokens=tokens
+        )
 
     def stepped(self, steps: int) -> None:
         """Say that a micro-batch begins, after so many full steps of the round."""
-        self.say(steps=steps, warm=self._figures["warm"] or steps > 0)
+        figures = self.figures
+        if steps > figures["steps"]:
+            seconds = time.monotonic() - figures["began"]
+            self.say(steps=steps, warm=True, tokens_per_second=steps * figures["step_tokens"] / seconds)
+        else:
+            self.alive()
 
     def alive(self) -> None:
         """Say that something happened that is no micro-batch."""
@@ -67,15 +88,30 @@ class Progress:
 
     def trained(self, steps: int, tokens_per_second: float) -> None:
         """Say what a round came to."""
-        self.say(steps=steps, warm=True, rounds=self._figures["rounds"] + 1, tokens_per_second=tokens_per_second)
+        self.say(steps=steps, warm=True, rounds=self.figures["rounds"] + 1, tokens_per_second=tokens_per_second)
 
     def _write(self, file: int) -> None:
         while True:
-            figures, now = dict(self._figures), time.monotonic()
+            figures, now = self.figures, time.monotonic()
             quiet = 0.0 if figures["state"] == "idle" else now - self._last
             text = json.dumps({**figures, "quiet_seconds": round(quiet, 3), "at": now})
             os.pwrite(file, text.encode().ljust(PAGE_BYTES), 0)
             time.sleep(WRITE_SECONDS)
+
+
+class ProgressTurn(Turn):
+    """A stretch of training that says how far it is."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def check(self) -> None:
+        """Say that something happens."""
+        self._progress.alive()
+
+    def progress(self, steps: int) -> None:
+        """Say that so many full steps are done."""
+        self._progress.stepped(steps)
 
 
 class Page:

@@ -209,9 +209,9 @@ class FabricTrainer:
         """Tell whether the device is of use after an error: one of its own stays with it."""
         return self._fabric.device.type == "cpu" or isinstance(error, torch.OutOfMemoryError)
 
-    def fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
+    def fit(self, arrays: Arrays, instructions: Instructions, turn: Turn | None = None) -> tuple[Arrays, Report]:
         """Train one round and save the optimizer state; arguments, result and errors are those of `train`."""
-        answer = self.train(arrays, instructions)
+        answer = self.train(arrays, instructions, turn)
         self.save(instructions)
         return answer
 

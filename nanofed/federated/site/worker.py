@@ -35,7 +35,7 @@ from nanofed.federated.outcome import Outcome
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.inbox import Inbox, Task
 from nanofed.federated.site.options import WorkerOptions
-from nanofed.federated.site.progress import Progress
+from nanofed.federated.site.progress import Progress, ProgressTurn
 from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.bundle import check_bundle
@@ -62,39 +62,23 @@ class RoundAborted(NanofedError):
     """The round is not wanted any more; the message says why."""
 
 
-class _Turn(Turn):
+class _Turn(ProgressTurn):
     """A round that a task asks for; `deadline` seconds after its start its answer is worth nothing."""
 
     def __init__(self, task: Task, progress: Progress, deadline: float | None = None) -> None:
+        super().__init__(progress)
         self.arrived: float = time.monotonic()
         self._task = task
-        self._progress = progress
         self._deadline = deadline
 
     def check(self) -> None:
-        self._progress.alive()
+        super().check()
         if self._task.cancelled is not None:
             raise RoundAborted(f"the round was aborted: {self._task.cancelled}")
         if self._deadline is not None and time.monotonic() - self.arrived > self._deadline:
             raise RoundAborted(
                 f"the round was aborted: it is over at the server, {self._deadline:g} s after it arrived"
             )
-
-    def progress(self, steps: int) -> None:
-        self._progress.stepped(steps)
-
-
-class _Between(Turn):
-    """The time between two rounds, in which the trainer goes on."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def check(self) -> None:
-        self._progress.alive()
-
-    def progress(self, steps: int) -> None:
-        self._progress.stepped(steps)
 
 
 class _UntilAsked(Stopwatch):
@@ -192,7 +176,7 @@ class SiteTrainer:
     def _fit(self, arrays: Arrays, instructions: Instructions) -> tuple[Arrays, Report]:
         self._save()  # of the round before, where this one has come at once
         with self._on_all_ranks(instructions):
-            self._progress.say(state="training", run=instructions.run, round=instructions.round, steps=0)
+            self._progress.begin(instructions)
             turn = _Turn(self.task, self._progress, instructions.deadline_seconds)
             payload, report = self._trainer.train(arrays, instructions, turn)
         self._unsaved = instructions
@@ -214,7 +198,7 @@ class SiteTrainer:
         self._progress.say(state="training")
         try:
             with self._on_all_ranks(AHEAD):
-                self._trainer.train_ahead(_UntilAsked(self._jobs), _Between(self._progress))
+                self._trainer.train_ahead(_UntilAsked(self._jobs), ProgressTurn(self._progress))
         except Exception as error:
             if self.broken is not None and self.idle.is_set():
                 raise  # else the round before is still on its way to the server, and its thread ends this process then

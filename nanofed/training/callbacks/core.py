@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
+from nanofed import terminal
 from nanofed.evaluation.core.bundle import Bundle
 from nanofed.evaluation.core.score import evaluate_core
 from nanofed.training.callbacks.dashboard import Dashboard, writer_of
@@ -41,7 +42,7 @@ class CoreEvaluation(Callback):
         if not options.core_every or module.clock.step % options.core_every:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        with self._dashboard.paused():
+        with self._dashboard.paused(), terminal.without_line():  # it draws a bar of its own
             score = evaluate_core(
                 module.gpt,
                 datamodule.tokenizer,

@@ -21,6 +21,7 @@ from nanofed.training.module import GPTModule
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
 from nanofed.training.tensorboard import describe, write_point
+from nanofed.training.wandb_run import MirroredWriter, WandbRun
 
 
 def writer_of(trainer: Trainer) -> Any:
@@ -39,11 +40,25 @@ class RunLogger(TensorBoardLogger):
     """
 
     is_open = False
+    _wandb: WandbRun | None = None
+
+    def open(self, options: RunOptions) -> None:
+        """Write from now on, and to Weights & Biases as well where a project there is named."""
+        self.is_open = True
+        if options.wandb_project:
+            self._wandb = WandbRun(options)
 
     @property
     def experiment(self) -> Any:
-        """TensorBoard's SummaryWriter on the first rank once `is_open` is set; else a dummy that writes nothing."""
-        return super().experiment if self.is_open else _DummyExperiment()
+        """TensorBoard's SummaryWriter on the first rank once it is open; else a dummy that writes nothing."""
+        if not self.is_open:
+            return _DummyExperiment()
+        return super().experiment if self._wandb is None else MirroredWriter(super().experiment, self._wandb)
+
+    def finish(self, summary: Summary) -> None:
+        """Say what the run came to, where nothing follows that is to be written."""
+        if self._wandb is not None:
+            self._wandb.finish(summary)
 
     def save(self) -> None:
         """Write what was logged."""

@@ -49,7 +49,7 @@ class Opening(Callback):
             self._summary.write(run)
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                logger.is_open = True
+                logger.open(self._options)
         self.done = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,240 @@
+"""Where the time of a fit's optimizer step goes: some steps of the Trainer, timed by phases, then as many of them traced."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.profilers import Profiler
+
+from nanofed import runtime
+from nanofed.errors import ConfigError
+from nanofed.training.callbacks.stopping import take_signals
+from nanofed.training.gemm import ceiling
+from nanofed.training.laps import Laps
+from nanofed.training.memory import Place, check_memory
+from nanofed.training.module import GPTModule
+from nanofed.training.recipe import accumulation_steps
+
+if TYPE_CHECKING:
+    from nanofed.training.lightning_cli import FitCLI
+
+logger = logging.getLogger(__name__)
+
+PHASES = ("data", "forward", "backward", "optimizer", "rest")
+# What Lightning calls the parts of a step, by the end of the name -> the phase that ends with it.
+ACTIONS = {
+    "train_dataloader_next": "data",
+    "batch_to_device": "data",
+    "training_step": "forward",
+    "backward": "backward",
+    "optimizer_step": "optimizer",
+}
+MOST_OPERATORS = 12
+COLLECTIVES = ("nccl", "gloo:", "mpi:")  # how the names of collectives in a trace begin
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator's part in a step: how often it ran, and its seconds without those of the operators that it called."""
+
+    name: str
+    calls: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """What an optimizer step is spent on, on the first rank.
+
+    Attributes:
+        steps: how many steps were timed, and as many traced.
+        tokens: tokens of a step, over all ranks.
+        seconds: of a step, the median.
+        phases: phase -> its seconds in a step, the median; `rest` is what the loop and the callbacks take.
+        traced_seconds: of a step while it is traced, which is slower.
+        collectives: seconds of a traced step in collectives, waiting for other ranks included; they may overlap with computing
+            and with each other.
+        operators: the operators of a traced step that take most.
+        ceiling: FLOP/s of the fastest of the model's matmuls by itself on one rank.
+        share: how much of it a rank's step reaches.
+        trace: the file of the trace.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    phases: dict[str, float]
+    traced_seconds: float
+    collectives: float
+    operators: list[Operator]
+    ceiling: float
+    share: float
+    trace: Path
+
+    def text(self) -> str:
+        """Return it for a terminal."""
+        lines = [
+            f"a step of {self.tokens:,} tokens takes {self.seconds * 1e3:,.1f} ms (median of {self.steps}): "
+            f"{self.tokens / self.seconds:,.0f} tok/s, {self.share:.1%} of the matmul ceiling, {self.ceiling / 1e9:,.0f} GFLOP/s",
+            "",
+            f"{'phase':<44}{'ms a step':>10}{'share':>8}",
+            *(_row(name, seconds, self.seconds) for name, seconds in self.phases.items()),
+            "",
+            f"{f'operator, traced ({self.traced_seconds * 1e3:,.1f} ms a step)':<44}{'ms a step':>10}{'share':>8}{'calls':>8}",
+            _row("all collectives", self.collectives, self.traced_seconds),
+            *(f"{_row(o.name, o.seconds, self.traced_seconds)}{o.calls:>8,.0f}" for o in self.operators),
+            "",
+            f"trace: {self.trace} (open it at https://ui.perfetto.dev or chrome://tracing)",
+        ]
+        return "\n".join(lines)
+
+
+def _row(name: str, seconds: float, whole: float) -> str:
+    return f"{name[:43]:<44}{seconds * 1e3:>10,.2f}{seconds / whole:>8.1%}"
+
+
+class StepProfiler(Profiler):
+    """Lightning's profiler, told of every part of a step: it times the phases of some steps, and then traces the others.
+
+    Args:
+        device: it computes the steps.
+        accumulation: micro-batches of a step.
+        warm_up: steps before the first that is timed.
+        steps: steps to be timed, after which tracing begins.
+
+    Attributes:
+        timed: seconds of each timed step by phase.
+        trace: the trace, which whoever drives the steps has to stop.
+    """
+
+    def __init__(self, device: torch.device, accumulation: int, warm_up: int, steps: int) -> None:
+        super().__init__()
+        self.timed: list[dict[str, float]] = []
+        self.trace = torch.profiler.profile()
+        self._laps = Laps(device, PHASES)
+        self._accumulation = accumulation
+        self._warm_up, self._steps = warm_up, steps
+        self._batches = 0
+        self._spans: dict[str, Any] = {}  # phase -> its span in the trace
+
+    def start(self, action_name: str) -> None:
+        """Begin a part of a step; what lies between two parts is the rest."""
+        action = action_name.rpartition(".")[2]
+        if action not in ACTIONS:
+            return
+        if action != "train_dataloader_next":
+            self._laps.lap("rest")
+        else:
+            self._next_batch()
+        if action != "optimizer_step":  # which holds forward and backward of the last micro-batch
+            self._open(ACTIONS[action])
+
+    def stop(self, action_name: str) -> None:
+        """End a part of a step, and the phase."""
+        action = action_name.rpartition(".")[2]
+        if action not in ACTIONS:
+            return
+        phase = ACTIONS[action]
+        self._laps.lap(phase)
+        self._close(phase)
+        if action == "backward" and self._batches % self._accumulation == 0:
+            self._open("optimizer")
+
+    def _next_batch(self) -> None:
+        step, within = divmod(self._batches, self._accumulation)
+        self._batches += 1
+        if step or within:
+            self._laps.lap("rest")
+        if within:
+            return
+        if step == self._warm_up:
+            self._laps.read()
+        elif step == self._warm_up + self._steps:
+            self.timed = [clocks["wall"] for clocks in self._laps.read()]
+            self.trace.start()
+        self._laps.start()
+
+    def traced(self) -> list[dict[str, float]]:
+        """Return the seconds of each traced step by phase; call it once, at the end."""
+        return [clocks["wall"] for clocks in self._laps.read()]
+
+    def _open(self, phase: str) -> None:
+        self._spans[phase] = torch.profiler.record_function(phase)
+        self._spans[phase].__enter__()
+
+    def _close(self, phase: str) -> None:
+        if (span := self._spans.pop(phase, None)) is not None:
+            span.__exit__(None, None, None)
+
+
+def run_profile(cli: FitCLI, trace: Path, *, warm_up: int, steps: int) -> StepProfile | None:
+    """Train for `warm_up + 2 * steps` optimizer steps of what the CLI has built, and keep nothing of it but the trace.
+
+    The first steps warm up; then come those that are timed, and those that are traced. The trace is in Chrome's format
+    (JSON, gzip), written by the first rank; the others return None.
+
+    Args:
+        cli: the parsed command.
+        trace: the file to be written, `.json.gz`.
+        warm_up: steps that are neither timed nor traced: compiling is in them.
+        steps: steps to be timed, and to be traced.
+
+    Raises:
+        ConfigError: a batch does not divide, or the memory is not enough.
+        DataError: no shards or no tokenizer.
+    """
+    module: GPTModule = cli.model
+    data, trainer, place = cli.datamodule, cli.trainer, Place.of(cli.trainer)
+    tokens = module.recipe.batch_tokens
+    accumulation = accumulation_steps(
+        tokens, device_batch_size=data.device_batch_size, sequence_len=data.sequence_len, world_size=place.ranks
+    )
+    if runtime.is_first_rank():
+        check_memory(module, data, place, batch_tokens=tokens, force=cli.run_options.force)
+    trainer.accumulate_grad_batches = accumulation
+    trainer.val_check_interval = sys.maxsize
+    trainer.fit_loop.epoch_loop.max_steps = warm_up + 2 * steps
+    profiler = StepProfiler(place.device, accumulation, warm_up, steps)
+    trainer.profiler = profiler  # type: ignore[attr-defined]
+    take_signals(trainer)
+    with cli.watchdog.over(trainer), cli.lightning_errors(), cli.garbage:
+        trainer.fit(module, datamodule=data)
+        traced = profiler.traced()
+        profiler.trace.stop()
+    if not profiler.timed or len(traced) < steps:
+        raise ConfigError(f"the Trainer ended before {warm_up + 2 * steps} steps were done: leave its limits out")
+    if not runtime.is_first_rank():
+        return None
+    profiler.trace.export_chrome_trace(str(trace))
+    events = profiler.trace.key_averages()
+    on_cpu = place.device.type == "cpu"
+
+    def seconds(event: Any) -> float:
+        return float(event.self_cpu_time_total if on_cpu else event.self_device_time_total) / 1e6 / steps
+
+    # A collective of gloo's is on no thread of the trace: its time is that from the call to the end.
+    moved = [e for e in events if e.key.lower().startswith(COLLECTIVES)]
+    computed = [e for e in events if e.device_type.name == "CPU" and not e.is_user_annotation]
+    rates = ceiling(module.config, data.device_batch_size * data.sequence_len, module.gpt.compute_dtype, place.device)
+    step = statistics.median(sum(phases.values()) for phases in profiler.timed)
+    return StepProfile(
+        steps=steps,
+        tokens=tokens,
+        seconds=step,
+        phases={phase: statistics.median(phases[phase] for phases in profiler.timed) for phase in PHASES},
+        traced_seconds=statistics.median(sum(phases.values()) for phases in traced),
+        collectives=sum(e.cpu_time_total / 1e6 / steps if on_cpu else seconds(e) for e in moved),
+        operators=[
+            Operator(e.key, e.count / steps, seconds(e))
+            for e in sorted(computed, key=seconds)[: -MOST_OPERATORS - 1 : -1]
+        ],
+        ceiling=rates["best"]["wall"],
+        share=module.config.flops_per_token() * tokens / place.ranks / step / rates["best"]["wall"],
+        trace=trace,
+    )
