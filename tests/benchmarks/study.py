@@ -41,6 +41,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from nanofed import runtime
+from nanofed.api import evaluate
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy.process import last_line
 from nanofed.training.summary import AT_HORIZON, SUMMARY, Summary
@@ -176,19 +177,10 @@ def execute(run: Run, folder: Path, study: Study) -> None:
     log = folder / f"{run.name}.log"
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
-        if study.domains and done.returncode == 0:
-            score = [
-                sys.executable,
-                "-m",
-                "nanofed",
-                "evaluate",
-                str(folder / run.name),
-                f"--json={folder / run.name / SCORES}",
-            ]
-            score += [f"--data={part}" for part in study.domains]
-            score += [f"--eval_tokens={run.options['data.eval_tokens']}"]
-            done = subprocess.run(score, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     summary = result(run, folder) if done.returncode == 0 else None
+    if summary is not None and study.domains:
+        scores = evaluate(folder / run.name, [*study.domains], eval_tokens=run.options.get("data.eval_tokens"))
+        (folder / run.name / SCORES).write_text(scores.to_json(), encoding="utf-8")
     failed = f"failed: {last_line(log)}; see {log}"
     said = failed if summary is None else f"{summary.bpb_end:.4f} in {summary.seconds:.0f} s"
     progress(f"{run.name}: {said}")
@@ -223,8 +215,8 @@ def _scores(run: Path, summary: Summary) -> dict[str, Any]:
     """Return bits per byte of a run, `bpb`, and those of each domain by name, `texts`, where it was scored on domains."""
     if not (run / SCORES).is_file():
         return {"bpb": summary.bpb_end, "texts": {}}
-    (scores,) = json.loads((run / SCORES).read_text(encoding="utf-8"))
-    return dict(scores)
+    found: dict[str, Any] = json.loads((run / SCORES).read_text(encoding="utf-8"))
+    return found
 
 
 def summarise(results: pa.Table) -> str:
