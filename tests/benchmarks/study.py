@@ -44,6 +44,7 @@ from nanofed import runtime
 from nanofed.api import evaluate
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy.process import last_line
+from nanofed.files import write_atomically
 from nanofed.training.summary import AT_HORIZON, SUMMARY, Summary
 from tests.benchmarks.corpus import default_data, equal_parts, tokenizer_folder
 from tests.benchmarks.report import progress, table
@@ -151,8 +152,8 @@ def result(run: Run, folder: Path) -> Summary | None:
     return summary if summary.ended == AT_HORIZON else None
 
 
-def execute(run: Run, folder: Path, study: Study) -> None:
-    """Run it in a process of one thread, unless it has been run, and score it on the study's domains."""
+def execute(run: Run, folder: Path, vocab_size: int) -> None:
+    """Run it in a process of one thread, unless it has been run."""
     if result(run, folder) is not None:
         return
     options = {
@@ -160,7 +161,7 @@ def execute(run: Run, folder: Path, study: Study) -> None:
         **run.options,
         "seed_everything": run.seed,
         "data.path": runtime.dataset_dir(run.options["data.path"]),
-        "data.tokenizer": tokenizer_folder(run.text, study.vocab_size),
+        "data.tokenizer": tokenizer_folder(run.text, vocab_size),
         "runs_dir": folder,
         "name": run.name,
         "overwrite": True,
@@ -178,22 +179,19 @@ def execute(run: Run, folder: Path, study: Study) -> None:
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     summary = result(run, folder) if done.returncode == 0 else None
-    if summary is not None and study.domains:
-        scores = evaluate(folder / run.name, [*study.domains], eval_tokens=run.options.get("data.eval_tokens"))
-        (folder / run.name / SCORES).write_text(scores.to_json(), encoding="utf-8")
     failed = f"failed: {last_line(log)}; see {log}"
     said = failed if summary is None else f"{summary.bpb_end:.4f} in {summary.seconds:.0f} s"
     progress(f"{run.name}: {said}")
 
 
-def collect(runs: Sequence[Run], folder: Path, reference: str | None) -> pa.Table:
+def collect(runs: Sequence[Run], folder: Path, study: Study) -> pa.Table:
     """Return what is there of the study: a row a run, with its gap to the reference of the same text and seed."""
     found = [(run, summary) for run in runs if (summary := result(run, folder)) is not None]
-    scores = {run.name: _scores(folder / run.name, summary) for run, summary in found}
+    scores = {run.name: _scores(run, folder, summary, [*study.domains]) for run, summary in found}
     rows = []
     bpb = {(run.text, run.seed, run.label): scores[run.name]["bpb"] for run, _ in found}
     for run, summary in found:
-        base, score = bpb.get((run.text, run.seed, reference or "")), scores[run.name]
+        base, score = bpb.get((run.text, run.seed, study.reference or "")), scores[run.name]
         rows.append(
             {
                 "text": Path(run.text).name,
@@ -211,11 +209,15 @@ def collect(runs: Sequence[Run], folder: Path, reference: str | None) -> pa.Tabl
     return pa.Table.from_pylist(rows)
 
 
-def _scores(run: Path, summary: Summary) -> dict[str, Any]:
-    """Return bits per byte of a run, `bpb`, and those of each domain by name, `texts`, where it was scored on domains."""
-    if not (run / SCORES).is_file():
+def _scores(run: Run, folder: Path, summary: Summary, domains: Sequence[str]) -> dict[str, Any]:
+    """Return a run's bits per byte, `bpb`, and those of each domain, `texts`; on domains it is scored once, here."""
+    if not domains:
         return {"bpb": summary.bpb_end, "texts": {}}
-    found: dict[str, Any] = json.loads((run / SCORES).read_text(encoding="utf-8"))
+    file = folder / run.name / SCORES
+    if not file.is_file():
+        scores = evaluate(folder / run.name, domains, eval_tokens=run.options.get("data.eval_tokens"))
+        write_atomically(file, scores.to_json())
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
@@ -279,8 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [run for run in runs if re.search(args.only, run.label)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: execute(run, folder, study), chosen))
-    results = collect(runs, folder, study.reference)
+        list(pool.map(lambda run: execute(run, folder, study.vocab_size), chosen))
+    results = collect(runs, folder, study)
     if not results.num_rows:
         progress(f"no run has reached its horizon: see the logs in {folder}")
         return 1
