@@ -58,7 +58,9 @@ def equal_parts(parts: Mapping[str, str]) -> str:
             mixed += shard
     for mixed in together:
         draw.shuffle(mixed)
-    _write(together, union)
+    temporary = union.with_suffix(".tmp")
+    _write(together, temporary)
+    temporary.rename(union)
     return str(union)
 
 
