@@ -375,7 +375,7 @@ def _check_text(prompt: str) -> None:
 
 def evaluate(
     checkpoint: str | Path,
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     *,
     bpb: bool = True,
     core: bool = False,
@@ -393,12 +393,13 @@ def evaluate(
 
     Args:
         checkpoint: a run folder, one checkpoint of either path, or an exported model.
-        data: a dataset whose validation shard is scored (`demo`, `fineweb-edu` or a folder); by default the run's own.
+        data: a dataset whose validation shard is scored (`demo`, `fineweb-edu` or a folder), or several, of which each is scored
+            and all are pooled by bytes; by default the run's own.
         bpb: measure bits per byte.
         core: measure CORE.
         core_data: the bundle of CORE's tasks; by default the one that `nanofed data download --core` brings.
         core_examples: how many examples of each task are asked, from the first one on; 0 asks all.
-        eval_tokens: how many targets are scored for bits per byte; by default as many as the run scores.
+        eval_tokens: how many targets of each are scored for bits per byte; by default as many as the run scores.
         device: where the model runs.
         compute_dtype: dtype of the matmuls, as `load` takes it, or its name; only figures of one dtype can be compared.
         progress: draw a bar of CORE's examples where standard error is a terminal.
@@ -427,14 +428,16 @@ def evaluate(
     own = (loaded.path / MANIFEST).is_file()  # else it was exported, and nobody knows its text
     manifest = read_manifest(loaded.path, verify=False) if own else None
     figure = score = None
+    texts: Mapping[str, float] = {}
     if bpb:
-        figure = measure_bits_per_byte(loaded.model, loaded.tokenizer, loaded.path, data, eval_tokens)
+        named = [data] if isinstance(data, str) else data or ()
+        figure, texts = measure_bits_per_byte(loaded.model, loaded.tokenizer, loaded.path, named, eval_tokens)
     if bundle is not None:
         score = evaluate_core(loaded.model, loaded.tokenizer, bundle, examples=core_examples, progress=progress)
         if manifest is not None and runtime.is_first_rank():
             write_into_run(loaded.path, manifest, score)
     step, tokens = (None, None) if manifest is None else (manifest.step, manifest.tokens)
-    return Evaluation(loaded.path, step, tokens, figure, score)
+    return Evaluation(loaded.path, step, tokens, figure, score, texts)
 
 
 def ranks(device: str) -> AbstractContextManager[torch.device]:

@@ -66,9 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         parser, "--core_examples", kind=CountOrZero, default=0, help="examples asked of each task; 0: all (default: 0)"
     )
     parser.add_argument(
-        "--data", metavar="NAME", help="bits per byte on demo, fineweb-edu or a folder of shards instead"
+        "--data",
+        action="append",
+        metavar="NAME",
+        help="bits per byte on demo, fineweb-edu or a folder of shards instead; given several times, on each and pooled by bytes",
     )
-    add_number(parser, "--eval_tokens", kind=Tokens, default=None, help="tokens to score (default: the run's number)")
+    scored = "tokens to score of each text (default: the run's number)"
+    add_number(parser, "--eval_tokens", kind=Tokens, default=None, help=scored)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
     parser.add_argument(
         "--dtype",

@@ -51,6 +51,8 @@ class FederationConfig:
         availability: chance that a client takes part in a round (Bernoulli).
         client_speeds: how fast each client is, 1 being this machine; in process, a client of 0.5 does half the steps in a
             round of seconds, and with `asynchronous` takes twice as long for an update of so many steps.
+        client_data: the folder of each client's own shards, in the place of `data.path`, with `sharding: local` on one machine;
+            across sites each site names its own as `data.path`. The tokenizer is that of `data`.
         evaluation: who measures bits per byte every `eval_every` rounds: the `server`, on its validation shard and beside the
             next round; or the `sites`, each on its own validation shard with `sharding: local`, else on a share of the pinned
             one, pooled by bytes. They measure the weights that a round brings them before they train, in addition to
@@ -94,6 +96,7 @@ class FederationConfig:
     grace_seconds: Seconds = 300.0
     availability: Annotated[float, Range(0, 1, above=True)] = 1.0
     client_speeds: list[Annotated[float, Range(0, 1e9, above=True)]] | None = None
+    client_data: list[str] | None = None
     evaluation: Literal["server", "sites"] = "server"
     sharding: Literal["shards", "full", "local"] = "shards"
     weighting: Literal["uniform", "tokens"] = "uniform"
@@ -118,6 +121,14 @@ class FederationConfig:
         if self.client_speeds is not None and len(self.client_speeds) != self.clients:
             raise ConfigError(
                 f"federation.client_speeds names {len(self.client_speeds)} speeds for {self.clients} clients"
+            )
+        if self.client_data is not None and len(self.client_data) != self.clients:
+            raise ConfigError(
+                f"federation.client_data names {len(self.client_data)} folders for {self.clients} clients"
+            )
+        if self.client_data is not None and self.sharding != "local":
+            raise ConfigError(
+                f"federation.client_data gives each client text of its own: set federation.sharding to local, not {self.sharding}"
             )
         for name in ("round_seconds", "round_steps"):
             if isinstance(lengths := getattr(self, name), list):

@@ -14,6 +14,7 @@ from lightning import Fabric
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from nanofed import runtime
+from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.federated.aggregation.outer import make_outer
 from nanofed.federated.config import Arguments
@@ -95,6 +96,8 @@ class Federation(Arguments):
         ):
             if section[name] is not None and section[name] not in words:
                 section[name] = _absolute(section[name])
+        if (folders := config.federation.client_data) is not None:
+            config.federation.client_data = [_absolute(folder) for folder in folders]
 
     def fabric(self) -> Fabric:
         """Return the Fabric that a client trains with."""
@@ -156,6 +159,9 @@ class Federation(Arguments):
                     f"federation.global_batch_tokens={config.global_batch_tokens:,} is no multiple of {config.clients} clients"
                 )
         make_outer(config.outer, config.outer_lr, config.outer_momentum)
+        for own in self.client_data(data).values():
+            next(iter(own.validation_loader()))
+            next(own.loader().take(1))
         place = Place(self.fabric().device, clients=config.clients)  # they take turns on one model, on one device
         text = resolved(self.parser, self.config)
         check_start(
@@ -171,13 +177,25 @@ class Federation(Arguments):
         if (resume := resume_checkpoint(options.folder, options.ckpt_path)) is not None:
             State.new(module, data, config, options.folder, weights=False).load_without_weights(resume)
 
+    def client_data(self, data: TokenDataModule) -> dict[str, TokenDataModule]:
+        """Return the data of each client that has text of its own, by name, with the tokenizer of `data`."""
+        found = {}
+        for name, folder in zip(self.federation.client_names, self.federation.client_data or (), strict=False):
+            config = self.config.clone()
+            config.data.path = folder
+            found[name] = self.parser.instantiate(config).data
+            found[name].tokenizer = data.tokenizer
+        return found
+
     def trainer(self, *, shared: bool = False) -> FabricTrainer:
         """Return the trainer of this process, for every client that runs in it; `shared` as of `FabricTrainer`."""
         module, data = self.build()
         config = self.federation
         names = dict(zip(config.client_names, config.client_speeds or [1.0] * config.clients, strict=True))
         speed, folder = (lambda name: names.get(name, 1.0)), self.folder / "clients"
-        return FabricTrainer(module, data, self.fabric(), folder, speed, shared=shared)
+        return FabricTrainer(
+            module, data, self.fabric(), folder, speed, client_data=self.client_data(data), shared=shared
+        )
 
     def loop(
         self,

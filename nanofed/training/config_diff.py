@@ -47,7 +47,8 @@ FREE = (
     "federation.grace_seconds",
     "federation.max_failed_rounds",
 )
-TEXT = ("data.path", "data.num_shards", "data.validation_shard")  # where the text lies, and which part of it is read
+# Where the text lies, and which part of it is read.
+TEXT = ("data.path", "data.num_shards", "data.validation_shard", "federation.client_data")
 # What federations did that were begun before these options were there.
 BEFORE_OUTER = {"outer": "nesterov", "outer_warmdown": 0.0}
 # Says how to start, not what to train.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,9 @@ class Evaluation:
         checkpoint: the checkpoint's folder, or an exported model.
         step: optimizer steps it was trained for; None of an exported model.
         tokens: tokens it was trained on; None of an exported model.
-        bpb: bits per byte; None where that was not asked for.
+        bpb: bits per byte, of several texts pooled by bytes; None where that was not asked for.
         core: CORE with its tasks; None where that was not asked for.
+        texts: bits per byte of each text by name, where texts were named.
     """
 
     checkpoint: Path
@@ -48,12 +49,13 @@ class Evaluation:
     tokens: int | None
     bpb: float | None = None
     core: CoreScore | None = None
+    texts: Mapping[str, float] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """Return what JSON can say of it."""
         core = None if self.core is None else self.core.to_plain()
         where = {"checkpoint": str(self.checkpoint), "step": self.step, "tokens": self.tokens}
-        return {**where, "bpb": self.bpb, "core": core}
+        return {**where, "bpb": self.bpb, "texts": dict(self.texts), "core": core}
 
     def to_json(self) -> str:
         """Return it as JSON text."""
@@ -65,6 +67,8 @@ class Evaluation:
         if self.step is not None and self.tokens is not None:
             lines[0] += f": step {self.step:,}, {self.tokens / 1e6:,.2f} M tokens"
         lines += [] if self.bpb is None else [f"bits per byte {self.bpb:.4f}"]
+        if len(self.texts) > 1:
+            lines[-1] += f" ({', '.join(f'{name} {bpb:.4f}' for name, bpb in self.texts.items())})"
         lines += [] if self.core is None else [self.core.table()]
         return "\n".join(lines)
 
@@ -94,36 +98,51 @@ def process_group(device: str) -> Iterator[torch.device]:
 
 
 def measure_bits_per_byte(
-    model: GPT, tokenizer: Tokenizer, checkpoint: Path, data: str | None, eval_tokens: int | None
-) -> float:
-    """Return bits per byte of a checkpoint's model, over all ranks, on its run's validation text.
+    model: GPT, tokenizer: Tokenizer, checkpoint: Path, data: Sequence[str], eval_tokens: int | None
+) -> tuple[float, dict[str, float]]:
+    """Return bits per byte of a checkpoint's model, over all ranks, on all texts pooled and by the name of each that is named.
 
     Args:
         model: the model with the checkpoint's weights.
         tokenizer: the checkpoint's.
         checkpoint: its folder, in the folder of its run.
-        data: a dataset whose validation shard is taken instead: `demo`, `fineweb-edu` or a folder.
-        eval_tokens: targets to score; by default as many as the run scores, of another dataset as `TokenDataModule` does.
+        data: datasets whose validation shards are scored: `demo`, `fineweb-edu` or folders; without any, it is the run's own.
+        eval_tokens: targets to score of each; by default as many as the run scores, of another dataset as `TokenDataModule` does.
 
     Raises:
         ConfigError: no dataset is named, and the checkpoint lies in no run's folder or its run validated with another text.
         DataError: there is no validation shard, it is damaged, or holds no text.
     """
-    options: dict[str, Any] = {"path": data} if data is not None else _text_of_run(checkpoint)
-    options |= {} if eval_tokens is None else {"eval_tokens": eval_tokens}
-    module = TokenDataModule(sequence_len=model.config.sequence_len, **options)
-    module.tokenizer = tokenizer
-    recorded = read_manifest(checkpoint, verify=False).data if data is None else None
+    lengths = torch.tensor(tokenizer.token_bytes)
+    ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if dist.is_initialized() else {}
+    pooled, found = BitsPerByte(lengths).to(model.device), {}
+    for name in dict.fromkeys(data) or (None,):
+        options: dict[str, Any] = _text_of_run(checkpoint) if name is None else {"path": name}
+        options |= {} if eval_tokens is None else {"eval_tokens": eval_tokens}
+        module = TokenDataModule(sequence_len=model.config.sequence_len, **options)
+        module.tokenizer = tokenizer
+        if name is None:
+            _check_text(checkpoint, module)
+        metric = BitsPerByte(lengths)
+        with closing(iter(module.validation_loader(**ranks))) as text:
+            batches = ((batch.inputs, batch.targets) for batch in text)
+            bpb = evaluate_bits_per_byte(model, batches, metric, model.device)
+        pooled.merge_state(metric)
+        if name is not None:
+            found[name] = bpb
+    nothing = torch.empty(0, device=model.device)
+    pooled.update(nothing, nothing.long())  # sums that were merged are no update to the metric, which warns of that
+    return float(pooled.compute()), found
+
+
+def _check_text(checkpoint: Path, module: TokenDataModule) -> None:
+    """Refuse a text that is not what the checkpoint was validated with."""
+    recorded = read_manifest(checkpoint, verify=False).data
     if recorded is not None and (differing := recorded.differences(module.dataset.identity, training=False)):
         raise ConfigError(
             f"{module.dataset.path} is not what {checkpoint} was validated with: {'; '.join(differing)}; bring it back, or "
             "name a text with --data"
         )
-    ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if dist.is_initialized() else {}
-    metric = BitsPerByte(torch.tensor(tokenizer.token_bytes)).to(model.device)
-    with closing(iter(module.validation_loader(**ranks))) as text:
-        batches = ((batch.inputs, batch.targets) for batch in text)
-        return evaluate_bits_per_byte(model, batches, metric, model.device)
 
 
 def _text_of_run(checkpoint: Path) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from nanofed import runtime
@@ -16,6 +19,8 @@ from tests.benchmarks.machine import ROOT
 from tests.benchmarks.report import progress
 
 SYNTHETIC = "synthetic"
+UNION = "union"
+SHARDS = 8  # for training; one more is for validation
 
 
 def default_data() -> str:
@@ -27,6 +32,42 @@ def default_data() -> str:
 def texts(dataset: Dataset) -> Iterator[str]:
     """Return the training documents."""
     return chain.from_iterable(map(all_texts, dataset.train))
+
+
+def equal_parts(parts: Mapping[str, str]) -> str:
+    """Write parts of equal bytes of several corpora's training texts, and beside them their union, whose folder is returned.
+
+    Shard n of the union holds the documents of shard n of every part, mixed: what it has for validation is what they have.
+
+    Args:
+        parts: the folder of each part, all in one folder, and the corpus that it is taken from.
+    """
+    union = Path(next(iter(parts))).parent / UNION
+    if union.is_dir():
+        return str(union)
+    found = {part: list(texts(open_dataset(runtime.dataset_dir(corpus)))) for part, corpus in parts.items()}
+    sizes = {name: list(accumulate(len(text.encode()) for text in documents)) for name, documents in found.items()}
+    least = min(size[-1] for size in sizes.values())
+    draw, together = random.Random(0), [list[str]() for _ in range(SHARDS + 1)]
+    for name, documents in found.items():
+        kept = [text for text, size in zip(documents, sizes[name], strict=True) if size <= least]
+        draw.shuffle(kept)
+        shards = [kept[number :: SHARDS + 1] for number in range(SHARDS + 1)]
+        _write(shards, Path(name))
+        for mixed, shard in zip(together, shards, strict=True):
+            mixed += shard
+    for mixed in together:
+        draw.shuffle(mixed)
+    temporary = union.with_suffix(".tmp")
+    _write(together, temporary)
+    temporary.rename(union)
+    return str(union)
+
+
+def _write(shards: Sequence[list[str]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, shard in enumerate(shards):
+        pq.write_table(pa.table({"text": shard}), folder / f"shard_{number:05d}.parquet", row_group_size=64)
 
 
 def tokenizer_folder(data: str, vocab_size: int) -> Path:

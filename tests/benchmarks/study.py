@@ -2,7 +2,8 @@
 
 A study's file names the options that all runs share, single runs, and axes whose entries are combined, each with options of its
 own. Runs of one seed are paired: their gap is taken before it is averaged. One run takes one thread, and as many run at a time
-as there are cores. A study that was stopped goes on: runs that have reached their horizon are not repeated.
+as there are cores. A study that was stopped goes on: runs that have reached their horizon are not repeated. A study of `domains`
+makes its text by itself, from equal parts of several corpora; its runs are scored on every part and on all of them pooled.
 
     vocab_size: 2048
     seeds: [1, 2]
@@ -40,12 +41,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from nanofed import runtime
+from nanofed.api import evaluate
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy.process import last_line
+from nanofed.files import write_atomically
 from nanofed.training.summary import AT_HORIZON, SUMMARY, Summary
-from tests.benchmarks.corpus import default_data, tokenizer_folder
+from tests.benchmarks.corpus import default_data, equal_parts, tokenizer_folder
 from tests.benchmarks.report import progress, table
 
+SCORES = "scores.json"
 ALWAYS = {"save_every": 0, "sample_every": 0, "model.compile": False}
 Options = dict[str, Any]
 
@@ -55,6 +59,7 @@ class Study(BaseModel):
 
     Attributes:
         vocab_size: The size of the tokenizer that is trained on each text.
+        domains: The folders of parts to be made, for options to name, and the corpus of each. The text is their union.
         seeds: The seeds with which every variant is run.
         reference: The label of the variant that the others are held against.
         common: The options of all runs.
@@ -65,6 +70,7 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     vocab_size: int = 2048
+    domains: dict[str, str] = {}
     seeds: list[int] = [1]
     reference: str | None = None
     common: Options = {}
@@ -108,7 +114,7 @@ class Study(BaseModel):
                 if command not in ("fit", "federate"):
                     raise ConfigError(f"the command of {label!r} is fit or federate, not {command!r}")
                 rest = {key: value for key, value in options.items() if key != "command"}
-                found.append(Run(label, Path(text).name, seed, command, rest | {"data.path": text}))
+                found.append(Run(label, text, seed, command, {"data.path": text} | rest))
         return found
 
 
@@ -118,7 +124,7 @@ class Run:
 
     Attributes:
         label: The name of its variant, the same for all texts and seeds.
-        text: The name of the corpus.
+        text: The folder of the corpus, with which its tokenizer belongs.
         seed: The seed of its weights and draws.
         command: `fit` or `federate`.
         options: Dotted options of that command.
@@ -134,7 +140,7 @@ class Run:
     def name(self) -> str:
         """The name of the run's folder; with another option it is another run."""
         told = json.dumps([self.command, self.options], sort_keys=True, default=str)
-        said = f"{self.text} {self.label} {self.seed} {hashlib.sha256(told.encode()).hexdigest()[:6]}"
+        said = f"{Path(self.text).name} {self.label} {self.seed} {hashlib.sha256(told.encode()).hexdigest()[:6]}"
         return re.sub(r"[^A-Za-z0-9._-]+", "-", said)
 
 
@@ -155,7 +161,7 @@ def execute(run: Run, folder: Path, vocab_size: int) -> None:
         **run.options,
         "seed_everything": run.seed,
         "data.path": runtime.dataset_dir(run.options["data.path"]),
-        "data.tokenizer": tokenizer_folder(run.options["data.path"], vocab_size),
+        "data.tokenizer": tokenizer_folder(run.text, vocab_size),
         "runs_dir": folder,
         "name": run.name,
         "overwrite": True,
@@ -178,20 +184,22 @@ def execute(run: Run, folder: Path, vocab_size: int) -> None:
     progress(f"{run.name}: {said}")
 
 
-def collect(runs: Sequence[Run], folder: Path, reference: str | None) -> pa.Table:
+def collect(runs: Sequence[Run], folder: Path, study: Study) -> pa.Table:
     """Return what is there of the study: a row a run, with its gap to the reference of the same text and seed."""
     found = [(run, summary) for run in runs if (summary := result(run, folder)) is not None]
-    bpb = {(run.text, run.seed, run.label): summary.bpb_end for run, summary in found}
+    scores = {run.name: _scores(run, folder, summary, [*study.domains]) for run, summary in found}
     rows = []
+    bpb = {(run.text, run.seed, run.label): scores[run.name]["bpb"] for run, _ in found}
     for run, summary in found:
-        base = bpb.get((run.text, run.seed, reference or ""))
+        base, score = bpb.get((run.text, run.seed, study.reference or "")), scores[run.name]
         rows.append(
             {
-                "text": run.text,
+                "text": Path(run.text).name,
                 "variant": run.label,
                 "seed": run.seed,
-                "bpb": summary.bpb_end,
-                "gap": summary.bpb_end / base - 1 if base and summary.bpb_end else None,
+                "bpb": score["bpb"],
+                "domains": list(score["texts"].values()),
+                "gap": score["bpb"] / base - 1 if base and score["bpb"] else None,
                 "tokens": summary.tokens,
                 "seconds": summary.seconds,
                 "curve": [[point.tokens, point.bpb] for point in summary.curve],
@@ -199,6 +207,18 @@ def collect(runs: Sequence[Run], folder: Path, reference: str | None) -> pa.Tabl
             }
         )
     return pa.Table.from_pylist(rows)
+
+
+def _scores(run: Run, folder: Path, summary: Summary, domains: Sequence[str]) -> dict[str, Any]:
+    """Return a run's bits per byte, `bpb`, and those of each domain, `texts`; on domains it is scored once, here."""
+    if not domains:
+        return {"bpb": summary.bpb_end, "texts": {}}
+    file = folder / run.name / SCORES
+    if not file.is_file():
+        scores = evaluate(folder / run.name, domains, eval_tokens=run.options.get("data.eval_tokens"))
+        write_atomically(file, scores.to_json())
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def summarise(results: pa.Table) -> str:
@@ -209,7 +229,10 @@ def summarise(results: pa.Table) -> str:
     rows = []
     for (variant, text), found in groups.items():
         gaps = [100 * row["gap"] for row in found if row["gap"] is not None]
-        mean = f"{statistics.mean(row['bpb'] for row in found):.4f}"
+        figures = [
+            statistics.mean(figures) for figures in zip(*([row["bpb"], *row["domains"]] for row in found), strict=True)
+        ]
+        mean = ", ".join(f"{figure:.4f}" for figure in figures)
         gap = f"{statistics.mean(gaps):+.2f}" if gaps else "-"
         span = f"{min(gaps):+.2f} … {max(gaps):+.2f}" if len(gaps) > 1 else "-"
         rows.append([variant, text, len(found), mean, gap, span])
@@ -247,8 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         study = Study.read(args.file)
-        runs = study.plan(args.data)
-        for text in args.data:
+        data = [equal_parts(study.domains)] if study.domains else args.data
+        runs = study.plan(data)
+        for text in data:
             tokenizer_folder(text, study.vocab_size)
     except NanofedError as error:
         print(f"study: {error}", file=sys.stderr)
@@ -258,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [run for run in runs if re.search(args.only, run.label)]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda run: execute(run, folder, study.vocab_size), chosen))
-    results = collect(runs, folder, study.reference)
+    results = collect(runs, folder, study)
     if not results.num_rows:
         progress(f"no run has reached its horizon: see the logs in {folder}")
         return 1

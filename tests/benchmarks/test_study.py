@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from nanofed.data.shards import all_texts, open_dataset
 from tests.benchmarks.machine import ROOT
 from tests.benchmarks.study import Study, main, summarise
 
@@ -72,8 +73,9 @@ def test_every_study_can_be_planned(path: Path) -> None:
 @pytest.mark.slow
 def test_a_study_runs_compares_and_goes_on(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, folder = tmp_path / "study.yaml", tmp_path / "out"
-    file.write_text(yaml.safe_dump({**STUDY, "seeds": [1]}))
-    command = [str(file), "--data", corpus, "--folder", str(folder)]
+    parts = {str(tmp_path / "texts" / name): corpus for name in "ab"}
+    file.write_text(yaml.safe_dump({**STUDY, "seeds": [1], "domains": parts}))
+    command = [str(file), "--folder", str(folder)]
     assert main([*command, "--only", "one machine|M = 1"]) == 0
     (summary,) = folder.glob("*-one-machine-1-*/summary.json")
     before = summary.stat().st_mtime_ns
@@ -84,4 +86,7 @@ def test_a_study_runs_compares_and_goes_on(corpus: str, tmp_path: Path, capsys: 
     assert rows.keys() == {"one machine", "M = 1, FedAvg", "M = 2, FedAvg"}
     assert rows["one machine"]["gap"] == 0
     assert all(row["tokens"] == 512 for row in rows.values())
+    assert all(min(row["domains"]) <= row["bpb"] <= max(row["domains"]) for row in rows.values())
+    union, *own = (open_dataset(tmp_path / "texts" / name) for name in ("union", *"ab"))
+    assert sorted(all_texts(union.validation)) == sorted(text for part in own for text in all_texts(part.validation))
     assert summarise(results) in capsys.readouterr().out

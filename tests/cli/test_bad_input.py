@@ -160,6 +160,8 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("--trainer.max_steps=5", "trainer.max_steps is not used: set model.recipe.num_steps", ["fit"]),
     ("--trainer.precision=16-true", "trainer.precision is not used: set model.compute_dtype", ["fit"]),
     ("--federation.client_speeds=[1,2,3]", "client_speeds names 3 speeds for 2 clients", ["federate"]),
+    ("--federation.client_data=[a,b,c]", "client_data names 3 folders for 2 clients", ["federate"]),
+    ("--federation.client_data=[a,b]", "set federation.sharding to local, not shards", ["federate"]),
     ("--federation.outer_momentum=2", "outer_momentum", ["federate"]),
     ("--federation.global_batch_tokens=513", "global_batch_tokens=513 is no multiple of 2 clients", ["federate"]),
     ("--fabric.devices=2", "a client trains on one device", ["federate"]),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nanofed.api import evaluate
 from nanofed.cli import main
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, NanofedError
@@ -30,7 +31,7 @@ from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.evaluation import measure
 from nanofed.federated.wire.codec import Arrays
-from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.federated.wire.messages import Evaluation, Instructions, Report
 from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.module import GPTModule
 from tests.federated.tiny import Fit, Site, federation, make_corpus, same_bits, train
@@ -107,29 +108,28 @@ def test_sites_with_text_of_their_own_show_both_domains(
     other = tmp_path / "other"
     texts = ["zeta eta theta iota kappa " * (3 + n % 20) for n in range(160)]
     write_shards(texts, other, num_shards=4, rows_per_group=16)
-    options = {**TEXT, **BY_SITES, "rounds": 2, "sharding": "local"}
+    texts = [str(tiny_corpus / "data"), str(other)]
+    options = {**TEXT, **BY_SITES, "rounds": 2, "sharding": "local", "client_data": json.dumps(texts)}
     config = federation(tiny_corpus, tmp_path, "run", **options)
-    trainers = {
-        "client-0": config.trainer(),
-        "client-1": federation(tiny_corpus, tmp_path, "run", **options, **{"data.path": other}).trainer(),
-    }
-    sites = {name: Site(trainer) for name, trainer in trainers.items()}
-    sums: dict[str, Any] = {}
-    for name, site in sites.items():
-        site.judge = lambda found, name=name: sums.setdefault(name, []).append(found) or found  # type: ignore[misc]
-    grid = InProcessGrid(client_app(lambda context: sites[str(context.node_config["name"])]), list(sites))
-    config.open()
-    loop = config.loop(grid)
+    sums: dict[str, Any] = {"client-0": [], "client-1": []}
+
+    def judge(found: Evaluation) -> Evaluation:
+        sums[found.client].append(found)
+        return found
+
     with caplog.at_level(logging.INFO, logger="nanofed"):
-        loop.train()
-    loop.metrics.close()
-    assert {asked.shares for site in sites.values() for asked in site.measured} == {1}
+        loop, site = train(config, judge=judge)
+    assert {asked.shares for asked in site.measured} == {1}
     for number, point in enumerate(loop.metrics.summary.curve):
-        parts = [sums[name][number] for name in sites]
+        parts = [found[number] for found in sums.values()]
         expected = sum(part.nats for part in parts) / math.log(2) / sum(part.bytes for part in parts)
         assert point.bpb == pytest.approx(expected, rel=1e-12) and parts[0].bytes != parts[1].bytes
     last = {name: found[-1].nats / math.log(2) / found[-1].bytes for name, found in sums.items()}
     assert abs(last["client-0"] - last["client-1"]) > 0.1
+    scored = evaluate(config.folder, texts, eval_tokens=TEXT["data.eval_tokens"], compute_dtype=torch.float32)
+    assert scored.bpb == loop.metrics.summary.bpb_end
+    assert [*scored.texts.values()] == pytest.approx([*last.values()])
+    assert f" ({texts[0]} {last['client-0']:.4f}, {texts[1]} {last['client-1']:.4f})" in scored.text()
     line = f"(client-0 {last['client-0']:.4f}, client-1 {last['client-1']:.4f})"
     assert any(line in record.getMessage() for record in caplog.records)
     for name, bpb in last.items():

@@ -66,9 +66,14 @@ def _sites(federation: Federation, run: Path, superlink: str) -> Iterator[Callab
                 raise kind(f"site {site.name}: {in_one_line(error)}") from error
 
     try:
-        for name in federation.federation.client_names:
+        data = federation.config.data
+        tokenizer = data.tokenizer or runtime.tokenizer_dir(data.path)
+        for index, name in enumerate(federation.federation.client_names):
             options = site_options(superlink, name, devices=devices, state=run / CLIENTS / name)
-            sites.append(Site(replace(options, threads=own), ["--config", str(run / CONFIG)]))
+            arguments = ["--config", str(run / CONFIG)]
+            if (folders := federation.federation.client_data) is not None:
+                arguments += [f"--data.path={folders[index]}", f"--data.tokenizer={tokenizer}"]
+            sites.append(Site(replace(options, threads=own), arguments))
         watch()
         line = RoundLine(server, lambda: {site.name: site.figures() for site in sites})
         with StatusLine(line):

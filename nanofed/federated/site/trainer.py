@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -154,6 +155,7 @@ class FabricTrainer:
         fabric: A Fabric that is launched; with several devices it has a FabricShardedStrategy.
         folder: The folder of the clients' states.
         speed: A function from a client's name to its speed; 1 is this machine's own.
+        client_data: The shards of clients that have text of their own, by name; the others train on `data`.
         durable: Whether a state counts as saved only when the disk has confirmed it.
         shared: Whether other processes train the same clients: the weights that a client holds are saved with its state then.
 
@@ -170,6 +172,7 @@ class FabricTrainer:
         folder: Path,
         speed: Callable[[str], float] = lambda client: 1.0,
         *,
+        client_data: Mapping[str, TokenDataModule] = MappingProxyType({}),
         durable: bool = False,
         shared: bool = False,
     ) -> None:
@@ -180,6 +183,7 @@ class FabricTrainer:
         self.states = StateFolder(folder, durable=durable)
         self._module = module
         self._data = data
+        self._client_data = client_data
         self._fabric = fabric
         self._speed = speed
         self._optimizer = module.configure_optimizers()
@@ -201,9 +205,11 @@ class FabricTrainer:
 
     def hello(self, client: str) -> Hello:
         """Say who the client is and what it runs."""
-        return Hello.of(
-            client, self._module, self._data, devices=self.ranks.size, tokens_per_second=self._pace.get(client)
-        )
+        data, pace = self._data_of(client), self._pace.get(client)
+        return Hello.of(client, self._module, data, devices=self.ranks.size, tokens_per_second=pace)
+
+    def _data_of(self, client: str) -> TokenDataModule:
+        return self._client_data.get(client, self._data)
 
     def is_sound(self, error: Exception) -> bool:
         """Tell whether the device is of use after an error: one of its own stays with it."""
@@ -361,7 +367,7 @@ class FabricTrainer:
             seconds: The budget on the watch.
             watch: It is the same on all ranks.
         """
-        ranks, data, module = self.ranks, self._data, self._module
+        ranks, data, module = self.ranks, self._data_of(asked.client), self._module
         with ranks.together():
             accumulation = accumulation_steps(
                 asked.batch_tokens,
@@ -430,9 +436,8 @@ class FabricTrainer:
             send_weights(self._module.gpt)
         nats, count, failure = 0.0, 0, ""
         try:
-            nats, count = measure(
-                self._module.gpt, self._data, asked, device=self._fabric.device, ranks=ranks, turn=turn, watch=watch
-            )
+            data, device = self._data_of(asked.client), self._fabric.device
+            nats, count = measure(self._module.gpt, data, asked, device=device, ranks=ranks, turn=turn, watch=watch)
         except Exception as error:
             if ranks.size > 1 and not isinstance(error, Agreed):
                 raise  # the others wait for this rank
