@@ -47,10 +47,11 @@ def parse(words: Sequence[str]) -> Any:
         assert launch.module and launch.training_script == "nanofed", words
         words = ["nanofed", *launch.training_script_args]
     assert words[0] == "nanofed", words
+    name: Any
     name, *args = words[1:]
     module: Any = importlib.import_module(COMMANDS[name][0])
-    if name in ("fit", "validate"):
-        config = Parsed(args, validate_only=name == "validate").config
+    if name in ("fit", "validate", "profile"):
+        config = Parsed(args, command=name).config
     elif name in ("federate", "server", "site"):
         config = Arguments.from_args(module._parser().parse_known_args(args)[1]).config
     else:
