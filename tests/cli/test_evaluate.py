@@ -30,7 +30,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def points(run: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(run))
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+    found = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    # As they were written: the files of one second are read in the order of a counter without leading zeros.
+    return [(event.step, event.value) for event in sorted(found, key=lambda event: event.wall_time)]
 
 
 def test_bits_per_byte_are_the_runs_own(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
