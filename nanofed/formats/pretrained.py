@@ -46,7 +46,8 @@ class Pretrained:
         """Compare the weights with what this GPT has, before anything is made of them.
 
         Raises:
-            CheckpointError: names or shapes differ, or the tokenizer has more tokens than the model; says which.
+            CheckpointError: names or shapes differ, a weight is not finite, or the tokenizer has another number of tokens than
+                the model; says which.
         """
         shapes = {name: tuple(weight.shape) for name, weight in empty_model(self.config).state_dict().items()}
         unknown = sorted(self.weights.keys() - shapes.keys())
@@ -58,6 +59,8 @@ class Pretrained:
         for name, shape in shapes.items():
             if (found := tuple(self.weights[name].shape)) != shape:
                 raise CheckpointError(f"{self.path} holds {name} of shape {found}, and its sizes ask for {shape}")
+            if not self.weights[name].isfinite().all():
+                raise CheckpointError(f"{self.path} is damaged: {name} holds NaN or infinity")
         if self.tokenizer.vocab_size != self.config.vocab_size:
             raise CheckpointError(
                 f"{self.path} has {self.config.vocab_size:,} tokens and its tokenizer {self.tokenizer.vocab_size:,}: "

@@ -132,7 +132,7 @@ def _text_of_run(checkpoint: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{checkpoint} was exported, and does not say what text it was validated with: name one with --data"
         )
-    path = checkpoint.parent.parent / CONFIG
+    path = checkpoint.resolve().parent.parent / CONFIG
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
         return {name: data[name] for name in TEXT}
