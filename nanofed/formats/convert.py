@@ -26,6 +26,7 @@ from nanofed.training.checkpoint import (
 )
 from nanofed.training.checkpoint.folder import FOLDER, candidates
 from nanofed.training.run_folder import Marker, Reached
+from nanofed.training.signals import Signals
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licenc
     written = to_dtype(dtype)
     model, provenance = Pretrained.from_checkpoint(checkpoint), Provenance.of(checkpoint)
     try:
-        with created(output) as temporary:
+        with Signals(), created(output) as temporary:  # a signal ends it as an error does, and nothing is left
             if target == "torch":
                 single_file.write(temporary, model, provenance, dtype=written)
                 return
@@ -140,7 +141,7 @@ def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: 
         model.check()
         at, tokens, state, metrics, kind = 0, 0, {}, {}, WEIGHTS_ONLY
     checkpoint = Path(FOLDER) / f"step_{at:08d}"
-    with created(run) as temporary:
+    with Signals(), created(run) as temporary:
         temporary.mkdir()
         write_checkpoint(
             temporary / checkpoint,

@@ -80,6 +80,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(
         (2, "there is no checkpoint in", [str(tmp_path)]),
         (2, "name a text with --data", [str(lone)]),
         (2, "there is no folder", [str(run), f"--json={tmp_path}/none/out.json"]),
+        (2, "is a folder: name a file", [str(run), f"--json={tmp_path}"]),
         (2, "--core_examples must be", [str(run), "--core_examples=-1"]),
     ]:
         assert cli.main(["evaluate", *command, *([] if "--json" in command[-1] else [output])]) == code

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import nanofed
 from nanofed.api import complete
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.formats import huggingface
 from nanofed.training.checkpoint import CheckpointError, read_manifest, read_weights
 from tests.cli.conftest import Corpus
 
@@ -68,6 +71,20 @@ def test_a_disk_that_takes_no_more_leaves_nothing(to: Any, wild: Path, tmp_path:
             nanofed.export(wild, tmp_path / "out", to=to)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(
+    number: signal.Signals, wild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path, *_: object, **__: object) -> None:
+        (folder / "half").touch()
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(huggingface, "write", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        nanofed.export(wild, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
