@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nanofed.generation.text import Completion
     from nanofed.model import GPT
     from nanofed.tokenizer.bpe import Tokenizer
+    from nanofed.training.checkpoint import Manifest
     from nanofed.training.evaluate import Evaluation
     from nanofed.training.startup import Startup
     from nanofed.training.summary import Summary
@@ -109,11 +110,12 @@ def validate(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with its tokenizer."""
+    """A trained model with its tokenizer, and with the manifest of its checkpoint, which other formats have none of."""
 
     model: GPT
     tokenizer: Tokenizer
     path: Path
+    manifest: Manifest | None = None
 
     @cached_property
     def engine(self) -> Engine:
@@ -146,7 +148,7 @@ def load(
     dtype = to_dtype(compute_dtype) if compute_dtype else runtime.default_compute_dtype(device)
     found = read(checkpoint)
     model = found.model(device, dtype)
-    return Loaded(model, found.tokenizer, found.path)
+    return Loaded(model, found.tokenizer, found.path, found.manifest)
 
 
 def export(
@@ -338,16 +340,14 @@ def evaluate(
     """
     from nanofed.evaluation.core.bundle import Bundle
     from nanofed.evaluation.core.score import evaluate_core
-    from nanofed.training.checkpoint import MANIFEST, read_manifest
     from nanofed.training.evaluate import Evaluation, measure_bits_per_byte, write_into_run
 
     bundle = Bundle.read(core_data) if core else None
     loaded = load(checkpoint, device=device, compute_dtype=compute_dtype)
-    own = (loaded.path / MANIFEST).is_file()  # else it was exported, and nobody knows its text
-    manifest = read_manifest(loaded.path, verify=False) if own else None
+    manifest = loaded.manifest  # a run that trains meanwhile may have removed the file
     figure = score = None
     if bpb:
-        figure = measure_bits_per_byte(loaded.model, loaded.tokenizer, loaded.path, data, eval_tokens)
+        figure = measure_bits_per_byte(loaded.model, loaded.tokenizer, loaded.path, manifest, data, eval_tokens)
     if bundle is not None:
         score = evaluate_core(loaded.model, loaded.tokenizer, bundle, examples=core_examples, progress=progress)
         if manifest is not None and runtime.is_first_rank():

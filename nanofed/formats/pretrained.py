@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanofed.model import GPT, GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
-from nanofed.training.checkpoint import TOKENIZER, CheckpointError, read_manifest, read_weights
+from nanofed.training.checkpoint import TOKENIZER, CheckpointError, Manifest, read_manifest, read_weights
 
 SHOWN = 4  # names that a message lists
 
@@ -25,12 +25,14 @@ class Pretrained:
         weights: the weights by nanochat's names, such as `transformer.h.0.attn.c_q.weight`.
         tokenizer: the tokenizer that the model was trained with.
         path: where it was read from.
+        manifest: what a checkpoint of nanofed's says of itself; None of a model in another format.
     """
 
     config: GPTConfig
     weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
     path: Path
+    manifest: Manifest | None = None
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> Pretrained:
@@ -40,7 +42,8 @@ class Pretrained:
             CheckpointError: it is damaged.
         """
         manifest = read_manifest(checkpoint)
-        return cls(manifest.model, read_weights(checkpoint), Tokenizer.load(checkpoint / TOKENIZER), checkpoint)
+        tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
+        return cls(manifest.model, read_weights(checkpoint), tokenizer, checkpoint, manifest)
 
     def check(self) -> None:
         """Compare the weights with what this GPT has, before anything is made of them.

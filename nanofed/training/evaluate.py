@@ -18,7 +18,7 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
-from nanofed.training.checkpoint import MANIFEST, Manifest, read_manifest
+from nanofed.training.checkpoint import Manifest
 from nanofed.training.summary import CONFIG, MARKER
 
 if TYPE_CHECKING:
@@ -94,14 +94,20 @@ def process_group(device: str) -> Iterator[torch.device]:
 
 
 def measure_bits_per_byte(
-    model: GPT, tokenizer: Tokenizer, checkpoint: Path, data: str | None, eval_tokens: int | None
+    model: GPT,
+    tokenizer: Tokenizer,
+    checkpoint: Path,
+    manifest: Manifest | None,
+    data: str | None,
+    eval_tokens: int | None,
 ) -> float:
     """Return bits per byte of a checkpoint's model, over all ranks, on its run's validation text.
 
     Args:
         model: the model with the checkpoint's weights.
         tokenizer: the checkpoint's.
-        checkpoint: its folder, in the folder of its run.
+        checkpoint: its folder, in the folder of its run; it may have been removed meanwhile.
+        manifest: what the checkpoint says of itself; None of an exported model.
         data: a dataset whose validation shard is taken instead: `demo`, `fineweb-edu` or a folder.
         eval_tokens: targets to score; by default as many as the run scores, of another dataset as `TokenDataModule` does.
 
@@ -109,11 +115,11 @@ def measure_bits_per_byte(
         ConfigError: no dataset is named, and the checkpoint lies in no run's folder or its run validated with another text.
         DataError: there is no validation shard, it is damaged, or holds no text.
     """
-    options: dict[str, Any] = {"path": data} if data is not None else _text_of_run(checkpoint)
+    options: dict[str, Any] = {"path": data} if data is not None else _text_of_run(checkpoint, manifest)
     options |= {} if eval_tokens is None else {"eval_tokens": eval_tokens}
     module = TokenDataModule(sequence_len=model.config.sequence_len, **options)
     module.tokenizer = tokenizer
-    recorded = read_manifest(checkpoint, verify=False).data if data is None else None
+    recorded = manifest.data if manifest and data is None else None
     if recorded is not None and (differing := recorded.differences(module.dataset.identity, training=False)):
         raise ConfigError(
             f"{module.dataset.path} is not what {checkpoint} was validated with: {'; '.join(differing)}; bring it back, or "
@@ -126,9 +132,9 @@ def measure_bits_per_byte(
         return evaluate_bits_per_byte(model, batches, metric, model.device)
 
 
-def _text_of_run(checkpoint: Path) -> dict[str, Any]:
+def _text_of_run(checkpoint: Path, manifest: Manifest | None) -> dict[str, Any]:
     """Return the options that say what the validation text of a checkpoint's run is."""
-    if not (checkpoint / MANIFEST).is_file():
+    if manifest is None:
         raise ConfigError(
             f"{checkpoint} was exported, and does not say what text it was validated with: name one with --data"
         )

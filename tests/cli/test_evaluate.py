@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nanofed
-from nanofed import cli
+from nanofed import api, cli
 from nanofed.training.checkpoint import find_checkpoint
 from nanofed.training.summary import Summary
 from tests.cli.conftest import Corpus
@@ -30,7 +31,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def points(run: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(run))
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+    found = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    # Files are read by name, in which the tenth writer of a process stands before its ninth.
+    return [(event.step, event.value) for event in sorted(found, key=lambda event: event.wall_time)]
 
 
 def test_bits_per_byte_are_the_runs_own(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -87,6 +90,21 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(
         said = capsys.readouterr()
         assert words in said.err and len(said.err.splitlines()) == 1
     assert not (tmp_path / "out.json").exists() and not (tmp_path / "base").exists()
+
+
+def test_a_checkpoint_that_its_run_prunes_meanwhile_is_scored(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, load, kept = shutil.copytree(runs / "fit", tmp_path / "fit"), api.load, nanofed.evaluate(runs / "fit")
+
+    def load_and_prune(*args: Any, **options: Any) -> api.Loaded:
+        loaded = load(*args, **options)
+        shutil.rmtree(loaded.path)
+        return loaded
+
+    monkeypatch.setattr(api, "load", load_and_prune)
+    found = nanofed.evaluate(run)
+    assert (found.step, found.tokens, found.bpb) == (kept.step, kept.tokens, kept.bpb)
 
 
 def test_a_checkpoint_alone_is_scored_and_writes_nowhere(runs: Path, bundle: Path, tmp_path: Path) -> None:
