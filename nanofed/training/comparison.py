@@ -143,6 +143,8 @@ class Comparison:
                 found.append(
                     f"{run.name} began with a model of {before:,} tokens: what those took is not in its seconds"
                 )
+            if origin := run.summary.init_from:
+                found.append(f"{run.name} began with the weights of {origin}, whose training is not counted")
         for run in self.runs[1:]:
             keys = [said for key, said in differences(first.config, run.config).items() if key in TEXT]
             if first.text and run.text and first.text != run.text:
