@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nanofed.generation.text import Completion
     from nanofed.model import GPT
     from nanofed.tokenizer.bpe import Tokenizer
+    from nanofed.training.checkpoint import Manifest
     from nanofed.training.evaluate import Evaluation
     from nanofed.training.profile import StepProfile
     from nanofed.training.startup import Startup
@@ -156,11 +157,12 @@ def profile(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with its tokenizer."""
+    """A trained model with its tokenizer, and with the manifest of its checkpoint, which other formats have none of."""
 
     model: GPT
     tokenizer: Tokenizer
     path: Path
+    manifest: Manifest | None = None
 
     @cached_property
     def engine(self) -> Engine:
@@ -171,7 +173,7 @@ class Loaded:
 
 
 def load(
-    checkpoint: str | Path, *, device: str | torch.device = "cpu", compute_dtype: torch.dtype | None = None
+    checkpoint: str | Path, *, device: str | torch.device = "cpu", compute_dtype: torch.dtype | str | None = None
 ) -> Loaded:
     """Load model and tokenizer of a run (its newest checkpoint), of one checkpoint, or of an exported model.
 
@@ -181,10 +183,10 @@ def load(
     Args:
         checkpoint: the run folder, the checkpoint, or the exported folder or file.
         device: where the model runs.
-        compute_dtype: dtype of the matmuls; None takes bf16 where the device multiplies it, else fp32.
+        compute_dtype: dtype of the matmuls, or its name; None takes bf16 where the device multiplies it, else fp32.
 
     Raises:
-        ConfigError: nothing there.
+        ConfigError: nothing there, or a dtype of another name than `float32` and `bfloat16`.
         CheckpointError: it is damaged, or of another architecture.
         DataError: it has no tokenizer, or one that is damaged.
 
@@ -195,11 +197,12 @@ def load(
         >>> logits.shape == (1, len(ids), loaded.tokenizer.vocab_size)
         True
     """
-    from nanofed.formats.convert import read
+    from nanofed.formats.convert import read, to_dtype
 
+    dtype = to_dtype(compute_dtype) if compute_dtype else runtime.default_compute_dtype(device)
     found = read(checkpoint)
-    model = found.model(device, compute_dtype or runtime.default_compute_dtype(device))
-    return Loaded(model, found.tokenizer, found.path)
+    model = found.model(device, dtype)
+    return Loaded(model, found.tokenizer, found.path, found.manifest)
 
 
 def export(
@@ -358,6 +361,9 @@ def complete(
     from nanofed.generation.text import complete as complete_texts
 
     sampling = Sampling(temperature, top_k, top_p, seed)
+    if isinstance(prompts, str):  # whose letters would be taken for the prompts
+        raise ConfigError(f"generate: prompts takes a list of texts, such as [{prompts!r:.80}]")
+    prompts = list(prompts)
     for prompt in prompts:
         _check_text(prompt)
     loaded = checkpoint if isinstance(checkpoint, Loaded) else load(checkpoint, device=device)
@@ -366,7 +372,9 @@ def complete(
     )
 
 
-def _check_text(prompt: str) -> None:
+def _check_text(prompt: object) -> None:
+    if not isinstance(prompt, str):
+        raise ConfigError(f"the prompt must be text, not {type(prompt).__name__}")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -418,20 +426,16 @@ def evaluate(
     """
     from nanofed.evaluation.core.bundle import Bundle
     from nanofed.evaluation.core.score import evaluate_core
-    from nanofed.training.checkpoint import MANIFEST, read_manifest
     from nanofed.training.evaluate import Evaluation, measure_bits_per_byte, write_into_run
-    from nanofed.training.module import DTYPES
 
     bundle = Bundle.read(core_data) if core else None
-    dtype = DTYPES[compute_dtype] if isinstance(compute_dtype, str) else compute_dtype
-    loaded = load(checkpoint, device=device, compute_dtype=dtype)
-    own = (loaded.path / MANIFEST).is_file()  # else it was exported, and nobody knows its text
-    manifest = read_manifest(loaded.path, verify=False) if own else None
+    loaded = load(checkpoint, device=device, compute_dtype=compute_dtype)
+    manifest = loaded.manifest  # a run that trains meanwhile may have removed the file
     figure = score = None
     texts: Mapping[str, float] = {}
     if bpb:
-        named = [data] if isinstance(data, str) else data or ()
-        figure, texts = measure_bits_per_byte(loaded.model, loaded.tokenizer, loaded.path, named, eval_tokens)
+        named, model = [data] if isinstance(data, str) else data or (), loaded.model
+        figure, texts = measure_bits_per_byte(model, loaded.tokenizer, loaded.path, manifest, named, eval_tokens)
     if bundle is not None:
         score = evaluate_core(loaded.model, loaded.tokenizer, bundle, examples=core_examples, progress=progress)
         if manifest is not None and runtime.is_first_rank():

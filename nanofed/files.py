@@ -57,10 +57,12 @@ def created(path: Path) -> Iterator[Path]:
         path: the file or folder to make; an empty folder may be there, and the folders above are made.
 
     Raises:
-        ConfigError: something is there already.
+        ConfigError: something is there already, or the path has no name, as `.` has none.
         OSError: it cannot be written.
     """
-    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if not path.name:
+        raise ConfigError(f"{path} is no name of a file or folder to make: choose one")
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise ConfigError(f"{path} is there already: choose another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")

@@ -101,3 +101,6 @@ def test_what_is_created_is_there_whole_or_not_at_all(kind: str, tmp_path: Path)
     with pytest.raises(ConfigError, match="made is there already"), created(path):
         pytest.fail("nothing is written over it")
     assert [p.name for p in path.parent.iterdir()] == ["made"]
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is there already"), created(pipe):
+        pytest.fail("what reads from it would wait for ever")

@@ -18,6 +18,8 @@ def main(argv: list[str]) -> int:
     output = None if args.json is None else runtime.user_path(args.json)
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {output.parent}")
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--json {output} is a folder: name a file")
 
     from nanofed import api
     from nanofed.files import write_atomically

@@ -217,7 +217,8 @@ class Federation(Arguments):
         options, run = self.options, self.folder
         resume = resume_checkpoint(run, options.ckpt_path)
         known = resume is not None and (run / SUMMARY).is_file()
-        metrics = FederationMetrics(options, Summary.read(run) if known else Summary(options.name, "federated"))
+        begun = Summary(options.name, "federated", init_from=options.init_from)
+        metrics = FederationMetrics(options, Summary.read(run) if known else begun)
         device = self.fabric().device
         loop = (AsynchronousLoop if self.federation.asynchronous else RoundLoop)(
             grid,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from nanofed.training.checkpoint import (
 )
 from nanofed.training.checkpoint.folder import FOLDER, candidates
 from nanofed.training.run_folder import Marker, Reached
+from nanofed.training.signals import Signals
 
 logger = logging.getLogger(__name__)
 
@@ -66,23 +67,37 @@ def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licenc
         address: what the model card loads the model from: the folder's name, or OWNER/NAME on the Hub.
 
     Raises:
-        ConfigError: `output` is there already, or the format cannot express the model.
+        ConfigError: there is no such target or dtype, `output` is there already, or the format cannot express the model.
         CheckpointError: the checkpoint is damaged.
         NanofedError: `output` cannot be written.
     """
+    if target not in get_args(Target):
+        raise ConfigError(f"export: there is no target {target!r}: choose one of {', '.join(get_args(Target))}")
+    written = to_dtype(dtype)
     model, provenance = Pretrained.from_checkpoint(checkpoint), Provenance.of(checkpoint)
     try:
-        with created(output) as temporary:
+        with Signals(), created(output) as temporary:  # a signal ends it as an error does, and nothing is left
             if target == "torch":
-                single_file.write(temporary, model, provenance, dtype=DTYPES[dtype])
+                single_file.write(temporary, model, provenance, dtype=written)
                 return
             temporary.mkdir()
             if target == "hf":
-                huggingface.write(temporary, model, dtype=DTYPES[dtype], card=model_card(provenance, licence, address))
+                huggingface.write(temporary, model, dtype=written, card=model_card(provenance, licence, address))
             else:
                 nanochat.write(temporary, model, provenance, read_state(checkpoint))
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has three names: torch's is a RuntimeError
         raise NanofedError(f"{output} could not be written, and nothing is left of it: {error}") from error
+
+
+def to_dtype(said: str | torch.dtype) -> torch.dtype:
+    """Return the dtype of a name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if isinstance(said, str) and said not in DTYPES:
+        raise ConfigError(f"there is no dtype {said!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[said] if isinstance(said, str) else said
 
 
 def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: int | None = None) -> Path:
@@ -126,7 +141,7 @@ def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: 
         model.check()
         at, tokens, state, metrics, kind = 0, 0, {}, {}, WEIGHTS_ONLY
     checkpoint = Path(FOLDER) / f"step_{at:08d}"
-    with created(run) as temporary:
+    with Signals(), created(run) as temporary:
         temporary.mkdir()
         write_checkpoint(
             temporary / checkpoint,

@@ -253,7 +253,8 @@ def _read_config(folder: Path) -> GPTConfig:
         theirs = {name: content.get(name, expected) for name, expected in FIXED.items()}
         sizes = {ours: content[name] for ours, name in SIZES.items()}
         wide, eps = content["intermediate_size"], float(content["rms_norm_eps"])
-        rope = content.get("rope_parameters") or {"rope_theta": content["rope_theta"]}
+        rope = {"rope_theta": content.get("rope_theta")}  # transformers 4 has it here, and the rest in `rope_scaling`
+        rope |= {**(content.get("rope_parameters") or {}), **(content.get("rope_scaling") or {})}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read, or is no config of transformers' NanoChat: {error!r}") from error
     expected = {
@@ -265,7 +266,7 @@ def _read_config(folder: Path) -> GPTConfig:
     theirs |= {
         "intermediate_size": wide,
         "rope_theta": rope.get("rope_theta"),
-        "rope_type": rope.get("rope_type", "default"),
+        "rope_type": rope.get("type", rope.get("rope_type", "default")),
     }
     differing = [f"{name} {theirs[name]} there, {here} here" for name, here in expected.items() if theirs[name] != here]
     if not 0 < eps <= LARGEST_EPS:
@@ -282,9 +283,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            strange = sorted(name for name in files if Path(name).name != name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder / INDEX} cannot be read: {error!r}") from error
-        if strange := sorted(name for name in files if Path(name).name != name):
+        if strange:
             raise CheckpointError(f"{folder / INDEX} names {strange[0]!r}, which is no file of its folder")
         return [folder / name for name in sorted(files)]
     return [folder / WEIGHTS]

@@ -245,8 +245,11 @@ def _tokenizer(folder: Path, named: Path | None) -> Tokenizer:
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        int(meta["step"]), dict(meta["model_config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step, batch_tokens = int(meta["step"]), int((meta.get("user_config") or {}).get("total_batch_size", 0))
+        dict(meta["model_config"])
+        if not 0 <= step < 1 << 40 or batch_tokens < 0:
+            raise ValueError(f"step {step}, total_batch_size {batch_tokens}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read, or is no meta file of nanochat's: {error!r}") from error
     return dict(meta)
 

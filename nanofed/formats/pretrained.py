@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanofed.model import GPT, GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
-from nanofed.training.checkpoint import TOKENIZER, CheckpointError, read_manifest, read_weights
+from nanofed.training.checkpoint import TOKENIZER, CheckpointError, Manifest, read_manifest, read_weights
 
 SHOWN = 4  # names that a message lists
 
@@ -25,12 +25,14 @@ class Pretrained:
         weights: the weights by nanochat's names, such as `transformer.h.0.attn.c_q.weight`.
         tokenizer: the tokenizer that the model was trained with.
         path: where it was read from.
+        manifest: what a checkpoint of nanofed's says of itself; None of a model in another format.
     """
 
     config: GPTConfig
     weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
     path: Path
+    manifest: Manifest | None = None
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> Pretrained:
@@ -40,13 +42,15 @@ class Pretrained:
             CheckpointError: it is damaged.
         """
         manifest = read_manifest(checkpoint)
-        return cls(manifest.model, read_weights(checkpoint), Tokenizer.load(checkpoint / TOKENIZER), checkpoint)
+        tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
+        return cls(manifest.model, read_weights(checkpoint), tokenizer, checkpoint, manifest)
 
     def check(self) -> None:
         """Compare the weights with what this GPT has, before anything is made of them.
 
         Raises:
-            CheckpointError: names or shapes differ, or the tokenizer has more tokens than the model; says which.
+            CheckpointError: names or shapes differ, a weight is not finite, or the tokenizer has another number of tokens than
+                the model; says which.
         """
         shapes = {name: tuple(weight.shape) for name, weight in empty_model(self.config).state_dict().items()}
         unknown = sorted(self.weights.keys() - shapes.keys())
@@ -58,6 +62,8 @@ class Pretrained:
         for name, shape in shapes.items():
             if (found := tuple(self.weights[name].shape)) != shape:
                 raise CheckpointError(f"{self.path} holds {name} of shape {found}, and its sizes ask for {shape}")
+            if not self.weights[name].isfinite().all():
+                raise CheckpointError(f"{self.path} is damaged: {name} holds NaN or infinity")
         if self.tokenizer.vocab_size != self.config.vocab_size:
             raise CheckpointError(
                 f"{self.path} has {self.config.vocab_size:,} tokens and its tokenizer {self.tokenizer.vocab_size:,}: "

@@ -82,7 +82,7 @@ class Engine:
         if not prompts or not max_tokens:
             return
         model, device = self.model, self.model.device
-        generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+        generators = [torch.Generator().manual_seed(int(sampling.seed)) for _ in prompts]
         length = max(map(len, prompts)) + max_tokens
         cache = KVCache(model.config, batch_size=len(prompts), length=length, device=device, dtype=model.compute_dtype)
         ended = [False] * len(prompts)

@@ -142,6 +142,8 @@ def _tokens(tokenizer: TextTokenizer, prompt: str) -> list[int]:
 
 
 def _stop_ids(tokenizer: TextTokenizer, stop: Sequence[str]) -> set[int]:
+    if isinstance(stop, str):  # whose letters would be taken for the texts
+        raise ConfigError(f"generate: stop takes a list of texts, such as [{stop!r}]")
     ids = {tokenizer.bos_token_id}
     for text in stop:
         found = [tokenizer.special_tokens[text]] if text in tokenizer.special_tokens else tokenizer.encode(text)

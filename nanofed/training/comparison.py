@@ -85,7 +85,8 @@ class ComparedRun:
 class Comparison:
     """Two or more runs, each held against the first.
 
-    On an axis, runs are compared at the end of the one that ends first there. On the bytes, runs that sent none stand aside.
+    On an axis, runs are compared at the end of the one that ends first there; a run that begins later, as one of an imported
+    model may, stands aside. On the bytes, runs that sent none stand aside.
 
     Args:
         folders: The folders of the runs; the first is the one that the others are held against.
@@ -101,8 +102,9 @@ class Comparison:
 
     def common(self, axis: str) -> tuple[float, list[ComparedRun]] | None:
         """Return the place on an axis at which runs are compared, and those that have come there; None for fewer than two."""
-        runs = [run for run in self.runs if run.end(axis) > 0]
-        return (min(run.end(axis) for run in runs), runs) if len(runs) > 1 else None
+        place = min((end for run in self.runs if (end := run.end(axis)) > 0), default=0.0)
+        runs = [run for run in self.runs if run.curve(axis)[0][0] <= place <= run.end(axis)]
+        return (place, runs) if place and len(runs) > 1 else None
 
     def coloured(self, axis: str) -> list[tuple[str, ComparedRun]]:
         """Return the runs that have come anywhere on an axis, each with its colour."""
@@ -136,6 +138,13 @@ class Comparison:
     def warnings(self) -> list[str]:
         """Return why figures of these runs cannot be held against each other; nothing where they can."""
         first, found = self.runs[0], []
+        for run in self.runs:
+            if before := run.summary.curve[0].tokens:
+                found.append(
+                    f"{run.name} began with a model of {before:,} tokens: what those took is not in its seconds"
+                )
+            if origin := run.summary.init_from:
+                found.append(f"{run.name} began with the weights of {origin}, whose training is not counted")
         for run in self.runs[1:]:
             keys = [said for key, said in differences(first.config, run.config).items() if key in TEXT]
             if first.text and run.text and first.text != run.text:

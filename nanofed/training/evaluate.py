@@ -18,7 +18,7 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
-from nanofed.training.checkpoint import MANIFEST, Manifest, read_manifest
+from nanofed.training.checkpoint import Manifest
 from nanofed.training.summary import CONFIG, MARKER
 
 if TYPE_CHECKING:
@@ -98,14 +98,20 @@ def process_group(device: str) -> Iterator[torch.device]:
 
 
 def measure_bits_per_byte(
-    model: GPT, tokenizer: Tokenizer, checkpoint: Path, data: Sequence[str], eval_tokens: int | None
+    model: GPT,
+    tokenizer: Tokenizer,
+    checkpoint: Path,
+    manifest: Manifest | None,
+    data: Sequence[str],
+    eval_tokens: int | None,
 ) -> tuple[float, dict[str, float]]:
     """Return bits per byte of a checkpoint's model, over all ranks, on all texts pooled and by the name of each that is named.
 
     Args:
         model: the model with the checkpoint's weights.
         tokenizer: the checkpoint's.
-        checkpoint: its folder, in the folder of its run.
+        checkpoint: its folder, in the folder of its run; it may have been removed meanwhile.
+        manifest: what the checkpoint says of itself; None of an exported model.
         data: datasets whose validation shards are scored: `demo`, `fineweb-edu` or folders; without any, it is the run's own.
         eval_tokens: targets to score of each; by default as many as the run scores, of another dataset as `TokenDataModule` does.
 
@@ -117,12 +123,12 @@ def measure_bits_per_byte(
     ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if dist.is_initialized() else {}
     pooled, found = BitsPerByte(lengths).to(model.device), {}
     for name in dict.fromkeys(data) or (None,):
-        options: dict[str, Any] = _text_of_run(checkpoint) if name is None else {"path": name}
+        options: dict[str, Any] = _text_of_run(checkpoint, manifest) if name is None else {"path": name}
         options |= {} if eval_tokens is None else {"eval_tokens": eval_tokens}
         module = TokenDataModule(sequence_len=model.config.sequence_len, **options)
         module.tokenizer = tokenizer
-        if name is None:
-            _check_text(checkpoint, module)
+        if name is None and manifest is not None:
+            _check_text(checkpoint, manifest, module)
         metric = BitsPerByte(lengths)
         with closing(iter(module.validation_loader(**ranks))) as text:
             batches = ((batch.inputs, batch.targets) for batch in text)
@@ -135,9 +141,9 @@ def measure_bits_per_byte(
     return float(pooled.compute()), found
 
 
-def _check_text(checkpoint: Path, module: TokenDataModule) -> None:
+def _check_text(checkpoint: Path, manifest: Manifest, module: TokenDataModule) -> None:
     """Refuse a text that is not what the checkpoint was validated with."""
-    recorded = read_manifest(checkpoint, verify=False).data
+    recorded = manifest.data
     if recorded is not None and (differing := recorded.differences(module.dataset.identity, training=False)):
         raise ConfigError(
             f"{module.dataset.path} is not what {checkpoint} was validated with: {'; '.join(differing)}; bring it back, or "
@@ -145,13 +151,13 @@ def _check_text(checkpoint: Path, module: TokenDataModule) -> None:
         )
 
 
-def _text_of_run(checkpoint: Path) -> dict[str, Any]:
+def _text_of_run(checkpoint: Path, manifest: Manifest | None) -> dict[str, Any]:
     """Return the options that say what the validation text of a checkpoint's run is."""
-    if not (checkpoint / MANIFEST).is_file():
+    if manifest is None:
         raise ConfigError(
             f"{checkpoint} was exported, and does not say what text it was validated with: name one with --data"
         )
-    path = checkpoint.parent.parent / CONFIG
+    path = checkpoint.resolve().parent.parent / CONFIG
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
         return {name: data[name] for name in TEXT}

@@ -74,7 +74,8 @@ def _fit(cli: FitCLI) -> Summary:
                 logger.info("resuming from %s", resume)
             cli.saver.newest = resume
             if (options.folder / SUMMARY).is_file():
-                summary.curve = Summary.read(options.folder).curve
+                before = Summary.read(options.folder)
+                summary.curve, summary.init_from = before.curve, before.init_from
         with cli.garbage:
             trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None)
         cli.opening.open(trainer, module)  # a resumed run that has no step to do

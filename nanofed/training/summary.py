@@ -52,6 +52,7 @@ class Summary:
         bytes: bytes of weights and updates that were sent, to and from all clients.
         curve: every validation, the first before training.
         ended: why the run has ended; None while it goes on, and where a power cut or a SIGKILL ended it.
+        init_from: the run or checkpoint whose weights it began with; None where they were drawn.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Summary:
     bytes: int = 0
     curve: list[Point] = field(default_factory=list)
     ended: str | None = None
+    init_from: str | None = None
 
     @property
     def bpb_start(self) -> float | None:
@@ -129,6 +131,7 @@ class Summary:
             content = json.loads((run / SUMMARY).read_text())
             curve = [Point(**point) for point in content["curve"]]
             totals = {key: content[key] for key in ("name", "kind", "tokens", "seconds")}
-            return cls(**totals, bytes=content.get("bytes", 0), curve=curve, ended=content.get("ended"))
+            later = {"bytes": content.get("bytes", 0), "init_from": content.get("init_from")}  # than the first version
+            return cls(**totals, **later, curve=curve, ended=content.get("ended"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{run} has no readable {SUMMARY}: is it a run folder? ({error})") from error

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nanofed
-from nanofed import cli
+from nanofed import api, cli
 from nanofed.training.checkpoint import find_checkpoint
 from nanofed.training.summary import Summary
 from tests.cli.conftest import Corpus
@@ -31,7 +32,7 @@ def points(run: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(run))
     events.Reload()
     found = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
-    # As they were written: the files of one second are read in the order of a counter without leading zeros.
+    # Files are read by name, in which the tenth writer of a process stands before its ninth.
     return [(event.step, event.value) for event in sorted(found, key=lambda event: event.wall_time)]
 
 
@@ -82,12 +83,28 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(
         (2, "there is no checkpoint in", [str(tmp_path)]),
         (2, "name a text with --data", [str(lone)]),
         (2, "there is no folder", [str(run), f"--json={tmp_path}/none/out.json"]),
+        (2, "is a folder: name a file", [str(run), f"--json={tmp_path}"]),
         (2, "--core_examples must be", [str(run), "--core_examples=-1"]),
     ]:
         assert cli.main(["evaluate", *command, *([] if "--json" in command[-1] else [output])]) == code
         said = capsys.readouterr()
         assert words in said.err and len(said.err.splitlines()) == 1
     assert not (tmp_path / "out.json").exists() and not (tmp_path / "base").exists()
+
+
+def test_a_checkpoint_that_its_run_prunes_meanwhile_is_scored(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, load, kept = shutil.copytree(runs / "fit", tmp_path / "fit"), api.load, nanofed.evaluate(runs / "fit")
+
+    def load_and_prune(*args: Any, **options: Any) -> api.Loaded:
+        loaded = load(*args, **options)
+        shutil.rmtree(loaded.path)
+        return loaded
+
+    monkeypatch.setattr(api, "load", load_and_prune)
+    found = nanofed.evaluate(run)
+    assert (found.step, found.tokens, found.bpb) == (kept.step, kept.tokens, kept.bpb)
 
 
 def test_a_checkpoint_alone_is_scored_and_writes_nowhere(runs: Path, bundle: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def test_out_and_in_again(fit_run: Path, tmp_path: Path, capsys: pytest.CaptureF
     [
         (["export", "nowhere", "out"], 2, "nanofed export: there is no checkpoint in nowhere"),
         (["export", "{run}", "{run}"], 2, "is there already: choose another name, or remove it"),
+        (["export", "{run}", "."], 2, ". is no name of a file or folder to make"),
         (["export", "{run}", "out", "--push", "me"], 2, "name the repository as OWNER/NAME"),
         (["import", "nowhere", "--name", "a"], 2, "nanofed import: there is no checkpoint in nowhere"),
         (["import", "{run}", "--name", "a"], 2, "is nanofed's own"),

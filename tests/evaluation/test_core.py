@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanofed.errors import DataError, NanofedError
+from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.evaluation.core.bundle import CORE_TASKS, Bundle, Example, Task
 from nanofed.evaluation.core.questions import prompts, question
 from nanofed.evaluation.core.score import evaluate_core, summarise
@@ -234,6 +234,11 @@ def test_no_bundle_and_too_few_examples_are_refused(tmp_path: Path) -> None:
     found = Bundle.read(write_bundle(tmp_path / "bundle"))
     with pytest.raises(DataError, match=r"2 examples are too few for a task that shows 2 .*: ask for more of them"):
         found.tasks[0].examples(2)
+
+
+def test_a_negative_number_of_examples_is_refused(bundle: Bundle, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="CORE: examples must be at least 0, not -3"):
+        evaluate_core(small_model(tokenizer), tokenizer, bundle, examples=-3)
 
 
 # --- the score

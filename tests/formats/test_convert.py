@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import nanofed
+from nanofed.api import complete
 from nanofed.errors import ConfigError, NanofedError
+from nanofed.formats import huggingface
 from nanofed.training.checkpoint import CheckpointError, read_manifest, read_weights
 from tests.cli.conftest import Corpus
 
@@ -68,6 +74,20 @@ def test_a_disk_that_takes_no_more_leaves_nothing(to: Any, wild: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(
+    number: signal.Signals, wild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path, *_: object, **__: object) -> None:
+        (folder / "half").touch()
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(huggingface, "write", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        nanofed.export(wild, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_checkpoint_is_not_exported(wild: Path, tmp_path: Path) -> None:
     damaged = shutil.copytree(wild, tmp_path / "checkpoints" / wild.name)
     weights = bytearray((damaged / "model.safetensors").read_bytes())
@@ -91,3 +111,27 @@ def test_a_path_that_holds_no_model_is_refused(wild: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="--push uploads what transformers loads"):
         nanofed.export(wild, tmp_path / "more", to="torch", push="me/model")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_that_are_not_finite_are_refused_whoever_wrote_them(wild: Path, tmp_path: Path) -> None:
+    folder = nanofed.export(wild, tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][3, 5] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds NaN or infinity"):
+        nanofed.import_model(folder, "run", runs_dir=tmp_path)
+
+
+def test_a_name_that_means_nothing_is_refused(wild: Path, tmp_path: Path) -> None:
+    calls: dict[str, Callable[[], object]] = {
+        "no target 'gguf'": lambda: nanofed.export(wild, tmp_path / "out", to=cast(Any, "gguf")),
+        "no dtype 'int8'": lambda: nanofed.export(wild, tmp_path / "out", dtype=cast(Any, "int8")),
+        "no dtype 'half'": lambda: nanofed.load(wild, compute_dtype="half"),
+        "stop takes a list": lambda: nanofed.generate(wild, "a", stop="the"),
+        "prompts takes a list": lambda: complete(wild, "two words"),
+        "prompt must be text, not NoneType": lambda: nanofed.generate(wild, cast(Any, None)),
+    }
+    for said, call in calls.items():
+        with pytest.raises(ConfigError, match=said):
+            call()
+    assert list(tmp_path.iterdir()) == []

@@ -159,6 +159,8 @@ def test_parts_that_transformers_cannot_express_are_named(wild: Path, tmp_path: 
         ({"model_type": "llama"}, "model_type llama there, nanochat here"),
         ({"final_logit_softcapping": None}, "final_logit_softcapping None there, 15.0 here"),
         ({"rope_parameters": {"rope_theta": 1e5}}, "rope_theta 100000.0 there, 10000.0 here"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type linear there, default here"),
+        ({"rope_parameters": [1]}, "cannot be read"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05 there"),
         ({"intermediate_size": 100}, "intermediate_size 100 there, 256 here"),
         ({"num_key_value_heads": 3}, "n_kv_head 3 must divide"),

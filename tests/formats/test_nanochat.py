@@ -217,6 +217,16 @@ def test_a_later_recipe_is_refused_by_the_parts_that_are_missing_here(peer: Path
         nanofed.load(peer)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"step": -1}, {"user_config": [1]}, {"user_config": {"total_batch_size": "auto"}}], ids=str
+)
+def test_counts_that_are_none_are_refused(changes: dict[str, Any], peer: Path, tmp_path: Path) -> None:
+    meta = peer / CHECKPOINT / "meta_000007.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
+    with pytest.raises(CheckpointError, match="is no meta file of nanochat's"):
+        nanofed.import_model(peer, "run", runs_dir=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model_000007.pt", "optim_000007.pt"])
 def test_nothing_in_a_checkpoint_is_run(name: str, peer: Path, tmp_path: Path) -> None:
     torch.save({"lm_head.weight": RunsSomething(tmp_path / "ran")}, peer / CHECKPOINT / name)

@@ -103,3 +103,16 @@ def test_a_damaged_checkpoint_says_nothing_of_the_text(runs: list[Path]) -> None
 def test_a_run_that_sent_nothing_has_no_curve_by_bytes(runs: list[Path]) -> None:
     by_bytes = Comparison(runs).page().split("<svg")[3]
     assert by_bytes.count("<polyline") == 2
+
+
+def test_a_run_is_not_compared_where_it_has_not_begun(tmp_path: Path, runs: list[Path]) -> None:
+    """One that goes on with an imported model begins beyond the end of one that ended early."""
+    content = json.loads((runs[0] / "summary.json").read_text()) | {"init_from": "runs/other"}
+    (runs[0] / "summary.json").write_text(json.dumps(content))
+    later = run(tmp_path, "later", [(250, 0, 2.4, 0), (400, 30, 2.0, 0)])
+    comparison = Comparison([runs[0], later])
+    assert comparison.common("tokens") is None
+    assert "one began with the weights of runs/other" in comparison.warnings()[0]
+    assert "later began with a model of 250 tokens" in comparison.warnings()[1]
+    header, *rows = Comparison([*runs, later]).rows()
+    assert [row[header.index("at 200 tokens")] for row in rows][-1] == "-"

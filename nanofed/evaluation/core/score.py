@@ -16,6 +16,7 @@ from nanofed import terminal
 from nanofed.evaluation.core.bundle import Bundle, Task
 from nanofed.evaluation.core.questions import question
 from nanofed.evaluation.core.scoring import batches, judge
+from nanofed.ranges import CountOrZero, check_number
 
 if TYPE_CHECKING:
     from nanofed.model import GPT
@@ -135,9 +136,11 @@ def evaluate_core(
         on_batch: is called before each batch; what it raises ends the evaluation.
 
     Raises:
+        ConfigError: `examples` is out of its range.
         DataError: an example cannot be used.
         NanofedError: the model's logits are not finite.
     """
+    check_number("CORE: examples", examples, CountOrZero)
     started = time.monotonic()
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0

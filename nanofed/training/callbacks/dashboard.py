@@ -93,7 +93,7 @@ class Dashboard(Callback):
     """
 
     def __init__(self, options: RunOptions) -> None:
-        self.summary = Summary(options.name, "fit")
+        self.summary = Summary(options.name, "fit", init_from=options.init_from)
         self.tokens_per_second: float | None = None
         self._options = options
         self._smoothed = SmoothedLoss()
