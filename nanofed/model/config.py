@@ -8,6 +8,7 @@ from nanofed.errors import ConfigError
 
 WIDTH_PER_LAYER = 64
 HEAD_WIDTH = 128
+MOST_LAYERS = 1000  # a file that names more is damaged: the deepest models have some hundred
 ROTARY_REACH = 10  # the tables hold this many training rows: generation may run past sequence_len
 
 
@@ -24,7 +25,7 @@ class GPTConfig:
         n_embd: Width of the residual stream.
 
     Raises:
-        ConfigError: a size is not a positive integer, or heads do not divide.
+        ConfigError: a size is not a positive integer, there are too many layers, or heads do not divide.
 
     Example:
         >>> config = nanofed.GPTConfig.from_depth(20)
@@ -43,6 +44,8 @@ class GPTConfig:
         for name, value in asdict(self).items():
             if type(value) is not int or value < 1:
                 raise ConfigError(f"model: {name} must be a positive integer, not {value!r}")
+        if self.n_layer > MOST_LAYERS:
+            raise ConfigError(f"model: n_layer is {self.n_layer:,}, of {MOST_LAYERS:,} at most")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise ConfigError(
                 f"model: n_embd {self.n_embd} does not split into {self.n_head} heads of even width; change n_head"

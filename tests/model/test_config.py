@@ -46,6 +46,7 @@ def test_impossible_depths_are_refused(depth: Any) -> None:
     ("override", "message"),
     [
         ({"n_layer": 0}, "n_layer"),
+        ({"n_layer": 10_000_000}, "n_layer is 10,000,000, of 1,000 at most"),
         ({"vocab_size": 1.5}, "vocab_size"),
         ({"n_embd": 100, "n_head": 3}, "n_embd 100"),
         ({"n_embd": 6, "n_head": 2}, "even width"),  # heads of 3 have no pairs to rotate
