@@ -8,6 +8,7 @@ nanochat's states, and it saves the first one's part only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -51,10 +52,14 @@ def read(saved: Any, config: GPTConfig) -> dict[str, Any]:
         tensors = [value for value in states.get(index, {}).values() if isinstance(value, Tensor)]
         if not tensors or any(tensor.shape != shape for tensor in tensors):
             raise IncompleteError(ONE_RANK)
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError(f"a moment of weight {index} is NaN or infinite")
     indices = iter(range(len(shapes)))
     param_groups = []
     for group, theirs in zip(groups, [*adamw["param_groups"], muon["param_groups"][0]], strict=True):
         options = {option: theirs[option] for option in OPTIONS[group["kind"]]}
+        if not (math.isfinite(options["lr"]) and math.isfinite(options["initial_lr"])):
+            raise ValueError(f"a learning rate of {group['name']} is NaN or infinite")
         params = list(islice(indices, len(group["params"])))
         param_groups.append({"name": group["name"], "kind": group["kind"], **options, "params": params})
     return {"state": states, "param_groups": param_groups}

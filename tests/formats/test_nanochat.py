@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,22 @@ def test_the_state_of_one_rank_of_several_is_left_out_and_said(
     more = [f"--runs_dir={tmp_path}", "--name=part", "--ckpt_path=last"]
     with pytest.raises(ConfigError, match="start from its weights with --init_from"):
         nanofed.fit(corpus.fit, args=more)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "said"), [("moment", "a moment of weight 5 is NaN"), ("rate", "must be real number")]
+)
+def test_a_moment_or_a_rate_that_is_no_number_is_refused(spoiled: str, said: str, peer: Path, tmp_path: Path) -> None:
+    path = peer / CHECKPOINT / "optim_000007.pt"
+    adamw, muon = torch.load(path, weights_only=True)
+    if spoiled == "moment":
+        muon["state"][1]["momentum_buffer"][0, 0] = math.nan
+    else:
+        adamw["param_groups"][0]["lr"] = "x"
+    torch.save([adamw, muon], path)
+    with pytest.raises(CheckpointError, match=f"{path.name} does not hold nanochat's two optimizers.*{said}"):
+        nanofed.import_model(peer, "spoiled", runs_dir=tmp_path)
+    assert not (tmp_path / "spoiled").exists()
 
 
 def test_there_is_no_optimizer_state_in_a_federation(
