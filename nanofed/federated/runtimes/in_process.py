@@ -17,7 +17,8 @@ from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.federated.federation import Federation
 from nanofed.federated.round_line import RoundLine
 from nanofed.federated.site.client import client_app
-from nanofed.federated.site.progress import Progress, ProgressTurn
+from nanofed.federated.site.progress import Progress
+from nanofed.federated.site.ranks import ProgressTurn
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report

@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanofed.federated.site.ranks import Turn
-from nanofed.federated.wire.messages import Instructions
+if TYPE_CHECKING:  # the supervisor of a worker needs no PyTorch
+    from nanofed.federated.wire.messages import Instructions
 
 logger = logging.getLogger(__name__)
 
@@ -97,21 +97,6 @@ class Progress:
             text = json.dumps({**figures, "quiet_seconds": round(quiet, 3), "at": now})
             os.pwrite(file, text.encode().ljust(PAGE_BYTES), 0)
             time.sleep(WRITE_SECONDS)
-
-
-class ProgressTurn(Turn):
-    """A stretch of training that says how far it is."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def check(self) -> None:
-        """Say that something happens."""
-        self._progress.alive()
-
-    def progress(self, steps: int) -> None:
-        """Say that so many full steps are done."""
-        self._progress.stepped(steps)
 
 
 class Page:

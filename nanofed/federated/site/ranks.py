@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nanofed.data.streams import Batch
 from nanofed.errors import NanofedError
+from nanofed.federated.site.progress import Progress
 from nanofed.training.loop import Stopwatch
 
 T = TypeVar("T")
@@ -128,6 +129,21 @@ class Turn:
 
     def progress(self, steps: int) -> None:
         """Take note that so many full steps of the round are done; called with every micro-batch, on all ranks."""
+
+
+class ProgressTurn(Turn):
+    """A stretch of training that says how far it is."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def check(self) -> None:
+        """Say that something happens."""
+        self._progress.alive()
+
+    def progress(self, steps: int) -> None:
+        """Say that so many full steps are done."""
+        self._progress.stepped(steps)
 
 
 class _Next(IntEnum):

@@ -35,8 +35,8 @@ from nanofed.federated.outcome import Outcome
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.inbox import Inbox, Task
 from nanofed.federated.site.options import WorkerOptions
-from nanofed.federated.site.progress import Progress, ProgressTurn
-from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
+from nanofed.federated.site.progress import Progress
+from nanofed.federated.site.ranks import PATIENCE, Agreed, ProgressTurn, Turn
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.bundle import check_bundle
 from nanofed.federated.wire.codec import Arrays, WireError
