@@ -20,7 +20,7 @@ from nanofed.data.rows import Row, RowPlan, RowRange
 from nanofed.data.shards import Dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader
 from nanofed.errors import DataError
-from nanofed.federated.server.ledger import FREE, LEASED, MERGED, Ledger, LocalLedger, ledger_figures
+from nanofed.federated.server.ledger import ABSENT_ROUNDS, FREE, LEASED, MERGED, Ledger, LocalLedger, ledger_figures
 from nanofed.federated.wire.messages import SiteShard
 from tests.data.corpus import build, fewer
 from tests.federated.replies import instructions, report
@@ -291,6 +291,20 @@ def test_a_commit_goes_no_further_than_positions_and_pending_rows(dataset: Datas
     held = sum(part.stop - part.start for part in ledger.held("one"))
     assert ledger.release("one") == held - 4
     assert ledger.release("one") == 0 and ledger.release("nobody") == 0
+
+
+def test_a_client_that_is_away_for_a_while_goes_on_where_it_stood(dataset: Dataset) -> None:
+    ledger = Ledger(dataset.train, STREAMS)
+    lease = ledger.lease("one", 100)
+    for _ in range(2):
+        for _ in range(ABSENT_ROUNDS - 1):
+            ledger.miss("one")
+            ledger = reloaded(ledger, dataset, through="json")
+        assert ledger.held("one") == lease
+        assert ledger.lease("one", 100) == lease, "it is back"
+    for _ in range(ABSENT_ROUNDS):
+        ledger.miss("one")
+    assert ledger.clients() == () and ledger.lease("two", 100) == lease
 
 
 def test_the_ledger_of_other_shards_is_refused(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Who may read which rows: leases of rows, committed with the merge.
 
 Every row of a shard is, in each epoch, free, on lease to one client, or merged; so a training row is merged at most once an
-epoch. A client that goes on keeps reading where it stands; one that leaves gives back what is not merged.
+epoch. A client keeps reading where it stands; one that has been away for `ABSENT_ROUNDS` gives back what is not merged.
 
 Leases are stretches of the least-progressed shard, or with a stride, every n-th stretch of all shards in their order. Where
 every site trains on its own text there is one such ledger a client. What a client reports is held against the text of its
@@ -35,6 +35,7 @@ LEAST_BYTES_PER_TOKEN = 2.0  # fewer than tokenizers make of a lot of text; of a
 # A lease of more parts than these is for text too small, or for a claim too large, to be worth the server's time.
 MAX_EXTENSIONS = 128  # by which one call makes a lease longer
 MAX_RANGES = 1024  # that a client holds where its lease is of stretches
+ABSENT_ROUNDS = 10  # in a row, after which others may read what a client holds
 MAX_SCATTERED = 64  # parts of one call that lack rows of some stream; after them only whole stretches are looked for
 
 
@@ -46,6 +47,7 @@ class _Client:
     ranges: list[RowRange] = field(default_factory=list)  # in reading order; merged ones leave from the front only
     reached: int = 0  # index of the last range that a stream has reached: those after it are unread
     data: DataState | None = None  # where its streams stand, as merged; None: at the begin of its ranges
+    absent: int = 0  # rounds in a row that it has not taken part in
 
 
 class Ledger:
@@ -108,6 +110,7 @@ class Ledger:
                 By default the least-progressed shard is read on.
         """
         held = self._clients.setdefault(client, _Client())
+        held.absent = 0
         wanted = tokens / self._streams * TEXT_BYTES_PER_TOKEN / self._row_bytes + spare_rows
         unread = sum((self._unread(part) for part in held.ranges), np.zeros(self._streams))
         while len(held.ranges) - 1 > held.reached and (unread - self._unread(held.ranges[-1])).min() >= wanted:
@@ -287,6 +290,17 @@ class Ledger:
             del self._rows[(epoch, name)]
             self._epoch[name] = max(self._epoch[name], epoch + 1)
 
+    def miss(self, client: str) -> None:
+        """Count a round without a client; after `ABSENT_ROUNDS` of them it gives back what it holds.
+
+        Who were leased it at once would begin its documents anew, and train again on what of them is merged already: several
+        documents a stream, which is a large part of a short round.
+        """
+        held = self._clients[client]
+        held.absent += 1
+        if held.absent >= ABSENT_ROUNDS:
+            self.release(client)
+
     def release(self, client: str) -> int:
         """Take back what a client holds and has not merged, and return the number of rows."""
         held = self._clients.pop(client, None)
@@ -308,6 +322,7 @@ class Ledger:
                     "ranges": [[p.shard, p.start, p.stop, p.epoch] for p in c.ranges],
                     "reached": c.reached,
                     "data": c.data.to_plain() if c.data else None,
+                    "absent": c.absent,
                 }
                 for name, c in self._clients.items()
             },
@@ -336,6 +351,7 @@ class Ledger:
                 [RowRange(*part) for part in saved["ranges"]],
                 saved["reached"],
                 DataState.from_plain(saved["data"]) if saved["data"] else None,
+                saved.get("absent", 0),  # ledgers of before have none
             )
             for name, saved in state["clients"].items()
         }

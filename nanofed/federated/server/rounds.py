@@ -201,7 +201,7 @@ class RoundLoop:
     # --- who takes part
 
     def _participants(self, number: int, attempt: int) -> dict[str, int]:
-        """Wait for a quorum and return client -> node of those that take part; the others give back their rows."""
+        """Wait for a quorum and return client -> node of those that take part; who is away for long gives back its rows."""
         self._say("waiting", number)
         self.clients.round = number
 
@@ -212,7 +212,7 @@ class RoundLoop:
 
         present = self.clients.draw(self.clients.wait(number, meanwhile), number, attempt)
         for client in set(self.state.ledger.clients()) - set(present) - self._messenger.waiting_for:
-            self.state.ledger.of(client).release(client)
+            self.state.ledger.of(client).miss(client)
         return present
 
     def _there(self) -> Mapping[str, int]:
