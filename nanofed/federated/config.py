@@ -73,7 +73,7 @@ class FederationConfig:
         outer_warmdown: the last part of the horizon, in which the outer step goes over to plain averaging, as the inner learning
             rate falls.
         global_batch_tokens: split one batch over the clients of a round, in whole micro-batches, instead of
-            `model.recipe.batch_tokens` each.
+            `model.recipe.batch_tokens` each. Where clients come and go, steps that stay the same lose less.
         overlap: Sites train on while their update goes up, the others' are merged and the new weights come down. What these steps
             have changed is added to the new weights, from which the site goes on. Clients of one machine take turns and cannot.
         asynchronous: An update is merged when it comes, and its client is sent the newest weights at once: nobody waits.
