@@ -31,7 +31,7 @@ NOT_RUN = {
     r"nanofed export .* --push .*": "needs the Hugging Face Hub",
     r"nanofed (server|site) .*--keys .*": "needs another machine",
     r"bin/(quickstart|setup|test|gpu-check|speedrun).*": "is minutes of the commands that run here, or needs GPUs",
-    r"(git clone|pip install) .*": "needs the network",
+    r"(git clone|pip install|lm_eval) .*": "needs the network",
     r"(cd|source) .*": "is the shell's own",
     r"(sbatch|kubectl) .*": "needs a cluster",
     r"tensorboard .*": "serves until it is stopped",
