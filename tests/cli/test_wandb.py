@@ -59,7 +59,11 @@ def last(found: list[Any], kind: str) -> Any:
 def check_scalars(run: Path, points: Points) -> None:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     tags = events.Tags()["scalars"]
-    shown = {(tag, point.step): point.value for tag in tags for point in events.Scalars(tag)}
+    # As they were written: the files of one second are read in the order of a counter without leading zeros.
+    written = sorted(
+        ((point.wall_time, tag, point) for tag in tags for point in events.Scalars(tag)), key=lambda one: one[0]
+    )
+    shown = {(tag, point.step): point.value for _, tag, point in written}
     assert points == pytest.approx(shown, rel=1e-6)  # TensorBoard's values are of 32 bits
     assert {"val/bpb", "bpb/by_tokens", "train/loss"} <= set(tags)
 
