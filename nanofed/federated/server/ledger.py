@@ -322,7 +322,7 @@ class Ledger:
                     "ranges": [[p.shard, p.start, p.stop, p.epoch] for p in c.ranges],
                     "reached": c.reached,
                     "data": c.data.to_plain() if c.data else None,
-                    "absent": c.absent,
+                    **({"absent": c.absent} if c.absent else {}),
                 }
                 for name, c in self._clients.items()
             },
