@@ -549,6 +549,10 @@ def serve(
     from nanofed.federated.federation import Federation
 
     federation = Federation.from_args([*arguments(config, overrides or {}), *args])
+    if federation.federation.client_data is not None:
+        raise ConfigError(
+            "federation.client_data is for clients of one machine: a site names its own text with --data.path"
+        )
     return run_server(federation, listen, keys)
 
 

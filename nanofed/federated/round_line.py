@@ -16,12 +16,12 @@ Figures = Mapping[str, Any]
 
 
 class RoundLine:
-    """Makes the line of what the server and the clients say, which are asked whenever it is drawn.
+    """Makes the text of the line from the figures of server and clients, which it asks for each time the line is drawn.
 
     Args:
-        server: it returns what the server said last, as `StatusFile` keeps it; None before its first word.
-        clients: it returns the figures of each client's `Progress`; None for a client that is being started.
-        speeds: the clients' speeds, where they take turns in one process; None where they train at the same time.
+        server: A function that returns what `StatusFile` holds; None before the server has written anything.
+        clients: A function that returns the figures of each client's `Progress`; None for a client that is being started.
+        speeds: The clients' speeds, where they take turns in one process; None where they train at the same time.
     """
 
     def __init__(

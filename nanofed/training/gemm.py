@@ -50,7 +50,7 @@ def rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, 
 def ceiling(
     config: GPTConfig, tokens: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.3
 ) -> dict[str, dict[str, float]]:
-    """Return FLOP/s on each clock by shape; `best` is the ceiling."""
+    """Return the FLOP/s of every product of the model, by its shape and by clock; `best` is the fastest of them, the ceiling."""
     rates = {"x".join(map(str, shape)): rate(shape, dtype, device, seconds) for shape in shapes(config, tokens)}
     rates["best"] = {clock: max(r[clock] for r in rates.values()) for clock in ("wall", "cpu")}
     return rates

@@ -18,8 +18,8 @@ class Laps:
     ahead of the device.
 
     Args:
-        device: it computes the steps.
-        phases: their names; a step that lacks one spends no time in it.
+        device: The device that computes the steps.
+        phases: The names of the phases; a phase that a step does not have takes no time in it.
     """
 
     def __init__(self, device: torch.device, phases: Sequence[str] = PHASES) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a fit's optimizer step goes: some steps of the Trainer, timed by phases, then as many of them traced."""
+"""Where the time of an optimizer step of `fit` goes: some steps of the Trainer are timed, then as many are traced."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ class StepProfile:
     """What an optimizer step is spent on, on the first rank.
 
     Attributes:
-        steps: how many steps were timed, and as many traced.
-        tokens: tokens of a step, over all ranks.
-        seconds: of a step, the median.
-        phases: phase -> its seconds in a step, the median; `rest` is what the loop and the callbacks take.
-        traced_seconds: of a step while it is traced, which is slower.
-        collectives: seconds of a traced step in collectives, waiting for other ranks included; they may overlap with computing
-            and with each other.
-        operators: the operators of a traced step that take most.
-        ceiling: FLOP/s of the fastest of the model's matmuls by itself on one rank.
-        share: how much of it a rank's step reaches.
-        trace: the file of the trace.
+        steps: The number of steps that were timed; as many were traced.
+        tokens: The tokens of a step, over all ranks.
+        seconds: The median time of a step in seconds, without tracing.
+        phases: The median seconds of each phase of a step, by its name; `rest` is the time of the loop and the callbacks.
+        traced_seconds: The median time of a traced step in seconds; tracing makes steps slower.
+        collectives: The seconds of a traced step in collectives, with the time in which they wait for other ranks. They may
+            overlap with computation and with each other.
+        operators: The operators in which a traced step spends most of its time.
+        ceiling: The FLOP/s that the fastest of the model's matmuls reaches by itself on one rank.
+        share: The part of the ceiling that a step reaches on each rank.
+        trace: The path of the trace.
     """
 
     steps: int
@@ -78,7 +78,7 @@ class StepProfile:
     trace: Path
 
     def text(self) -> str:
-        """Return it for a terminal."""
+        """Return the profile as a table for a terminal."""
         lines = [
             f"a step of {self.tokens:,} tokens takes {self.seconds * 1e3:,.1f} ms (median of {self.steps}): "
             f"{self.tokens / self.seconds:,.0f} tok/s, {self.share:.1%} of the matmul ceiling, {self.ceiling / 1e9:,.0f} GFLOP/s",
@@ -100,17 +100,17 @@ def _row(name: str, seconds: float, whole: float) -> str:
 
 
 class StepProfiler(Profiler):
-    """Lightning's profiler, told of every part of a step: it times the phases of some steps, and then traces the others.
+    """A profiler for Lightning's Trainer, which tells it of every part of a step: it times some steps and traces the others.
 
     Args:
-        device: it computes the steps.
-        accumulation: micro-batches of a step.
-        warm_up: steps before the first that is timed.
-        steps: steps to be timed, after which tracing begins.
+        device: The device that computes the steps.
+        accumulation: The number of micro-batches of a step.
+        warm_up: The number of steps before the first one that is timed.
+        steps: The number of steps that are timed before tracing begins.
 
     Attributes:
-        timed: seconds of each timed step by phase.
-        trace: the trace, which whoever drives the steps has to stop.
+        timed: The seconds of each timed step, by phase.
+        trace: The trace under way; the caller has to stop it.
     """
 
     def __init__(self, device: torch.device, accumulation: int, warm_up: int, steps: int) -> None:
@@ -124,7 +124,7 @@ class StepProfiler(Profiler):
         self._spans: dict[str, Any] = {}  # phase -> its span in the trace
 
     def start(self, action_name: str) -> None:
-        """Begin a part of a step; what lies between two parts is the rest."""
+        """Begin a part of a step; the time between two parts belongs to the phase `rest`."""
         action = action_name.rpartition(".")[2]
         if action not in ACTIONS:
             return
@@ -136,7 +136,7 @@ class StepProfiler(Profiler):
             self._open(ACTIONS[action])
 
     def stop(self, action_name: str) -> None:
-        """End a part of a step, and the phase."""
+        """End a part of a step, and with it the phase."""
         action = action_name.rpartition(".")[2]
         if action not in ACTIONS:
             return
@@ -176,18 +176,18 @@ class StepProfiler(Profiler):
 def run_profile(cli: FitCLI, trace: Path, *, warm_up: int, steps: int) -> StepProfile | None:
     """Train for `warm_up + 2 * steps` optimizer steps of what the CLI has built, and keep nothing of it but the trace.
 
-    The first steps warm up; then come those that are timed, and those that are traced. The trace is in Chrome's format
-    (JSON, gzip), written by the first rank; the others return None.
+    The first steps warm up; then come those that are timed, and those that are traced. The first rank writes the trace in
+    Chrome's format; the other ranks return None.
 
     Args:
-        cli: the parsed command.
-        trace: the file to be written, `.json.gz`.
-        warm_up: steps that are neither timed nor traced: compiling is in them.
-        steps: steps to be timed, and to be traced.
+        cli: The parsed command.
+        trace: The path of the trace; it is compressed where the name ends in `.gz`.
+        warm_up: The number of steps that are neither timed nor traced, in which the model is compiled.
+        steps: The number of steps that are timed, and of those that are traced.
 
     Raises:
-        ConfigError: a batch does not divide, or the memory is not enough.
-        DataError: no shards or no tokenizer.
+        ConfigError: The batch does not divide into micro-batches, or the memory is too small.
+        DataError: There are no shards, or there is no tokenizer.
     """
     module: GPTModule = cli.model
     data, trainer, place = cli.datamodule, cli.trainer, Place.of(cli.trainer)

@@ -1,4 +1,4 @@
-"""Weights & Biases: what a run writes into TensorBoard goes there as well, as scalars, with its config and its summary."""
+"""Weights & Biases gets the scalars that a run writes into TensorBoard, its config and its summary."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ID_FILE = "wandb-id.txt"  # of the run's folder: the name by which wandb knows t
 
 
 def check_wandb(options: RunOptions) -> None:
-    """Refuse a run whose figures could not be sent: the package is missing, or nobody is logged in.
+    """Refuse a run whose figures could not be sent.
 
     Raises:
-        ConfigError: says what to do.
+        ConfigError: The package is missing, or nobody is logged in.
     """
     with _wandb(options) as wandb:
         if wandb.setup().settings.mode == "online":
@@ -33,7 +33,7 @@ def check_wandb(options: RunOptions) -> None:
 
 @contextmanager
 def _wandb(options: RunOptions) -> Iterator[Any]:
-    """Yield the package, and say its errors in a line."""
+    """Yield the package `wandb`, and turn its errors into nanofed's own, of one line."""
     try:
         importlib.import_module("wandb.sdk")  # a mere folder, such as wandb itself makes, could be imported as wandb
         wandb = importlib.import_module("wandb")
@@ -49,14 +49,14 @@ def _wandb(options: RunOptions) -> Iterator[Any]:
 
 
 class WandbRun:
-    """The run of Weights & Biases that gets a run's scalars; a run that goes on from a checkpoint goes on in the same one.
+    """The run at Weights & Biases that belongs to a run folder: a run that goes on from a checkpoint goes on in it.
 
     Args:
-        options: they name project and run; the run's folder is open.
+        options: The run's options, which name its folder, and the project and the run at Weights & Biases.
 
     Raises:
-        ConfigError: wandb is not installed, or refuses the project or the key.
-        DataError: its server cannot be reached.
+        ConfigError: The package is missing, or the project or the key is refused.
+        DataError: The server of Weights & Biases cannot be reached.
     """
 
     def __init__(self, options: RunOptions) -> None:
@@ -79,7 +79,7 @@ class WandbRun:
         self._known: set[str] = set()  # tags whose axis is said
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Log a scalar against what TensorBoard calls its step: tokens, seconds or bytes where the tag says so."""
+        """Log a scalar. Its axis is what TensorBoard takes for the step: tokens, seconds or bytes where the tag says so."""
         axis = next((name for name in OTHER_AXES if tag.endswith(name)), "by_step").removeprefix("by_")
         if tag not in self._known:
             self._known.add(tag)
@@ -87,7 +87,7 @@ class WandbRun:
         self._run.log({tag: value, axis: step})
 
     def finish(self, summary: Summary) -> None:
-        """Say what the run came to, and end; as failed, where an error is under way."""
+        """Send the run's final figures and end it; it counts as failed while an exception is handled."""
         names = ("bpb_start", "bpb_end", "tokens", "seconds", "bytes", "ended")
         self._run.summary.update({name: getattr(summary, name) for name in names})
         self._run.finish(exit_code=int(sys.exc_info()[0] is not None))

@@ -179,6 +179,11 @@ def test_a_wrong_option(
     refused(corpus.start(command, option), 2, message)
 
 
+def test_a_server_has_no_text_of_its_sites(corpus: Corpus, refused: Refusal) -> None:
+    own = ["--federation.sharding=local", "--federation.client_data=[a,b]"]
+    refused(["server", *corpus.start("federate", *own)[1:]], 2, "a site names its own text with --data.path")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize(
     ("command", "option"), [("fit", "--trainer.accelerator=gpu"), ("federate", "--fabric.accelerator=cuda")]

@@ -47,7 +47,7 @@ class _Client:
     ranges: list[RowRange] = field(default_factory=list)  # in reading order; merged ones leave from the front only
     reached: int = 0  # index of the last range that a stream has reached: those after it are unread
     data: DataState | None = None  # where its streams stand, as merged; None: at the begin of its ranges
-    absent: int = 0  # rounds in a row that it has not taken part in
+    absent: int = 0  # rounds in a row in which it has not taken part
 
 
 class Ledger:
@@ -291,10 +291,10 @@ class Ledger:
             self._epoch[name] = max(self._epoch[name], epoch + 1)
 
     def miss(self, client: str) -> None:
-        """Count a round without a client; after `ABSENT_ROUNDS` of them it gives back what it holds.
+        """Count a round in which a client does not take part; after `ABSENT_ROUNDS` in a row its rows are free for others.
 
-        Who were leased it at once would begin its documents anew, and train again on what of them is merged already: several
-        documents a stream, which is a large part of a short round.
+        If they were free at once, the next client would read the documents that this one has begun from their beginning, and
+        train again on text that is merged already: a large part of a short round.
         """
         held = self._clients[client]
         held.absent += 1

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -51,7 +52,7 @@ class _Asked(Generic[T]):
         check: It returns what the answer holds, or raises `RefusedReply`.
         started: When the answer's seconds begin to count, on the monotonic clock.
         seconds: The seconds after which the client is given up.
-        trains: The seconds that the client is to train, before which its answer is not expected.
+        trains: The seconds for which the client is asked to train; no answer is expected before they are over.
     """
 
     client: str
@@ -115,7 +116,7 @@ class Messenger:
         number = next(iter(instructions.values())).round
         weights = self._offer(nodes, sent, seconds)
         check = _update_check(instructions, sent, weights, streams=streams, most_pending=most_pending)
-        trains = next(iter(instructions.values())).seconds or 0.0
+        trains = {client: asked.seconds or 0.0 for client, asked in instructions.items()}
         kind = MessageType.TRAIN
         return self._exchange(kind, "fitins", nodes, configs, weights, number, seconds, check, meanwhile, trains)
 
@@ -202,7 +203,7 @@ class Messenger:
         seconds: float,
         check: Callable[[str, Message], T],
         meanwhile: Callable[[], None] = lambda: None,
-        trains: float = 0.0,
+        trains: Mapping[str, float] = MappingProxyType({}),
     ) -> Iterator[ClientReply[T]]:
         """Send one message to each client and yield what `check` makes of its reply, or why it refuses it."""
         started = time.monotonic()
@@ -210,7 +211,7 @@ class Messenger:
         waiting = self._waiting
         try:
             for client, node in nodes.items():
-                asked = _Asked(client, node, number, round_weights, check, started, seconds, trains)
+                asked = _Asked(client, node, number, round_weights, check, started, seconds, trains.get(client, 0.0))
                 self._send(kind, record, configs[client], asked)
             round_weights.sent()
             if round_weights.message_bytes > WASTE_BYTES:

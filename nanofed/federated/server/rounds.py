@@ -201,7 +201,7 @@ class RoundLoop:
     # --- who takes part
 
     def _participants(self, number: int, attempt: int) -> dict[str, int]:
-        """Wait for a quorum and return client -> node of those that take part; who is away for long gives back its rows."""
+        """Wait for a quorum, and return the clients that take part, with their nodes; the ledger counts who is away."""
         self._say("waiting", number)
         self.clients.round = number
 
