@@ -275,7 +275,7 @@ class Trainer:
         """
         record = {"train": "fit", "evaluate": "evaluate", "get_properties": "getproperties"}[kind]
         content = RecordDict({f"{record}ins.config": ConfigRecord(config)})
-        if kind != "get_properties":
+        if weights:  # else the worker has to do without the record, as with a server that leaves it out
             content[f"{record}ins.parameters"] = ArrayRecord({str(i): to_flower(a) for i, a in enumerate(weights)})
         reply = self.supernode.reply(self.supernode.send(kind, content, sent=sent), wait)
         if reply.has_error():
@@ -283,7 +283,8 @@ class Trainer:
         configs, arrays = reply.content.config_records, reply.content.array_records
         metrics = dict(configs.get(f"{record}res.metrics") or configs.get(f"{record}res.properties") or {})
         found = (arrays.get("fitres.parameters") or {}).values()
-        return [from_flower(a) for a in found if a.data], metrics  # Flower sends an empty one in the place of none
+        assert len(reply.content) == 1 + bool(found), f"records that nobody reads: {[*reply.content]}"
+        return [from_flower(a) for a in found], metrics
 
     def ask(self, instructions: Instructions, weights: Arrays, wait: float = 120.0) -> tuple[Arrays, Report]:
         """Have a round trained.

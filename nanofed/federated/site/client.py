@@ -20,7 +20,7 @@ from nanofed.federated.wire.messages import Evaluate, Failure, Instructions, Sto
 from nanofed.federated.wire.plain_text import SAFE_NAME
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient
 
-READ = (".metrics", ".parameters", ".properties")  # records of Flower's answers that the server reads
+READ = (".metrics", ".properties")  # how the names of those records end, beside the weights, that the server reads
 
 
 def client_name(context: Context) -> str:
@@ -66,16 +66,21 @@ def refuse_late(message: Message, context: Context, handle: ClientAppCallable) -
 def spare_records(message: Message, context: Context, handle: ClientAppCallable) -> Message:
     """Send back only what the server reads, and give Flower the empty weights of a message that has none.
 
-    Flower moves each record of a message in calls of its own, of 10 ms each at the SuperLink. A NumPyClient answers with four
-    records; the server reads its metrics, and its weights where these are in the message.
+    Flower moves each record of a message, and each array in it, in calls of their own, of 10 ms each at the SuperLink. A
+    NumPyClient answers with four records, of which one holds an empty array in the place of weights that are not in the message.
     """
     for name in list(message.content.config_records):
         message.content.setdefault(name.replace("ins.config", "ins.parameters"), ArrayRecord())
     reply = handle(message, context)
     if reply.has_content():
-        records = reply.content.items()
-        reply.content = RecordDict({name: record for name, record in records if record and name.endswith(READ)})
+        weights = {name: record for name, record in reply.content.array_records.items() if _holds_data(record)}
+        figures = {name: record for name, record in reply.content.config_records.items() if name.endswith(READ)}
+        reply.content = RecordDict({**weights, **figures})
     return reply
+
+
+def _holds_data(record: ArrayRecord) -> bool:
+    return any(array.data for array in record.values())
 
 
 class TrainerClient(NumPyClient):
