@@ -88,7 +88,7 @@ def damage(arrays: Arrays, report: Report, asked: Instructions) -> tuple[Arrays,
 ATTACKS: dict[str, tuple[Attack, str, str]] = {
     "nan": (poison(float("nan")), "not_finite", "is not finite"),
     "broadcastable shape": (change(0, lambda a: a[:1].copy()), "malformed", "has shape (1, "),
-    "no arrays": (rearrange(lambda arrays: []), "malformed", "it cannot be read"),
+    "no arrays": (rearrange(lambda arrays: []), "malformed", "there are no weights in it"),
     "huge norm": (change(0, lambda a: a * np.float32(1e6)), "large_norm", "more than the limit"),
     "norm beyond fp32": (change(0, lambda a: np.full_like(a, 3e38)), "large_norm", "more than the limit"),
     "other arrays than announced": (damage, "damaged", "damaged on their way"),
