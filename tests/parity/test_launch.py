@@ -21,6 +21,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STANDALONE = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 FIT = ("-m", "nanofed", "fit")
+# `nanofed`, and then a word of whether the process group was left before Python's end: its threads end the process otherwise.
+LEAVES = """
+import atexit, torch.distributed
+atexit.register(lambda: print("in a process group:", torch.distributed.is_initialized()))
+from nanofed.cli import main
+raise SystemExit(main())
+"""
 
 
 def two_nodes(stack: ExitStack, arguments: list[str], logs: Path) -> list[Started]:
@@ -36,11 +43,14 @@ def two_nodes(stack: ExitStack, arguments: list[str], logs: Path) -> list[Starte
 
 def test_every_launcher_ends_in_the_same_bits(corpus: Path, tmp_path: Path) -> None:
     names = ["lightning", "torchrun", "nodes"]
-    for name, launcher in zip(names, [(), STANDALONE], strict=False):
-        with Started([*launcher, *FIT, *two_ranks(corpus, tmp_path, name)], tmp_path / f"{name}.log") as run:
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES)
+    for name, program in zip(names, [FIT, (*STANDALONE, str(script), "fit")], strict=False):
+        with Started([*program, *two_ranks(corpus, tmp_path, name)], tmp_path / f"{name}.log") as run:
             assert run.wait(200) == 0, run.output
             run.assert_nothing_left(in_time(1))
             check_words(run.output, name)
+    assert run.output.count("in a process group: False") == 2, run.output
     with ExitStack() as stack:
         nodes = two_nodes(stack, two_ranks(corpus, tmp_path, "nodes"), tmp_path)
         assert [node.wait(200) for node in nodes] == [0, 0], nodes[0].output + nodes[1].output

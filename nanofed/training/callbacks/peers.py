@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -165,3 +166,18 @@ class Peers:
         self._wake.set()
         if self._listener.is_alive():
             self._listener.join(JOIN_SECONDS)
+
+    @staticmethod
+    def leave_at_exit() -> None:
+        """Have the process group end before Python does; nothing may be under way in it any more.
+
+        Its threads free the tensors of the last collectives. Where those are Python's, they wait for its lock, and after the
+        interpreter's end they end as a thread that listens does: with SIGABRT for the whole process.
+        """
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

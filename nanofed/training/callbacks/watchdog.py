@@ -101,6 +101,7 @@ class Watchdog(Callback):
             yield
             self._expect("save")
             trainer.strategy.barrier("end")
+            peers.leave_at_exit()
         except Exception as error:
             self._fail(peers, error)
         finally:  # also of an end that was asked for, by SIGINT or SIGTERM: all ranks got it
