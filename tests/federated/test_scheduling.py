@@ -35,6 +35,13 @@ def test_more_time_than_has_passed_is_refused() -> None:
     ClientSpeeds().check(report(seconds=5.5), 5.0)
 
 
+def test_in_a_round_of_two_seconds_one_of_them_may_go_to_messages_or_not() -> None:
+    speeds = learned(elapsed=2.0)
+    speeds.check(report(tokens=2000, seconds=1.5), 2.0)
+    with pytest.raises(RefusedReply, match=r"1.5 times its speed so far give 2250"):
+        speeds.check(report(tokens=2300, seconds=1.5), 2.0)
+
+
 def test_more_tokens_than_the_speed_so_far_gives_are_refused_until_it_is_believed() -> None:
     speeds = learned(elapsed=10.0)
     speeds.check(report(tokens=1500, seconds=9.0), 10.0)

@@ -83,7 +83,7 @@ class ClientSpeeds:
         if self.rounds.get(client, 0) < SPEED_ROUNDS:
             return
         elapsed += before if report.ahead else 0.0
-        possible = SPEED_MARGIN * self.fastest[client] * max(elapsed, CLOCK_SLACK)
+        possible = SPEED_MARGIN * self.fastest[client] * (elapsed + CLOCK_SLACK)  # a second is much of a short round
         if report.tokens > possible:
             # An honest client on a new machine is believed some rounds later.
             self.fastest[client] *= SPEED_MARGIN
