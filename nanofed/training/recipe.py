@@ -32,6 +32,7 @@ class Recipe:
         matrix_lr: Muon's rate for the matrices, scaled by max(1, rows/columns)^0.5.
         lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`; `auto` makes them fit the tokens of a step, over all
             clients of a federation, and of the run (`Schedule.scale`).
+        adamw_beta2: decay, from step to step, of AdamW's running means of squared gradients.
         weight_decay: decoupled decay of the AdamW groups.
         warmup_ratio: the first part of the horizon, in which the rates rise from 0.
         warmdown_ratio: the last part of the horizon, in which the rates fall linearly.
@@ -48,6 +49,7 @@ class Recipe:
     head_lr: Factor = 0.004
     matrix_lr: Factor = 0.02
     lr_scale: Factor | Literal["auto"] = "auto"
+    adamw_beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
     weight_decay: Factor = 0.0
     warmup_ratio: Share = 0.0
     warmdown_ratio: Share = 0.2

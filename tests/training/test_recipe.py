@@ -13,6 +13,7 @@ def test_the_default_is_nanochat_s_speedrun() -> None:
     recipe = Recipe()
     assert (recipe.batch_tokens, recipe.clip, recipe.weight_decay) == (524_288, 1.0, 0.0)
     assert (recipe.embedding_lr, recipe.head_lr, recipe.matrix_lr) == (0.2, 0.004, 0.02)
+    assert recipe.adamw_beta2 == 0.95
     assert recipe.steps(D20) == 21_400
     assert recipe.horizon(D20) == 11_219_763_200
 
