@@ -221,6 +221,11 @@ def test_a_global_batch_is_split_over_the_clients(
     assert {asked.batch_tokens for asked in site.asked} == {BATCH // 2} and loop.metrics.summary.tokens == 4 * BATCH
     said = f"steps of {BATCH // 2} tokens of each client are noisy: fewer of {BATCH} end better, by federation.global_batch_"
     assert caplog.text.count(said) == 1
+    assert caplog.text.count("a longer memory, model.recipe.adamw_beta2=0.999") == 1
+    remembers = {"global_batch_tokens": BATCH, "round_steps": 2, "model.recipe.adamw_beta2": 0.999}
+    caplog.clear()
+    train(federation(tiny_corpus, tmp_path, "remembers", **remembers))
+    assert said in caplog.text and "a longer memory" not in caplog.text
 
 
 @pytest.mark.parametrize(("steps", "round_steps", "last"), [(10, 3, 2), (8, 2, 2), (2, 5, 1)])

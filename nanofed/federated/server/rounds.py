@@ -42,6 +42,7 @@ from nanofed.training.checkpoint import SaveError, prune_checkpoints
 from nanofed.training.event_files import cut_events
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.module import GPTModule
+from nanofed.training.recipe import Recipe
 from nanofed.training.run_folder import Reached, reach
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import AT_HORIZON
@@ -436,10 +437,12 @@ class RoundLoop:
         clients, most, least = asked.participants, asked.batch_tokens, least_tokens(self._horizon)
         self._tell(asked.round, self._module.recipe.schedule.explain_scale(most * clients, self._horizon))
         if clients > 1 and most < least:
+            memory = "; so do these with a longer memory, model.recipe.adamw_beta2=0.999"
             self._tell(
                 asked.round,
                 f"steps of {most:,} tokens of each client are noisy: fewer of {least:,} end better, by "
-                f"federation.global_batch_tokens={least * clients} or model.recipe.batch_tokens={least}",
+                f"federation.global_batch_tokens={least * clients} or model.recipe.batch_tokens={least}"
+                f"{memory if self._module.recipe.adamw_beta2 <= Recipe.adamw_beta2 else ''}",
             )
 
     def _tell_utilisation(self, figures: RoundMetrics) -> None:
