@@ -112,7 +112,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return {**super().state_dict(), "clock": {"step": self.clock.step, "tokens": self.clock.tokens}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore state, groups and the clock's position; the clock's `step_tokens` and `horizon_tokens` stay.
+        """Restore the parameters' states and the clock's position; the clock's `step_tokens` and `horizon_tokens` stay.
+
+        So do the groups' rates and decays: they are those of this run's config, which a resumed run may have changed.
 
         Raises:
             ValueError: groups or parameters differ in number (torch's check).
@@ -120,7 +122,10 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         clock = state_dict["clock"]  # looked up first: a foreign state dict must not half-apply
         step, tokens = int(clock["step"]), int(clock["tokens"])
+        options = [{**group} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, options, strict=True):
+            group.update(own)
         self.clock.step, self.clock.tokens = step, tokens
 
     def __getstate__(self) -> dict[str, Any]:

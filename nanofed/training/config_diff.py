@@ -49,8 +49,16 @@ FREE = (
 )
 # Where the text lies, and which part of it is read.
 TEXT = ("data.path", "data.num_shards", "data.validation_shard", "federation.client_data")
-# What federations did that were begun before these options were there.
-BEFORE_OUTER = {"outer": "nesterov", "outer_warmdown": 0.0}
+# What runs did that were begun before these options were there.
+BEFORE = {
+    "federation.asynchronous": False,
+    "federation.global_batch_tokens": None,
+    "federation.outer": "nesterov",
+    "federation.outer_warmdown": 0.0,
+    "federation.overlap": False,
+    "model.recipe.adamw_beta2": 0.95,
+    "model.recipe.lr_scale": 1.0,
+}
 # Says how to start, not what to train.
 UNCOMPARED = ("config", "name", "runs_dir", "wandb_project", "run_name", *START)
 
@@ -76,9 +84,7 @@ def check_resumed_config(there: Path, here: str, *, force: bool, by_content: boo
         raise ConfigError(f"{there} cannot be read, so it cannot be compared: {error}") from error
     if not isinstance(saved, Mapping):
         raise ConfigError(f"{there} is no config of a run: it holds no mapping of keys to values")
-    if isinstance(saved.get("federation"), Mapping):
-        saved = {**saved, "federation": {**BEFORE_OUTER, **saved["federation"]}}
-    differing = differences(saved, yaml.safe_load(here))
+    differing = differences(BEFORE | dict(_flat(saved)), yaml.safe_load(here))
     if by_content:
         differing = {key: shown for key, shown in differing.items() if key not in TEXT}
     refused = [key for key in differing if _below(key, ARITHMETIC) and not _below(key, (*HORIZON, *FREE))]

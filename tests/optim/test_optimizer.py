@@ -200,6 +200,18 @@ def test_a_load_leaves_the_runs_own_token_counts() -> None:
     assert (second.clock.step_tokens, second.clock.horizon_tokens) == (64, 40 * 32)
 
 
+def test_a_load_leaves_the_runs_own_rates_and_decays() -> None:
+    model, first = build()
+    train(model, first, range(2))
+    _, second = build()
+    own = {"initial_lr": 0.125, "betas": (0.8, 0.999), "weight_decay": 0.25}
+    for group in second.param_groups:
+        group.update({name: value for name, value in own.items() if name in group})
+    second.load_state_dict(first.state_dict())
+    assert all(group[name] == own[name] for group in second.param_groups for name in own.keys() & group.keys())
+    assert second.state_dict()["state"].keys() == first.state_dict()["state"].keys() != set()
+
+
 def test_a_foreign_state_dict_changes_nothing() -> None:
     model, optimizer = build()
     train(model, optimizer, range(2))

@@ -114,6 +114,25 @@ def test_keys_of_one_version_only_are_not_compared() -> None:
     assert list(found.values()) == ["model.depth 2 -> 4"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("model__recipe__adamw_beta2", 0.999, "model.recipe.adamw_beta2 0.95 -> 0.999"),
+        ("model__recipe__lr_scale", "auto", "model.recipe.lr_scale 1.0 -> auto"),
+        ("federation__overlap", True, "federation.overlap False -> True"),
+        ("federation__asynchronous", True, "federation.asynchronous False -> True"),
+        ("federation__global_batch_tokens", 4096, "federation.global_batch_tokens null -> 4096"),
+    ],
+)
+def test_an_option_that_is_younger_than_the_run_is_compared_with_what_the_run_did(
+    key: str, value: object, shown: str, saved: Path
+) -> None:
+    with pytest.raises(ConfigError, match=shown):
+        check_resumed_config(saved, changed(**{key: value}), force=False)
+    old = {"adamw_beta2": 0.95, "lr_scale": 1, "overlap": False, "asynchronous": False, "global_batch_tokens": None}
+    check_resumed_config(saved, changed(**{key: old[key.rpartition("__")[2]]}), force=False)
+
+
 def test_a_federation_begun_before_the_outer_step_could_be_chosen_goes_on_with_its_own(saved: Path) -> None:
     here = yaml.safe_load(changed())
     here["federation"] |= {"outer": "auto", "outer_warmdown": 0.4}

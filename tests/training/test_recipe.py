@@ -4,6 +4,7 @@ import pytest
 
 from nanofed.errors import ConfigError
 from nanofed.model import GPTConfig
+from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe, accumulation_steps
 
 D20 = GPTConfig.from_depth(20)  # 560,988,160 parameters at a vocabulary of 65,536
@@ -16,6 +17,20 @@ def test_the_default_is_nanochat_s_speedrun() -> None:
     assert recipe.adamw_beta2 == 0.95
     assert recipe.steps(D20) == 21_400
     assert recipe.horizon(D20) == 11_219_763_200
+
+
+def test_rates_and_decays_reach_the_optimizer() -> None:
+    recipe = Recipe(embedding_lr=0.5, head_lr=0.25, matrix_lr=0.125, adamw_beta2=0.999, weight_decay=0.1)
+    module = GPTModule(depth=1, sequence_len=16, vocab_size=64, recipe=recipe, compile=False)
+    module.configure_model()
+    groups = {group["name"]: group for group in module.configure_optimizers().param_groups}
+    width = (module.config.n_embd / 768) ** -0.5
+    assert {name: group["initial_lr"] for name, group in groups.items()} == pytest.approx(
+        {"head": 0.25 * width, "embedding": 0.5 * width, "matrices": 0.125}
+    )
+    assert all(
+        (groups[name]["betas"], groups[name]["weight_decay"]) == ((0.8, 0.999), 0.1) for name in ("head", "embedding")
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
@@ -167,17 +166,13 @@ class Peers:
         if self._listener.is_alive():
             self._listener.join(JOIN_SECONDS)
 
-    @staticmethod
-    def leave_at_exit() -> None:
-        """Have the process group end before Python does; nothing may be under way in it any more.
 
-        Its threads free the tensors of the last collectives. Where those are Python's, they wait for its lock, and after the
-        interpreter's end they end as a thread that listens does: with SIGABRT for the whole process.
-        """
-        atexit.unregister(_leave)
-        atexit.register(_leave)
+def leave_process_group() -> None:
+    """Destroy the process group, if there is one; no collective may be under way in it.
 
-
-def _leave() -> None:
+    A finished run does it at exit, while Python still runs. The group's threads free the tensors of the last collectives, and
+    for a tensor that Python knows they take the interpreter's lock. A thread that waits for the lock when the interpreter ends
+    is unwound, which C++ answers with `std::terminate`: a finished rank would end with SIGABRT.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()

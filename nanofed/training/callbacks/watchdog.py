@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -21,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from nanofed import runtime
 from nanofed.errors import NanofedError
 from nanofed.ranges import SecondsOrZero, check_numbers
-from nanofed.training.callbacks.peers import POLL, Failure, Peers
+from nanofed.training.callbacks.peers import POLL, Failure, Peers, leave_process_group
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Watchdog(Callback):
             yield
             self._expect("save")
             trainer.strategy.barrier("end")
-            peers.leave_at_exit()
+            atexit.register(leave_process_group)
         except Exception as error:
             self._fail(peers, error)
         finally:  # also of an end that was asked for, by SIGINT or SIGTERM: all ranks got it
