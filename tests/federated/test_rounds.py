@@ -221,11 +221,19 @@ def test_a_global_batch_is_split_over_the_clients(
     assert {asked.batch_tokens for asked in site.asked} == {BATCH // 2} and loop.metrics.summary.tokens == 4 * BATCH
     said = f"steps of {BATCH // 2} tokens of each client are noisy: fewer of {BATCH} end better, by federation.global_batch_"
     assert caplog.text.count(said) == 1
-    assert caplog.text.count("a longer memory, model.recipe.adamw_beta2=0.999") == 1
-    remembers = {"global_batch_tokens": BATCH, "round_steps": 2, "model.recipe.adamw_beta2": 0.999}
+
+
+def test_short_steps_with_a_short_memory_are_named_once(
+    tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    train(federation(tiny_corpus, tmp_path, "forgets"))
+    assert caplog.text.count(f"AdamW remembers the squared gradients of {20 * BATCH:,} tokens of each client") == 1
+    assert caplog.text.count("more is better, by model.recipe.adamw_beta2=0.999") == 1
     caplog.clear()
-    train(federation(tiny_corpus, tmp_path, "remembers", **remembers))
-    assert said in caplog.text and "a longer memory" not in caplog.text
+    train(federation(tiny_corpus, tmp_path, "remembers", **{"model.recipe.adamw_beta2": 0.999}))
+    train(federation(tiny_corpus, tmp_path, "alone", clients=1))
+    assert "AdamW remembers" not in caplog.text
 
 
 @pytest.mark.parametrize(("steps", "round_steps", "last"), [(10, 3, 2), (8, 2, 2), (2, 5, 1)])
