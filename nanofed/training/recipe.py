@@ -32,7 +32,9 @@ class Recipe:
         matrix_lr: Muon's rate for the matrices, scaled by max(1, rows/columns)^0.5.
         lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`; `auto` makes them fit the tokens of a step, over all
             clients of a federation, and of the run (`Schedule.scale`).
-        adamw_beta2: decay, from step to step, of AdamW's running means of squared gradients.
+        adamw_beta2: decay of AdamW's running means of squared gradients from one step to the next: 0.95 remembers some 20 steps.
+            What has to be remembered counts in tokens (arXiv:2507.07101), so short steps need more of them: 0.999 for federated
+            clients of up to 1,024 tokens a step.
         weight_decay: decoupled decay of the AdamW groups.
         warmup_ratio: the first part of the horizon, in which the rates rise from 0.
         warmdown_ratio: the last part of the horizon, in which the rates fall linearly.

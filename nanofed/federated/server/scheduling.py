@@ -73,7 +73,8 @@ class ClientSpeeds:
                 server has not seen that reply.
 
         Raises:
-            RefusedReply: The report claims more seconds than have passed, or more tokens than 1.5 times its speed so far.
+            RefusedReply: The report claims more seconds than have passed, or more tokens than 1.5 times its speed so far gives in
+                these and one more: of a round of two seconds, messages may take one or hardly any.
         """
         client = report.client
         if report.seconds > elapsed + CLOCK_SLACK:
@@ -83,14 +84,14 @@ class ClientSpeeds:
         if self.rounds.get(client, 0) < SPEED_ROUNDS:
             return
         elapsed += before if report.ahead else 0.0
-        possible = SPEED_MARGIN * self.fastest[client] * (elapsed + CLOCK_SLACK)  # a second is much of a short round
+        possible = SPEED_MARGIN * self.fastest[client] * (elapsed + CLOCK_SLACK)
         if report.tokens > possible:
             # An honest client on a new machine is believed some rounds later.
             self.fastest[client] *= SPEED_MARGIN
             raise RefusedReply(
                 "tokens",
                 f"it claims {report.tokens} tokens within {elapsed:.1f} s, {SPEED_MARGIN} times its speed so far give "
-                f"{possible:.0f}",
+                f"{possible:.0f} in that time and {CLOCK_SLACK:g} s more",
             )
 
     def believed(self, reports: Sequence[Report]) -> list[Report]:
