@@ -8,8 +8,12 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode, Status
 
 from nanofed.errors import NanofedError
 
@@ -17,6 +21,7 @@ FIRST_WAIT = 0.1  # seconds
 WORKER_WAIT = 0.02  # seconds; looking costs a SuperNode no call
 GROWTH = 1.2  # of the wait from one look to the next: 3 s after 19 looks in 17 s
 REST_SECONDS = 10.0  # that the next piece of an answer may take, on one machine
+TASK_LOOK = 1.0  # seconds between two looks whether a message that has no answer yet is still worked on
 HEARTBEAT_SECONDS = 5.0  # a task is given up after two of them without a word; the worker sends one a second
 
 
@@ -102,6 +107,64 @@ def give_up_unfinished_answers(start_client_internal: ModuleType) -> None:
     @functools.wraps(push)
     def push_messages(*, object_store: Any, **others: Any) -> None:
         push(object_store=_Impatient(object_store), **others)
+
+    vars(start_client_internal)["_push_messages"] = push_messages
+
+
+class _WithoutTask:
+    """A SuperNode's state as the sender of answers reads it: a message that no task is left for gets an error as its answer.
+
+    Args:
+        state: the SuperNode's own.
+        insert: put an answer into the state, with what is in it.
+    """
+
+    def __init__(self, state: Any, insert: Callable[[Message], None]) -> None:
+        self._state = state
+        self._insert = insert
+        self._looked = time.monotonic()
+
+    def get_messages_legacy(self, **which: Any) -> list[Any]:
+        look = time.monotonic() - self._looked > TASK_LOOK
+        # Before the answers: a worker hands its answer over and ends its task after it.
+        lost = look and not self._state.get_tasks(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING])
+        answers = list(self._state.get_messages_legacy(**which))
+        if lost and not answers:
+            with self._state.lock_msg_store:
+                messages = [entry.message for entry in self._state.msg_store.values()]
+            for message in messages:
+                if not message.metadata.reply_to_message_id:
+                    error = Error(
+                        ErrorCode.CLIENT_APP_CRASHED, "the worker took the message and ended before it read it"
+                    )
+                    self._insert(Message(error, reply_to=message))
+        if look:
+            self._looked = time.monotonic()
+        return answers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def answer_for_lost_tasks(start_client_internal: ModuleType) -> None:
+    """Let a SuperNode answer for a worker that was gone before it had read the message that it had taken.
+
+    Flower answers for a dead worker whose message is read. Where it is not, or where the worker gives its task up, Flower waits
+    for an answer for ever: the site would take part in no round again, while everything seems to be well.
+    Test: `tests/federated/test_flower_patches.py::test_a_message_that_no_task_is_left_for_is_answered`.
+
+    Raises:
+        NanofedError: this version of Flower sends answers in another way.
+    """
+    push = getattr(start_client_internal, "_push_messages", None)
+    insert = getattr(start_client_internal, "_insert_message", None)
+    _need(push is not None and insert is not None, "sends answers in another way")
+    assert push is not None and insert is not None
+
+    @functools.wraps(push)
+    def push_messages(*, state: Any, object_store: Any, **others: Any) -> None:
+        watched = _WithoutTask(state, lambda answer: insert(answer, state, object_store))
+        push(state=watched, object_store=object_store, **others)
 
     vars(start_client_internal)["_push_messages"] = push_messages
 

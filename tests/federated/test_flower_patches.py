@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import sql_linkstate
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
@@ -105,6 +105,48 @@ def test_a_task_without_heartbeats_is_answered_for_soon(monkeypatch: pytest.Monk
     assert state.get_task_by_token(token) is not None
     monkeypatch.setattr(in_memory_corestate, "now", lambda: begin + timedelta(seconds=11))
     assert state.get_task_by_token(token) is None
+
+
+@pytest.mark.parametrize("end", ["dies before it reads", "gives up before it reads", "gives up after it has read"])
+def test_a_message_that_no_task_is_left_for_is_answered(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own loop and store: it would wait for the answer for ever."""
+    module = vars_of(monkeypatch)
+    monkeypatch.setattr(module, "time", flower_patches.Waits())
+    monkeypatch.setattr(flower_patches, "TASK_LOOK", 0.1)
+    flower_patches.answer_for_lost_tasks(module)
+    store, sent = InMemoryObjectStore(), list[Message]()
+    state = InMemoryNodeState(store)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, SUPERLINK_NODE_ID  # Message() reads them
+    asked = Message(RecordDict(), 5, "train", ttl=60.0)
+    task = state.create_task(task_type=TaskType.CLIENT_APP, run_id=7, fab_hash="a" * 64)
+    start_client_internal._insert_message(asked, state, store)
+    assert task is not None and state.claim_task(task) and state.activate_task(task)
+
+    def send(message: Message, tree: ObjectTree, seconds: float) -> tuple[set[str], str]:
+        sent.append(message)
+        return set(), "session"
+
+    loop = threading.Thread(
+        target=module._push_messages,
+        kwargs={"state": state, "object_store": store, "send": send, "push_object": None},
+        daemon=True,
+    )
+    loop.start()
+    loop.join(0.5)
+    assert loop.is_alive() and not sent, "a task is under way"
+    if end == "gives up after it has read":
+        assert state.get_messages_legacy(run_ids=[7], is_reply=False, limit=1) == [asked]
+        state.record_message_processing_start(asked.metadata.message_id)
+    if end == "dies before it reads":
+        later = datetime.now(UTC) + timedelta(minutes=2)
+        monkeypatch.setattr(in_memory_corestate, "now", lambda: later)
+    else:
+        assert state.finish_task(task, SubStatus.FAILED, "the message could not be taken")
+    loop.join(30)
+    assert not loop.is_alive()
+    (answer,) = sent
+    assert answer.metadata.reply_to_message_id == asked.object_id and answer.error.code == ErrorCode.CLIENT_APP_CRASHED
+    assert not state.msg_store, "Flower's loop goes on to the next message"
 
 
 def test_an_answer_too_many_does_not_hold_up_those_of_later_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +266,7 @@ def test_a_reply_is_handed_over_when_all_of_it_is_there(tmp_path: Path, monkeypa
         flower_patches.look_sooner,
         flower_patches.give_up_unfinished_answers,
         flower_patches.notice_dead_workers_sooner,
+        flower_patches.answer_for_lost_tasks,
         flower_patches.answer_at_any_time,
         flower_patches.ask_again_soon,
         lambda module: flower_patches.hold_back_unfinished(module, sql_corestate),
