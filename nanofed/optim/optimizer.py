@@ -13,11 +13,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.optim.adamw import adamw_update
+from nanofed.optim.groups import ADAMW_BETAS
 from nanofed.optim.muon import muon_update
 from nanofed.optim.schedule import Clock, Schedule
 
 _GROUP_DEFAULTS: dict[str, dict[str, Any]] = {
-    "adamw": {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0},
+    "adamw": {"betas": ADAMW_BETAS, "eps": 1e-10, "weight_decay": 0.0},
     "muon": {"ns_steps": 5},
 }
 
@@ -25,14 +26,14 @@ _GROUP_DEFAULTS: dict[str, dict[str, Any]] = {
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the rest, clipped together and driven by one clock.
 
-    A step takes rate and momentum from the schedule at the clock's position before it (the first is at progress 0),
+    A step takes rate, momentum and memory from the schedule at the clock's position before it (the first is at progress 0),
     clips all gradients by their common norm, updates, and moves the clock. The state dict is torch's with `clock`
     beside it; after a load the next step is bit-identical to the one that would have followed.
 
     Args:
         param_groups: Dicts with `params`, `lr` (the initial one) and `kind`: "adamw" (with `betas`, `eps`,
             `weight_decay`) or "muon" (with `ns_steps`; matrices only).
-        schedule: Rate and momentum over the run.
+        schedule: Rate, momentum and AdamW's memory over the run.
         clock: Where the run is; shared with whoever drives it.
         clip: Greatest global gradient norm, None for no clipping.
         ns_dtype: What Newton–Schulz runs in; by default bf16 where the parameters' device multiplies it natively, else
@@ -101,8 +102,11 @@ class MuonAdamW(torch.optim.Optimizer):
         multiplier = self.schedule.multiplier(
             clock.tokens, step_tokens=clock.step_tokens, horizon_tokens=clock.horizon_tokens
         )
+        beta2 = self.schedule.beta2(clock.batch_tokens)
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
+            if group["kind"] == "adamw" and group["betas"][1] != beta2:
+                self._remember(group, beta2)
         self._update_all(self.schedule.momentum(clock.step))
         clock.advance()
         return loss
@@ -112,9 +116,10 @@ class MuonAdamW(torch.optim.Optimizer):
         return {**super().state_dict(), "clock": {"step": self.clock.step, "tokens": self.clock.tokens}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the parameters' states and the clock's position; the clock's `step_tokens` and `horizon_tokens` stay.
+        """Restore the parameters' states with AdamW's `betas`, which they were made with, and the clock's position.
 
-        So do the groups' rates and decays: they are those of this run's config, which a resumed run may have changed.
+        The clock's other values stay, and the groups' rates and decays: they are those of this run's config, which a resumed
+        run may have changed.
 
         Raises:
             ValueError: groups or parameters differ in number (torch's check).
@@ -122,11 +127,19 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         clock = state_dict["clock"]  # looked up first: a foreign state dict must not half-apply
         step, tokens = int(clock["step"]), int(clock["tokens"])
-        options = [{**group} for group in self.param_groups]
+        options = [{name: own for name, own in group.items() if name != "betas"} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, options, strict=True):
             group.update(own)
         self.clock.step, self.clock.tokens = step, tokens
+
+    def _remember(self, group: dict[str, Any], beta2: float) -> None:
+        """Change how long a group remembers; its second moments, corrected for their beginning at 0, stay what they are."""
+        beta1, before = group["betas"]
+        group["betas"] = (beta1, beta2)
+        for state in (self.state[param] for param in group["params"] if param in self.state):
+            if state:
+                state["exp_avg_sq"] *= (1 - beta2 ** state["step"]) / (1 - before ** state["step"])
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own keeps three attributes only, so a copy would come out without schedule and clock

@@ -1,4 +1,4 @@
-"""How learning rate and momentum follow batch, horizon and progress of a run, and the clock that says where the run is."""
+"""How learning rate, momentum and memory follow batch, horizon and progress of a run, and the clock that says where it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FULL_BATCH, FULL_HORIZON = 524_288, 11_219_763_200
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and Muon momentum as pure functions of where the run is; the defaults are October nanochat's.
+    """Learning rate, Muon's momentum and AdamW's memory as pure functions of where the run is; by default October nanochat's.
 
     Attributes:
         lr_scale: Factor on all rates of the run; `auto` makes it fit the tokens of a step and of the run (`scale`).
@@ -24,6 +24,7 @@ class Schedule:
         muon_momentum_start: Momentum of Muon's first step.
         muon_momentum: Momentum after `muon_momentum_steps` steps, reached linearly.
         muon_momentum_steps: Optimizer steps that takes.
+        adamw_beta2: Decay of AdamW's running means of squared gradients; `auto` makes it fit the tokens of a step (`beta2`).
 
     Raises:
         ConfigError: a value is out of its range, or warm-up and warm-down overlap.
@@ -36,6 +37,7 @@ class Schedule:
     muon_momentum_start: float = 0.85
     muon_momentum: float = 0.95
     muon_momentum_steps: int = 300
+    adamw_beta2: float | Literal["auto"] = 0.95
 
     def __post_init__(self) -> None:
         for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
@@ -74,6 +76,25 @@ class Schedule:
         """Return the factor on all learning rates and where it comes from, in a line."""
         why = f"steps of {step_tokens:,} tokens on {horizon_tokens:,}" if self.lr_scale == "auto" else "as configured"
         return f"learning rates x {self.scale(step_tokens, horizon_tokens):.3g} ({why})"
+
+    def beta2(self, batch_tokens: int) -> float:
+        """Return the decay of AdamW's running means of squared gradients from one step to the next.
+
+        nanochat's 0.95 remembers some 20 steps of 524,288 tokens. What has to be remembered counts in tokens rather than in
+        steps (arXiv:2507.07101), so short steps need more of them: the memory grows with the root of the steps in a token, to
+        1 - 0.05 (batch / 524,288)^1/2. It was fitted to small models from 512 to 4,096 tokens a step (notebooks/LOG.md).
+
+        Args:
+            batch_tokens: The tokens of an optimizer step of one participant: each has moments of its own.
+        """
+        if self.adamw_beta2 != "auto":
+            return self.adamw_beta2
+        return 1.0 - 0.05 * math.sqrt(min(1.0, batch_tokens / FULL_BATCH))
+
+    def explain_beta2(self, batch_tokens: int) -> str:
+        """Return the decay of AdamW's squared gradients and where it comes from, in a line."""
+        why = f"steps of {batch_tokens:,} tokens" if self.adamw_beta2 == "auto" else "as configured"
+        return f"AdamW's beta2 {self.beta2(batch_tokens):.4g} ({why})"
 
     def multiplier(self, tokens: float, *, step_tokens: int, horizon_tokens: int) -> float:
         """Return what every group's initial learning rate is multiplied by after `tokens` tokens of a run."""
@@ -115,14 +136,15 @@ def least_tokens(horizon_tokens: int) -> int:
 class Clock:
     """Where the run is. The optimizer moves it with every step; whoever drives the training may set it.
 
-    `step` and `tokens` are saved with the optimizer; `step_tokens` and `horizon_tokens` belong to the run that is being
-    driven (participants come and go, a horizon may be extended), so a checkpoint does not bring them back.
+    `step` and `tokens` are saved with the optimizer; the others belong to the run that is being driven (participants come and
+    go, a horizon may be extended), so a checkpoint does not bring them back.
 
     Attributes:
         step: Optimizer steps so far.
         tokens: Tokens so far, over all participants.
         step_tokens: Tokens that one optimizer step adds to `tokens`: batch tokens × participants.
         horizon_tokens: Tokens of the whole run.
+        participants: Those who take a step at the same time, each with an optimizer of its own: the clients of a round.
 
     Raises:
         ConfigError: a step or the horizon has no tokens.
@@ -132,6 +154,7 @@ class Clock:
     tokens: int = 0
     step_tokens: int
     horizon_tokens: int
+    participants: int = 1
 
     def __post_init__(self) -> None:
         if self.step_tokens < 1 or self.horizon_tokens < 1:
@@ -143,6 +166,11 @@ class Clock:
     def progress(self) -> float:
         """Tokens so far over the horizon, at most 1."""
         return min(self.tokens / self.horizon_tokens, 1.0)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one participant's step."""
+        return self.step_tokens // self.participants
 
     def advance(self) -> None:
         """Count one optimizer step."""

@@ -55,7 +55,9 @@ def _fit(cli: FitCLI) -> Summary:
         config=cli.resolved_config,
         place=Place.of(trainer),
     )
-    logger.info(module.recipe.schedule.explain_scale(module.clock.step_tokens, module.clock.horizon_tokens))
+    clock, schedule = module.clock, module.recipe.schedule
+    logger.info(schedule.explain_scale(clock.step_tokens, clock.horizon_tokens))
+    logger.info(schedule.explain_beta2(clock.batch_tokens))
     cli.startup.done("data")
     resume = resume_checkpoint(options.folder, options.ckpt_path)
     if resume is None and options.init_from:

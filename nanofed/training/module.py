@@ -191,7 +191,6 @@ class GPTModule(LightningModule):
             embedding_lr=recipe.embedding_lr,
             head_lr=recipe.head_lr,
             matrix_lr=recipe.matrix_lr,
-            adamw_betas=(0.8, recipe.adamw_beta2),
             weight_decay=recipe.weight_decay,
         )
 

@@ -32,9 +32,8 @@ class Recipe:
         matrix_lr: Muon's rate for the matrices, scaled by max(1, rows/columns)^0.5.
         lr_scale: a factor on `embedding_lr`, `head_lr` and `matrix_lr`; `auto` makes them fit the tokens of a step, over all
             clients of a federation, and of the run (`Schedule.scale`).
-        adamw_beta2: decay of AdamW's running means of squared gradients from one step to the next: 0.95 remembers some 20 steps.
-            What has to be remembered counts in tokens (arXiv:2507.07101), so short steps need more of them: 0.999 for federated
-            clients of up to 1,024 tokens a step.
+        adamw_beta2: decay of AdamW's running means of squared gradients from one step to the next: 0.95 remembers some 20
+            steps; `auto` makes it fit the tokens of a step of one client (`Schedule.beta2`).
         weight_decay: decoupled decay of the AdamW groups.
         warmup_ratio: the first part of the horizon, in which the rates rise from 0.
         warmdown_ratio: the last part of the horizon, in which the rates fall linearly.
@@ -51,7 +50,7 @@ class Recipe:
     head_lr: Factor = 0.004
     matrix_lr: Factor = 0.02
     lr_scale: Factor | Literal["auto"] = "auto"
-    adamw_beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
+    adamw_beta2: Annotated[float, Range(0, 1, below=True)] | Literal["auto"] = "auto"
     weight_decay: Factor = 0.0
     warmup_ratio: Share = 0.0
     warmdown_ratio: Share = 0.2
@@ -73,12 +72,13 @@ class Recipe:
 
     @property
     def schedule(self) -> Schedule:
-        """The learning-rate and momentum schedule over global progress."""
+        """The schedule of learning rates, momentum and memory over global progress."""
         return Schedule(
             lr_scale=self.lr_scale,
             warmup_ratio=self.warmup_ratio,
             warmdown_ratio=self.warmdown_ratio,
             final_lr_frac=self.final_lr_frac,
+            adamw_beta2=self.adamw_beta2,
         )
 
     def steps(self, config: GPTConfig) -> int:

@@ -223,19 +223,6 @@ def test_a_global_batch_is_split_over_the_clients(
     assert caplog.text.count(said) == 1
 
 
-def test_short_steps_with_a_short_memory_are_named_once(
-    tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    train(federation(tiny_corpus, tmp_path, "forgets"))
-    assert caplog.text.count(f"AdamW remembers the squared gradients of {20 * BATCH:,} tokens of each client") == 1
-    assert caplog.text.count("more is better, by model.recipe.adamw_beta2=0.999") == 1
-    caplog.clear()
-    train(federation(tiny_corpus, tmp_path, "remembers", **{"model.recipe.adamw_beta2": 0.999}))
-    train(federation(tiny_corpus, tmp_path, "alone", clients=1))
-    assert "AdamW remembers" not in caplog.text
-
-
 @pytest.mark.parametrize(("steps", "round_steps", "last"), [(10, 3, 2), (8, 2, 2), (2, 5, 1)])
 def test_the_horizon_is_met_exactly(tiny_corpus: Path, tmp_path: Path, steps: int, round_steps: int, last: int) -> None:
     options: dict[str, Any] = {"rounds": 99, "round_steps": round_steps, "model.recipe.num_steps": steps}

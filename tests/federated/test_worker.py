@@ -29,7 +29,8 @@ from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import CODECS
 from nanofed.federated.wire.messages import Evaluation, Hello, Report
-from tests.federated.sites import NAME, RefusedByWorker, Rounds, Trainer, initial_weights, same, tiny_args
+from nanofed.optim import Schedule
+from tests.federated.sites import BATCH, NAME, RefusedByWorker, Rounds, Trainer, initial_weights, same, tiny_args
 from tests.ranks import in_time
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -73,6 +74,17 @@ def trained_here(args: list[str], folder: Path, rounds: Rounds, number: int) -> 
     for _ in range(number):
         here.merge(direct.fit(here.weights, here.instructions()))
     return here
+
+
+def test_a_client_remembers_by_its_own_tokens_and_not_by_those_of_all(
+    rounds: Rounds, args: list[str], tmp_path: Path
+) -> None:
+    direct = in_process(args, tmp_path)
+    for participants in (1, 4):
+        rounds.merge(direct.fit(rounds.weights, rounds.instructions(participants=participants)))
+        groups = [group for group in direct._optimizer.param_groups if group["kind"] == "adamw"]
+        assert [group["betas"][1] for group in groups] == [Schedule(adamw_beta2="auto").beta2(BATCH)] * 2
+    assert direct._module.clock.step_tokens == 4 * BATCH
 
 
 def test_rounds_over_flowers_messages_are_those_in_process(

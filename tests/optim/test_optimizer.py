@@ -203,13 +203,16 @@ def test_a_load_leaves_the_runs_own_token_counts() -> None:
 def test_a_load_leaves_the_runs_own_rates_and_decays() -> None:
     model, first = build()
     train(model, first, range(2))
-    _, second = build()
-    own = {"initial_lr": 0.125, "betas": (0.8, 0.999), "weight_decay": 0.25}
+    other, second = build()
+    own = {"initial_lr": 0.125, "weight_decay": 0.25}
+    second.schedule = Schedule(adamw_beta2=0.999)
     for group in second.param_groups:
         group.update({name: value for name, value in own.items() if name in group})
     second.load_state_dict(first.state_dict())
     assert all(group[name] == own[name] for group in second.param_groups for name in own.keys() & group.keys())
     assert second.state_dict()["state"].keys() == first.state_dict()["state"].keys() != set()
+    train(other, second, range(2, 3))
+    assert all(group["betas"] == (0.8, 0.999) for group in second.param_groups if group["kind"] == "adamw")
 
 
 def test_a_foreign_state_dict_changes_nothing() -> None:
@@ -254,6 +257,38 @@ def test_wrong_groups_are_refused(group: dict[str, Any], message: str) -> None:
 def test_a_clip_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="clip"):
         build(clip=0.0)
+
+
+def test_the_memory_follows_a_participant_s_batch_and_keeps_the_corrected_moments() -> None:
+    """Of clients that come and go, each one's share of a batch changes; the moments go on as if they had been so all along."""
+    model, optimizer = build()
+    optimizer.schedule = Schedule(adamw_beta2="auto", warmdown_ratio=0.0)
+    optimizer.clock.step_tokens, optimizer.clock.participants = 4_096, 1
+    train(model, optimizer, range(3))
+    group = optimizer.param_groups[0]
+    (state,) = (optimizer.state[param] for param in group["params"])
+    beta2 = group["betas"][1]
+    assert beta2 == optimizer.schedule.beta2(4_096)
+    corrected = state["exp_avg_sq"] / (1 - beta2**3)
+    optimizer.clock.participants = 4
+    optimizer.zero_grad()
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    longer = group["betas"][1]
+    assert longer == optimizer.schedule.beta2(1_024) > beta2
+    torch.testing.assert_close(state["exp_avg_sq"] / longer / (1 - longer**3), corrected)
+
+    saved, (other, resumed) = copy.deepcopy(optimizer.state_dict()), build()
+    resumed.load_state_dict(copy.deepcopy(saved))
+    assert resumed.param_groups[0]["betas"][1] == longer, "what its moments were made with"
+    for param in other.parameters():
+        param.grad = torch.zeros_like(param)
+    resumed.step()
+    assert resumed.param_groups[0]["betas"][1] == 0.95, "its config's"
+    (loaded,) = (resumed.state[param] for param in resumed.param_groups[0]["params"])
+    before = saved["state"][0]["exp_avg_sq"] / (1 - longer**4)
+    torch.testing.assert_close(loaded["exp_avg_sq"] / 0.95 / (1 - 0.95**4), before)
 
 
 def test_rates_follow_the_batches_and_the_horizon_of_the_clock() -> None:

@@ -91,6 +91,17 @@ def test_rates_follow_the_square_root_of_the_batch_over_what_the_horizon_asks_fo
     assert Schedule(lr_scale=0.3).explain_scale(**run) == "learning rates x 0.3 (as configured)"
 
 
+@pytest.mark.parametrize(
+    ("batch_tokens", "beta2"), [(1_048_576, 0.95), (524_288, 0.95), (131_072, 0.975), (4_096, 0.99558), (512, 0.99844)]
+)
+def test_short_steps_are_remembered_longer(batch_tokens: int, beta2: float) -> None:
+    automatic = Schedule(adamw_beta2="auto")
+    assert automatic.beta2(batch_tokens) == pytest.approx(beta2, abs=1e-5)
+    assert automatic.explain_beta2(batch_tokens) == f"AdamW's beta2 {beta2:.4g} (steps of {batch_tokens:,} tokens)"
+    assert Schedule().beta2(batch_tokens) == 0.95
+    assert Schedule(adamw_beta2=0.9).explain_beta2(batch_tokens) == "AdamW's beta2 0.9 (as configured)"
+
+
 def test_the_least_batch_of_a_client_grows_with_the_horizon() -> None:
     assert [least_tokens(horizon) for horizon in (819_200, 4_915_200, 11_219_763_200)] == [512, 2048, 65_536]
     assert least_tokens(1) == 1

@@ -169,6 +169,7 @@ class PlainOptimizer:
         momentum = self.schedule.momentum(self.clock.step)
         for group, lr in zip(self.adamw.param_groups, self.adamw_lrs, strict=True):
             group["lr"] = lr * multiplier
+            group["betas"] = (group["betas"][0], self.schedule.beta2(self.clock.batch_tokens))
         self.adamw.step()
         for p, buffer in zip(self.matrices, self.buffers, strict=True):
             assert p.grad is not None

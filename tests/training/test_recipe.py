@@ -14,7 +14,7 @@ def test_the_default_is_nanochat_s_speedrun() -> None:
     recipe = Recipe()
     assert (recipe.batch_tokens, recipe.clip, recipe.weight_decay) == (524_288, 1.0, 0.0)
     assert (recipe.embedding_lr, recipe.head_lr, recipe.matrix_lr) == (0.2, 0.004, 0.02)
-    assert recipe.adamw_beta2 == 0.95
+    assert recipe.schedule.beta2(recipe.batch_tokens) == 0.95
     assert recipe.steps(D20) == 21_400
     assert recipe.horizon(D20) == 11_219_763_200
 
@@ -23,7 +23,9 @@ def test_rates_and_decays_reach_the_optimizer() -> None:
     recipe = Recipe(embedding_lr=0.5, head_lr=0.25, matrix_lr=0.125, adamw_beta2=0.999, weight_decay=0.1)
     module = GPTModule(depth=1, sequence_len=16, vocab_size=64, recipe=recipe, compile=False)
     module.configure_model()
-    groups = {group["name"]: group for group in module.configure_optimizers().param_groups}
+    optimizer = module.configure_optimizers()
+    optimizer.step()
+    groups = {group["name"]: group for group in optimizer.param_groups}
     width = (module.config.n_embd / 768) ** -0.5
     assert {name: group["initial_lr"] for name, group in groups.items()} == pytest.approx(
         {"head": 0.25 * width, "embedding": 0.5 * width, "matrices": 0.125}

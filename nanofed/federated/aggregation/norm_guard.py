@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nanofed.optim import Movement, Schedule
+from nanofed.optim.groups import ADAMW_BETAS
 
 # A site's vote is the median of its last WINDOW merged lengths. The usual length is never below LEAST, and grows by the factor
 # GROWTH from one round to the next at most.
@@ -51,27 +52,45 @@ class UnusualNorm(Exception):
 
 @dataclass(frozen=True)
 class Steps:
-    """The learning rates of a round's steps, as multiples of the initial ones: their sum, and the root of the sum of squares."""
+    """What a client takes the steps of a round with.
+
+    Attributes:
+        linear: the sum of their learning rates, as multiples of the initial ones.
+        quadrature: the root of the sum of their squares.
+        beta2: the decay of AdamW's second moments.
+    """
 
     linear: float
     quadrature: float
+    beta2: float = ADAMW_BETAS[1]
 
     @classmethod
-    def of(cls, schedule: Schedule, steps: int, *, clock_tokens: int, step_tokens: int, horizon_tokens: int) -> Steps:
-        """Return the rates of a client's first steps of a round.
+    def of(
+        cls,
+        schedule: Schedule,
+        steps: int,
+        *,
+        clock_tokens: int,
+        batch_tokens: int,
+        participants: int,
+        horizon_tokens: int,
+    ) -> Steps:
+        """Return those of a client's first steps of a round.
 
         Args:
             schedule: the recipe's learning rate schedule.
             steps: the number of steps.
             clock_tokens: merged tokens of the run at the first step.
-            step_tokens: tokens by which a step moves the schedule, those of all clients.
+            batch_tokens: tokens of a client's step.
+            participants: the clients that train at the same time; the steps of all of them move the schedule.
             horizon_tokens: tokens of the whole run.
         """
+        step_tokens = batch_tokens * participants
         at = np.linspace(0, steps - 1, min(steps, POINTS))
         run = {"step_tokens": step_tokens, "horizon_tokens": horizon_tokens}
         rates = [schedule.multiplier(clock_tokens + float(k) * step_tokens, **run) for k in at]
         squares = math.fsum(rate**2 for rate in rates) / len(rates)
-        return cls(steps * math.fsum(rates) / len(rates), math.sqrt(steps * squares))
+        return cls(steps * math.fsum(rates) / len(rates), math.sqrt(steps * squares), schedule.beta2(batch_tokens))
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ class NormGuard:
 
     In the groups that AdamW steps there is no usual length. AdamW's second moments remember the large gradients of the first
     rounds, but those of a site that joins later do not: over 7 steps its head moves 1.24 units where the heads of the others
-    move 0.05. The only limit there is what the steps can move, 1.6 units over 7 steps and 4 over 256.
+    move 0.05. The only limit there is what the steps can move: at a beta2 of 0.95, 1.6 units over 7 steps and 4 over 256.
 
     Args:
         ratio: largest length over the usual length. With None every length passes, also zero.
@@ -133,7 +152,7 @@ class NormGuard:
         units = dict.fromkeys(self._groups, 0.0)
         for (name, movement), moved in zip(self._movements.items(), norms, strict=True):
             decayed = movement.decay * weight_norm(name) if movement.decay else 0.0
-            most = SLACK * steps.linear * (movement.most + decayed)
+            most = SLACK * steps.linear * (movement.most(steps.beta2) + decayed)
             if moved > most and moved > most + ROUNDING * weight_norm(name):
                 raise UnusualNorm(
                     "large_norm",

@@ -42,7 +42,6 @@ from nanofed.training.checkpoint import SaveError, prune_checkpoints
 from nanofed.training.event_files import cut_events
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.module import GPTModule
-from nanofed.training.recipe import Recipe
 from nanofed.training.run_folder import Reached, reach
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import AT_HORIZON
@@ -50,9 +49,6 @@ from nanofed.training.summary import AT_HORIZON
 logger = logging.getLogger(__name__)
 
 LOW = 0.9  # share of a round in training, below which the log says what would make it more
-# Tokens of a client's step up to which a longer memory of AdamW's won 2 to 7 % in every federation that was measured
-# (notebooks/LOG.md, 2026-11-30, evening).
-SHORT_STEP = 1024
 
 
 class RoundLoop:
@@ -332,7 +328,8 @@ class RoundLoop:
             self._module.recipe.schedule,
             steps,
             clock_tokens=asked.clock_tokens,
-            step_tokens=asked.batch_tokens * asked.participants,
+            batch_tokens=asked.batch_tokens,
+            participants=asked.participants,
             horizon_tokens=asked.horizon_tokens,
         )
 
@@ -438,20 +435,14 @@ class RoundLoop:
     def _tell_batch(self, asked: Instructions) -> None:
         """Log what follows from the tokens of a step, of one client and of all that train at the same time."""
         clients, most, least = asked.participants, asked.batch_tokens, least_tokens(self._horizon)
-        self._tell(asked.round, self._module.recipe.schedule.explain_scale(most * clients, self._horizon))
+        schedule = self._module.recipe.schedule
+        self._tell(asked.round, schedule.explain_scale(most * clients, self._horizon))
+        self._tell(asked.round, schedule.explain_beta2(most))
         if clients > 1 and most < least:
             self._tell(
                 asked.round,
                 f"steps of {most:,} tokens of each client are noisy: fewer of {least:,} end better, by "
                 f"federation.global_batch_tokens={least * clients} or model.recipe.batch_tokens={least}",
-            )
-        beta2 = self._module.recipe.adamw_beta2
-        if clients > 1 and most <= SHORT_STEP and beta2 <= Recipe.adamw_beta2:
-            remembered = round(most / (1 - beta2))
-            self._tell(
-                asked.round,
-                f"AdamW remembers the squared gradients of {remembered:,} tokens of each client: for steps so short more is "
-                "better, by model.recipe.adamw_beta2=0.999",
             )
 
     def _tell_utilisation(self, figures: RoundMetrics) -> None:

@@ -378,7 +378,7 @@ class FabricTrainer:
             plan = RowPlan(asked.lease, data.dataset.train, repeat=False)
             loader = data.loader(plan, state=start, rank=ranks.number, world_size=ranks.size)
         clock = module.clock
-        clock.step_tokens = asked.batch_tokens * asked.participants
+        clock.step_tokens, clock.participants = asked.batch_tokens * asked.participants, asked.participants
         clock.step, clock.tokens = asked.clock_step + after, asked.clock_tokens + after * clock.step_tokens
         clock.horizon_tokens = asked.horizon_tokens
         module.data_state = start
