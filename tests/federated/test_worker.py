@@ -31,8 +31,8 @@ from nanofed.federated.wire.codec import CODECS
 from nanofed.federated.wire.messages import Evaluation, Hello, Report
 from nanofed.optim import Schedule
 from tests.federated.sites import NAME, RefusedByWorker, Rounds, Trainer, initial_weights, same, tiny_args
-from tests.federated.tiny import BATCH
 from tests.ranks import in_time
+from tests.support import BATCH
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
