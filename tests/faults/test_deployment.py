@@ -14,9 +14,20 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 
+import psutil
 import pytest
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
 
+from nanofed.federated.site.inbox import ACQUIRE, ACQUIRE_ANY
+from nanofed.federated.site.options import WorkerOptions
 from tests.faults.chain import check_chain, row_lengths
 from tests.faults.deployment import Deployment
 from tests.faults.soak import Soak, leaks
@@ -76,6 +87,31 @@ def test_a_worker_hangs(federation: Deployment) -> None:
     hung = lab.kill("site.worker", signal.SIGSTOP)
     federation.until(lambda: bool(pids := lab.pids("site.worker")) and not set(hung) & set(pids), "another worker", 60)
     assert "has said nothing" in lab.output
+    federation.takes_part("lab-a")
+
+
+def test_a_worker_ends_before_it_has_read_the_message_that_it_took(federation: Deployment) -> None:
+    """The SuperNode answers for it; Flower's own waits for that answer for ever, and the site takes part no more."""
+    lab = federation.processes["lab-a"]
+    (worker,) = lab.kill("site.worker", signal.SIGSTOP)
+    (told,) = (word for word in psutil.Process(worker).cmdline() if word.startswith("{"))
+    options = WorkerOptions.from_json(told)
+
+    def connect(auth: SuperExecAuthHttpInterceptor | RuntimeTokenHttpInterceptor) -> RuntimeHttpClient:
+        known = [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), auth]
+        return RuntimeHttpClient.from_server_address(options.supernode, True, None, known)
+
+    taker = connect(
+        SuperExecAuthHttpInterceptor(master_secret=options.secret.read_bytes(), protected_methods={ACQUIRE})
+    )
+    deadline = time.monotonic() + 25
+    with closing(taker):
+        while not (token := taker.AcquireTask(ACQUIRE_ANY).token):
+            assert time.monotonic() < deadline, f"no message\n{federation.tails()}"
+            time.sleep(0.05)
+    with closing(connect(RuntimeTokenHttpInterceptor(token))) as task:
+        task.PullTaskInput(PullTaskInputRequest())
+    lab.kill("site.worker", signal.SIGCONT)
     federation.takes_part("lab-a")
 
 
