@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -32,8 +33,9 @@ def test_a_round_waits_for_a_quorum_and_says_for_whom(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("nanofed.federated.server.clients.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("nanofed.federated.server.clients.time.sleep", lambda s: now.__setitem__(0, now[0] + s))
+    # In the place of the module's `time`: other threads of this process sleep, too.
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr("nanofed.federated.server.clients.time", clock)
     caplog.set_level(logging.INFO)
     clients = Looks(*[["a"]] * 500, ["a", "late"], quorum_seconds=100.0)
     clients.seen = {"late": -120.0}

@@ -34,7 +34,7 @@ from nanofed.federated import flower_patches
 
 def test_waits_grow_to_flowers_and_begin_anew_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(flower_patches, "time", SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
     clock = flower_patches.Waits()
     for _ in range(40):
         clock.sleep(3)
