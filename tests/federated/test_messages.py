@@ -204,6 +204,13 @@ def test_an_unknown_field_of_any_size_makes_a_short_message() -> None:
     assert len(str(refused.value)) < 500
 
 
+@pytest.mark.parametrize("name", ["participants", "batch_tokens", "horizon_tokens"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_schedule_divides_by_nothing_that_is_not_positive(name: str, value: int) -> None:
+    with pytest.raises(WireError, match=name):
+        Instructions.from_config(instructions(**{name: value}).to_config())
+
+
 @pytest.mark.parametrize("changes", [{"share": 2}, {"share": -1}, {"eval_tokens": 0}, {"seconds": 0.0}])
 def test_a_request_to_evaluate_is_of_text_that_there_is(changes: dict[str, Any]) -> None:
     asked = Evaluate("a" * 32, 3, "client-0", "c" * 32, "b" * 64, "fp32", "", 36, 1, 2, 150.0)

@@ -40,6 +40,7 @@ SENT = ("batch_tokens", "num_steps", "horizon_tokens", "tokens_per_parameter", "
 
 
 Int = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Positive = Annotated[int, Field(ge=1, lt=1 << 63)]
 Reason = Annotated[str, Field(max_length=MAX_FAILURE)]
 Position = Annotated[
     DataState, PlainValidator(DataState.from_plain), PlainSerializer(DataState.to_plain, return_type=dict[str, Any])
@@ -287,11 +288,11 @@ class Instructions(WeightsMessage):
     max_steps: Int
     seconds: float | None
     deadline_seconds: float | None
-    participants: Int
-    batch_tokens: Int
+    participants: Positive
+    batch_tokens: Positive
     clock_step: Int
     clock_tokens: Int
-    horizon_tokens: Int
+    horizon_tokens: Positive
     lease: tuple[RowRange, ...]
     data: Position | None
     overlap: bool
