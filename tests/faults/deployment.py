@@ -20,6 +20,7 @@ import yaml
 from nanofed.data.shards import open_dataset
 from nanofed.federated.deploy.process import marked
 from nanofed.federated.flower import free_port
+from nanofed.federated.site.options import WorkerOptions
 from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_state, read_weights
 from tests.ranks import in_time
 from tests.support import REPOSITORY
@@ -69,6 +70,11 @@ def command_line(pid: int) -> str:
         process = psutil.Process(pid)
         return " ".join(process.cmdline()) or process.status()
     return "ended since"
+
+
+def worker_options(pid: int) -> WorkerOptions:
+    """Return what a site's worker was told when it was started."""
+    return WorkerOptions.from_json(next(word for word in psutil.Process(pid).cmdline() if word.startswith("{")))
 
 
 @dataclass
@@ -256,8 +262,7 @@ class Deployment:
         """Look what a site's worker says of itself."""
         for pid in self.processes[name].pids("site.worker"):
             with contextlib.suppress(OSError, ValueError, StopIteration, psutil.Error):
-                told = json.loads(next(word for word in psutil.Process(pid).cmdline() if word.startswith("{")))
-                return bool(json.loads(Path(told["progress"]).read_bytes())["state"] == "training")
+                return bool(json.loads(Path(str(worker_options(pid).progress)).read_bytes())["state"] == "training")
         return False
 
     def bits_per_byte(self) -> list[float]:
@@ -277,4 +282,4 @@ def deployment(folder: Path, config: Path, keys: Path | None = None) -> Iterator
         made.close()
 
 
-__all__ = ["Deployment", "Process", "config", "deployment", "read_weights"]
+__all__ = ["Deployment", "Process", "config", "deployment", "read_weights", "worker_options"]

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 
-import psutil
 import pytest
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.supercore.interceptors import (
@@ -27,9 +26,8 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from nanofed.federated.site.inbox import ACQUIRE, ACQUIRE_ANY
-from nanofed.federated.site.options import WorkerOptions
 from tests.faults.chain import check_chain, row_lengths
-from tests.faults.deployment import Deployment
+from tests.faults.deployment import Deployment, worker_options
 from tests.faults.soak import Soak, leaks
 from tests.ranks import in_time
 
@@ -94,8 +92,7 @@ def test_a_worker_ends_before_it_has_read_the_message_that_it_took(federation: D
     """The SuperNode answers for it; Flower's own waits for that answer for ever, and the site takes part no more."""
     lab = federation.processes["lab-a"]
     (worker,) = lab.kill("site.worker", signal.SIGSTOP)
-    (told,) = (word for word in psutil.Process(worker).cmdline() if word.startswith("{"))
-    options = WorkerOptions.from_json(told)
+    options = worker_options(worker)
 
     def connect(auth: SuperExecAuthHttpInterceptor | RuntimeTokenHttpInterceptor) -> RuntimeHttpClient:
         known = [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), auth]

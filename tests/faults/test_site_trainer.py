@@ -263,10 +263,8 @@ def test_two_ranks_abort_and_refuse_together(rounds: Rounds, args: list[str], pa
     trainer.train(rounds)
     assert "a newer message arrived" in str(old.wait().error)
     assert same(rounds.weights, clean.weights), "also with ranks, an aborted round leaves no trace"
-    # A step may be held up by what else this machine does; not one in each of three rounds.
-    reports = [trainer.train(rounds, max_steps=100_000, seconds=2.0) for _ in range(3)]
-    assert all(report.steps > 1 for report in reports)
-    assert min(report.seconds - 2.0 * (1 + 2 / report.steps) for report in reports) < 0, reports
+    report = trainer.train(rounds, max_steps=100_000, seconds=2.0)
+    assert report.steps > 1 and report.seconds - 2.0 < in_time(2.0 * 2 / report.steps), report
 
 
 def test_a_dead_rank_ends_all_and_the_next_trainer_goes_on(rounds: Rounds, pair: tuple[Trainer, Path]) -> None:
