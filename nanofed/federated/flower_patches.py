@@ -116,7 +116,7 @@ class _WithoutTask:
 
     Args:
         state: the SuperNode's own.
-        insert: put an answer into the state, with what is in it.
+        insert: It puts an answer, with all of its content, where the sender finds it.
     """
 
     def __init__(self, state: Any, insert: Callable[[Message], None]) -> None:
@@ -134,9 +134,7 @@ class _WithoutTask:
                 messages = [entry.message for entry in self._state.msg_store.values()]
             for message in messages:
                 if not message.metadata.reply_to_message_id:
-                    error = Error(
-                        ErrorCode.CLIENT_APP_CRASHED, "the worker took the message and ended before it read it"
-                    )
+                    error = Error(ErrorCode.CLIENT_APP_CRASHED, "the worker that took the message works on it no more")
                     self._insert(Message(error, reply_to=message))
         if look:
             self._looked = time.monotonic()

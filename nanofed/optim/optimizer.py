@@ -137,8 +137,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """Change how long a group remembers; its second moments, corrected for their beginning at 0, stay what they are."""
         beta1, before = group["betas"]
         group["betas"] = (beta1, beta2)
-        for state in (self.state[param] for param in group["params"] if param in self.state):
-            if state:
+        for param in group["params"]:
+            if state := self.state.get(param):
                 state["exp_avg_sq"] *= (1 - beta2 ** state["step"]) / (1 - before ** state["step"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -81,8 +81,9 @@ class Schedule:
         """Return the decay of AdamW's running means of squared gradients from one step to the next.
 
         nanochat's 0.95 remembers some 20 steps of 524,288 tokens. What has to be remembered counts in tokens rather than in
-        steps (arXiv:2507.07101), so short steps need more of them: the memory grows with the root of the steps in a token, to
-        1 - 0.05 (batch / 524,288)^1/2. It was fitted to small models from 512 to 4,096 tokens a step (notebooks/LOG.md).
+        steps (arXiv:2507.07101), so shorter steps need more of them. With `auto` their number grows as the batch falls, by its
+        square root: 1 - 0.05 (batch / 524,288)^1/2, and 0.95 for larger batches. It was fitted to small models from 512 to
+        4,096 tokens a step (notebooks/LOG.md).
 
         Args:
             batch_tokens: The tokens of an optimizer step of one participant: each has moments of its own.

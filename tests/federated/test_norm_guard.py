@@ -14,7 +14,7 @@ from nanofed.optim import Movement, Schedule
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe
 
-ONE_STEP = Steps(1.0, 1.0)
+ONE_STEP = Steps(1.0, 1.0, 0.95)
 MOVEMENTS = {"matrix": Movement("muon", "matrices", 1.0, 0.0), "head": Movement("adamw", "head", 1.0, 0.0)}
 
 
@@ -39,14 +39,14 @@ class TestNorms:
         )
         many = Steps.of(Schedule(warmdown_ratio=0.5), 10_000, horizon_tokens=64 * 2 * 10_000, **told)
         assert many.linear == pytest.approx(7_500, rel=1e-3)
-        length = self.guard().measure([4.0, 0.0], Steps(16.0, 4.0))
+        length = self.guard().measure([4.0, 0.0], Steps(16.0, 4.0, 0.95))
         assert length.norm == 4.0 and length.groups == {"matrices": pytest.approx(0.5), "head": 0.0}
 
     def test_what_no_steps_of_the_recipe_can_move_is_refused_whatever_the_action(self) -> None:
-        self.guard().measure([1.25 * 3, 1.6 * 3], Steps(3.0, 2.0))
+        self.guard().measure([1.25 * 3, 1.6 * 3], Steps(3.0, 2.0, 0.95))
         for norms, name in (([4.2, 0.0], "matrix"), ([1.0, 5.3], "head")):
             with pytest.raises(UnusualNorm, match=f"of {name} is .* more than the limit of .* no steps") as refused:
-                self.guard().measure(norms, Steps(3.0, 2.0))
+                self.guard().measure(norms, Steps(3.0, 2.0, 0.95))
             assert refused.value.kind == "large_norm"
 
     def test_weight_decay_moves_as_well(self) -> None:
@@ -60,9 +60,9 @@ class TestNorms:
         assert refused.value.kind == "small_norm"
 
     def test_steps_at_a_rate_of_zero_move_nothing(self) -> None:
-        assert self.guard().measure([0.0, 0.0], Steps(0.0, 0.0)).norm == 0.0
+        assert self.guard().measure([0.0, 0.0], Steps(0.0, 0.0, 0.95)).norm == 0.0
         with pytest.raises(UnusualNorm, match="no steps of the recipe exceed"):
-            self.guard().measure([1e-9, 0.0], Steps(0.0, 0.0))
+            self.guard().measure([1e-9, 0.0], Steps(0.0, 0.0, 0.95))
 
     def test_what_honest_sites_send_is_never_suspicious(self) -> None:
         """The first step of a head of zeros moves only the head; lengths are those measured of 1 and of 16 steps."""

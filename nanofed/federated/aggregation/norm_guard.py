@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 
 from nanofed.optim import Movement, Schedule
-from nanofed.optim.groups import ADAMW_BETAS
 
 # A site's vote is the median of its last WINDOW merged lengths. The usual length is never below LEAST, and grows by the factor
 # GROWTH from one round to the next at most.
@@ -52,7 +51,7 @@ class UnusualNorm(Exception):
 
 @dataclass(frozen=True)
 class Steps:
-    """What a client takes the steps of a round with.
+    """The rates and the memory with which a client takes the steps of a round.
 
     Attributes:
         linear: the sum of their learning rates, as multiples of the initial ones.
@@ -62,7 +61,7 @@ class Steps:
 
     linear: float
     quadrature: float
-    beta2: float = ADAMW_BETAS[1]
+    beta2: float
 
     @classmethod
     def of(
@@ -75,10 +74,10 @@ class Steps:
         participants: int,
         horizon_tokens: int,
     ) -> Steps:
-        """Return those of a client's first steps of a round.
+        """Return the rates and the memory of a client's first steps of a round.
 
         Args:
-            schedule: the recipe's learning rate schedule.
+            schedule: the recipe's schedule.
             steps: the number of steps.
             clock_tokens: merged tokens of the run at the first step.
             batch_tokens: tokens of a client's step.
