@@ -147,6 +147,21 @@ def test_an_update_is_refused_by_name(name: str, failed: Trace, tiny_corpus: Pat
     assert {"round": 2, "client": HOSTILE, "kind": kind}.items() <= json.loads(line).items()
 
 
+def test_who_is_refused_goes_on_where_it_stood(tiny_corpus: Path, tmp_path: Path) -> None:
+    """Its rows are not handed on at once, or the next client would train again on the documents that this one has begun."""
+    asked: dict[int, Instructions] = {}
+
+    def hook(fit: Fit, arrays: Sequence[Any], instructions: Instructions) -> tuple[Arrays, Report]:
+        if instructions.client == HOSTILE:
+            asked[instructions.round] = instructions
+        return meddling(fail, when=in_round_two)(fit, arrays, instructions)
+
+    play(federation(tiny_corpus, tmp_path, "run", **OPTIONS), hook=hook)
+    assert asked[2].data is not None and asked[3].data == asked[2].data
+    first, again = asked[2].lease[0], asked[3].lease[0]
+    assert (again.shard, again.epoch, again.start) == (first.shard, first.epoch, first.start)
+
+
 def test_tokens_without_text_are_refused(tiny_corpus: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "round_steps": 6}
     _, _, failed = play(federation(tiny_corpus, tmp_path, "failed", **options), hook=meddling(fail, when=in_round_two))

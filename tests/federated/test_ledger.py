@@ -302,6 +302,7 @@ def test_a_client_that_is_away_for_a_while_goes_on_where_it_stood(dataset: Datas
             ledger = reloaded(ledger, dataset, through="json")
         assert ledger.held("one") == lease
         assert ledger.lease("one", 100) == lease, "it is back"
+        ledger.commit("one", DataState(0, {stream: StreamState() for stream in range(STREAMS)}))  # and merged
     for _ in range(ABSENT_ROUNDS):
         ledger.miss("one")
     assert ledger.clients() == () and ledger.lease("two", 100) == lease

@@ -355,7 +355,7 @@ class RoundLoop:
         figures.silent += refusal.kind == "silent"
         self.clients.refused[client] = str(refusal)
         self.state.events.add(refusal.kind, client, refusal, figures.round)
-        self.state.ledger.of(client).release(client)
+        self.state.ledger.of(client).miss(client)
         if refusal.kind == "lease":
             self.state.speeds.widen(client)
 
