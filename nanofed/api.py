@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -117,10 +116,8 @@ def validate(
 
 
 def profile(
-    config: str | Path | None = None,
     *,
     args: Sequence[str] = (),
-    overrides: dict[str, Any] | None = None,
     trace: str | Path = "trace.json.gz",
     warm_up: int = 3,
     steps: int = 5,
@@ -128,9 +125,7 @@ def profile(
     """Return what an optimizer step of `fit` is spent on, and write a trace of some steps for the browser; nothing else is kept.
 
     Args:
-        config: YAML file such as `configs/tiny.yaml`.
-        args: further command-line arguments, as `nanofed fit` takes them.
-        overrides: dotted keys and values, such as `{"model.depth": 4}`.
+        args: command-line arguments, as `nanofed fit` takes them.
         trace: the file of the trace, Chrome's format; it is compressed where its name ends in `.gz`.
         warm_up: steps before those that are timed.
         steps: steps that are timed, and as many that are traced after them.
@@ -151,7 +146,7 @@ def profile(
         from nanofed.training.lightning_cli import FitCLI
         from nanofed.training.profile import run_profile
 
-        cli = FitCLI([*arguments(config, overrides or {}), *args], command="profile", signals=signals)
+        cli = FitCLI(list(args), command="profile", signals=signals)
         return run_profile(cli, path, warm_up=warm_up, steps=steps)
 
 
@@ -444,13 +439,6 @@ def evaluate(
     return Evaluation(loaded.path, step, tokens, figure, score, texts)
 
 
-def ranks(device: str) -> AbstractContextManager[torch.device]:
-    """Join the ranks that torchrun has started, for the block, and return this rank's device: `evaluate` divides its work."""
-    from nanofed.training.evaluate import process_group
-
-    return process_group(device)
-
-
 def federate(
     config: str | Path | None = None, *, args: Sequence[str] = (), overrides: dict[str, Any] | None = None
 ) -> Summary:
@@ -498,18 +486,14 @@ def _federation_arguments(
 
 def plan(
     places: str | Path,
-    config: str | Path | None = None,
     *,
     args: Sequence[str] = (),
-    overrides: dict[str, Any] | None = None,
 ) -> Plan:
     """Return how long rounds should be at given sites, and how weights should travel; nothing is trained.
 
     Args:
         places: YAML file of the sites' speeds and lines, such as `configs/sites.yaml`.
-        config: YAML file of the federation, as `federate` takes it.
-        args: further command-line arguments, as `nanofed federate` takes them.
-        overrides: dotted keys and values.
+        args: command-line arguments, as `nanofed federate` takes them.
 
     Raises:
         ConfigError: a wrong option, or a wrong key in the file of the sites.
@@ -519,24 +503,20 @@ def plan(
     from nanofed.federated.planning import Places, Plan, Setting
 
     known = Places.read(str(places))
-    arguments_of_run = Arguments.from_args(_federation_arguments(config, args, overrides))
+    arguments_of_run = Arguments.from_args(_federation_arguments(None, args, None))
     return Plan.of(Setting.of(arguments_of_run, len(known.sites)), known)
 
 
 def serve(
-    config: str | Path | None = None,
     *,
     args: Sequence[str] = (),
-    overrides: dict[str, Any] | None = None,
     listen: str = "127.0.0.1:9092",
     keys: str | Path | None = None,
 ) -> Summary:
     """Serve a federation of sites until its end and return what the run came to; a run that is there already goes on.
 
     Args:
-        config: YAML file.
-        args: further command-line arguments, as `nanofed federate` takes them.
-        overrides: dotted keys and values.
+        args: command-line arguments, as `nanofed federate` takes them.
         listen: `host:port` where sites reach the server.
         keys: folder that `nanofed server init` wrote; without one, loopback only.
 
@@ -548,7 +528,7 @@ def serve(
     from nanofed.federated.deploy.server import run_server
     from nanofed.federated.federation import Federation
 
-    federation = Federation.from_args([*arguments(config, overrides or {}), *args])
+    federation = Federation.from_args(list(args))
     if federation.federation.client_data is not None:
         raise ConfigError(
             "federation.client_data is for clients of one machine: a site names its own text with --data.path"
@@ -557,12 +537,10 @@ def serve(
 
 
 def join(
-    config: str | Path | None = None,
     *,
     superlink: str,
     name: str,
     args: Sequence[str] = (),
-    overrides: dict[str, Any] | None = None,
     keys: str | Path | None = None,
     devices: int = 1,
     state: str | Path | None = None,
@@ -570,11 +548,9 @@ def join(
     """Take part in a federation with this machine's devices until this process is told to stop.
 
     Args:
-        config: YAML file: model and data as at the server.
         superlink: `host:port` of the server.
         name: the site's name, the same as long as the site takes part.
-        args: further command-line arguments, as `nanofed federate` takes them.
-        overrides: dotted keys and values.
+        args: command-line arguments, as `nanofed federate` takes them.
         keys: the folder that was handed out to the site; without one, loopback only.
         devices: devices of this machine that train together.
         state: folder for what the site keeps; by default `sites/NAME` in the cache folder.
@@ -587,4 +563,4 @@ def join(
     from nanofed.federated.site.options import site_options
 
     options = site_options(superlink, name, keys=keys, devices=devices, state=state)
-    run_site(options, [*arguments(config, overrides or {}), *args])
+    run_site(options, list(args))

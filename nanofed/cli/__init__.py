@@ -32,25 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 # Commands that are run for what they print. The others go on where nobody reads it any more, or where it has no room.
-OUTPUT_IS_ALL = {
-    "",
-    "-h",
-    "--help",
-    "help",
-    "-V",
-    "--version",
-    "validate",
-    "status",
-    "evaluate",
-    "generate",
-    "profile",
-    "compare",
-    "info",
-    "completion",
-} | {
-    "data list",
-    "data verify",
-    "tokenizer eval",
+OUTPUT_IS_ALL = {"", "-h", "--help", "help", "-V", "--version", "data list", "data verify", "tokenizer eval"} | {
+    *("validate", "status", "evaluate", "generate", "profile", "compare", "info", "completion")
 }
 
 

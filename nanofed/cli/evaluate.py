@@ -23,9 +23,10 @@ def main(argv: list[str]) -> int:
 
     from nanofed import api
     from nanofed.files import write_atomically
+    from nanofed.training.evaluate import process_group
 
     found = []
-    with api.ranks(device(args.device)) as place:
+    with process_group(device(args.device)) as place:
         for run in args.runs:
             evaluation = api.evaluate(
                 run,

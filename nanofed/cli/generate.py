@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
     from nanofed import api
 
-    return Dialogue(api.load(args.checkpoint, device=device(args.device)), options).run()
+    return _dialogue(api.load(args.checkpoint, device=device(args.device)), options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,16 +82,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _of_one_prompt(args: argparse.Namespace, options: dict[str, Any]) -> int:
     prompt = _standard_input("--prompt").removesuffix("\n") if args.prompt == "-" else args.prompt
+    _go_on(args.checkpoint, prompt, options, device=device(args.device))
+    return 0
 
+
+def _go_on(model: str | Loaded, prompt: str, options: dict[str, Any], **where: Any) -> None:
+    """Write a prompt and what follows it. The next text is drawn with the next seed."""
     from nanofed import api
 
-    pieces = api.generate(args.checkpoint, prompt, **_sampled(options), device=device(args.device))
+    pieces = api.generate(model, prompt, **_sampled(options), **where)
+    options["seed"] += 1
     # What is wrong with the request shows before the first line of output: everything up to here has been checked.
     _write(prompt)
     for piece in pieces:
         _write(piece)
     sys.stdout.write("\n")
-    return 0
 
 
 def _of_a_file(args: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -152,59 +157,39 @@ def device(wanted: str) -> str:
     return wanted
 
 
-class Dialogue:
-    """Asks for prompts in a terminal and writes what follows each; lines that begin with / change the options.
+def _dialogue(loaded: Loaded, options: dict[str, Any]) -> int:
+    """Ask for prompts in a terminal and write what follows each; lines that begin with / change the options.
 
-    Every text is drawn with the next seed, so that a prompt that is given twice goes on in two ways.
-
-    Args:
-        loaded: The model and its tokenizer.
-        options: Those of the command line, which change as they are set.
+    Ctrl-C ends the text that is being written, or empties the line that is typed; Ctrl-D and /quit end the dialogue.
     """
+    import readline  # noqa: F401 (input() has a history and edits lines with it)
 
-    def __init__(self, loaded: Loaded, options: dict[str, Any]) -> None:
-        self.loaded = loaded
-        self.options = options
-
-    def run(self) -> int:
-        """Go on until Ctrl-D or /quit. Ctrl-C ends the text that is being written, or empties the line that is typed."""
-        import readline  # noqa: F401 (input() has a history and edits lines with it)
-
-        _write("Each line is a prompt. /help lists what else there is; Ctrl-D ends.\n")
-        while True:
-            try:
-                line = input("> ")
-                if line == "/quit":
-                    return 0
-                self._command(line[1:]) if line.startswith("/") else self._go_on(line)
-            except EOFError:
-                _write("\n")
+    _write("Each line is a prompt. /help lists what else there is; Ctrl-D ends.\n")
+    while True:
+        try:
+            line = input("> ")
+            if line == "/quit":
                 return 0
-            except KeyboardInterrupt:
-                _write("\n")
-            except ConfigError as error:
-                _write(f"{error}\n")
+            if line.startswith("/"):
+                _command(line[1:], options)
+            elif line:
+                _go_on(loaded, line, options)
+        except EOFError:
+            _write("\n")
+            return 0
+        except KeyboardInterrupt:
+            _write("\n")
+        except ConfigError as error:
+            _write(f"{error}\n")
 
-    def _go_on(self, prompt: str) -> None:
-        if not prompt:
-            return
 
-        from nanofed import api
-
-        pieces = api.generate(self.loaded, prompt, **_sampled(self.options))
-        self.options["seed"] += 1
-        _write(prompt)
-        for piece in pieces:
-            _write(piece)
-        _write("\n")
-
-    def _command(self, text: str) -> None:
-        name, _, value = text.partition(" ")
-        if name == "help":
-            shown = [(f"/{name} {self.options[name]}", meaning) for name, (_, _, meaning) in NUMBERS.items()]
-            shown += [("/help", "this"), ("/quit", "end, as Ctrl-D does")]
-            _write("".join(f"  {what:<18} {meaning}\n" for what, meaning in shown))
-            return
-        if name not in NUMBERS:
-            raise ConfigError(f"there is no /{name}: /help lists what there is")
-        self.options[name] = read_number(f"/{name}", value, NUMBERS[name][0])
+def _command(text: str, options: dict[str, Any]) -> None:
+    name, _, value = text.partition(" ")
+    if name == "help":
+        shown = [(f"/{name} {options[name]}", meaning) for name, (_, _, meaning) in NUMBERS.items()]
+        shown += [("/help", "this"), ("/quit", "end, as Ctrl-D does")]
+        _write("".join(f"  {what:<18} {meaning}\n" for what, meaning in shown))
+        return
+    if name not in NUMBERS:
+        raise ConfigError(f"there is no /{name}: /help lists what there is")
+    options[name] = read_number(f"/{name}", value, NUMBERS[name][0])

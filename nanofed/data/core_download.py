@@ -35,7 +35,6 @@ def download_core(
     output: Path | None = None,
     url: str = URL,
     retry: Retry | None = None,
-    progress: bool = True,
 ) -> Path:
     """Download and unpack the bundle of CORE's tasks, unless it is there already, and return its folder.
 
@@ -47,7 +46,6 @@ def download_core(
         output: the folder; by default nanochat's, `<base>/eval_bundle`.
         url: the address of the zip file.
         retry: how often and when to try again.
-        progress: whether a progress bar is shown where stderr is a terminal.
 
     Raises:
         ConfigError: the address is none.
@@ -65,12 +63,8 @@ def download_core(
             return folder
         archive = folder.with_name(f"{folder.name}.zip")
         if not archive.exists() or _problem(archive):
-            with tqdm(unit="B", unit_scale=True, desc=archive.name, disable=None if progress else True) as bar:
-
-                def advance(size: int) -> None:
-                    bar.update(size)
-
-                Transfer(url, archive, _problem, advance, threading.Event(), retry or Retry()).run()
+            with tqdm(unit="B", unit_scale=True, desc=archive.name, disable=None) as bar:
+                Transfer(url, archive, _problem, bar.update, threading.Event(), retry or Retry()).run()
         staging = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
         try:
             unpack(archive, staging)

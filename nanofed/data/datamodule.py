@@ -142,12 +142,7 @@ class TokenDataModule(LightningDataModule):
     ) -> ValidationLoader:
         """Return the validation micro-batches of one rank; `device_batch_size` and `streams` have no part in them.
 
-        Args:
-            rank: this rank's number, below `world_size`.
-            world_size: the number of ranks.
-            share: the number of the site's share of the text, below `shares`.
-            shares: the number of sites that divide the text.
-            eval_tokens: targets to score, in the place of this module's own `eval_tokens`.
+        Ranks and shares are those of `ValidationLoader`; `eval_tokens` stands in the place of this module's own.
         """
         wanted = eval_tokens or self.eval_tokens
         if self._text is None or self._text.eval_tokens != wanted:

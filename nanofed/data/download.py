@@ -43,7 +43,6 @@ def download(
     base_url: str | None = None,
     workers: int = 4,
     retry: Retry | None = None,
-    progress: bool = True,
 ) -> Dataset:
     """Download the first `num_shards` training shards and the validation shard, those that are not there already.
 
@@ -56,7 +55,6 @@ def download(
         base_url: the address that holds the shards; by default the dataset's at `HF_ENDPOINT`.
         workers: the files to fetch at a time.
         retry: how often and when to try again.
-        progress: whether a progress bar is shown where stderr is a terminal.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -77,7 +75,7 @@ def download(
         if missing:
             estimate = _estimate(source, missing, retry or Retry())
             _check_space(folder, missing, estimate)
-            fetched = _fetch(source, folder, missing, workers, retry or Retry(), estimate, progress)
+            fetched = _fetch(source, folder, missing, workers, retry or Retry(), estimate)
         shards = _record_all(folder, {**known, **fetched})
         Manifest(shard_name(LAST_SHARD), shards, {"source": DATASET, "base_url": source.base}).write(folder)
     return open_dataset(folder)
@@ -173,23 +171,18 @@ def _estimate(source: Source, names: Sequence[str], retry: Retry) -> int | None:
 
     The first one's size stands for all: the last, which is for validation, is what was left of the text.
     """
-    with requests.Session() as session:
-        answer = _probe(session, source, names[0], retry)
-    linked = [hop.headers.get("X-Linked-Size", "") for hop in answer.history]
-    size = next((int(value) for value in linked if value.isdecimal()), length(answer))
-    return size * len(names) if answer.ok and size is not None else None
-
-
-def _probe(session: requests.Session, source: Source, name: str, retry: Retry) -> requests.Response:
     for failures in range(1, _PROBES + 1):
         try:
-            headers, url = {"Accept-Encoding": "identity"}, f"{source.base}/{name}"
-            return session.head(url, headers=headers, auth=source.auth, allow_redirects=True, timeout=TIMEOUT)
+            headers, url = {"Accept-Encoding": "identity"}, f"{source.base}/{names[0]}"
+            answer = requests.head(url, headers=headers, auth=source.auth, allow_redirects=True, timeout=TIMEOUT)
+            break
         except requests.RequestException as error:
             if failures == _PROBES:
                 raise DataError(f"cannot reach {source.base} ({reason(error)}); {_OFFLINE}") from error
             time.sleep(retry.wait(failures, None))
-    raise AssertionError("unreachable")
+    linked = [hop.headers.get("X-Linked-Size", "") for hop in answer.history]
+    size = next((int(value) for value in linked if value.isdecimal()), length(answer))
+    return size * len(names) if answer.ok and size is not None else None
 
 
 def _check_space(folder: Path, names: Sequence[str], estimate: int | None) -> None:
@@ -210,12 +203,10 @@ def _fetch(
     workers: int,
     retry: Retry,
     estimate: int | None,
-    progress: bool,
 ) -> dict[str, Recorded]:
     """Fetch all shards; the first failure, or Ctrl-C, stops the others, which keep what they have."""
     stop, counting, done = threading.Event(), threading.Lock(), dict[str, Recorded]()
-    disable = None if progress else True  # None: no bar where stderr is no terminal
-    with tqdm(total=estimate, unit="B", unit_scale=True, desc=f"{len(names)} shards", disable=disable) as bar:
+    with tqdm(total=estimate, unit="B", unit_scale=True, desc=f"{len(names)} shards", disable=None) as bar:
 
         def advance(size: int) -> None:
             with counting:

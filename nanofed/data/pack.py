@@ -9,7 +9,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -237,19 +236,12 @@ def _documents(path: Path, key: str) -> Iterator[str]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> BinaryIO:
     """Open a file for reading its bytes, uncompressed where its name says that it is compressed."""
-    codec = CODECS.get(path.suffix.lower())
-    with path.open("rb") as file:
-        if codec is None:
-            yield file
-        else:
-            import pyarrow as pa
+    import pyarrow as pa
 
-            raw: Any = pa.CompressedInputStream(file, codec)
-            with io.BufferedReader(raw, 1 << 20) as content:
-                yield content
+    content: Any = pa.input_stream(str(path), compression=CODECS.get(path.suffix.lower()))
+    return io.BufferedReader(content, 1 << 20)
 
 
 def _plain(path: Path) -> str:

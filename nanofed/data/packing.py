@@ -10,7 +10,6 @@ import bisect
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,27 +41,6 @@ class Exhausted(Exception):
     """The stream's rows cannot fill another row of tokens: a lease came to its end."""
 
 
-class Packer(Protocol):
-    """Turns one stream of documents into rows of tokens.
-
-    Attributes:
-        cropped_tokens: tokens that were left out so far.
-    """
-
-    cropped_tokens: int
-
-    @property
-    def state(self) -> StreamState:
-        """Where the stream stands after the last row; made when it is asked for."""
-
-    def next_row(self) -> Tokens:
-        """Return the next row, shape (sequence_len + 1,).
-
-        Raises:
-            Exhausted: the rows ran out; what was read of them is pending in the state, nothing is lost.
-        """
-
-
 class ContiguousPacker:
     """Lay documents end to end and cut rows from them (nanochat, October 2025): no token is lost.
 
@@ -87,7 +65,11 @@ class ContiguousPacker:
         return StreamState(_after(self._last, self._start), tuple(self._held), self._offset)
 
     def next_row(self) -> Tokens:
-        """Return the next row, shape (sequence_len + 1,)."""
+        """Return the next row, shape (sequence_len + 1,).
+
+        Raises:
+            Exhausted: the rows ran out; what was read of them is pending in the state, nothing is lost.
+        """
         while self._available < self._length + 1:
             row = next(self._rows, None)
             if row is None:
@@ -198,6 +180,7 @@ def _after(last: Row | None, start: Row | None) -> Row | None:
     return start if last is None else last._replace(row=last.row + 1)
 
 
+Packer = ContiguousPacker | BestFitPacker
 PACKERS: dict[str, type[ContiguousPacker] | type[BestFitPacker]] = {
     "contiguous": ContiguousPacker,
     "best_fit": BestFitPacker,

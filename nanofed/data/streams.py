@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,14 +22,10 @@ from nanofed.data.rows import Row, RowPlan
 from nanofed.data.shards import Shard, read_texts
 from nanofed.errors import ConfigError
 
+if TYPE_CHECKING:
+    from nanofed.tokenizer.bpe import Tokenizer
+
 KEPT_CHARACTERS = 1 << 26  # about twelve row groups of FineWeb-Edu
-
-
-class Encoder(Protocol):
-    """What streams need of a tokenizer."""
-
-    def encode_document(self, text: str) -> Tokens:
-        """Return the begin-of-sequence token and the ids of a text, shape (n + 1,)."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class DocumentReader:
         streams: the number of fixed streams of the run.
     """
 
-    def __init__(self, shards: Mapping[str, Shard], tokenizer: Encoder, own: Collection[int], streams: int) -> None:
+    def __init__(self, shards: Mapping[str, Shard], tokenizer: Tokenizer, own: Collection[int], streams: int) -> None:
         self._shards = shards
         self._tokenizer = tokenizer
         self._own = frozenset(own)
@@ -198,7 +194,7 @@ class TokenLoader:
     """
 
     plan: RowPlan
-    tokenizer: Encoder
+    tokenizer: Tokenizer
     _: KW_ONLY
     sequence_len: int
     device_batch_size: int

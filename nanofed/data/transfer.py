@@ -101,7 +101,7 @@ class Transfer:
     url: str
     target: Path
     check: Callable[[Path], str | None]
-    advance: Callable[[int], None]
+    advance: Callable[[int], object]
     stop: threading.Event
     retry: Retry
     auth: AuthBase | None = None

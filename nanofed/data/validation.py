@@ -11,6 +11,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Generator, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +19,12 @@ from nanofed import runtime
 from nanofed.data.packing import Tokens
 from nanofed.data.prefetch import made_ahead
 from nanofed.data.shards import Shard, all_texts
-from nanofed.data.streams import NO_DATA, Batch, Encoder, cuda_device, empty_batch
+from nanofed.data.streams import NO_DATA, Batch, cuda_device, empty_batch
 from nanofed.errors import DataError
 from nanofed.model.loss import IGNORED_TARGET
+
+if TYPE_CHECKING:
+    from nanofed.tokenizer.bpe import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ class ValidationText(Iterable[Tokens]):
         DataError: the shard is damaged, or so short that there is no target in it.
     """
 
-    def __init__(self, shard: Shard, tokenizer: Encoder, *, sequence_len: int, eval_tokens: int) -> None:
+    def __init__(self, shard: Shard, tokenizer: Tokenizer, *, sequence_len: int, eval_tokens: int) -> None:
         self.sequence_len = sequence_len
         self.eval_tokens = eval_tokens
         self.rows_at_once = rows_at_once(sequence_len, eval_tokens)

@@ -56,20 +56,9 @@ def read(where: str | Path) -> Pretrained:
 
 
 def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licence: str, address: str) -> None:
-    """Write a checkpoint in another format, all of it or nothing.
+    """Write a checkpoint in another format, all of it or nothing; arguments and errors are those of `nanofed.export`.
 
-    Args:
-        checkpoint: the checkpoint, of either path.
-        output: the folder to make; a file with `torch`.
-        target: `hf` for transformers, `nanochat` for a `NANOCHAT_BASE_DIR`, `torch` for one safetensors file.
-        dtype: the dtype in which weights are written, `float32` or `bfloat16`; `nanochat` ignores it (see `nanochat.write`).
-        licence: the licence that the model card names.
-        address: what the model card loads the model from: the folder's name, or OWNER/NAME on the Hub.
-
-    Raises:
-        ConfigError: there is no such target or dtype, `output` is there already, or the format cannot express the model.
-        CheckpointError: the checkpoint is damaged.
-        NanofedError: `output` cannot be written.
+    `address` is what the model card loads the model from: the folder's name, or OWNER/NAME on the Hub.
     """
     if target not in get_args(Target):
         raise ConfigError(f"export: there is no target {target!r}: choose one of {', '.join(get_args(Target))}")
@@ -101,21 +90,10 @@ def to_dtype(said: str | torch.dtype) -> torch.dtype:
 
 
 def import_run(source: Path, run: Path, *, tokenizer: Path | None = None, step: int | None = None) -> Path:
-    """Make a run of a model from elsewhere, and return its checkpoint.
+    """Make a run of a model from elsewhere in a folder that is not there yet; arguments and errors are `nanofed.import_model`'s.
 
     A nanochat checkpoint with the optimizers' whole state is one that `fit` goes on with (`--ckpt_path last`); every other
     model is one that a run starts from (`--init_from`).
-
-    Args:
-        source: what `read` takes, but for nanofed's own.
-        run: the run's folder, which is not there yet.
-        tokenizer: the folder of a nanochat checkpoint's tokenizer, where it lies in another place than nanochat's.
-        step: which of several nanochat checkpoints; by default the last.
-
-    Raises:
-        ConfigError: nothing is there, it is nanofed's own, or the run is there already.
-        CheckpointError: it is damaged, or of another architecture; says in what.
-        DataError: it has no tokenizer, or one that is damaged.
     """
     state: dict[str, Any]
     if nanochat.is_checkpoint(source):

@@ -208,11 +208,10 @@ def push(folder: Path, repository: str) -> str:
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported by nanofed"))
-    except LocalTokenNotFoundError as error:
-        reason = "there is no token for the Hub: run `hf auth login`"
-        raise DataError(f"--push {repository}: {folder} is written, and was not uploaded: {reason}") from error
     except Exception as error:  # of the HTTP library, which is another one in each version of huggingface_hub
-        raise DataError(f"--push {repository}: {folder} is written, and was not uploaded: {error}") from error
+        no_token = isinstance(error, LocalTokenNotFoundError)
+        reason = "there is no token for the Hub: run `hf auth login`" if no_token else error
+        raise DataError(f"--push {repository}: {folder} is written, and was not uploaded: {reason}") from error
 
 
 def check_repository(name: str) -> None:

@@ -31,7 +31,7 @@ from nanofed.formats.pretrained import Pretrained, empty_model, listed
 from nanofed.formats.provenance import Provenance
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
-from nanofed.tokenizer.storage import NANOCHAT_PICKLE, to_nanochat
+from nanofed.tokenizer.storage import NANOCHAT_PICKLE
 from nanofed.training.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -156,12 +156,14 @@ def write(folder: Path, model: Pretrained, provenance: Provenance, state: Mappin
             nanochat_optimizers.write(optimizer, weights, provenance.manifest.step), checkpoint / f"optim_{number}.pt"
         )
     else:
-        logger.info("no optimizer state is exported: %s", _why_no_optimizer(provenance))
+        federated = provenance.manifest.kind == "federated"
+        why = "in a federation it stays with the clients" if federated else "the checkpoint has none"
+        logger.info("no optimizer state is exported: %s", why)
     meta = state.get(META) or _meta(model.config, provenance)
     (checkpoint / f"meta_{number}.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     tokens = folder / "tokenizer"
     tokens.mkdir()
-    (tokens / NANOCHAT_PICKLE).write_bytes(to_nanochat(model.tokenizer.vocabulary))
+    (tokens / NANOCHAT_PICKLE).write_bytes(model.tokenizer.to_nanochat())
     torch.save(token_bytes(model.tokenizer), tokens / "token_bytes.pt")
 
 
@@ -180,12 +182,6 @@ def _moments(optimizer: Mapping[str, Any]) -> Iterator[Tensor]:
     (embedding,) = (group for group in optimizer["param_groups"] if group["name"] == "embedding")
     state = optimizer["state"][embedding["params"][0]]
     yield from (state["exp_avg"], state["exp_avg_sq"])
-
-
-def _why_no_optimizer(provenance: Provenance) -> str:
-    if provenance.manifest.kind == "federated":
-        return "in a federation it stays with the clients"
-    return "the checkpoint has none"
 
 
 def _meta(config: GPTConfig, provenance: Provenance) -> dict[str, Any]:

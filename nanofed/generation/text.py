@@ -5,36 +5,17 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from nanofed.errors import ConfigError
 from nanofed.generation.engine import Engine
 from nanofed.generation.sampling import Sampling
 from nanofed.ranges import Count, check_number
 
+if TYPE_CHECKING:
+    from nanofed.tokenizer.bpe import Tokenizer
+
 SAMPLE_TOKENS = 48  # of a text sample that a run writes beside its validations
-
-
-class TextTokenizer(Protocol):
-    """What generation needs of a tokenizer."""
-
-    @property
-    def bos_token_id(self) -> int:
-        """The token that begins a document."""
-        ...
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """The id of each special token."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Turn text into ids, without special tokens."""
-        ...
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Turn ids into the bytes they stand for, which may end inside a character."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +37,7 @@ class Completion:
 
 def stream(
     engine: Engine,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     sampling: Sampling,
     *,
@@ -68,16 +49,7 @@ def stream(
     Every piece is whole characters: bytes of an unfinished one are held back until it is complete. What can never
     become a character is replaced by U+FFFD. Arguments are checked at the call, not at the first piece.
 
-    Args:
-        engine: Generates the tokens.
-        tokenizer: The one that the model was trained with.
-        prompt: The text to go on from.
-        sampling: How tokens are drawn.
-        max_tokens: Greatest number of tokens.
-        stop: Texts of tokens that end it, special or not, beside the one that begins a document; they are left out.
-
-    Raises:
-        ConfigError: a stop is not one token, or as for `Engine.generate`.
+    Arguments and errors are those of `nanofed.generate`.
     """
     steps = engine.generate(
         [_tokens(tokenizer, prompt)], sampling, max_tokens=max_tokens, stop_ids=_stop_ids(tokenizer, stop)
@@ -87,7 +59,7 @@ def stream(
 
 def complete(
     engine: Engine,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: Sampling,
     *,
@@ -97,10 +69,7 @@ def complete(
 ) -> Iterator[Completion]:
     """Yield what follows each prompt, in their order; `batch_size` prompts at a time are rows of one batch.
 
-    Arguments are those of `stream`, and all prompts are checked at the call.
-
-    Raises:
-        ConfigError: a stop is not one token, or as for `Engine.generate`.
+    Arguments and errors are those of `stream`, and all prompts are checked at the call.
     """
     check_number("generate: batch_size", batch_size, Count)
     rows, stop_ids = [_tokens(tokenizer, prompt) for prompt in prompts], _stop_ids(tokenizer, stop)
@@ -115,7 +84,7 @@ def complete(
 
 
 def _completions(
-    tokenizer: TextTokenizer, prompts: Sequence[str], steps: Iterator[list[int | None]], max_tokens: int
+    tokenizer: Tokenizer, prompts: Sequence[str], steps: Iterator[list[int | None]], max_tokens: int
 ) -> Iterator[Completion]:
     drawn: list[list[int]] = [[] for _ in prompts]
     for step in steps:
@@ -137,11 +106,11 @@ def decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
         yield rest
 
 
-def _tokens(tokenizer: TextTokenizer, prompt: str) -> list[int]:
+def _tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
 
 
-def _stop_ids(tokenizer: TextTokenizer, stop: Sequence[str]) -> set[int]:
+def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
     if isinstance(stop, str):  # whose letters would be taken for the texts
         raise ConfigError(f"generate: stop takes a list of texts, such as [{stop!r}]")
     ids = {tokenizer.bos_token_id}

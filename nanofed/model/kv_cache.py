@@ -38,9 +38,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = (config.n_layer, 2, batch_size, config.n_kv_head, length, config.head_dim)
-        self._store = torch.zeros(
-            shape, device=device, dtype=dtype
-        )  # a masked slot counts 0 times, which NaN would survive
+        # Zeros: a masked slot counts 0 times, which NaN would survive.
+        self._store = torch.zeros(shape, device=device, dtype=dtype)
         self._rows = torch.arange(batch_size, device=device)[:, None]
         self._slots: slice | Tensor = slice(0, 0)
         self._mask: Tensor | None = None

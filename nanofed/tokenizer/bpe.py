@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ class Tokenizer:
         self.token_bytes: NDArray[np.int32] = np.array(lengths, np.int32)
         self.token_bytes.flags.writeable = False
         self._encoding = tiktoken.Encoding(
-            "nanofed",
+            "rustbpe",  # as nanochat calls it, for its pickle
             pat_str=vocabulary.split_pattern,
             mergeable_ranks=vocabulary.ranks,
             special_tokens=self.special_tokens,
@@ -121,6 +122,10 @@ class Tokenizer:
             num_bytes += int(self.token_bytes[ids].sum())
             num_tokens += len(ids)
         return num_bytes / num_tokens if num_tokens else 0.0
+
+    def to_nanochat(self) -> bytes:
+        """Return the content of nanochat's `tokenizer.pkl`, a pickled tiktoken Encoding."""
+        return pickle.dumps(self._encoding)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the bytes that ids stand for, special tokens as their text.

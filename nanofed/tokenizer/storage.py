@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tiktoken
-
 from nanofed.errors import ConfigError, DataError
 from nanofed.files import write_atomically
 from nanofed.tokenizer.vocabulary import Vocabulary
@@ -128,15 +126,11 @@ def read_json(path: Path) -> Vocabulary:
         raise DataError(f"{path} is damaged or not a tokenizer of nanofed's: {error}") from error
 
 
-def write_json(vocabulary: Vocabulary, folder: Path) -> Path:
-    """Write `tokenizer.json` into a folder, made if it is missing, all of it or nothing; returns its path.
+def write_json(vocabulary: Vocabulary, folder: Path) -> None:
+    """Write `tokenizer.json` into a folder, made if it is missing, all of it or nothing.
 
     Another tokenizer that is there is kept beside it, as `tokenizer.json.` and the first 8 digits of its SHA-256: models may
     have been trained with it.
-
-    Raises:
-        DataError: the file cannot be written.
-        ValueError: the tokens are not those of a BPE.
     """
     text = to_json(vocabulary)
     path = folder / TOKENIZER_JSON
@@ -147,7 +141,6 @@ def write_json(vocabulary: Vocabulary, folder: Path) -> Path:
         write_atomically(path, text)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
-    return path
 
 
 class _PickledEncoding:
@@ -187,18 +180,6 @@ def read_nanochat(path: Path) -> Vocabulary:
         return Vocabulary(tuple(tokens), tuple(str(text) for text in specials), state["pat_str"])
     except Exception as error:  # a broken pickle raises nearly anything
         raise DataError(f"{path} is damaged or not nanochat's tokenizer: {error}") from error
-
-
-def to_nanochat(vocabulary: Vocabulary) -> bytes:
-    """Return a vocabulary as the content of nanochat's `tokenizer.pkl`, a pickled tiktoken Encoding."""
-    specials = {text: len(vocabulary.tokens) + n for n, text in enumerate(vocabulary.special_tokens)}
-    encoding = tiktoken.Encoding(
-        "rustbpe",  # as nanochat calls it
-        pat_str=vocabulary.split_pattern,
-        mergeable_ranks=vocabulary.ranks,
-        special_tokens=specials,
-    )
-    return pickle.dumps(encoding)
 
 
 def _in_order(ids: Mapping[T, int], start: int) -> Sequence[T]:

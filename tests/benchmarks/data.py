@@ -66,15 +66,15 @@ class Split:
         return call
 
 
-class CountingEncoder:
+class CountingEncoder(Tokenizer):
     """A tokenizer that counts the tokens it makes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer.vocabulary)
         self.tokens = 0
-        self._tokenizer = tokenizer
 
     def encode_document(self, text: str) -> Tokens:
-        tokens = self._tokenizer.encode_document(text)
+        tokens = super().encode_document(text)
         self.tokens += len(tokens)
         return tokens
 

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from nanofed.data.packing import Tokens
 from nanofed.data.shards import Dataset, all_texts, open_dataset
 from nanofed.data.writing import write_shards
+from nanofed.tokenizer.bpe import Tokenizer
+from nanofed.tokenizer.vocabulary import SPLIT_PATTERN, Vocabulary
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """A token a byte, and 256 begins a document: ids can be counted by hand."""
 
-    def encode_document(self, text: str) -> Tokens:
-        return np.array([256, *text.encode()], np.int32)
+    def __init__(self) -> None:
+        super().__init__(Vocabulary(tuple(bytes([byte]) for byte in range(256)), ("<|bos|>",), SPLIT_PATTERN))
 
 
 def texts(count: int, seed: int, *, longest: int = 60) -> list[str]:

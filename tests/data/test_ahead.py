@@ -51,7 +51,7 @@ class Data(TokenDataModule):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Bytes()  # type: ignore[return-value]
+        return Bytes()
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

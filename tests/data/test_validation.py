@@ -34,7 +34,7 @@ def module(dataset: Dataset, **options: Any) -> TokenDataModule:
     class Data(TokenDataModule):
         @cached_property
         def tokenizer(self) -> Tokenizer:
-            return Bytes()  # type: ignore[return-value]
+            return Bytes()
 
     return Data(str(dataset.path), **{"sequence_len": LENGTH, "eval_tokens": 500, **options})
 

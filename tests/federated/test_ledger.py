@@ -22,7 +22,7 @@ from nanofed.data.streams import Batch, DataState, TokenLoader
 from nanofed.errors import DataError
 from nanofed.federated.server.ledger import ABSENT_ROUNDS, FREE, LEASED, MERGED, Ledger, LocalLedger, ledger_figures
 from nanofed.federated.wire.messages import SiteShard
-from tests.data.corpus import build, fewer
+from tests.data.corpus import Bytes, build, fewer
 from tests.federated.replies import instructions, report
 
 STREAMS = 4
@@ -32,7 +32,7 @@ SHARDS = 3
 ROWS = 24  # a shard
 
 
-class Numbered:
+class Numbered(Bytes):
     """The text "7:12   " is the twelve tokens 700 to 711: a target says which token of which document it is."""
 
     def encode_document(self, text: str) -> Tokens:

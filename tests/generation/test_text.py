@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -11,21 +11,9 @@ from nanofed.generation.engine import Engine
 from nanofed.generation.sampling import Sampling
 from nanofed.generation.text import complete, decode_stream, stream
 from nanofed.model import GPT
+from tests.data.corpus import Bytes
 
 GREEDY = Sampling(temperature=0.0)
-
-
-class Bytes:
-    """A tokenizer of single bytes, with bos behind them."""
-
-    bos_token_id = 256
-    special_tokens = {"<|bos|>": 256}  # noqa: RUF012
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return bytes(ids)
 
 
 def taught(model: GPT, following: list[int]) -> Engine:

@@ -13,9 +13,8 @@ from nanofed.model import GPT, KVCache
 from nanofed.model.loss import IGNORED_TARGET, capped_logits, chunk_rows
 
 TOKENS_AT_ONCE = 16_384  # of all rows of a batch: keys and values of a d20 are 100 KB a token in bf16
-SPREAD = (
-    32  # tokens: the shortest shared beginning of a batch is read once, and what others share beyond it in every row
-)
+# Tokens: the shortest shared beginning of a batch is read once, and what others share beyond it in every row.
+SPREAD = 32
 
 
 def batches(questions: Iterable[Question]) -> Iterator[list[Question]]:
