@@ -204,9 +204,8 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--seed_everything", type=int, default=42, help="seed of weights and draws")
     parser.add_class_arguments(RunOptions, None, as_group=False)
-    parser.set_defaults(
-        {"eval_every": 1, "save_every": 1}
-    )  # rounds: a killed server loses at most the one it was in and the one before
+    # Rounds: a killed server loses at most the one it was in and the one before.
+    parser.set_defaults({"eval_every": 1, "save_every": 1})
     parser.add_class_arguments(GPTModule, "model")
     parser.add_class_arguments(TokenDataModule, "data")
     parser.add_class_arguments(FederationConfig, "federation")

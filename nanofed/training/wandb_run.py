@@ -72,9 +72,8 @@ class WandbRun:
                 resume="allow",
                 dir=str(folder),
                 config=yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")),
-                settings=wandb.Settings(
-                    console="off"
-                ),  # else it would keep all that is printed, the line that moves too
+                # With a console it would keep all that is printed, the line that moves too.
+                settings=wandb.Settings(console="off"),
             )
         self._known: set[str] = set()  # tags whose axis is said
 

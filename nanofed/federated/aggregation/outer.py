@@ -234,9 +234,8 @@ class AutomaticOuter(OuterNesterov):
         gathered = round(min(most, max(0.0, 1.0 - 2.0 / rounds)), 2)
         lr, momentum = self._given
         full = 0.7 + 0.3 * many
-        self.lr = (
-            1.0 - (1.0 - full) * gathered / most if lr is None else lr
-        )  # plain averaging where no momentum is left
+        # Plain averaging where no momentum is left.
+        self.lr = 1.0 - (1.0 - full) * gathered / most if lr is None else lr
         self.momentum = gathered if momentum is None else momentum
         why = f"{clients} {'client' if clients == 1 else 'clients'}{' and few rounds' if gathered < most else ''}"
         return f"{super().plan(clients, rounds)}, chosen for {why}"

@@ -118,9 +118,7 @@ class ClientSpeeds:
         """Take up a merged round; `elapsed` and `before` are as in `check`, `elapsed` None where clients take turns."""
         client = report.client
         worked = (report.seconds if elapsed is None else elapsed) + (before if report.ahead else 0.0)
-        rate = report.tokens / max(worked, LEAST_SECONDS) or self.rate.get(
-            client, 0.0
-        )  # as before, where it is not known
+        rate = report.tokens / max(worked, LEAST_SECONDS) or self.rate.get(client, 0.0)  # as before, if it is unknown
         self.rate[client] = rate
         self.a_device[client] = report.tokens / self.devices.get(client, 1)
         self.fastest[client] = max(rate, self.fastest.get(client, 0.0))
