@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanofed.federated.deploy.superlink import FLWR, LINK, write_app
+from nanofed.federated.deploy.superlink import APP, FLWR, LINK, write_app
 from nanofed.federated.flower import flower_environment
 from nanofed.federated.server.scheduling import LEARN
 from nanofed.federated.wire.bundle import code_hash
@@ -135,9 +135,9 @@ def main(grid, context):
 def test_a_bundle_that_nobody_trusts_is_refused_with_both_hashes(federation: Deployment) -> None:
     """Whoever can submit a run to the SuperLink cannot have code run at a site, though its round loops run any."""
     before, out = federation.round(), federation.folder / "answers.json"
-    app = federation.folder / "attack"
-    app.mkdir()
-    write_app(app, "attack:server", "attack:client")
+    app = write_app(federation.folder / "attack")
+    settings = app / "pyproject.toml"
+    settings.write_text(settings.read_text().replace(APP, "attack"))
     (app / "attack.py").write_text(ATTACK.format(out=str(out), site="lab-"))
     environment = flower_environment(federation.run / "server" / "home")
     command = [*FLWR, "run", str(app), LINK, "--format", "json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanofed.federated.aggregation.update import SentWeights
-from nanofed.federated.wire.blocks import BLOCK, norm_of
+from nanofed.federated.wire.blocks import BLOCK
 from nanofed.federated.wire.codec import CODECS, Array, Arrays, Weights, hash_arrays
 
 
@@ -25,7 +26,7 @@ def sent_weights(weights: Weights, down: str = "fp32", up: str = "fp32") -> Sent
 
 def update_norm(arrays: Arrays, sent: SentWeights) -> float:
     """Return the L2 norm of a reply's whole update."""
-    return norm_of(sent.update_norms(arrays))
+    return math.hypot(*sent.update_norms(arrays))
 
 
 def random_weights(seed: int, size: int = 20_000) -> dict[str, Array]:

@@ -41,7 +41,6 @@ from nanofed.federated.site.progress import Page
 from nanofed.federated.wire.bundle import installed
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Failure, Instructions, Report
-from nanofed.federated.wire.weight_transport import from_flower, to_flower
 from tests.federated.tiny import arguments
 from tests.ranks import TORCHRUN
 from tests.support import BATCH, REPOSITORY
@@ -276,7 +275,7 @@ class Trainer:
         record = {"train": "fit", "evaluate": "evaluate", "get_properties": "getproperties"}[kind]
         content = RecordDict({f"{record}ins.config": ConfigRecord(config)})
         if weights:  # else the worker has to do without the record, as with a server that leaves it out
-            content[f"{record}ins.parameters"] = ArrayRecord({str(i): to_flower(a) for i, a in enumerate(weights)})
+            content[f"{record}ins.parameters"] = ArrayRecord(list(weights))
         reply = self.supernode.reply(self.supernode.send(kind, content, sent=sent), wait)
         if reply.has_error():
             raise RefusedByWorker(reply.error.reason)
@@ -284,7 +283,7 @@ class Trainer:
         metrics = dict(configs.get(f"{record}res.metrics") or configs.get(f"{record}res.properties") or {})
         found = (arrays.get("fitres.parameters") or {}).values()
         assert len(reply.content) == 1 + bool(found), f"records that nobody reads: {[*reply.content]}"
-        return [from_flower(a) for a in found], metrics
+        return [a.numpy() for a in found], metrics
 
     def ask(self, instructions: Instructions, weights: Arrays, wait: float = 120.0) -> tuple[Arrays, Report]:
         """Have a round trained.

@@ -11,7 +11,7 @@ from nanofed.errors import NanofedError
 from nanofed.federated.deploy import server
 from nanofed.federated.deploy.keys import Keys, init
 from nanofed.federated.deploy.server import _Service
-from nanofed.federated.deploy.superlink import SuperLink
+from nanofed.federated.deploy.superlink import SuperLink, write_app
 from nanofed.federated.federation import Start
 from nanofed.federated.wire.bundle import installed
 
@@ -70,7 +70,7 @@ def test_sites_that_come_and_go_are_said_once(service: _Service, keys: Keys, cap
 
 def test_the_bundle_is_written_anew_for_each_run(service: _Service) -> None:
     for _ in range(2):
-        app = service._write_app()
+        app = write_app(service._folder / "app")
         found = {p.relative_to(app).as_posix(): p.read_bytes() for p in app.rglob("*.py")}
         assert found == installed()
         settings = (app / "pyproject.toml").read_text()

@@ -50,7 +50,8 @@ from sqlalchemy import select
 
 from nanofed.errors import NanofedError
 from nanofed.federated.deploy import fleet_rules
-from nanofed.federated.deploy.fleet_rules import FleetRules, RefusedCall, TooMany, bind
+from nanofed.federated.deploy.admission import Bucket
+from nanofed.federated.deploy.fleet_rules import FleetRules, RefusedCall, bind
 from nanofed.federated.deploy.keys import init
 from tests.faults.perimeter import Site as SignedCalls
 
@@ -316,8 +317,9 @@ def test_calls_without_end_are_asked_to_wait(link: SuperLink, monkeypatch: pytes
     monkeypatch.setattr(fleet_rules, "CALL_BURST", 3)
     for _ in range(3):
         link.a.pull()
-    with pytest.raises(TooMany):
+    with pytest.raises(RefusedCall, match="calls a second") as refused:
         link.a.pull()
+    assert refused.value.status_code == 503, "the SuperNode makes this call again"
     assert link.b.pull() == []
 
 
@@ -367,8 +369,9 @@ def test_a_refusal_is_one_that_a_supernode_understands(
     assert call("pull-messages", PullMessagesRequest(node=node))[0] == 200
     status, text = call("confirm-message-received", ConfirmMessageReceivedRequest(node=node, message_object_id="x"))
     assert status == 403 and "was not sent" in text
-    monkeypatch.setattr(FleetRules, "call", lambda self, node: (_ for _ in ()).throw(TooMany("slow down")))
-    assert call("pull-messages", PullMessagesRequest(node=node)) == (503, '{"detail":"slow down"}')
+    monkeypatch.setattr(Bucket, "take", lambda self, patience=0.0: None)
+    status, text = call("pull-messages", PullMessagesRequest(node=node))
+    assert status == 503 and "calls a second" in text
 
 
 def test_what_is_remembered_of_nodes_does_not_grow() -> None:

@@ -45,16 +45,8 @@ OBJECT_ID = re.compile("[0-9a-f]{64}")
 class RefusedCall(HTTPException):
     """A call is not answered, with a status after which a SuperNode takes the run for over and goes on; the detail says why."""
 
-    status = HTTPStatus.FORBIDDEN
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(self.status, detail)
-
-
-class TooMany(RefusedCall):
-    """There are too many calls, and a SuperNode makes this one again."""
-
-    status = HTTPStatus.SERVICE_UNAVAILABLE
+    def __init__(self, detail: str, status: HTTPStatus = HTTPStatus.FORBIDDEN) -> None:
+        super().__init__(status, detail)
 
 
 @dataclass
@@ -108,15 +100,6 @@ class FleetRules:
             if len(self._nodes) > NODES:
                 self._nodes.popitem(last=False)
             return known
-
-    def call(self, node: _Node) -> None:
-        """Count a call.
-
-        Raises:
-            TooMany: The node makes too many.
-        """
-        if node.calls.take() is None:
-            raise TooMany(f"it makes more than {CALLS:.0f} calls a second")
 
     def heartbeat(self, node: _Node, request: Any, state: Any) -> None:
         """Refuse a long time between two heartbeats: a node that is gone would seem to be there."""
@@ -260,7 +243,9 @@ def bind(handlers: Any, rules: FleetRules, name: Callable[[int], str] = str) -> 
             node = rules.of(number)
             with node.lock:
                 try:
-                    rules.call(node)
+                    if node.calls.take() is None:  # a SuperNode makes this call again
+                        detail = f"it makes more than {CALLS:.0f} calls a second"
+                        raise RefusedCall(detail, HTTPStatus.SERVICE_UNAVAILABLE)
                     before(node, request, state)
                 except RefusedCall as refused:
                     if node.lines.due((call, refused.detail)):

@@ -118,7 +118,7 @@ class _Service:
         while True:
             try:
                 self._start_link()
-                app = self._write_app()
+                app = write_app(self._folder / "app")  # for each run: somebody may have changed it
                 self._start.write(self._link.home)
                 run_id, ran = self._link.submit(app), True
                 return self._watch(run_id)
@@ -142,14 +142,6 @@ class _Service:
             logger.warning("the run ended (%s); it goes on from round %d in %.0f s", reason, now, pause)
             time.sleep(pause)
             kill_marked(self._link.marker, LOOP)  # now: one that was being started when the run ended has its name
-
-    def _write_app(self) -> Path:
-        """Write the bundle that Flower runs, of the sources that run here; for each run, since somebody may have changed it."""
-        app = self._folder / "app"
-        shutil.rmtree(app, ignore_errors=True)
-        app.mkdir(parents=True)
-        write_app(app)
-        return app
 
     def _round(self) -> int:
         """Return the number of the last committed round."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 import datetime
 import time
 from base64 import b64decode
@@ -11,9 +10,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
 from nanofed.federated.deploy.keys import read_sites
 
@@ -74,16 +71,13 @@ class Signatures:
             if signed_at.tzinfo is None:
                 raise ValueError("a time without its zone")
             signed = signed_at.timestamp()
-        except (KeyError, ValueError, OverflowError, binascii.Error) as error:
+        except (KeyError, ValueError, OverflowError) as error:
             raise RefusedRequest("unsigned", 401, "no SuperNode's signature: start it with its key") from error
         if pem not in self._sites:
             raise RefusedRequest("unknown_key", 401, "the operator has not registered this key")
-        name, key = self._sites[pem], serialization.load_pem_public_key(pem)
-        assert isinstance(key, ec.EllipticCurvePublicKey)
-        try:
-            key.verify(signature, timestamp.encode(), ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature as error:
-            raise RefusedRequest("bad_signature", 401, f"this is not the signature of {name}") from error
+        name = self._sites[pem]
+        if not verify_signature(bytes_to_public_key(pem), timestamp.encode(), signature):
+            raise RefusedRequest("bad_signature", 401, f"this is not the signature of {name}")
         self._use(name, timestamp, signed)
         return name
 

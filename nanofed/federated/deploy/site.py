@@ -48,15 +48,7 @@ def run_site(options: SiteOptions, arguments: Sequence[str]) -> None:
 
 
 class Site:
-    """A site's SuperNode and worker, which `watch` starts and keeps going and `close` ends.
-
-    Args:
-        options: The site's name, keys and folder, and the address of its server.
-        arguments: command-line arguments of `nanofed federate`, which the worker parses.
-
-    Raises:
-        ConfigError: the site runs on this machine already.
-    """
+    """A site's SuperNode and worker, which `watch` starts and keeps going and `close` ends; arguments are `run_site`'s."""
 
     def __init__(self, options: SiteOptions, arguments: Sequence[str]) -> None:
         folder = runtime.make_folder(options.folder, mode=0o700).resolve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -39,14 +40,13 @@ LOG_FORMAT = "nanofed %(levelname)s: %(message)s"  # our lines among Flower's an
 LINE = re.compile(r"nanofed (DEBUG|INFO|WARNING|ERROR|CRITICAL): (.*)")
 
 
-def write_app(folder: Path, server: str = f"{APP}:server", client: str = f"{APP}:client") -> None:
-    """Write the app that `flwr run` bundles: this package's sources and the least pyproject.toml that Flower takes.
+def write_app(folder: Path) -> Path:
+    """Write the app that `flwr run` bundles into a folder, in the place of what is there, and return the folder.
 
-    Args:
-        folder: an empty one.
-        server: `module:object` of the ServerApp.
-        client: `module:object` of the ClientApp, which a site never loads: it runs its own.
+    It is this package's sources and the least pyproject.toml that Flower takes. A site never loads its ClientApp.
     """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for name, content in installed().items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -54,9 +54,10 @@ def write_app(folder: Path, server: str = f"{APP}:server", client: str = f"{APP}
         f'[project]\nname = "nanofed-lightning"\nversion = "{nanofed.__version__}"\n'
         'description = "nanofed, as it runs here"\nlicense = "Apache-2.0"\n\n'
         '[tool.flwr.app]\npublisher = "nanofed"\n\n'
-        f'[tool.flwr.app.components]\nserverapp = "{server}"\nclientapp = "{client}"\n',
+        f'[tool.flwr.app.components]\nserverapp = "{APP}:server"\nclientapp = "{APP}:client"\n',
         encoding="utf-8",
     )
+    return folder
 
 
 class SuperLink:

@@ -68,9 +68,7 @@ def simulate(log: Path, resources: Resources, start: Start) -> None:
     place = None if len(tempfile.gettempdir()) < 28 else SHORT
     with tempfile.TemporaryDirectory(prefix="nf-", dir=place, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        app = folder / "app"
-        app.mkdir()
-        write_app(app)
+        app = write_app(folder / "app")
         ray = {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_COLOR_PREFIX": "0",

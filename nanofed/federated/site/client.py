@@ -16,7 +16,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from nanofed.errors import NanofedError
 from nanofed.federated.site.trainer import ClientFailure, LocalTrainer
 from nanofed.federated.wire.codec import Arrays
-from nanofed.federated.wire.messages import Evaluate, Failure, Instructions, StoredWeights, is_over
+from nanofed.federated.wire.messages import LIFE, Evaluate, Failure, Instructions, StoredWeights
 from nanofed.federated.wire.plain_text import SAFE_NAME
 from nanofed.federated.wire.weights_client import RoundOver, WeightsClient
 
@@ -58,7 +58,7 @@ def refuse_late(message: Message, context: Context, handle: ClientAppCallable) -
     """
     metadata = message.metadata
     age = time.time() - metadata.created_at
-    if metadata.message_type.partition(".")[0] == MessageType.TRAIN and is_over(age, metadata.ttl):
+    if metadata.message_type.partition(".")[0] == MessageType.TRAIN and age > metadata.ttl / LIFE:
         raise NanofedError(f"round {metadata.group_id} arrived {age:.0f} s after it was sent: it is over")
     return handle(message, context)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -23,7 +24,7 @@ from nanofed.errors import NanofedError
 from nanofed.federated.site.evaluation import measure
 from nanofed.federated.site.optimizer_states import Saved, StateFolder
 from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
-from nanofed.federated.wire.blocks import all_finite, flat
+from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.changes import changed
 from nanofed.federated.wire.codec import CODECS, Arrays, WireError, hash_arrays, pack_with_feedback
 from nanofed.federated.wire.messages import (
@@ -504,7 +505,7 @@ class FabricTrainer:
             torch.cuda.current_stream(self._fabric.device).synchronize()
         # A lossless codec sends the weights themselves, which the next round changes.
         local = {name: (t.detach().clone() if up.lossless else t.detach()).numpy() for name, t in staged.items()}
-        if not all(all_finite(flat(array)) for array in local.values()):
+        if not math.isfinite(l2_norm(list(local.values()))):
             raise NanofedError("the weights are no longer finite after the last step of the round")
         base = {} if up.lossless else down.parts(arrays, self._like)
         if not up.feedback:

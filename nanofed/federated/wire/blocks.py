@@ -17,7 +17,6 @@ from torch import Tensor
 # threads of its own. A multiple of every vector width, so that where blocks end changes no rounding.
 BLOCK = 1 << 15
 
-J = TypeVar("J")
 T = TypeVar("T")
 
 
@@ -32,31 +31,6 @@ def flat(array: npt.NDArray[np.generic]) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it could be written to
         return torch.from_numpy(elements)
-
-
-def in_threads(jobs: Sequence[J], worker: Callable[[], Callable[[J], T]]) -> list[T]:
-    """Do the jobs on as many threads as PyTorch may use, and return their results in the order of the jobs.
-
-    Args:
-        jobs: What is to be done; whichever thread is free takes the next.
-        worker: It is called once on every thread, and returns what does the jobs there, which may hold buffers of its own.
-    """
-    threads = min(torch.get_num_threads(), len(jobs))
-    if threads <= 1:
-        do = worker()
-        return [do(job) for job in jobs]
-    queue = iter(enumerate(jobs))  # one for all threads: the interpreter hands out its items one at a time
-    results: dict[int, T] = {}
-
-    def run() -> None:
-        do = worker()
-        for number, job in queue:
-            results[number] = do(job)
-
-    with ThreadPoolExecutor(threads) as pool:
-        for running in [pool.submit(run) for _ in range(threads)]:
-            running.result()
-    return [results[number] for number in range(len(jobs))]
 
 
 def over_blocks(
@@ -76,21 +50,22 @@ def over_blocks(
         for start in range(0, size, step)
     ]
 
-    def unpacking() -> Callable[[tuple[int, slice]], T]:
+    threads = min(torch.get_num_threads(), len(blocks))
+    if threads <= 1:
         do = worker()
-        return lambda job: do(*job)
+        return [do(*job) for job in blocks]
+    queue = iter(enumerate(blocks))  # one for all threads: the interpreter hands out its items one at a time
+    results: dict[int, T] = {}
 
-    return in_threads(blocks, unpacking)
+    def run() -> None:
+        do = worker()
+        for number, job in queue:
+            results[number] = do(*job)
 
-
-def all_finite(tensor: Tensor) -> bool:
-    """Tell whether all elements of a one-dimensional tensor in memory are finite."""
-
-    def finite(_: int, part: slice) -> bool:
-        low, high = torch.aminmax(tensor[part])  # both are NaN where one element is
-        return math.isfinite(low) and math.isfinite(high)
-
-    return all(over_blocks([tensor.numel()], lambda: finite))
+    with ThreadPoolExecutor(threads) as pool:
+        for running in [pool.submit(run) for _ in range(threads)]:
+            running.result()
+    return [results[number] for number in range(len(blocks))]
 
 
 def norms_of_blocks(sizes: Sequence[int], reader: Callable[[], Callable[[int, slice, Tensor], object]]) -> list[float]:
@@ -117,13 +92,9 @@ def norms_of_blocks(sizes: Sequence[int], reader: Callable[[], Callable[[int, sl
     return [math.sqrt(math.fsum(squares)) for squares in found]
 
 
-def norm_of(norms: Sequence[float]) -> float:
-    """Return the L2 norm of several arrays together, from the norm of each."""
-    return math.sqrt(math.fsum(norm**2 for norm in norms))
-
-
 def l2_norm(arrays: Sequence[npt.NDArray[np.generic]]) -> float:
     """Return the L2 norm of all elements together, in fp64."""
     tensors = [flat(array) for array in arrays]
     sizes = [tensor.numel() for tensor in tensors]
-    return norm_of(norms_of_blocks(sizes, lambda: lambda index, part, out: out.copy_(tensors[index][part])))
+    norms = norms_of_blocks(sizes, lambda: lambda index, part, out: out.copy_(tensors[index][part]))
+    return math.sqrt(math.fsum(norm**2 for norm in norms))

@@ -7,6 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanofed.federated.wire.blocks import BLOCK, flat, in_threads, norms_of_blocks, over_blocks
+from nanofed.federated.wire.blocks import BLOCK, flat, norms_of_blocks, over_blocks
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, Array]  # name -> fp32 array; the order is the model's own on both sides
@@ -486,26 +487,6 @@ def layout_of(arrays: Iterable[npt.NDArray[np.generic]]) -> list[tuple[str, list
     return [(array.dtype.str, list(array.shape)) for array in arrays]
 
 
-def arrays_of(layout: Iterable[tuple[str, Sequence[int]]]) -> Layout:
-    """Return dtype and shape of each array of a layout.
-
-    Raises:
-        ValueError: The layout describes no arrays of numbers.
-    """
-    found = []
-    for name, shape in layout:
-        try:
-            dtype = np.dtype(name)
-            # Numbers only: whatever else NumPy can describe would be made of foreign bytes. Its own limit is 64 dimensions.
-            right = dtype.kind in "biuf" and len(shape) <= 32 and all(0 <= n < 1 << 48 for n in shape)
-        except (TypeError, ValueError, SyntaxError):  # NumPy parses descriptions of dtypes
-            right = False
-        if not right:
-            raise ValueError(f"{repr([name, shape])[:80]} describes no array of numbers")
-        found.append((dtype, tuple(shape)))
-    return tuple(found)
-
-
 def bytes_of(layout: Layout) -> int:
     """Return how many bytes the arrays of a layout have together."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
@@ -527,11 +508,8 @@ def hash_arrays(arrays: Sequence[npt.NDArray[np.generic]]) -> str:
 
     It is that of each array's dtype and shape with the SHA-256 of its bytes: they are hashed by several threads.
     """
-
-    def worker() -> Callable[[npt.NDArray[np.generic]], str]:
-        return lambda array: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-
-    digests = in_threads(arrays, worker)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests = list(pool.map(lambda array: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest(), arrays))
     return hashlib.sha256(json.dumps(list(zip(layout_of(arrays), digests, strict=True))).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from nanofed.data.identity import DataIdentity
 from nanofed.data.rows import RowRange
 from nanofed.data.streams import DataState
 from nanofed.federated.wire.bundle import code_hash
-from nanofed.federated.wire.codec import WireError, arrays_of
+from nanofed.federated.wire.codec import WireError
 from nanofed.federated.wire.plain_text import SAFE_NAME, plain
 from nanofed.federated.wire.weights_calls import TICKET
 
@@ -46,6 +46,13 @@ Position = Annotated[
     DataState, PlainValidator(DataState.from_plain), PlainSerializer(DataState.to_plain, return_type=dict[str, Any])
 ]
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+Ticket = Annotated[str, Field(pattern=f"^{TICKET.pattern}$")]
+ArrayLayout = (
+    tuple[  # dtype and shape, of the dtypes that codecs make: NumPy would parse whatever else foreign bytes describe
+        Annotated[str, Field(pattern=r"^(<f4|<u2|\|i1|\|u1)$")],
+        Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=32)],
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -406,10 +413,6 @@ class Evaluation(RoundMessage):
 class StoredWeights(WireMessage):
     """Where the weights of a round are stored at the server, and the file there that takes one site's answer.
 
-    Inside a message, weights are taken apart, copied and put together again by each of five processes. In a deployment the
-    server lays them into a store, the message names them, and the site fetches and delivers them piece by piece, at the same
-    address and with the same key: a piece that was lost is sent again, and nothing is held in memory between.
-
     Attributes:
         ticket: The name of the file that holds the weights.
         layout: The dtype and shape of each array in it; their bytes follow each other.
@@ -420,23 +423,8 @@ class StoredWeights(WireMessage):
 
     key: ClassVar[str] = "stored_weights"
 
-    ticket: str
-    layout: list[tuple[str, list[Int]]]
-    answer: str
-    answer_bytes: Int
-    seconds: float
-
-    def check(self) -> None:
-        """Refuse names of no file, sizes that there are not, and what are no arrays of numbers."""
-        if not all(TICKET.fullmatch(ticket) for ticket in (self.ticket, self.answer or self.ticket)):
-            raise ValueError("it names no file of a store")
-        if self.answer_bytes < 0 or not 0 < self.seconds < 1e9:
-            raise ValueError(f"{self.answer_bytes} bytes within {self.seconds} s")
-        if len(self.layout) > MAX_ARRAYS:
-            raise ValueError(f"{len(self.layout)} arrays are announced, and {MAX_ARRAYS} are allowed")
-        arrays_of(self.layout)
-
-
-def is_over(age: float, life: float) -> bool:
-    """Tell whether nobody waits any more for the answer to a message that was sent `age` seconds ago and lives `life` seconds."""
-    return age > life / LIFE
+    ticket: Ticket
+    layout: Annotated[list[ArrayLayout], Field(max_length=MAX_ARRAYS)]
+    answer: Ticket | Literal[""]
+    answer_bytes: Annotated[Int, Field(ge=0)]
+    seconds: Annotated[float, Field(gt=0, lt=1e9)]

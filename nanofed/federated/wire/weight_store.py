@@ -50,11 +50,7 @@ class WeightStore(WeightTransport):
             raise self._failed(error) from error
 
     def encode(self, weights: Weights, codec: Codec, base: Mapping[str, Part] | None = None) -> Arrays:
-        """Return what is sent, in a new file of the store; files of weights that no site fetches any more are removed.
-
-        Raises:
-            NanofedError: The disk has no room for it.
-        """
+        """Return what is sent, in a new file of the store; files of weights that no site fetches any more are removed."""
         self.remove()
         ticket, mapped = self._file(DOWN, codec.nbytes(weights))
         arrays = codec.encode(weights, mapped) if base is None else codec.pack(weights, base, mapped)
@@ -62,11 +58,7 @@ class WeightStore(WeightTransport):
         return arrays
 
     def place(self, arrays: Arrays) -> Arrays:
-        """Copy arrays into a new file of the store.
-
-        Raises:
-            NanofedError: The disk has no room for it.
-        """
+        """Copy arrays into a new file of the store."""
         ticket, mapped = self._file(DOWN, payload_bytes(arrays))
         placed = arrays_over(mapped, tuple((array.dtype, array.shape) for array in arrays))
         for array, copy in zip(arrays, placed, strict=True):

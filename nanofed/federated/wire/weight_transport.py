@@ -1,22 +1,13 @@
-"""How the weights of a round get to its clients and back: in Flower's messages, or beside them (`weight_store.py`).
-
-An array stands in a message as the bytes of a .npy file, with one copy to get in and none to get out: Flower's own ways there
-copy several times, through files in memory.
-"""
+"""How the weights of a round get to its clients and back: in Flower's messages, or beside them (`weight_store.py`)."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import ArrayRecord, Message
 
 from nanofed.federated.wire.codec import Arrays, Codec, Part, Weights, WireError, payload_bytes
-
-KIND = "numpy.ndarray"  # what Flower calls these arrays
 
 
 class RoundWeights:
@@ -31,10 +22,7 @@ class RoundWeights:
 
     def __init__(self, payloads: Mapping[str, Arrays]) -> None:
         distinct = {id(payload): payload for payload in payloads.values()}
-        records = {
-            key: ArrayRecord({str(index): to_flower(array) for index, array in enumerate(payload)})
-            for key, payload in distinct.items()
-        }
+        records = {key: ArrayRecord(payload) for key, payload in distinct.items()}
         self._records = {client: records[id(payload)] for client, payload in payloads.items()}
         self.message_bytes = sum(map(payload_bytes, distinct.values()))
 
@@ -65,7 +53,7 @@ class RoundWeights:
         record = reply.content.array_records.get("fitres.parameters")
         if record is None:
             raise WireError("there are no weights in it")
-        return [from_flower(record.pop(name)) for name in list(record)]
+        return [record.pop(name).numpy() for name in list(record)]
 
     def drop(self, client: str) -> None:
         """Free the arrays of a client's reply, which are not read any more."""
@@ -108,30 +96,3 @@ class WeightTransport:
             NanofedError: There is no room for the answers.
         """
         return RoundWeights(payloads)
-
-
-def to_flower(array: npt.NDArray[np.generic]) -> Array:
-    """Return Flower's array with the same content."""
-    array = np.asarray(array, order="C")
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
-    data = b"".join((head.getvalue(), array.reshape(-1).view(np.uint8).data))
-    return Array(dtype=str(array.dtype), shape=tuple(array.shape), stype=KIND, data=data)
-
-
-def from_flower(array: Array) -> npt.NDArray[np.generic]:
-    """Return the content of Flower's array, read-only, on the same memory where that is aligned.
-
-    Raises:
-        ValueError: The content is no array of numbers, or has fewer or more bytes than it says.
-    """
-    if array.stype != KIND:
-        raise ValueError(f"it is {array.stype!r:.40}, not {KIND!r}")
-    head = io.BytesIO(array.data)  # reads, and so copies, no more than the header
-    version = np.lib.format.read_magic(head)
-    if version != (1, 0):
-        raise ValueError(f"its format has version {version}")
-    shape, in_columns, dtype = np.lib.format.read_array_header_1_0(head)
-    start = head.tell()
-    content = np.frombuffer(array.data, dtype, offset=start) if start < len(array.data) else np.empty(0, dtype)
-    return np.require(content.reshape(shape, order="F" if in_columns else "C"), requirements="A")

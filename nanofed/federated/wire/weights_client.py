@@ -23,7 +23,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from urllib3.exceptions import HTTPError
 
 from nanofed.errors import NanofedError
-from nanofed.federated.wire.codec import Arrays, arrays_of, arrays_over, bytes_of
+from nanofed.federated.wire.codec import Arrays, arrays_over, bytes_of
 from nanofed.federated.wire.messages import StoredWeights
 from nanofed.federated.wire.weights_calls import LENGTH, OBJECT, OCTETS, OFFSET, PIECE_BYTES, PULL, PUSH
 
@@ -74,7 +74,7 @@ class WeightsClient:
             RoundOver: The weights are not there any more.
             WeightsError: the server cannot be reached in the round's time, or refuses.
         """
-        layout = arrays_of(stored.layout)
+        layout = tuple((np.dtype(name), tuple(shape)) for name, shape in stored.layout)
         whole: Any = np.empty(bytes_of(layout), np.uint8)
         self._move(_pieces([memoryview(whole)]), stored, self._pull, end)
         return arrays_over(whole, layout)

@@ -19,18 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nanofed.federated.wire.weights_calls import (
-    DOWN,
-    LENGTH,
-    OBJECT,
-    OCTETS,
-    OFFSET,
-    PIECE_BYTES,
-    PULL,
-    PUSH,
-    TICKET,
-    UP,
-)
+from nanofed.federated.wire import weights_calls as calls
 
 
 class WeightsServer:
@@ -47,12 +36,12 @@ class WeightsServer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["path"] not in (PULL, PUSH):
+        if scope["type"] != "http" or scope["path"] not in (calls.PULL, calls.PUSH):
             await self._app(scope, receive, send)
             return
         response: Response
         try:
-            response = Response(await self._answer(Request(scope, receive)), media_type=OCTETS)
+            response = Response(await self._answer(Request(scope, receive)), media_type=calls.OCTETS)
         except HTTPException as refused:
             response = JSONResponse({"code": refused.status_code, "detail": refused.detail}, refused.status_code)
         except ClientDisconnect:
@@ -62,15 +51,17 @@ class WeightsServer:
     async def _answer(self, request: Request) -> bytes:
         if request.method != "POST":
             raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, "calls for weights are POST")
-        if _number(request, "content-length") > PIECE_BYTES:
-            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a piece is of {PIECE_BYTES} bytes at most")
+        if _number(request, "content-length") > calls.PIECE_BYTES:
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a piece is of {calls.PIECE_BYTES} bytes at most")
         body = await request.body()
-        ticket, offset = request.headers.get(OBJECT, ""), _number(request, OFFSET)
-        if not TICKET.fullmatch(ticket):
-            raise HTTPException(HTTPStatus.BAD_REQUEST, f"the header {OBJECT} holds no ticket")
-        if request.scope["path"] == PULL:
-            return await asyncio.to_thread(_read, self._folder / DOWN / ticket, offset, _number(request, LENGTH))
-        await asyncio.to_thread(_write, self._folder / UP / ticket, offset, body)
+        ticket, offset = request.headers.get(calls.OBJECT, ""), _number(request, calls.OFFSET)
+        if not calls.TICKET.fullmatch(ticket):
+            raise HTTPException(HTTPStatus.BAD_REQUEST, f"the header {calls.OBJECT} holds no ticket")
+        if request.scope["path"] == calls.PULL:
+            return await asyncio.to_thread(
+                _read, self._folder / calls.DOWN / ticket, offset, _number(request, calls.LENGTH)
+            )
+        await asyncio.to_thread(_write, self._folder / calls.UP / ticket, offset, body)
         return b""
 
 
@@ -98,7 +89,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 def _read(path: Path, offset: int, length: int) -> bytes:
     with _opened(path, os.O_RDONLY) as file:
-        content = os.pread(file, min(length, PIECE_BYTES), offset)
+        content = os.pread(file, min(length, calls.PIECE_BYTES), offset)
     if len(content) != length:
         raise HTTPException(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, f"there are no {length} bytes from {offset} on")
     return content
