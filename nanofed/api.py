@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nanofed.generation.text import Completion
     from nanofed.model import GPT
     from nanofed.tokenizer.bpe import Tokenizer
-    from nanofed.training.checkpoint import Manifest
+    from nanofed.training.checkpoint.format import Manifest
     from nanofed.training.evaluate import Evaluation
     from nanofed.training.profile import StepProfile
     from nanofed.training.startup import Startup
@@ -233,7 +233,7 @@ def export(
         True
     """
     from nanofed.formats import convert, huggingface
-    from nanofed.training.checkpoint import find_checkpoint
+    from nanofed.training.checkpoint.format import find_checkpoint
 
     if push is not None:
         if to != "hf":
@@ -276,7 +276,7 @@ def import_model(
         True
     """
     from nanofed.formats.convert import import_run
-    from nanofed.training.checkpoint import local_path
+    from nanofed.training.checkpoint.format import local_path
     from nanofed.training.run_options import RunOptions
 
     run = RunOptions(name=name, runs_dir=str(runs_dir)).folder

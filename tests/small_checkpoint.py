@@ -11,7 +11,7 @@ import torch
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.training import train_tokenizer
-from nanofed.training.checkpoint import read_manifest, read_state, read_weights, write_checkpoint
+from nanofed.training.checkpoint.format import read_manifest, read_state, read_weights, write_checkpoint
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, n_embd=8)
 NAMES = ("transformer.wte.weight", "lm_head.weight")

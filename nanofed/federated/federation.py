@@ -26,12 +26,12 @@ from nanofed.federated.server.state import State
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.files import write_atomically
-from nanofed.training.checkpoint import find_checkpoint, read_manifest
+from nanofed.training.checkpoint.format import find_checkpoint, read_manifest
 from nanofed.training.config_errors import resolved
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.memory import Place
 from nanofed.training.preflight import check_identity, check_start
-from nanofed.training.run_folder import RunFolder, check_usable, resume_checkpoint
+from nanofed.training.run_folder import check_usable, open_run, resume_checkpoint
 from nanofed.training.summary import CONFIG, SUMMARY, Summary
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Federation(Arguments):
 
     def write(self) -> Path:
         """Make the run's folder and save the resolved config in it, when all else has been checked."""
-        RunFolder(self.folder).open(self.options, "federated", resolved(self.parser, self.config))
+        open_run(self.options, "federated", resolved(self.parser, self.config))
         return self.folder
 
     def start(self, *, keys: bool = False) -> Start:

@@ -17,14 +17,8 @@ from nanofed.formats.model_card import model_card
 from nanofed.formats.nanochat_optimizers import IncompleteError
 from nanofed.formats.pretrained import Pretrained
 from nanofed.formats.provenance import Provenance
-from nanofed.training.checkpoint import (
-    MANIFEST,
-    find_checkpoint,
-    local_path,
-    read_state,
-    write_checkpoint,
-)
-from nanofed.training.checkpoint.folder import FOLDER, candidates
+from nanofed.training.checkpoint.folder import FOLDER, MANIFEST, candidates
+from nanofed.training.checkpoint.format import find_checkpoint, local_path, read_state, write_checkpoint
 from nanofed.training.run_folder import Marker, Reached
 from nanofed.training.signals import Signals
 

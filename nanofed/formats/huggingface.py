@@ -24,7 +24,7 @@ from nanofed.model.layers import ROTARY_BASE
 from nanofed.model.loss import LOGIT_CAP
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.storage import TOKENIZER_JSON, to_json
-from nanofed.training.checkpoint import CheckpointError
+from nanofed.training.checkpoint.atomic import CheckpointError
 
 logger = logging.getLogger(__name__)
 

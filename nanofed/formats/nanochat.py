@@ -32,7 +32,7 @@ from nanofed.formats.provenance import Provenance
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.storage import NANOCHAT_PICKLE
-from nanofed.training.checkpoint import CheckpointError
+from nanofed.training.checkpoint.atomic import CheckpointError
 
 logger = logging.getLogger(__name__)
 

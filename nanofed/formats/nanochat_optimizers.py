@@ -19,7 +19,7 @@ from torch import Tensor
 from nanofed.formats.pretrained import empty_model
 from nanofed.model import GPTConfig
 from nanofed.optim import Schedule, parameter_groups
-from nanofed.training.checkpoint import CheckpointError
+from nanofed.training.checkpoint.atomic import CheckpointError
 
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nanofed.model import GPT, GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
-from nanofed.training.checkpoint import TOKENIZER, CheckpointError, Manifest, read_manifest, read_weights
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.format import TOKENIZER, Manifest, read_manifest, read_weights
 
 SHOWN = 4  # names that a message lists
 

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from nanofed.errors import ConfigError
-from nanofed.training.checkpoint import Manifest, read_manifest, read_state
 from nanofed.training.checkpoint.folder import FOLDER
+from nanofed.training.checkpoint.format import Manifest, read_manifest, read_state
 from nanofed.training.summary import CONFIG, SUMMARY, Summary
 
 

@@ -16,7 +16,7 @@ from nanofed.formats.provenance import Provenance
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.storage import from_json, to_json
-from nanofed.training.checkpoint import CheckpointError
+from nanofed.training.checkpoint.atomic import CheckpointError
 
 
 def write(path: Path, model: Pretrained, provenance: Provenance, *, dtype: torch.dtype) -> None:

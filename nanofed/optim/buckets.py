@@ -34,18 +34,16 @@ class Bucket(ABC):
 
     Args:
         params: contiguous parameters of one dtype and device.
-        group: the ranks.
 
     Attributes:
         missing: the parameters that had no gradient here when the bucket left; zeros travelled in their place.
     """
 
-    def __init__(self, params: list[Tensor], group: dist.ProcessGroup) -> None:
+    def __init__(self, params: list[Tensor]) -> None:
         self.params = params
         self.missing: list[Tensor] = []
-        self._group = group
-        self._rank = dist.get_rank(group)
-        self._ranks = dist.get_world_size(group)
+        self._rank = dist.get_rank()
+        self._ranks = dist.get_world_size()
         self._grads: Tensor | None = None
         self._whole: Tensor | None = None
         self._work: Any = None
@@ -62,7 +60,7 @@ class Bucket(ABC):
         for param in self.params:
             param.grad = None
         self._grads = flat.new_empty(flat.numel() // self._ranks)
-        self._work = _reduce_scatter(self._grads, flat, group=self._group, async_op=True)
+        self._work = _reduce_scatter(self._grads, flat, async_op=True)
 
     def shard(self) -> Tensor:
         """Return this rank's part of the summed gradients, flat, padded with zeros."""
@@ -83,7 +81,7 @@ class Bucket(ABC):
         """Send off the updated shard, once all of `owned()` has moved."""
         self._whole = self._updated()
         mine = self._whole.view(self._ranks, -1)[self._rank]
-        self._work = _all_gather(self._whole.view(-1), mine, group=self._group, async_op=True)
+        self._work = _all_gather(self._whole.view(-1), mine, async_op=True)
         self._grads = None
 
     def finish(self) -> None:
@@ -126,15 +124,15 @@ class Bucket(ABC):
     def _collect(self, mine: Tensor) -> list[Tensor] | None:
         """Return every rank's tensor on the first rank, None elsewhere."""
         parts = [torch.empty_like(mine) for _ in range(self._ranks)] if self._rank == 0 else None
-        dist.gather(mine, parts, group=self._group, group_dst=0)
+        dist.gather(mine, parts, dst=0)
         return parts
 
 
 class MatrixBucket(Bucket):
     """Matrices of one shape, stacked; every rank owns the same number of whole ones, the last of them padding perhaps."""
 
-    def __init__(self, params: list[Tensor], group: dist.ProcessGroup) -> None:
-        super().__init__(params, group)
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__(params)
         self._rows = math.ceil(len(params) / self._ranks)
         self._shape = (self._ranks * self._rows, *params[0].shape)
         self._mine = self._owned_by(self._rank)
@@ -192,8 +190,8 @@ class MatrixBucket(Bucket):
 class FlatBucket(Bucket):
     """One parameter of any shape, flattened; every rank owns an equal slice of it, the last ones padding perhaps."""
 
-    def __init__(self, params: list[Tensor], group: dist.ProcessGroup) -> None:
-        super().__init__(params, group)
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__(params)
         (self._param,) = params
         self._numel = self._param.numel()
         self._slice = math.ceil(self._numel / self._ranks)
@@ -254,18 +252,18 @@ class FlatBucket(Bucket):
             self._param.copy_(whole[: self._numel].view(self._param.shape))
 
 
-def make_buckets(params: list[Tensor], kind: str, group: dist.ProcessGroup) -> list[Bucket]:
+def make_buckets(params: list[Tensor], kind: str) -> list[Bucket]:
     """Split a group's parameters: `adamw` ones move alone, `muon` ones in stacks of at most `BUCKET_ELEMENTS`."""
     if kind == "adamw":
-        return [FlatBucket([param], group) for param in params]
+        return [FlatBucket([param]) for param in params]
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     for param in params:
         alike[param.shape, param.dtype, param.device].append(param)
-    ranks = dist.get_world_size(group)
+    ranks = dist.get_world_size()
     buckets: list[Bucket] = []
     for same in alike.values():
         size = ranks * max(1, BUCKET_ELEMENTS // (ranks * same[0].numel()))
-        buckets += [MatrixBucket(same[start : start + size], group) for start in range(0, len(same), size)]
+        buckets += [MatrixBucket(same[start : start + size]) for start in range(0, len(same), size)]
     return buckets
 
 

@@ -18,7 +18,6 @@ def parameter_groups(
     embedding_lr: float = 0.2,
     head_lr: float = 0.004,
     matrix_lr: float = 0.02,
-    adamw_eps: float = 1e-10,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Split a GPT's parameters into the groups that `MuonAdamW` takes.
@@ -31,7 +30,6 @@ def parameter_groups(
         embedding_lr: Of `transformer.wte`, at width 768.
         head_lr: Of `lm_head`, at width 768.
         matrix_lr: Of the blocks' matrices.
-        adamw_eps: AdamW's epsilon.
         weight_decay: Decoupled decay of the AdamW groups; Muon's have none.
 
     Raises:
@@ -51,7 +49,7 @@ def parameter_groups(
         raise ConfigError("optimizer: the model lacks lm_head, transformer.wte or transformer.h of its own")
 
     width_scale = (embedding[0].size(1) / TUNED_WIDTH) ** -0.5
-    adamw = {"kind": "adamw", "betas": ADAMW_BETAS, "eps": adamw_eps, "weight_decay": weight_decay}
+    adamw = {"kind": "adamw", "betas": ADAMW_BETAS, "eps": 1e-10, "weight_decay": weight_decay}
     return [
         {"name": "head", "params": head, "lr": head_lr * width_scale, **adamw},
         {"name": "embedding", "params": embedding, "lr": embedding_lr * width_scale, **adamw},

@@ -47,11 +47,6 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(orthogonalize, dynamic=False, fullgraph=True)
 
 
-def newton_schulz(compiled: bool) -> Callable[..., Tensor]:
-    """Return `orthogonalize`, compiled or as it is."""
-    return _compiled() if compiled else orthogonalize
-
-
 def aspect_scale(shape: torch.Size) -> float:
     """Return √max(1, rows / columns): a tall orthogonal matrix changes its outputs less, so it may step further."""
     return math.sqrt(max(1.0, shape[0] / shape[1]))
@@ -88,7 +83,7 @@ def muon_update(
     buffers = [state["momentum_buffer"] for state in states]
     torch._foreach_lerp_(buffers, grads, 1.0 - momentum)
 
-    iterate = newton_schulz(compiled)
+    iterate = _compiled() if compiled else orthogonalize
     for indices in equal_stacks(params):
         nesterov = torch._foreach_lerp([grads[i] for i in indices], [buffers[i] for i in indices], momentum)
         updates = iterate(torch.stack(nesterov), steps=ns_steps, dtype=ns_dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,14 +80,8 @@ class MuonAdamW(torch.optim.Optimizer):
             self.param_groups.pop()
             raise ConfigError("optimizer: Muon moves matrices only; put other parameters into an adamw group")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Run the closure if there is one (Lightning's forward and backward), then move all parameters once.
 
         Parameters without a gradient are left alone, their state too. Nothing here waits for the device.

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nanofed.errors import ConfigError
-
 # Tokens of a step and of the run for which nanochat's rates are tuned: d20's.
 FULL_BATCH, FULL_HORIZON = 524_288, 11_219_763_200
 
@@ -25,9 +23,6 @@ class Schedule:
         muon_momentum: Momentum after `muon_momentum_steps` steps, reached linearly.
         muon_momentum_steps: Optimizer steps that takes.
         adamw_beta2: Decay of AdamW's running means of squared gradients; `auto` makes it fit the tokens of a step (`beta2`).
-
-    Raises:
-        ConfigError: a value is out of its range, or warm-up and warm-down overlap.
     """
 
     lr_scale: float | Literal["auto"] = 1.0
@@ -38,20 +33,6 @@ class Schedule:
     muon_momentum: float = 0.95
     muon_momentum_steps: int = 300
     adamw_beta2: float | Literal["auto"] = 0.95
-
-    def __post_init__(self) -> None:
-        for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"schedule: {name} must lie in [0, 1], not {getattr(self, name)!r}")
-        for name in ("muon_momentum_start", "muon_momentum"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"schedule: {name} must lie in [0, 1), not {getattr(self, name)!r}")
-        if self.warmup_ratio + self.warmdown_ratio > 1.0:
-            raise ConfigError(
-                "schedule: warmup_ratio + warmdown_ratio exceed 1: the rate would have to rise and fall at once"
-            )
-        if self.muon_momentum_steps < 0:
-            raise ConfigError(f"schedule: muon_momentum_steps must not be negative, not {self.muon_momentum_steps!r}")
 
     def scale(self, step_tokens: int, horizon_tokens: int) -> float:
         """Return the factor on all learning rates of a run.
@@ -146,9 +127,6 @@ class Clock:
         step_tokens: Tokens that one optimizer step adds to `tokens`: batch tokens × participants.
         horizon_tokens: Tokens of the whole run.
         participants: Those who take a step at the same time, each with an optimizer of its own: the clients of a round.
-
-    Raises:
-        ConfigError: a step or the horizon has no tokens.
     """
 
     step: int = 0
@@ -156,12 +134,6 @@ class Clock:
     step_tokens: int
     horizon_tokens: int
     participants: int = 1
-
-    def __post_init__(self) -> None:
-        if self.step_tokens < 1 or self.horizon_tokens < 1:
-            raise ConfigError(
-                f"clock: step_tokens ({self.step_tokens}) and horizon_tokens ({self.horizon_tokens}) must be positive"
-            )
 
     @property
     def progress(self) -> float:

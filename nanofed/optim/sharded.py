@@ -15,7 +15,6 @@ from torch import Tensor
 from nanofed.errors import ConfigError
 from nanofed.optim.buckets import Bucket, make_buckets
 from nanofed.optim.optimizer import MuonAdamW
-from nanofed.optim.schedule import Clock, Schedule
 
 GATHERED_AHEAD = 3  # buckets whose all-gather may still run while the next is updated: each has a buffer
 
@@ -33,14 +32,8 @@ class DistMuonAdamW(MuonAdamW):
     Updates overlap the all-gathers of the buckets before them. No update can begin before all gradients are there,
     because all are clipped by their common norm.
 
-    Args:
-        param_groups: as for `MuonAdamW`, the same on all ranks; parameters contiguous.
-        schedule: as for `MuonAdamW`.
-        clock: as for `MuonAdamW`.
-        clip: as for `MuonAdamW`, against the norm of the averaged gradients.
-        ns_dtype: as for `MuonAdamW`.
-        compiled: as for `MuonAdamW`.
-        process_group: the ranks, all by default.
+    It takes `MuonAdamW`'s arguments, the same on all ranks, and contiguous parameters. `clip` is against the norm of the averaged
+    gradients.
 
     Attributes:
         grad_norm: norm of the averaged gradients before clipping, the same on all ranks.
@@ -49,30 +42,18 @@ class DistMuonAdamW(MuonAdamW):
         ConfigError: no process group is initialized, or a parameter is not contiguous.
     """
 
-    def __init__(
-        self,
-        param_groups: list[dict[str, Any]],
-        *,
-        schedule: Schedule,
-        clock: Clock,
-        clip: float | None = 1.0,
-        ns_dtype: torch.dtype | None = None,
-        compiled: bool = True,
-        process_group: dist.ProcessGroup | None = None,
-    ) -> None:
+    def __init__(self, param_groups: list[dict[str, Any]], **settings: Any) -> None:
         if not dist.is_initialized():
             raise ConfigError("optimizer: sharding needs torch.distributed to be initialized")
-        super().__init__(param_groups, schedule=schedule, clock=clock, clip=clip, ns_dtype=ns_dtype, compiled=compiled)
-        self._group = process_group or dist.group.WORLD
-        assert self._group is not None
-        self._ranks = dist.get_world_size(self._group)
+        super().__init__(param_groups, **settings)
+        self._ranks = dist.get_world_size()
         self._buckets: list[list[Bucket]] = []  # a list a group
         self._bucket_of: dict[Tensor, Bucket] = {}
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.requires_grad]
             if any(not p.is_contiguous() for p in trained):
                 raise ConfigError("optimizer: sharding needs contiguous parameters")
-            self._buckets.append(make_buckets(trained, group["kind"], self._group))
+            self._buckets.append(make_buckets(trained, group["kind"]))
         for bucket in self._all():
             for param in bucket.params:
                 self._bucket_of[param] = bucket
@@ -110,10 +91,10 @@ class DistMuonAdamW(MuonAdamW):
         """
         parameters = [p for group in self.param_groups for p in group["params"]]
         flags = torch.tensor([float(p in self.state) for p in parameters], device=parameters[0].device)
-        dist.all_reduce(flags, group=self._group)
+        dist.all_reduce(flags)
         known = {p for p, ranks in zip(parameters, flags.tolist(), strict=True) if ranks}
         states = dict(pair for bucket in self._all() for pair in bucket.whole_states(self.state, known))
-        if dist.get_rank(self._group) != 0:
+        if dist.get_rank() != 0:
             return {}
         return {**super().state_dict(), "state": {i: states[p] for i, p in enumerate(parameters) if p in states}}
 
@@ -175,7 +156,7 @@ class DistMuonAdamW(MuonAdamW):
         for i, param in enumerate(self._bucket_of) if missing else ():
             present[i] = float(param not in missing)
         sums = torch.cat([squares, present])
-        dist.all_reduce(sums, group=self._group)
+        dist.all_reduce(sums)
         self.grad_norm = sums[0].sqrt() / self._ranks
         scale = torch.full_like(self.grad_norm, 1.0 / self._ranks)
         if self.clip is not None:
@@ -190,7 +171,7 @@ class DistMuonAdamW(MuonAdamW):
         late = [bucket for bucket in self._order if bucket not in self._ready]
         device = next(iter(self._bucket_of)).device
         order = torch.tensor([position[bucket] for bucket in [*self._ready, *late]], device=device)
-        dist.broadcast(order, group=self._group, group_src=0)
+        dist.broadcast(order, src=0)
         self._order = [self._order[i] for i in order.tolist()]
         self._order_is_learnt = True
 

@@ -14,7 +14,9 @@ import yaml
 
 from nanofed.errors import ConfigError
 from nanofed.files import write_atomically
-from nanofed.training.checkpoint import CheckpointError, checkpoints, read_manifest
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import read_manifest
 from nanofed.training.config_diff import differences
 from nanofed.training.summary import CONFIG, UNITS, Summary
 

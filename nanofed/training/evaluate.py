@@ -18,7 +18,7 @@ from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.evaluation.bits_per_byte import BitsPerByte, evaluate_bits_per_byte
-from nanofed.training.checkpoint import Manifest
+from nanofed.training.checkpoint.format import Manifest
 from nanofed.training.summary import CONFIG, MARKER
 
 if TYPE_CHECKING:

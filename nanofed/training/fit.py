@@ -14,12 +14,12 @@ from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.training.callbacks.dashboard import RunLogger
 from nanofed.training.callbacks.stopping import take_signals
-from nanofed.training.checkpoint import check_model, find_checkpoint, read_manifest, read_weights
+from nanofed.training.checkpoint.format import check_model, find_checkpoint, read_manifest, read_weights
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.memory import Place
 from nanofed.training.module import GPTModule
 from nanofed.training.preflight import check_identity, check_start
-from nanofed.training.run_folder import RunFolder, resume_checkpoint
+from nanofed.training.run_folder import hold_run, resume_checkpoint
 from nanofed.training.summary import AT_HORIZON, SUMMARY, Summary
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run_fit(cli: FitCLI) -> Summary:
     with cli.watchdog.over(cli.trainer), cli.lightning_errors():
         if not runtime.is_first_rank():
             return _fit(cli)
-        with RunFolder(cli.run_options.folder):
+        with hold_run(cli.run_options.folder):
             return _fit(cli)
 
 

@@ -11,8 +11,15 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
 from nanofed.evaluation.core.bundle import Bundle
 from nanofed.generation.text import SAMPLE_TOKENS
-from nanofed.training.checkpoint import TOKENIZER, Manifest, check_model, checkpoints, find_checkpoint, read_manifest
-from nanofed.training.checkpoint.format import say_once
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import (
+    TOKENIZER,
+    Manifest,
+    check_model,
+    find_checkpoint,
+    read_manifest,
+    say_once,
+)
 from nanofed.training.config_diff import check_resumed_config
 from nanofed.training.memory import Place, check_memory
 from nanofed.training.module import GPTModule

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.files import sync_folder, write_atomically
-from nanofed.training.checkpoint import SaveError, checkpoints, find_checkpoint, newest_whole
-from nanofed.training.checkpoint.folder import candidates
+from nanofed.training.checkpoint.atomic import SaveError
+from nanofed.training.checkpoint.folder import candidates, checkpoints
+from nanofed.training.checkpoint.format import find_checkpoint, newest_whole
 from nanofed.training.event_files import CUT
 from nanofed.training.run_lock import ROUNDS, RunLock
 from nanofed.training.run_options import RunOptions
@@ -201,8 +202,9 @@ def _lost(run: Path) -> str:
     return f"{run} holds a run that has begun, and {folder} {found}: was it moved, or is its disk not mounted? Bring it back"
 
 
-class RunFolder:
-    """A command's hold on the folder of its run, as a context manager.
+@contextlib.contextmanager
+def hold_run(run: Path, end_leftovers: Callable[[], None] | None = None) -> Iterator[RunLock]:
+    """Hold the folder of a command's run for the block, and give it the lock of the round loop, which it may release.
 
     On entering, the run is locked, and what a killed start has left is put right: a run that was being replaced comes back
     unless the new one had done a step. On leaving it comes back, too, if the new one has failed before its first step.
@@ -214,81 +216,68 @@ class RunFolder:
     Raises:
         NanofedError: on entering, if another process uses the run, which is named.
     """
+    rounds = RunLock(run, ROUNDS, patience=KILLED_SECONDS if end_leftovers else 0.0)
+    with RunLock(run):
+        if end_leftovers is not None:
+            end_leftovers()
+        with rounds:
+            _put_right(run)
+            try:
+                yield rounds
+            finally:
+                _put_right(run)
 
-    def __init__(self, run: Path, end_leftovers: Callable[[], None] | None = None) -> None:
-        self._run = run
-        self._end_leftovers = end_leftovers
-        self._lock = RunLock(run)
-        self._rounds = RunLock(run, ROUNDS, patience=KILLED_SECONDS if end_leftovers else 0.0)
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> RunFolder:
-        with self._stack:
-            self._stack.enter_context(self._lock)
-            if self._end_leftovers is not None:
-                self._end_leftovers()
-            self._stack.enter_context(self._rounds)
-            self._put_right()
-            self._stack = self._stack.pop_all()
-        return self
+def open_run(options: RunOptions, kind: str, config: str) -> None:
+    """Make the folder and write the marker and the resolved config, when all else has been checked.
 
-    def __exit__(self, *raised: object) -> None:
-        with self._stack:
-            self._put_right()
+    With `--overwrite true` the run that is there steps aside first.
 
-    def lend_rounds(self) -> None:
-        """Release the round loop's lock, for a process that this command starts."""
-        self._rounds.release()
+    Args:
+        options: the run's options.
+        kind: `fit` or `federated`.
+        config: YAML.
 
-    def open(self, options: RunOptions, kind: str, config: str) -> None:
-        """Make the folder and write the marker and the resolved config, when all else has been checked.
+    Raises:
+        ConfigError: the folder is in use for something else.
+        NanofedError: it cannot be written.
+    """
+    check_usable(options)
+    run = options.folder
+    with _writing(run):
+        if options.overwrite and read_marker(run) is not None:
+            real = run.resolve()
+            real.rename(_beside(real, "replaced"))
+            sync_folder(real.parent)
+            real.mkdir()
+        elif options.ckpt_path == "last" and not candidates(run):
+            logger.info("%s has no checkpoint yet: --ckpt_path last starts it anew", run)
+        run.mkdir(parents=True, exist_ok=True)
+        if read_marker(run) is None:
+            Marker(kind, Reached.CHECKPOINT if has_saved(run) else Reached.OPENED).write(run)
+        write_atomically(run / CONFIG, config)
 
-        With `--overwrite true` the run that is there steps aside first.
 
-        Args:
-            options: the run's options.
-            kind: `fit` or `federated`.
-            config: YAML.
-
-        Raises:
-            ConfigError: the folder is in use for something else.
-            NanofedError: it cannot be written.
-        """
-        check_usable(options)
-        run = self._run
-        with _writing(run):
-            if options.overwrite and read_marker(run) is not None:
-                real = run.resolve()
-                real.rename(_beside(real, "replaced"))
-                sync_folder(real.parent)
-                real.mkdir()
-            elif options.ckpt_path == "last" and not candidates(run):
-                logger.info("%s has no checkpoint yet: --ckpt_path last starts it anew", run)
-            run.mkdir(parents=True, exist_ok=True)
-            if read_marker(run) is None:
-                Marker(kind, Reached.CHECKPOINT if has_saved(run) else Reached.OPENED).write(run)
-            write_atomically(run / CONFIG, config)
-
-    def _put_right(self) -> None:
-        with _writing(self._run):
-            real = self._run.resolve()
-            marker = read_marker(real)
-            if marker is not None and marker.reached > Reached.OPENED:
-                _finish_replacing(real)
-            elif (old := _beside(real, "replaced")).exists():
-                failed = _beside(real, "failed")
-                if failed.exists():
-                    _remove(failed, old)
-                if real.exists():
-                    real.rename(failed)
-                old.rename(real)
-                sync_folder(real.parent)
-                logger.warning(
-                    "%s is again as it was: the run that was to replace it ended before its first step, and left what it "
-                    "wrote in %s",
-                    self._run,
-                    failed,
-                )
+def _put_right(run: Path) -> None:
+    with _writing(run):
+        real = run.resolve()
+        marker = read_marker(real)
+        if marker is not None and marker.reached > Reached.OPENED:
+            _finish_replacing(real)
+        elif (old := _beside(real, "replaced")).exists():
+            failed = _beside(real, "failed")
+            if failed.exists():
+                _remove(failed, old)
+            if real.exists():
+                real.rename(failed)
+            old.rename(real)
+            sync_folder(real.parent)
+            logger.warning(
+                "%s is again as it was: the run that was to replace it ended before its first step, and left what it "
+                "wrote in %s",
+                run,
+                failed,
+            )
 
 
 def _beside(real: Path, word: str) -> Path:

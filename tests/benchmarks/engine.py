@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from nanofed.errors import ConfigError
 from nanofed.federated.deploy.process import ended_by_signals
-from nanofed.training.checkpoint import checkpoints
+from nanofed.training.checkpoint.folder import checkpoints
 from nanofed.training.summary import Summary
 from tests.benchmarks.machine import ROOT, describe
 from tests.benchmarks.options import options, training

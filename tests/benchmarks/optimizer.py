@@ -17,7 +17,7 @@ from nanofed import runtime
 from nanofed.model import GPT, GPTConfig
 from nanofed.optim import Clock, MuonAdamW, Schedule, parameter_groups
 from nanofed.optim.adamw import adamw_update
-from nanofed.optim.muon import aspect_scale, equal_stacks, muon_update, newton_schulz, orthogonalize
+from nanofed.optim.muon import aspect_scale, equal_stacks, muon_update, orthogonalize
 from nanofed.training.laps import synchronize
 from tests.benchmarks.machine import describe
 from tests.benchmarks.options import options
@@ -99,7 +99,9 @@ def parts(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> dict[s
         "nanofed": {
             "AdamW": lambda: run_adamw(adamw_update),
             "Muon": muon,
-            "of it Newton-Schulz": lambda: run_newton_schulz(newton_schulz(compiled)),
+            "of it Newton-Schulz": lambda: run_newton_schulz(
+                torch.compile(orthogonalize) if compiled else orthogonalize
+            ),
             "clipping": optimizer._clip_gradients,
         },
     }

@@ -24,7 +24,7 @@ from nanofed.federated.deploy.process import kill_marked
 from nanofed.federated.deploy.superlink import SuperLink
 from nanofed.federated.flower import flower_environment, free_port, toml
 from nanofed.model import GPT, GPTConfig
-from nanofed.training.checkpoint import checkpoints
+from nanofed.training.checkpoint.folder import checkpoints
 from tests.benchmarks import round_probe, stock_app
 from tests.benchmarks.machine import ROOT
 from tests.benchmarks.round_memory import Sampler

@@ -15,7 +15,7 @@ import pytest
 from nanofed import cli
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.federated.site.trainer import FabricTrainer
-from nanofed.training.run_folder import RunFolder
+from nanofed.training.run_folder import hold_run
 from tests.cli.conftest import Corpus
 
 
@@ -108,5 +108,5 @@ def test_a_federation_that_is_told_to_end_puts_its_run_away(
     with pytest.raises(SystemExit) as end:
         cli.main(["federate", "--config", str(corpus.federate), f"--runs_dir={tmp_path}", "--name=stopped"])
     assert (end.value.code, signal.getsignal(number)) == (code, before)
-    with RunFolder(tmp_path / "stopped"):  # its lock is free
+    with hold_run(tmp_path / "stopped"):  # its lock is free
         assert (tmp_path / "stopped" / "config.yaml").is_file()

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import nanofed
 from nanofed import api, cli
-from nanofed.training.checkpoint import find_checkpoint
+from nanofed.training.checkpoint.format import find_checkpoint
 from nanofed.training.summary import Summary
 from tests.cli.conftest import Corpus
 from tests.evaluation.small_bundle import write_bundle

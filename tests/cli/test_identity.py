@@ -13,8 +13,9 @@ import pytest
 from nanofed import cli
 from nanofed.data.writing import write_shards
 from nanofed.tokenizer.training import train_tokenizer
-from nanofed.training.checkpoint import MANIFEST, find_checkpoint
 from nanofed.training.checkpoint import format as checkpoint_format
+from nanofed.training.checkpoint.folder import MANIFEST
+from nanofed.training.checkpoint.format import find_checkpoint
 from tests.cli.conftest import TEXTS, Corpus
 
 MORE = {"fit": "--model.recipe.num_steps=6", "federate": "--federation.rounds=3"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanofed import api, cli
-from nanofed.training.checkpoint import find_checkpoint
+from nanofed.training.checkpoint.format import find_checkpoint
 from nanofed.training.summary import Summary
 from tests.cli.conftest import Corpus
 

@@ -19,7 +19,8 @@ from nanofed.data.shards import all_texts, open_dataset
 from nanofed.federated.server.ledger import MERGED
 from nanofed.federated.server.scheduling import DEVICE_MARGIN
 from nanofed.tokenizer.bpe import load_tokenizer
-from nanofed.training.checkpoint import checkpoints, read_manifest, read_state, read_weights
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import read_manifest, read_state, read_weights
 
 Lengths = dict[str, npt.NDArray[np.int64]]  # shard -> tokens of each of its rows
 ROUNDING = 1e-6  # of the largest value: weights and momentum are saved in fp32

@@ -21,7 +21,8 @@ from nanofed.data.shards import open_dataset
 from nanofed.federated.deploy.process import marked
 from nanofed.federated.flower import free_port
 from nanofed.federated.site.options import WorkerOptions
-from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_state, read_weights
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.format import find_checkpoint, read_manifest, read_state, read_weights
 from tests.ranks import in_time
 from tests.support import REPOSITORY
 

@@ -18,7 +18,7 @@ import torch
 
 from nanofed import runtime
 from nanofed.federated.flower import free_port
-from nanofed.training.checkpoint import WEIGHTS, find_checkpoint, read_manifest, read_state
+from nanofed.training.checkpoint.format import WEIGHTS, find_checkpoint, read_manifest, read_state
 from nanofed.training.summary import SUMMARY
 from tests.support import REPOSITORY, tiny_model
 

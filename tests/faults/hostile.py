@@ -15,7 +15,8 @@ from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
 from nanofed.federated.wire.codec import hash_arrays
-from nanofed.training.checkpoint import checkpoints, read_state, read_weights
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import read_state, read_weights
 from tests.federated.tiny import Site
 
 Tamper = Callable[[Message], list[Message]]

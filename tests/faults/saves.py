@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanofed.training.checkpoint import checkpoints, find_checkpoint, prune_checkpoints
+from nanofed.training.checkpoint.folder import checkpoints, prune_checkpoints
+from nanofed.training.checkpoint.format import find_checkpoint
 from tests.small_checkpoint import number_in, save_small
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "fcntl.flock"}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from nanofed.federated.runtimes.in_process import run_in_process
-from nanofed.training.checkpoint import checkpoints, read_state
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import read_state
 from tests.faults import chain
 from tests.faults.chain import check_chain, row_lengths
 from tests.federated.tiny import federation, make_corpus

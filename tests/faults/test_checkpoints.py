@@ -22,19 +22,9 @@ import torch
 
 from nanofed import cli
 from nanofed.errors import ConfigError
-from nanofed.training.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    NoSpaceError,
-    SaveError,
-    checkpoints,
-    find_checkpoint,
-    prune_checkpoints,
-    read_manifest,
-    read_state,
-    read_weights,
-)
-from nanofed.training.checkpoint.format import _checksum
+from nanofed.training.checkpoint.atomic import CheckpointError, NoSpaceError, SaveError
+from nanofed.training.checkpoint.folder import MANIFEST, checkpoints, prune_checkpoints
+from nanofed.training.checkpoint.format import _checksum, find_checkpoint, read_manifest, read_state, read_weights
 from tests.faults.children import call, mount_disk, start
 from tests.faults.fits import arguments
 from tests.faults.saves import die_everywhere, reported, save_forever, step

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanofed.federated.wire.codec import CODECS
-from nanofed.training.checkpoint import find_checkpoint, read_weights
+from nanofed.training.checkpoint.format import find_checkpoint, read_weights
 from tests.faults.deployment import Deployment, config, deployment
 from tests.federated.tiny import make_corpus
 from tests.ranks import in_time

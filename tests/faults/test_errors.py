@@ -16,7 +16,8 @@ from lightning import Callback, LightningModule, Trainer
 from nanofed import api
 from nanofed.errors import NanofedError
 from nanofed.optim import MuonAdamW
-from nanofed.training.checkpoint import checkpoints, read_manifest
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import read_manifest
 from nanofed.training.checkpoint.lightning_io import DirectoryCheckpointIO
 from nanofed.training.fit import run_fit
 from nanofed.training.lightning_cli import FitCLI

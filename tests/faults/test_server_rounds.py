@@ -19,7 +19,9 @@ from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
-from nanofed.training.checkpoint import SaveError, checkpoints, find_checkpoint, read_manifest
+from nanofed.training.checkpoint.atomic import SaveError
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import find_checkpoint, read_manifest
 from nanofed.training.summary import Summary
 from tests.faults.children import call, mount_disk
 from tests.faults.hostile import play

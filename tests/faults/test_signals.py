@@ -13,7 +13,7 @@ import pytest
 
 from nanofed.federated.deploy import process
 from nanofed.federated.deploy.process import ended_by_signals
-from nanofed.training.checkpoint import checkpoints
+from nanofed.training.checkpoint.folder import checkpoints
 from nanofed.training.signals import Signals
 from tests.faults.fits import STEPS, Cut, arguments, curve, fit, launched, losses, probe, processes_with
 from tests.parity.test_paths import corpus

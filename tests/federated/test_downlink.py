@@ -23,7 +23,7 @@ from nanofed.federated.wire.codec import CODECS, Array, Arrays, WireError, hash_
 from nanofed.federated.wire.messages import Instructions, Report, StoredWeights
 from nanofed.federated.wire.weight_store import WeightStore
 from nanofed.federated.wire.weights_calls import DOWN
-from nanofed.training.checkpoint import find_checkpoint, read_state
+from nanofed.training.checkpoint.format import find_checkpoint, read_state
 from tests.federated.arrays import odd_weights, trained
 from tests.federated.tiny import Fit, federation, prepare, same_bits, train
 

@@ -15,7 +15,7 @@ from nanofed.federated.federation import Federation
 from nanofed.federated.outcome import Outcome
 from nanofed.federated.runtimes import flower_app
 from nanofed.federated.runtimes.in_process import InProcessGrid, run_in_process
-from nanofed.training.checkpoint import checkpoints
+from nanofed.training.checkpoint.folder import checkpoints
 from tests.federated.tiny import federation
 
 

@@ -17,7 +17,8 @@ from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy import local_deployment
 from nanofed.federated.deploy.process import SupervisedProcess
 from nanofed.federated.federation import Federation
-from nanofed.training.checkpoint import checkpoints, read_manifest, read_state
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import read_manifest, read_state
 from nanofed.training.summary import Summary
 from tests.federated.tiny import arguments
 from tests.ranks import Started

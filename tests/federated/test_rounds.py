@@ -21,7 +21,8 @@ from nanofed.federated.server.policy import ONE_MACHINE, SITES
 from nanofed.federated.site.client import client_app
 from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import Instructions, Report
-from nanofed.training.checkpoint import checkpoints, find_checkpoint, read_manifest, read_weights
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import find_checkpoint, read_manifest, read_weights
 from nanofed.training.loop import Stopwatch
 from tests.federated.tiny import Fit, Site, federation, prepare, same_bits, train
 from tests.support import BATCH

@@ -29,7 +29,7 @@ from nanofed.federated.runtimes import simulation
 from nanofed.federated.runtimes.connections import Resources
 from nanofed.federated.runtimes.in_process import run_in_process
 from nanofed.federated.wire.bundle import code_hash
-from nanofed.training.checkpoint import checkpoints
+from nanofed.training.checkpoint.folder import checkpoints
 from nanofed.training.run_options import START
 from nanofed.training.summary import Summary
 from tests.federated.tiny import federation

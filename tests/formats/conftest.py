@@ -11,7 +11,7 @@ import torch
 from nanofed.model import GPT, GPTConfig
 from nanofed.optim import Clock, MuonAdamW, Schedule, parameter_groups
 from nanofed.tokenizer.training import train_tokenizer
-from nanofed.training.checkpoint import write_checkpoint
+from nanofed.training.checkpoint.format import write_checkpoint
 from tests.cli.conftest import (  # noqa: F401  (fixtures)
     TEXTS,
     _own_log_settings,

@@ -18,7 +18,8 @@ import nanofed
 from nanofed.api import complete
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.formats import huggingface
-from nanofed.training.checkpoint import CheckpointError, read_manifest, read_weights
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.format import read_manifest, read_weights
 from tests.cli.conftest import Corpus
 
 TARGETS = ["hf", "nanochat", "torch"]

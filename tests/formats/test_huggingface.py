@@ -21,7 +21,8 @@ from nanofed.generation.engine import Engine
 from nanofed.generation.sampling import Sampling
 from nanofed.model import GPT, GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
-from nanofed.training.checkpoint import CheckpointError, find_checkpoint, read_manifest, read_weights, write_checkpoint
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.format import find_checkpoint, read_manifest, read_weights, write_checkpoint
 from nanofed.training.summary import Summary
 from tests.cli.conftest import TEXTS
 

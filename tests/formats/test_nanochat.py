@@ -20,7 +20,8 @@ from nanofed.formats import nanochat, nanochat_optimizers
 from nanofed.model import GPT, GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
 from nanofed.tokenizer.training import train_tokenizer
-from nanofed.training.checkpoint import CheckpointError, read_manifest, read_state, read_weights
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.format import read_manifest, read_state, read_weights
 from tests.cli.conftest import TEXTS, Corpus
 from tests.optim.test_optimizer import assert_same
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import nanofed
-from nanofed.training.checkpoint import CheckpointError
+from nanofed.training.checkpoint.atomic import CheckpointError
 
 
 @pytest.mark.parametrize("name", ["fit_run", "federated_run", "wild"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanofed.training.checkpoint import find_checkpoint, read_manifest, read_weights
+from nanofed.training.checkpoint.format import find_checkpoint, read_manifest, read_weights
 from tests.parity.test_paths import STEPS, corpus
 from tests.ranks import TORCHRUN, Started, in_time, two_ranks
 

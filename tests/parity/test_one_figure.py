@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanofed import api
-from nanofed.training.checkpoint import find_checkpoint
+from nanofed.training.checkpoint.format import find_checkpoint
 from tests.federated.tiny import federation, train
 from tests.parity.score import figures
 from tests.parity.test_paths import arguments, corpus, one_thread

@@ -17,7 +17,7 @@ from nanofed.data.writing import write_shards
 from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes.in_process import run_in_process
 from nanofed.tokenizer.training import train_tokenizer
-from nanofed.training.checkpoint import find_checkpoint, read_weights
+from nanofed.training.checkpoint.format import find_checkpoint, read_weights
 from nanofed.training.lightning_cli import FitCLI
 from nanofed.training.loop import train_steps
 from nanofed.training.recipe import accumulation_steps

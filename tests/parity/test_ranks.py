@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanofed.training.checkpoint import checkpoints
+from nanofed.training.checkpoint.folder import checkpoints
 from tests.parity.test_paths import STEPS, arguments, corpus
 
 __all__ = ["corpus"]  # the fixture

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from nanofed.errors import ConfigError, NanofedError
-from nanofed.training.checkpoint import CheckpointError
-from nanofed.training.run_folder import Reached, RunFolder, check_usable, reach, read_marker, resume_checkpoint
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.run_folder import Reached, check_usable, hold_run, open_run, reach, read_marker, resume_checkpoint
 from nanofed.training.run_lock import ROUNDS, RunLock
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import CONFIG, MARKER, SUMMARY
@@ -27,8 +27,8 @@ def options(folder: Path, **changes: Any) -> RunOptions:
 def opened(folder: Path, config: str = "config", **changes: Any) -> Path:
     """Open a run, and leave its folder as a command that has ended leaves it."""
     given = options(folder, **changes)
-    with RunFolder(given.folder) as hold:
-        hold.open(given, "fit", config)
+    with hold_run(given.folder):
+        open_run(given, "fit", config)
     return given.folder
 
 
@@ -89,8 +89,8 @@ class TestOverwriting:
     def test_the_old_run_goes_with_the_first_step_of_the_new_one(self, tmp_path: Path) -> None:
         run = trained(tmp_path)
         new = options(tmp_path, overwrite=True)
-        with RunFolder(run) as hold:
-            hold.open(new, "fit", "new")
+        with hold_run(run):
+            open_run(new, "fit", "new")
             assert (tmp_path / ".run.replaced" / CONFIG).read_text() == "old"
             reach(run, Reached.STEP)
             assert not (tmp_path / ".run.replaced").exists()
@@ -100,8 +100,8 @@ class TestOverwriting:
         run = trained(tmp_path)
         before = listed(run)
         for _ in range(2):
-            with pytest.raises(ZeroDivisionError), RunFolder(run) as hold:
-                hold.open(options(tmp_path, overwrite=True), "fit", "new")
+            with pytest.raises(ZeroDivisionError), hold_run(run):
+                open_run(options(tmp_path, overwrite=True), "fit", "new")
                 (run / "flower.log").write_text("why")
                 raise ZeroDivisionError
             assert listed(run) == before and (run / CONFIG).read_text() == "old"
@@ -112,21 +112,21 @@ class TestOverwriting:
     def test_a_killed_start_is_put_right_by_the_next_one(self, tmp_path: Path, new_folder: bool) -> None:
         run = trained(tmp_path)
         before = listed(run)
-        RunFolder(run).open(options(tmp_path, overwrite=True), "fit", "new")  # as a process that is killed now
+        open_run(options(tmp_path, overwrite=True), "fit", "new")  # as a process that is killed now
         if not new_folder:
             for path in run.iterdir():
                 path.unlink()
             run.rmdir()
-        with RunFolder(run):
+        with hold_run(run):
             assert listed(run) == before and (run / CONFIG).read_text() == "old"
 
     def test_a_deletion_that_was_killed_is_finished(self, tmp_path: Path) -> None:
         run = trained(tmp_path)
-        RunFolder(run).open(options(tmp_path, overwrite=True), "fit", "new")
+        open_run(options(tmp_path, overwrite=True), "fit", "new")
         content = json.loads((run / MARKER).read_text())
         (run / MARKER).write_text(json.dumps({**content, "reached": Reached.STEP}))
         (tmp_path / ".run.replaced" / MARKER).unlink()
-        with RunFolder(run):
+        with hold_run(run):
             assert listed(tmp_path / "run") == [CONFIG, MARKER] and not (tmp_path / ".run.replaced").exists()
 
     def test_what_nanofed_did_not_write_is_kept(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,8 +135,8 @@ class TestOverwriting:
         for name in [*mine, "link"]:
             (run / name).parent.mkdir(exist_ok=True)
             (run / name).symlink_to("/nowhere") if name == "link" else (run / name).write_text("mine")
-        with RunFolder(run) as hold:
-            hold.open(options(tmp_path, overwrite=True), "fit", "new")
+        with hold_run(run):
+            open_run(options(tmp_path, overwrite=True), "fit", "new")
             (run / "notes.md").write_text("newer")
             reach(run, Reached.STEP)
         assert listed(run) == sorted([CONFIG, MARKER, *mine, "link"]) and (run / "notes.md").read_text() == "newer"
@@ -165,8 +165,8 @@ class TestOverwriting:
         (tmp_path / "runs").mkdir()
         (tmp_path / "runs" / "run").symlink_to(tmp_path / "disk" / "store")
         run = trained(tmp_path / "runs")
-        with RunFolder(run) as hold:
-            hold.open(options(tmp_path / "runs", overwrite=True), "fit", "new")
+        with hold_run(run):
+            open_run(options(tmp_path / "runs", overwrite=True), "fit", "new")
             reach(run, Reached.STEP)
         assert run.is_symlink() and listed(tmp_path / "disk") == [f"store/{CONFIG}", f"store/{MARKER}"]
 
@@ -259,8 +259,8 @@ def test_the_last_checkpoint_is_the_newest_that_verifies(tmp_path: Path, caplog:
 class TestLock:
     def test_a_second_process_is_refused_until_the_first_is_dead(self, tmp_path: Path) -> None:
         run = trained(tmp_path)
-        said = "from pathlib import Path; from nanofed.training.run_folder import RunFolder; import sys, time"
-        script = f"{said}\nwith RunFolder(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+        said = "from pathlib import Path; from nanofed.training.run_folder import hold_run; import sys, time"
+        script = f"{said}\nwith hold_run(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
         with subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"held\n"
             before = listed(tmp_path)
@@ -268,22 +268,22 @@ class TestLock:
             link.symlink_to(run)
             for name in (run, link):
                 with pytest.raises(NanofedError, match=rf"is in use by process {process.pid} on \S+ since 20\d\d-"):
-                    RunFolder(name).__enter__()
+                    hold_run(name).__enter__()
             assert listed(tmp_path) == sorted([*before, "link"])
             assert resume_checkpoint(run, "last") is not None, "reading needs no lock"
             process.kill()
-        with RunFolder(run):
+        with hold_run(run):
             pass
         assert not list(tmp_path.glob(".run*"))
 
     def test_a_round_loop_that_outlives_its_command_keeps_the_run(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        with RunFolder(run) as hold:
-            hold.lend_rounds()
+        with hold_run(run) as rounds:
+            rounds.release()
             orphan = RunLock(run, ROUNDS).__enter__()
         with pytest.raises(NanofedError, match="is in use by process"):
-            RunFolder(run).__enter__()
-        with RunFolder(run, end_leftovers=orphan.release):
+            hold_run(run).__enter__()
+        with hold_run(run, end_leftovers=orphan.release):
             pass
 
     def test_an_error_of_the_file_system_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ class TestLock:
 
         monkeypatch.setattr("nanofed.training.run_lock.fcntl.flock", broken)
         with pytest.raises(NanofedError, match="run cannot be written: Input/output error"):
-            RunFolder(tmp_path / "run").__enter__()
+            hold_run(tmp_path / "run").__enter__()
 
     def test_a_file_system_without_locks_is_said(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -301,5 +301,5 @@ class TestLock:
             raise OSError(37, os.strerror(37))
 
         monkeypatch.setattr("nanofed.training.run_lock.fcntl.flock", without)
-        with RunFolder(tmp_path / "run"):
+        with hold_run(tmp_path / "run"):
             assert "has no locks (No locks available)" in caplog.text

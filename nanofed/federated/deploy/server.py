@@ -20,8 +20,8 @@ from nanofed.federated.deploy.superlink import DATABASE, FOLDER, LINK, SuperLink
 from nanofed.federated.federation import Federation, Start
 from nanofed.federated.flower import host_port, is_loopback
 from nanofed.files import keep_short
-from nanofed.training.checkpoint import checkpoints
-from nanofed.training.run_folder import RunFolder, has_saved, is_used
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.run_folder import has_saved, hold_run, is_used
 from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,9 @@ def run_server(
     federation.anchor()
     folder = federation.folder / FOLDER
     link = SuperLink(folder, folder / "flower.log")
-    with ended_by_signals(), RunFolder(federation.folder, lambda: kill_marked(link.marker)) as hold:
+    with ended_by_signals(), hold_run(federation.folder, lambda: kill_marked(link.marker)) as rounds:
         run = _open(federation)
-        hold.lend_rounds()
+        rounds.release()
         folder.mkdir(exist_ok=True)
         with beside(run) as check:
             service = _Service(link, address, held, federation.start(keys=held is not None), check)

@@ -35,7 +35,7 @@ from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.weight_store import WeightStore
-from nanofed.training.run_folder import KILLED_SECONDS, RunFolder, has_saved
+from nanofed.training.run_folder import KILLED_SECONDS, has_saved, hold_run
 from nanofed.training.run_lock import ROUNDS, RunLock
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def round_loop(grid: Grid, context: Context, start: Start | None) -> Iterator[Ro
         if note := lr_note(context.run_config):
             logger.info("%s", note)
         _wait_for_clients(grid, federation.federation.clients)
-        with RunFolder(run):
+        with hold_run(run):
             federation.check()
             loop = federation.loop(grid)
             federation.write()

@@ -23,7 +23,7 @@ from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
 from nanofed.terminal import StatusLine
-from nanofed.training.run_folder import RunFolder
+from nanofed.training.run_folder import hold_run
 from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def run_in_process(federation: Federation) -> Summary:
     Raises:
         ConfigError: another process uses the run.
     """
-    with ended_by_signals(), RunFolder(federation.folder):
+    with ended_by_signals(), hold_run(federation.folder):
         federation.check()
         config = federation.federation
         trainer = ObservedTrainer(federation.trainer(), config.client_names)

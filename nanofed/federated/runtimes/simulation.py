@@ -15,7 +15,7 @@ from nanofed.federated.deploy.process import ended_by_signals
 from nanofed.federated.deploy.superlink import SuperLink, write_app
 from nanofed.federated.federation import Federation, Start
 from nanofed.federated.runtimes.connections import Resources, write_connections
-from nanofed.training.run_folder import RunFolder
+from nanofed.training.run_folder import hold_run
 from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ def run_simulation(federation: Federation) -> Summary:
     clients, cpus = federation.federation.clients, runtime.cpu_count()
     gpus = 0 if federation.config.fabric.accelerator == "cpu" else torch.cuda.device_count()
     on_cpu, on_gpu = Resources(clients, cpus, 0), Resources(clients, cpus, max(1, gpus))
-    with RunFolder(federation.folder) as folder:
+    with hold_run(federation.folder) as rounds:
         run = federation.open()
-        folder.lend_rounds()
+        rounds.release()
         write_connections(runtime.flower_home(), {"local-simulation": on_cpu, "local-simulation-gpu": on_gpu})
         with ended_by_signals():
             simulate(run / LOG, on_gpu if gpus else on_cpu, federation.start())

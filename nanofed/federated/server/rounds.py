@@ -38,7 +38,8 @@ from nanofed.federated.wire.codec import payload_bytes
 from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.optim.schedule import least_tokens
-from nanofed.training.checkpoint import SaveError, prune_checkpoints
+from nanofed.training.checkpoint.atomic import SaveError
+from nanofed.training.checkpoint.folder import prune_checkpoints
 from nanofed.training.event_files import cut_events
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.module import GPTModule

@@ -22,8 +22,8 @@ from nanofed.federated.server.ledger import Ledger, make_ledger
 from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import Array, Arrays
-from nanofed.training.checkpoint import checkpoints, read_manifest, read_state, read_weights, write_checkpoint
-from nanofed.training.checkpoint.folder import set_aside
+from nanofed.training.checkpoint.folder import checkpoints, set_aside
+from nanofed.training.checkpoint.format import read_manifest, read_state, read_weights, write_checkpoint
 from nanofed.training.module import GPTModule
 from nanofed.training.preflight import check_identity
 from nanofed.training.summary import Point, Summary

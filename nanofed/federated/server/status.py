@@ -19,7 +19,9 @@ from nanofed.errors import ConfigError
 from nanofed.federated.server.events import KINDS, SERVER, Events
 from nanofed.federated.server.ledger import ledger_figures
 from nanofed.files import write_atomically
-from nanofed.training.checkpoint import STATE, CheckpointError, Manifest, checkpoints, read_manifest
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.format import STATE, Manifest, read_manifest
 from nanofed.training.summary import CONFIG
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from nanofed import runtime
 from nanofed.training.callbacks.dashboard import RunLogger
 from nanofed.training.event_files import cut_events
 from nanofed.training.module import GPTModule
-from nanofed.training.run_folder import Reached, RunFolder, reach
+from nanofed.training.run_folder import Reached, open_run, reach
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Summary
 
@@ -42,7 +42,7 @@ class Opening(Callback):
         if self.done or not runtime.is_first_rank():
             return
         run = self._options.folder
-        RunFolder(run).open(self._options, "fit", self._config)
+        open_run(self._options, "fit", self._config)
         cut_events(run, module.clock.step or -1)
         if module.clock.step:
             self._summary.tokens = module.clock.tokens

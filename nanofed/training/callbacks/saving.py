@@ -14,8 +14,8 @@ from lightning import Callback, LightningModule, Trainer
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
 from nanofed.training.callbacks.dashboard import Dashboard
-from nanofed.training.checkpoint import CheckpointError, prune_checkpoints
-from nanofed.training.checkpoint.folder import FOLDER, set_aside
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.folder import FOLDER, prune_checkpoints, set_aside
 from nanofed.training.gc_control import ManualCollection
 from nanofed.training.losses import NonFiniteError
 from nanofed.training.module import GPTModule

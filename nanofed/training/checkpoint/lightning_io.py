@@ -9,8 +9,8 @@ from lightning.fabric.plugins.io import CheckpointIO
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.model import GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
-from nanofed.training.checkpoint import (
-    CheckpointError,
+from nanofed.training.checkpoint.atomic import CheckpointError, discard
+from nanofed.training.checkpoint.format import (
     check_model,
     local_path,
     read_manifest,
@@ -18,7 +18,6 @@ from nanofed.training.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from nanofed.training.checkpoint.atomic import discard
 
 PREFIX = "gpt."  # of the GPT's names in the LightningModule
 

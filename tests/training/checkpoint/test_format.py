@@ -13,19 +13,16 @@ from safetensors.torch import save as save_bytes
 from nanofed.errors import ConfigError
 from nanofed.model import GPT, GPTConfig
 from nanofed.tokenizer.bpe import Tokenizer
-from nanofed.training.checkpoint import (
-    MANIFEST,
-    CheckpointError,
+from nanofed.training.checkpoint.atomic import CheckpointError
+from nanofed.training.checkpoint.folder import MANIFEST, checkpoints, prune_checkpoints, set_aside
+from nanofed.training.checkpoint.format import (
     check_model,
-    checkpoints,
     find_checkpoint,
-    prune_checkpoints,
     read_manifest,
     read_state,
     read_weights,
     write_checkpoint,
 )
-from nanofed.training.checkpoint.folder import set_aside
 from nanofed.training.checkpoint.lightning_io import DirectoryCheckpointIO
 from tests.small_checkpoint import CONFIG, small_tokenizer
 
