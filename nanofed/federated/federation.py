@@ -16,7 +16,6 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from nanofed import runtime
 from nanofed.data.datamodule import TokenDataModule
 from nanofed.errors import ConfigError
-from nanofed.federated.aggregation.outer import make_outer
 from nanofed.federated.config import Arguments
 from nanofed.federated.server.asynchronous import AsynchronousLoop
 from nanofed.federated.server.metrics import FederationMetrics
@@ -158,7 +157,6 @@ class Federation(Arguments):
                 raise ConfigError(
                     f"federation.global_batch_tokens={config.global_batch_tokens:,} is no multiple of {config.clients} clients"
                 )
-        make_outer(config.outer, config.outer_lr, config.outer_momentum)
         for own in self.client_data(data).values():
             next(iter(own.validation_loader()))
             next(own.loader().take(1))

@@ -22,7 +22,7 @@ from nanofed.data.streams import DataState
 from nanofed.federated.aggregation.norm_guard import UnusualNorm
 from nanofed.federated.server.ledger import LocalLedger
 from nanofed.federated.server.rounds import RoundLoop
-from nanofed.federated.server.scheduling import MAX_MARGIN, SPARE_ROWS
+from nanofed.federated.server.scheduling import MAX_MARGIN, SPARE_ROWS, steps_taken
 from nanofed.federated.wire.codec import Arrays, hash_arrays
 from nanofed.federated.wire.messages import Hello, Instructions, Report, SiteShard
 from tests.federated.conftest import one_thread, tiny_corpus
@@ -51,7 +51,7 @@ def noise(update: Update, base: Update, *_: Any) -> Update:
 
 def ramp(update: Update, base: Update, loop: RoundLoop, asked: Instructions, report: Report) -> Update:
     """Its honest update, made as long as will be merged whole: 0.999 of the limit."""
-    guard, steps = loop.state.norms, loop.rates(asked, report.steps)
+    guard, steps = loop.state.norms, steps_taken(loop._module.recipe.schedule, asked, report.steps)
     lengths = [_length([moved]) for moved in update]
 
     def passes(factor: float) -> bool:

@@ -296,6 +296,7 @@ def test_a_commit_goes_no_further_than_positions_and_pending_rows(dataset: Datas
 def test_a_client_that_is_away_for_a_while_goes_on_where_it_stood(dataset: Dataset) -> None:
     ledger = Ledger(dataset.train, STREAMS)
     lease = ledger.lease("one", 100)
+    ledger.commit("one", DataState(0, {stream: StreamState() for stream in range(STREAMS)}))
     for _ in range(2):
         for _ in range(ABSENT_ROUNDS - 1):
             ledger.miss("one")

@@ -44,22 +44,15 @@ def answer(message_id: str, error: str = "") -> Message:
 
 def play(messenger: Messenger, number: int, seconds: float = 0.3, meanwhile: Callable[[], None] = lambda: None) -> Any:
     request()  # Message() reads what it sets
-    results = messenger.round(
-        {CLIENT: NODE},
-        {CLIENT: instructions(round=number)},
-        sent(),
-        streams=STREAMS,
-        most_pending=1,
-        seconds=seconds,
-        meanwhile=meanwhile,
-    )
+    messenger.send({CLIENT: NODE}, {CLIENT: instructions(round=number)}, sent(), seconds=seconds)
+    results = messenger.replies(number, meanwhile)
     (one,) = list(results)
     return one.result
 
 
 def test_a_late_answer_is_named_and_dropped_and_the_message_lives_for_it() -> None:
     grid, events = SlowGrid(), Events()
-    messenger = Messenger(cast(Grid, grid), events)
+    messenger = Messenger(cast(Grid, grid), events, streams=STREAMS, most_pending=1)
     silent = play(messenger, 1)
     assert isinstance(silent, RefusedReply) and silent.kind == "silent"
     assert grid.pushed[0].metadata.ttl == LIFE * 0.3
@@ -76,7 +69,7 @@ def test_a_late_answer_is_named_and_dropped_and_the_message_lives_for_it() -> No
 
 def test_flowers_word_for_a_dead_message_ends_the_waiting_for_it() -> None:
     grid, events = SlowGrid(), Events()
-    messenger = Messenger(cast(Grid, grid), events)
+    messenger = Messenger(cast(Grid, grid), events, streams=STREAMS, most_pending=1)
     play(messenger, 1)
     grid.answers["message 0"] = answer("message 0", error="the message is unavailable")
     play(messenger, 2)
@@ -90,7 +83,9 @@ def test_what_the_server_does_meanwhile_takes_no_clients_time() -> None:
     """A checkpoint that takes longer than the round: the answers that came in that time are still looked for."""
     grid = SlowGrid()
     grid.answers["message 0"] = answer("message 0", "the client's own error")
-    result = play(Messenger(cast(Grid, grid), Events()), 1, meanwhile=lambda: time.sleep(0.5))
+    result = play(
+        Messenger(cast(Grid, grid), Events(), streams=STREAMS, most_pending=1), 1, meanwhile=lambda: time.sleep(0.5)
+    )
     assert isinstance(result, RefusedReply) and result.kind == "failed"
 
 
@@ -100,12 +95,12 @@ def test_what_the_server_does_meanwhile_takes_no_clients_time() -> None:
 def ask(messenger: Messenger, client: str, number: int, seconds: float) -> None:
     request()
     one = instructions(client=client, round=number)
-    messenger.send(NODE, one, sent(), streams=STREAMS, most_pending=1, seconds=seconds)
+    messenger.send({client: NODE}, {client: one}, sent(), seconds=seconds)
 
 
 def test_each_message_has_a_time_of_its_own() -> None:
     grid, events = SlowGrid(), Events()
-    messenger = Messenger(cast(Grid, grid), events)
+    messenger = Messenger(cast(Grid, grid), events, streams=STREAMS, most_pending=1)
     ask(messenger, "fast", 1, seconds=30.0)
     ask(messenger, "gone", 1, seconds=0.2)
     assert list(messenger.arrivals(1)) == [] and messenger.waiting_for == {"fast", "gone"}
@@ -123,7 +118,7 @@ def test_each_message_has_a_time_of_its_own() -> None:
 
 def test_answers_that_were_not_looked_at_are_there_at_the_next_look() -> None:
     grid = SlowGrid()
-    messenger = Messenger(cast(Grid, grid), Events())
+    messenger = Messenger(cast(Grid, grid), Events(), streams=STREAMS, most_pending=1)
     for number, client in enumerate(("a", "b")):
         ask(messenger, client, 1, seconds=30.0)
         grid.answers[f"message {number}"] = answer(f"message {number}", "it failed")
@@ -135,7 +130,7 @@ def test_answers_that_were_not_looked_at_are_there_at_the_next_look() -> None:
 
 def test_who_is_given_up_is_not_waited_for() -> None:
     grid = SlowGrid()
-    messenger = Messenger(cast(Grid, grid), Events())
+    messenger = Messenger(cast(Grid, grid), Events(), streams=STREAMS, most_pending=1)
     for client in ("a", "b"):
         ask(messenger, client, 1, seconds=0.0)
     messenger.give_up("a")

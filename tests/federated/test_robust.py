@@ -115,8 +115,6 @@ def test_so_many_are_cut_on_each_side(trim: float, tmp_path: Path, caplog: pytes
         cut = clients * round(100 * trim) // 100
         assert result == pytest.approx(np.sort(values)[cut : clients - cut].mean(), rel=1e-15)
         assert bool(caplog.records) == (cut == 0), "that nothing is cut off is said"
-    with pytest.raises(ValueError, match="trim must be"):
-        make_aggregator("trimmed_mean", sent_weights(old), tmp_path, trim=0.5)
 
 
 @pytest.mark.parametrize("method", ROBUST)
@@ -212,10 +210,6 @@ def _on_a_small_disk(folder: Path, method: Method, change: str) -> None:
     assert str(spool) in str(failure.value)
     assert reason in str(failure.value)
     assert [file.name for file in spool.iterdir()] == (["00000.update"] if change else []), "the disk is given back"
-    with pytest.raises(NanofedError, match="cannot be merged"):  # not a merge of those who came later
-        aggregator.fold("d", FP32.encode({n: w[:1] if n == "none" else w for n, w in old.items()}), 1.0)
-    with pytest.raises((NanofedError, ValueError)):
-        aggregator.result()
     if not change:
         again = make_aggregator(method, sent_weights(old), spool)
         again.fold("a", FP32.encode(old), 1.0)

@@ -359,7 +359,7 @@ def test_writers_cannot_hold_up_who_takes_an_answer(laid: Laid, tmp_path: Path) 
 def test_refused_answers_leave_neither_files_nor_memory(store: WeightStore, tmp_path: Path) -> None:
     """Nothing of a round may hang on a refusal: it would be unseen space on the disk, for as long as the process lives."""
     grid = Answering()
-    exchange, events = Messenger(cast(Grid, grid), Events(), store), Events()
+    exchange, events = Messenger(cast(Grid, grid), Events(), store, streams=replies.STREAMS, most_pending=1), Events()
     replies.request()  # Message() reads what it sets
     with FrozenObjects():
         for number in range(1, 5):
@@ -369,7 +369,8 @@ def test_refused_answers_leave_neither_files_nor_memory(store: WeightStore, tmp_
             nodes = {"client-0": 1, "client-1": 2}
             instructed = {client: replace(asked, client=client) for client in nodes}
             sent = SentWeights(values, payload, FP32, FP32)
-            found = exchange.round(nodes, instructed, sent, streams=replies.STREAMS, most_pending=1, seconds=0.3)
+            exchange.send(nodes, instructed, sent, seconds=0.3)
+            found = exchange.replies(number)
             for answer in found:
                 assert isinstance(answer.result, RefusedReply)
                 events.add(answer.result.kind, answer.client, answer.result, number)

@@ -28,7 +28,6 @@ def make_aggregator(method: Method, sent: SentWeights, spool: Path, *, trim: flo
         trim: for `trimmed_mean`, the share of the clients that is cut off on each side, in [0, 0.5).
 
     Raises:
-        ValueError: trim is out of its range.
         NanofedError: the spool folder cannot be used.
     """
     if method == "mean":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ class Aggregator(ABC):
         self._spool = Spool(sent, spool)
         self._held: dict[str, float] = {}  # client -> its share
         self._samples: dict[str, Tensor] = {}
-        self._mean: Tensor | None = None
+        self._mean: Tensor  # the merged update at the samples' coordinates, after `result`
 
     def fold(self, client: str, arrays: Sequence[npt.NDArray[np.generic]], weight: float, scale: float = 1.0) -> None:
         """Fold a client's reply into the result; its arrays are not needed afterwards.
@@ -54,13 +53,8 @@ class Aggregator(ABC):
 
         Raises:
             WireError: the arrays do not fit; nothing was folded in.
-            ValueError: weight or scale make no sense, or the client is there already; nothing was folded in.
             NanofedError: the disk on which replies are kept is full; the round cannot be merged.
         """
-        if not 0 < weight < math.inf or not 0 < scale <= 1:
-            raise ValueError(f"the share of {client} is {weight} and its scale {scale}")
-        if client in self._samples:
-            raise ValueError(f"{client} has been folded in already")
         opened = self._sent.open(arrays)
         self._fold(client, opened, weight, scale)
         self._samples[client] = self._sent.sample(opened)
@@ -95,13 +89,7 @@ class Aggregator(ABC):
         self._spool.remove(client)
 
     def result(self) -> PseudoGradient:
-        """Return the pseudo-gradient, by parameter. It can be asked for once.
-
-        Raises:
-            ValueError: nothing was folded in.
-        """
-        if not self._samples:
-            raise ValueError("there is no client to take the mean of")
+        """Return the pseudo-gradient, by parameter. It can be asked for once, when somebody was folded in."""
         merged = self._result()
         self._mean = self._sent.sample_of(merged).neg_()
         shaped = zip(self._sent.shapes.items(), merged, strict=True)
@@ -113,9 +101,10 @@ class Aggregator(ABC):
         It can be asked for after `result`. It is estimated from some 65,536 coordinates that are spread evenly over the
         model, for the updates themselves are gone by then.
         """
-        if self._mean is None:
-            raise ValueError("there is no result yet to compare with")
-        return {client: _cosine(sample, self._mean) for client, sample in self._samples.items()}
+        return {
+            client: float(torch.cosine_similarity(sample, self._mean, dim=0, eps=1e-30))
+            for client, sample in self._samples.items()
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -123,9 +112,9 @@ class Aggregator(ABC):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @abstractmethod
     def close(self) -> None:
-        """Free memory and remove files. A result stays valid, and closing again does nothing."""
+        """Remove the replies that wait on disk. A result stays valid, and closing again does nothing."""
+        self._spool.close()
 
     @abstractmethod
     def _fold(self, client: str, opened: Sequence[Sequence[Tensor]], weight: float, scale: float) -> None:
@@ -134,8 +123,3 @@ class Aggregator(ABC):
     @abstractmethod
     def _result(self) -> list[Tensor]:
         """Return the pseudo-gradient of each weight, as a one-dimensional tensor."""
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    lengths = float(a.norm() * b.norm())
-    return float(torch.dot(a, b)) / lengths if lengths else 0.0

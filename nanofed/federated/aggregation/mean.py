@@ -64,8 +64,3 @@ class Mean(Aggregator):
 
         over_blocks(self._sent.sizes, worker)
         return self._sums
-
-    def close(self) -> None:
-        """Free the accumulator, and remove the replies that were held."""
-        self._sums = []
-        self._spool.close()

@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from nanofed.optim import Movement, Schedule
+from nanofed.optim import Movement
 
 # A site's vote is the median of its last WINDOW merged lengths. The usual length is never below LEAST, and grows by the factor
 # GROWTH from one round to the next at most.
@@ -32,11 +30,9 @@ UNSUSPICIOUS = 2.0
 # Rounding may add a tenth to what the steps move, and 1e-6 of a weight's own norm: bf16 on the wire, fp32 in the optimizer.
 SLACK = 1.1
 ROUNDING = 1e-6
-# No update may be longer than ten times the weights. With max_norm_ratio null the limit is what fp32 holds, with room to spare.
+# No update may be longer than ten times the weights. With max_norm_ratio null the limit is what the outer step can bear.
 MOST_OF_WEIGHTS = 10.0
-LARGEST = 1e30
-# The schedule is evaluated at this many steps of a round at most.
-POINTS = 1000
+LARGEST = 1e15
 
 Lengths = dict[str, float]  # parameter group -> length, in the recipe's unit
 
@@ -51,45 +47,11 @@ class UnusualNorm(Exception):
 
 @dataclass(frozen=True)
 class Steps:
-    """The rates and the memory with which a client takes the steps of a round.
+    """The rates and the memory with which a client takes the steps of a round."""
 
-    Attributes:
-        linear: the sum of their learning rates, as multiples of the initial ones.
-        quadrature: the root of the sum of their squares.
-        beta2: the decay of AdamW's second moments.
-    """
-
-    linear: float
-    quadrature: float
-    beta2: float
-
-    @classmethod
-    def of(
-        cls,
-        schedule: Schedule,
-        steps: int,
-        *,
-        clock_tokens: int,
-        batch_tokens: int,
-        participants: int,
-        horizon_tokens: int,
-    ) -> Steps:
-        """Return the rates and the memory of a client's first steps of a round.
-
-        Args:
-            schedule: the recipe's schedule.
-            steps: the number of steps.
-            clock_tokens: merged tokens of the run at the first step.
-            batch_tokens: tokens of a client's step.
-            participants: the clients that train at the same time; the steps of all of them move the schedule.
-            horizon_tokens: tokens of the whole run.
-        """
-        step_tokens = batch_tokens * participants
-        at = np.linspace(0, steps - 1, min(steps, POINTS))
-        run = {"step_tokens": step_tokens, "horizon_tokens": horizon_tokens}
-        rates = [schedule.multiplier(clock_tokens + float(k) * step_tokens, **run) for k in at]
-        squares = math.fsum(rate**2 for rate in rates) / len(rates)
-        return cls(steps * math.fsum(rates) / len(rates), math.sqrt(steps * squares), schedule.beta2(batch_tokens))
+    linear: float  # the sum of their learning rates, as multiples of the initial ones
+    quadrature: float  # the root of the sum of their squares
+    beta2: float  # the decay of AdamW's second moments
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanofed.errors import ConfigError
 from nanofed.federated.aggregation.aggregator import PseudoGradient
 from nanofed.federated.wire.blocks import BLOCK, flat, over_blocks
 from nanofed.federated.wire.codec import Array, Weights
 
 Outer = Literal["auto", "fedavg", "nesterov", "adam"]
 
-LARGEST = float(np.finfo(np.float32).max)
+# No element may be larger: with learning rates of 1e9 at most, nothing on the way of a step leaves fp32 then.
+LARGEST = 1e18
 PARTS = "parts"  # of a step, in the state of `DelayedNesterov`
 
 
@@ -33,18 +33,11 @@ class OuterOptimizer(ABC):
     Attributes:
         lr: The outer learning rate; it may be set between two steps.
         momentum: The momentum, or the decay of a running mean of pseudo-gradients; it may be set between two steps.
-
-    Raises:
-        ConfigError: lr is not positive or momentum not in [0, 1).
     """
 
     SLOTS: ClassVar[tuple[str, ...]]
 
     def __init__(self, lr: float, momentum: float) -> None:
-        if not lr > 0 or not 0 <= momentum < 1:
-            raise ConfigError(
-                f"federation: outer_lr must be positive and outer_momentum in [0, 1), not {lr}, {momentum}"
-            )
         self.lr = lr
         self.momentum = momentum
         self._slots: dict[str, dict[str, Array]] = {}
@@ -73,9 +66,7 @@ class OuterOptimizer(ABC):
         states = [[flat(arrays[name]) for arrays in slots.values()] for name in names]
 
         def fits(index: int, part: slice) -> tuple[int, bool]:
-            g, *own = [_largest(tensor[part]) for tensor in (gs[index], *states[index])]
-            *grown, step = self._reach(g, own, strength=strength, fraction=fraction)
-            return index, all(value <= LARGEST for value in (g, *grown, _largest(ws[index][part]) + step))
+            return index, all(_largest(t[part]) <= LARGEST for t in (gs[index], ws[index], *states[index]))
 
         for index, fitting in over_blocks([w.numel() for w in ws], lambda: fits):
             if not fitting:
@@ -115,10 +106,6 @@ class OuterOptimizer(ABC):
     ) -> tuple[Tensor, float]:
         """Bring a block's state forward in place, and return its direction, which may be in the buffer, and its rate."""
 
-    @abstractmethod
-    def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
-        """Return the largest values that can arise on the way, and last that of the step, from those of gradient and state."""
-
     def plan(self, clients: int, rounds: float) -> str:
         """Choose the rates of the next step, where they are not fixed, and return them in words.
 
@@ -153,12 +140,32 @@ class OuterNesterov(OuterOptimizer):
 
     With `lr=1, momentum=0` this is exactly FedAvg (McMahan et al. 2017, arXiv:1602.05629), which keeps no state. With one client
     it is the slow weights of SNOO (arXiv:2510.15830).
+
+    A rate that is not given follows the number of clients and of planned rounds. Up to four clients learning rate and momentum
+    are 0.7 and 0.6, the best of what was tried here (notebooks/LOG.md); from there they rise to 1.0 and 0.9 at sixteen (MuLoCo),
+    where the mean of more updates is less noisy. Momentum gathers over 1 / (1 - momentum) rounds, at most half of the run's.
     """
 
     SLOTS: ClassVar[tuple[str, ...]] = ("momentum",)
 
-    def __init__(self, lr: float = 0.7, momentum: float = 0.6) -> None:
-        super().__init__(lr, momentum)
+    def __init__(self, lr: float | None = None, momentum: float | None = None) -> None:
+        self._given = lr, momentum
+        super().__init__(lr or 0.7, 0.6 if momentum is None else momentum)
+
+    def plan(self, clients: int, rounds: float) -> str:
+        """Choose the rates that are not given for so many clients and rounds in all."""
+        lr, momentum = self._given
+        if lr is not None and momentum is not None:
+            return super().plan(clients, rounds)
+        many = min(max(math.log2(clients / 4) / 2, 0.0), 1.0)
+        most = 0.6 + 0.3 * many
+        gathered = round(min(most, max(0.0, 1.0 - 2.0 / rounds)), 2)
+        if lr is None:
+            self.lr = 1.0 - (1.0 - (0.7 + 0.3 * many)) * gathered / most  # plain averaging where no momentum is left
+        if momentum is None:
+            self.momentum = gathered
+        why = f"{clients} {'client' if clients == 1 else 'clients'}{' and few rounds' if gathered < most else ''}"
+        return f"{super().plan(clients, rounds)}, chosen for {why}"
 
     def _needed(self) -> tuple[str, ...]:
         return self.SLOTS if self.momentum else ()
@@ -174,12 +181,6 @@ class OuterNesterov(OuterOptimizer):
             return g, lr
         torch.add(g, state[0], alpha=momentum, out=state[0])
         return torch.add(g, state[0], alpha=fraction * momentum, out=buffer), lr
-
-    def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
-        lr, momentum = self._rates(strength)
-        velocity = momentum * state[0] + g if state else 0.0
-        update = g + fraction * momentum * velocity
-        return [velocity, update, lr * update]
 
 
 class OuterAdam(OuterOptimizer):
@@ -205,48 +206,13 @@ class OuterAdam(OuterOptimizer):
         torch.div(mean, buffer, out=buffer).mul_(strength * fraction * self.lr).add_(g, alpha=1.0 - strength)
         return buffer, 1.0
 
-    def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
-        mean, square = max(state[0], g), max(state[1], g * g)
-        step = strength * self.lr * mean / self.EPSILON + (1.0 - strength) * g
-        return [mean, square, step]
 
-
-class AutomaticOuter(OuterNesterov):
-    """Nesterov's momentum whose rates follow the number of clients and of planned rounds.
-
-    Up to four clients learning rate and momentum are 0.7 and 0.6, the best of what was tried here (notebooks/LOG.md); from there
-    they rise to 1.0 and 0.9 at sixteen (MuLoCo, arXiv:2505.23725), where the mean of more updates is less noisy. Momentum gathers
-    over 1 / (1 - momentum) rounds, which are at most half of the run's.
-
-    Args:
-        lr: The outer learning rate, in the place of the one that is chosen.
-        momentum: The momentum, in the place of the one that is chosen.
-    """
-
-    def __init__(self, lr: float | None = None, momentum: float | None = None) -> None:
-        self._given = lr, momentum
-        super().__init__(lr or 0.7, 0.6 if momentum is None else momentum)
-
-    def plan(self, clients: int, rounds: float) -> str:
-        """Choose the rates for so many clients and rounds in all."""
-        many = min(max(math.log2(clients / 4) / 2, 0.0), 1.0)
-        most = 0.6 + 0.3 * many
-        gathered = round(min(most, max(0.0, 1.0 - 2.0 / rounds)), 2)
-        lr, momentum = self._given
-        full = 0.7 + 0.3 * many
-        # Plain averaging where no momentum is left.
-        self.lr = 1.0 - (1.0 - full) * gathered / most if lr is None else lr
-        self.momentum = gathered if momentum is None else momentum
-        why = f"{clients} {'client' if clients == 1 else 'clients'}{' and few rounds' if gathered < most else ''}"
-        return f"{super().plan(clients, rounds)}, chosen for {why}"
-
-
-class DelayedNesterov(AutomaticOuter):
+class DelayedNesterov(OuterNesterov):
     """Nesterov's momentum over updates that come one at a time (Liu et al. 2024, arXiv:2401.09135, algorithm 3 with c = 0).
 
     The update of one of N clients moves the weights by its N-th part as soon as it is there. Momentum is brought forward and
     applied with every N-th update only, for momentum that follows each single update swings too far. So N updates move the
-    weights as one step of `AutomaticOuter` along their mean does. N may change: what counts is when the parts add up to one.
+    weights as one step of `OuterNesterov` along their mean does. N may change: what counts is when the parts add up to one.
     """
 
     SLOTS = ("momentum", "gathered")
@@ -282,15 +248,6 @@ class DelayedNesterov(AutomaticOuter):
                 return torch.mul(g, self._part, out=buffer).add_(velocity, alpha=fraction * momentum), lr
         return g, lr * self._part
 
-    def _reach(self, g: float, state: Sequence[float], *, strength: float, fraction: float) -> list[float]:
-        lr, momentum = self._rates(strength)
-        if not state:
-            return [lr * self._part * g]
-        gathered = state[1] + self._part * g
-        velocity = state[0] * momentum + gathered if self._whole else state[0]
-        update = self._part * g + (fraction * momentum * velocity if self._whole else 0.0)
-        return [gathered, velocity, update, lr * update]
-
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the state, fp32, with the parts that were gathered."""
         return {**super().state_dict(), PARTS: torch.tensor(self._parts, dtype=torch.float64)}
@@ -311,19 +268,12 @@ def make_outer(
         lr: The outer learning rate.
         momentum: The outer momentum.
         asynchronous: It is stepped along one client's update at a time; `adam` cannot be.
-
-    Raises:
-        ConfigError: lr is not positive or momentum not in [0, 1).
     """
-    if asynchronous:
-        own = {"fedavg": (1.0, 0.0), "nesterov": (0.7, 0.6)}.get(kind, (None, None))
-        return DelayedNesterov(own[0] if lr is None else lr, own[1] if momentum is None else momentum)
-    if kind == "auto":
-        return AutomaticOuter(lr, momentum)
-    if kind == "fedavg":
-        return OuterNesterov(1.0, 0.0)
-    given = {name: value for name, value in (("lr", lr), ("momentum", momentum)) if value is not None}
-    return OuterAdam(**given) if kind == "adam" else OuterNesterov(**given)
+    if kind == "adam":
+        return OuterAdam(0.01 if lr is None else lr, 0.9 if momentum is None else momentum)
+    own = {"fedavg": (1.0, 0.0), "nesterov": (0.7, 0.6), "auto": (None, None)}[kind]
+    optimizer = DelayedNesterov if asynchronous else OuterNesterov
+    return optimizer(own[0] if lr is None else lr, own[1] if momentum is None else momentum)
 
 
 def damping(age: int, clients: int) -> float:

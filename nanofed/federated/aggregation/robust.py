@@ -73,11 +73,6 @@ class Sorted(Aggregator):
         self._spool.write(client, opened)
         self._scales[client] = scale
 
-    def close(self) -> None:
-        """Remove the replies."""
-        self._spool.close()
-        self._scales.clear()
-
     def _result(self) -> list[Tensor]:
         try:
             scales = list(self._scales.values())
@@ -147,15 +142,9 @@ class TrimmedMean(Sorted):
 
     Args:
         trim: The share of the clients that is cut off on each side, in [0, 0.5).
-
-    Raises:
-        ValueError: The share is out of its range.
-        NanofedError: The folder for the replies cannot be used.
     """
 
     def __init__(self, sent: SentWeights, spool: Path, trim: float = 0.2) -> None:
-        if not 0 <= trim < 0.5:
-            raise ValueError(f"trim must be in [0, 0.5), not {trim}")
         super().__init__(sent, spool)
         self._trim = trim
 

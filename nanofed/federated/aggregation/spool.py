@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from torch import Tensor
 from nanofed.errors import NanofedError
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.wire.blocks import flat
+from nanofed.federated.wire.codec import arrays_over, bytes_of
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".update"
-ALIGNMENT = 64  # bytes: every array in a file begins at a multiple of it
 
 
 class Spool:
@@ -34,12 +33,11 @@ class Spool:
 
     def __init__(self, sent: SentWeights, folder: Path) -> None:
         self._layouts = [sent.up.layout(shape) for shape in sent.shapes.values()]
-        sizes = [sum(_padded(*array) for array in layout) for layout in self._layouts]
-        self._offsets = list(itertools.accumulate(sizes, initial=0))  # where each weight's arrays begin in a file
+        # Where each weight's arrays begin in a file.
+        self._offsets = list(itertools.accumulate(map(bytes_of, self._layouts), initial=0))
         self._folder = folder
         self._files: dict[str, Path] = {}
         self._written = 0
-        self._broken: OSError | None = None
         try:
             for left in folder.glob(f"*{SUFFIX}"):
                 left.unlink()
@@ -61,10 +59,8 @@ class Spool:
         """Keep a client's reply.
 
         Raises:
-            NanofedError: There is no room for it, or there was none for an earlier one: the round cannot be merged.
+            NanofedError: There is no room for it: the round cannot be merged.
         """
-        if self._broken:
-            raise self._unusable(self._broken)
         self.make()
         file = self._folder / f"{self._written:05d}{SUFFIX}"
         self._written += 1
@@ -73,9 +69,7 @@ class Spool:
             with file.open("wb") as out:
                 for array in itertools.chain.from_iterable(opened):
                     out.write(array.numpy().view(np.uint8).data)
-                    out.write(bytes(-array.nbytes % ALIGNMENT))
         except OSError as error:
-            self._broken = error
             self.close()
             raise self._unusable(error) from error
 
@@ -85,18 +79,12 @@ class Spool:
         Raises:
             NanofedError: The file cannot be read, or is shorter than it was: the round cannot be merged.
         """
-        if self._broken:
-            raise self._unusable(self._broken)
-        arrays, offset = [], self._offsets[index]
+        part = slice(self._offsets[index], self._offsets[index + 1])
         try:
-            for dtype, shape in self._layouts[index]:
-                size = math.prod(shape)
-                mapped = np.memmap(self._files[client], dtype, "r", offset, (size,)) if size else np.empty(0, dtype)
-                arrays.append(flat(mapped))
-                offset += _padded(dtype, shape)
+            mapped = np.memmap(self._files[client], np.uint8, "r")
+            return [flat(array) for array in arrays_over(mapped[part], self._layouts[index])]
         except (OSError, ValueError) as error:
             raise self._unusable(error) from error
-        return arrays
 
     def remove(self, client: str) -> None:
         """Remove a client's reply."""
@@ -117,8 +105,3 @@ class Spool:
             f"({getattr(error, 'strerror', None) or error}); make room there for a payload of every client, or set "
             "federation.merge=mean, which keeps only those that are unusually long"
         )
-
-
-def _padded(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> int:
-    size = dtype.itemsize * math.prod(shape)
-    return size + -size % ALIGNMENT

@@ -20,7 +20,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from nanofed.data.packing import most_pending
 from nanofed.errors import NanofedError
 from nanofed.federated.aggregation import make_aggregator
 from nanofed.federated.aggregation.norm_guard import UnusualNorm
@@ -107,16 +106,9 @@ class AsynchronousLoop(RoundLoop):
         among = sorted({*self._in_flight, *idle})
         asked = self._scheduler.instruct(number, idle, state, self._downlink.base_hash, {}, among)
         self._tell_batch(asked[idle[0]])
-        for client, instructions in asked.items():
-            self._messenger.send(
-                present[client],
-                instructions,
-                sent,
-                streams=self._data.streams,
-                most_pending=most_pending(self._data.sequence_len),
-                seconds=self._scheduler.time_limit(state.clock.tokens, self._turns(len(among))),
-            )
-            self._in_flight[client] = _InFlight(present[client], instructions, sent)
+        seconds = self._scheduler.time_limit(state.clock.tokens, self._turns(len(among)))
+        self._messenger.send({client: present[client] for client in idle}, asked, sent, seconds=seconds)
+        self._in_flight |= {client: _InFlight(present[client], asked[client], sent) for client in idle}
         figures.encode += time.monotonic() - started
 
     def _turns(self, clients: int) -> int:

@@ -115,19 +115,12 @@ class RoundEvaluator(ABC):
 
 @dataclass(frozen=True)
 class Measured:
-    """What the server has measured of some weights.
+    """What the server has measured of some weights."""
 
-    Attributes:
-        bpb: bits per byte.
-        samples: prompt -> the prompt with the likeliest text after it.
-        seconds: how long that took.
-        core: CORE, where it was due.
-    """
-
-    bpb: float
-    samples: Mapping[str, str]
-    seconds: float
-    core: CoreScore | None
+    bpb: float  # bits per byte
+    samples: Mapping[str, str]  # prompt -> the prompt with the likeliest text after it
+    seconds: float  # how long that took
+    core: CoreScore | None  # CORE, where it was due
 
 
 class ServerModel:
@@ -428,7 +421,8 @@ class SiteEvaluator(RoundEvaluator):
         told |= {"down_codec": whole.name, "changed_from": ""}
         self._begin_requests({name: {**told, "client": name, "nonce": secrets.token_hex(16)} for name in nodes})
         seconds = self._policy.time_limit(self._config.grace_seconds, len(nodes))
-        for reply in self._messenger.evaluation(nodes, self._asked, payload, seconds=seconds):
+        self._messenger.send_evaluation(nodes, self._asked, payload, seconds=seconds)
+        for reply in self._messenger.replies(state.clock.round):
             if isinstance(reply.result, RefusedReply):
                 self._lost(reply.client, reply.result, state)
             else:

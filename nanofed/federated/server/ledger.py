@@ -10,8 +10,6 @@ lease up to where it says that its streams stand.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -293,13 +291,13 @@ class Ledger:
         """Count a round in which a client was away or not merged; after `ABSENT_ROUNDS` in a row its rows are free for others.
 
         If they were free at once, the next client would read the documents that this one has begun from their beginning, and
-        train again on text that is merged already: a large part of a short round.
+        train again on text that is merged already: a large part of a short round. Who was never merged has begun none.
         """
         held = self._clients.get(client)
         if held is None:
             return
         held.absent += 1
-        if held.absent >= ABSENT_ROUNDS:
+        if held.data is None or held.absent >= ABSENT_ROUNDS:
             self.release(client)
 
     def release(self, client: str) -> int:
@@ -392,15 +390,13 @@ def _rows_between(ranges: Sequence[RowRange], streams: int, before: DataState | 
 
 def _text_bytes(shard: Shard, rows: npt.NDArray[np.int64]) -> int:
     """Return the UTF-8 bytes of rows, with one more each for the token that begins a document."""
-    ends = list(itertools.accumulate(shard.row_group_rows))
-    groups: dict[int, list[int]] = defaultdict(list)
-    for row in rows.tolist():
-        groups[bisect.bisect_right(ends, row)].append(row)
-    total = 0
-    for group, wanted in groups.items():
-        texts = read_texts(shard, group)
-        first = ends[group] - len(texts)
-        total += sum(len(texts[row - first].encode()) + 1 for row in wanted)
+    total = first = 0
+    for group, size in enumerate(shard.row_group_rows):
+        wanted = rows[(first <= rows) & (rows < first + size)] - first
+        if len(wanted):
+            texts = read_texts(shard, group)
+            total += sum(len(texts[row].encode()) + 1 for row in wanted.tolist())
+        first += size
     return total
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -31,38 +31,25 @@ REMEMBERED = 1000  # messages of earlier rounds, whose replies can still be told
 
 @dataclass(frozen=True)
 class ClientReply(Generic[T]):
-    """What came of one client's message.
-
-    Attributes:
-        result: What was asked for, such as an update to be merged, or why there is none.
-        seconds: The time from the dispatch until the reply was here and checked.
-    """
+    """What came of one client's message."""
 
     client: str
-    result: T | RefusedReply
-    seconds: float
+    result: T | RefusedReply  # what was asked for, such as an update to be merged, or why there is none
+    seconds: float  # the time from the dispatch until the reply was here and checked
 
 
 @dataclass
 class _Asked(Generic[T]):
-    """A message whose answer is waited for.
-
-    Attributes:
-        weights: The weights on their way, of this message or of all messages of a round.
-        check: It returns what the answer holds, or raises `RefusedReply`.
-        started: When the answer's seconds begin to count, on the monotonic clock.
-        seconds: The seconds after which the client is given up.
-        trains: The seconds for which the client is asked to train; no answer is expected before they are over.
-    """
+    """A message whose answer is waited for."""
 
     client: str
     node: int
     round: int
-    weights: RoundWeights
-    check: Callable[[str, Message], T]
-    started: float
-    seconds: float
-    trains: float
+    weights: RoundWeights  # the weights on their way, of this message or of all messages of a round
+    check: Callable[[str, Message], T]  # it returns what the answer holds, or raises `RefusedReply`
+    started: float  # when the answer's seconds begin to count, on the monotonic clock
+    seconds: float  # the seconds after which the client is given up
+    trains: float  # the seconds for which the client is asked to train; no answer is expected before they are over
 
 
 class Messenger:
@@ -71,73 +58,100 @@ class Messenger:
     Args:
         events: They count the replies that nobody waits for.
         transport: It moves the weights; by default they are in the messages.
+        streams: The number of streams of every client's data.
+        most_pending: The documents that a stream's packer may hold.
 
     Attributes:
-        transport: It encodes the weights for the next `round` or `evaluation`.
+        transport: It encodes the weights for the next `send` or `send_evaluation`.
         late: The clients whose replies came too late since somebody emptied this set.
     """
 
-    def __init__(self, grid: Grid, events: Events, transport: WeightTransport | None = None) -> None:
+    def __init__(
+        self, grid: Grid, events: Events, transport: WeightTransport | None = None, *, streams: int, most_pending: int
+    ) -> None:
         self._grid = grid
         self._events = events
         self.transport = transport or WeightTransport()
+        self._limits = {"streams": streams, "most_pending": most_pending}
         self.late: set[str] = set()
         self._waiting: dict[str, _Asked[Any]] = {}  # message ->
         self._given_up: OrderedDict[str, tuple[str, int]] = OrderedDict()  # message -> client and round
         self._answered: OrderedDict[str, str] = OrderedDict()  # message -> client
 
-    def round(
+    def send(
         self,
         nodes: Mapping[str, int],
         instructions: Mapping[str, Instructions],
         sent: SentWeights,
         *,
-        streams: int,
-        most_pending: int,
         seconds: float,
-        requests: Mapping[str, Evaluate] | None = None,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> Iterator[ClientReply[Update]]:
-        """Send a round, and yield every client with its update or why there is none, in the order of arrival.
+        requests: Mapping[str, Evaluate] = MappingProxyType({}),
+    ) -> None:
+        """Send clients what they are to do; `replies` and `arrivals` say what comes of it, an `Update` of each.
 
         Args:
             nodes: The node id of each client.
             instructions: What each client is to do.
             sent: The weights, the same for all clients once they have them.
-            streams: The number of streams of every client's data.
-            most_pending: The documents that a stream's packer may hold.
             seconds: A client is given up after this time; a reply within as much time again is named as late.
             requests: What each client is to evaluate of these weights before it trains.
-            meanwhile: It is called once, when all clients have been sent the round and train.
         """
-        configs = {client: instructions[client].to_config() for client in nodes}
-        for client, request in (requests or {}).items():
-            configs[client] |= request.to_config()
-        number = next(iter(instructions.values())).round
-        weights = self._offer(nodes, sent, seconds)
-        check = _update_check(instructions, sent, weights, streams=streams, most_pending=most_pending)
-        trains = {client: asked.seconds or 0.0 for client, asked in instructions.items()}
-        kind = MessageType.TRAIN
-        return self._exchange(kind, "fitins", nodes, configs, weights, number, seconds, check, meanwhile, trains)
+        payloads = {client: sent.payload_for(client) for client in nodes}
+        weights = self.transport.offer(payloads, sent.up.nbytes(sent.weights), seconds)
+        limits = self._limits
 
-    def send(
-        self,
-        node: int,
-        instructions: Instructions,
-        sent: SentWeights,
-        *,
-        streams: int,
-        most_pending: int,
-        seconds: float,
-    ) -> None:
-        """Send one client its instructions; `arrivals` says what comes of it. The arguments are those of `round`."""
-        client = instructions.client
-        weights = self._offer([client], sent, seconds)
-        check = _update_check({client: instructions}, sent, weights, streams=streams, most_pending=most_pending)
-        trains = instructions.seconds or 0.0
-        asked = _Asked(client, node, instructions.round, weights, check, time.monotonic(), seconds, trains)
-        self._send(MessageType.TRAIN, "fitins", instructions.to_config(), asked)
+        def check(client: str, reply: Message) -> Update:
+            return check_reply(reply, instructions[client], sent, weights, **limits)
+
+        for client, node in nodes.items():
+            told = instructions[client]
+            config = told.to_config() | (requests[client].to_config() if client in requests else {})
+            asked = _Asked(client, node, told.round, weights, check, time.monotonic(), seconds, told.seconds or 0.0)
+            self._send(MessageType.TRAIN, "fitins", config, asked)
         weights.sent()
+        if weights.message_bytes > WASTE_BYTES:
+            gc.collect()
+
+    def send_evaluation(
+        self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
+    ) -> None:
+        """Send weights to be evaluated and nothing else; `replies` says what comes of it, the `ReplyMetrics` of each client.
+
+        Args:
+            nodes: The node id of each client.
+            requests: What each client is to evaluate.
+            payload: The weights, in the codec that the requests name.
+            seconds: A client is given up after this time.
+        """
+        weights = self.transport.offer(dict.fromkeys(nodes, payload), 0, seconds)
+        for client, node in nodes.items():
+            told = requests[client]
+            asked = _Asked(client, node, told.round, weights, _metrics_of, time.monotonic(), seconds, 0.0)
+            self._send(MessageType.EVALUATE, "evaluateins", told.to_config(), asked)
+        weights.sent()
+
+    def replies(self, number: int, meanwhile: Callable[[], None] = lambda: None) -> Iterator[ClientReply[Any]]:
+        """Yield every client that was sent something with what came of it, in the order of arrival.
+
+        Args:
+            number: The round under which replies are counted that nobody waits for.
+            meanwhile: It is called once, while the clients train; what it takes is not counted as their time.
+        """
+        try:
+            paused = time.monotonic()
+            meanwhile()
+            for asked in self._waiting.values():
+                asked.seconds += time.monotonic() - paused  # the clients' answers wait meanwhile
+            while self._waiting:
+                idle = True
+                for reply in self.arrivals(number):
+                    idle = False
+                    yield reply
+                    del reply
+                if idle:
+                    self.rest()
+        finally:
+            self.give_up()
 
     def arrivals(self, number: int) -> Generator[ClientReply[Update], None, None]:
         """Look once for what was asked with `send`: yield every client whose answer is there or whose time is over.
@@ -151,7 +165,8 @@ class Messenger:
         now = time.monotonic()
         for asked in [asked for asked in self._waiting.values() if now > asked.started + asked.seconds]:
             self.give_up(asked.client)
-            yield ClientReply(asked.client, _silent(asked.seconds), asked.seconds)
+            silent = RefusedReply("silent", f"no answer within {asked.seconds:.0f} s")
+            yield ClientReply(asked.client, silent, asked.seconds)
 
     @property
     def waiting_for(self) -> set[str]:
@@ -165,73 +180,6 @@ class Messenger:
                 del self._waiting[message_id]
                 _remember(self._given_up, message_id, (asked.client, asked.round))
                 self._drop(asked)
-
-    def _offer(self, clients: Iterable[str], sent: SentWeights, seconds: float) -> RoundWeights:
-        payloads = {client: sent.payload_for(client) for client in clients}
-        return self.transport.offer(payloads, sent.up.nbytes(sent.weights), seconds)
-
-    def evaluation(
-        self, nodes: Mapping[str, int], requests: Mapping[str, Evaluate], payload: Arrays, *, seconds: float
-    ) -> Iterator[ClientReply[ReplyMetrics]]:
-        """Send weights to be evaluated and nothing else, and yield what every client says, in the order of arrival.
-
-        Args:
-            nodes: The node id of each client.
-            requests: What each client is to evaluate.
-            payload: The weights, in the codec that the requests name.
-            seconds: A client is given up after this time.
-        """
-
-        def check(_: str, reply: Message) -> ReplyMetrics:
-            if reply.has_error():
-                raise RefusedReply("evaluation", f"the client failed: {reply.error.reason}")
-            return reply.content.config_records.get("evaluateres.metrics", {})
-
-        configs = {client: requests[client].to_config() for client in nodes}
-        number = next(iter(requests.values())).round
-        weights = self.transport.offer(dict.fromkeys(nodes, payload), 0, seconds)
-        return self._exchange(MessageType.EVALUATE, "evaluateins", nodes, configs, weights, number, seconds, check)
-
-    def _exchange(
-        self,
-        kind: str,
-        record: str,
-        nodes: Mapping[str, int],
-        configs: Mapping[str, dict[str, Any]],
-        round_weights: RoundWeights,
-        number: int,
-        seconds: float,
-        check: Callable[[str, Message], T],
-        meanwhile: Callable[[], None] = lambda: None,
-        trains: Mapping[str, float] = MappingProxyType({}),
-    ) -> Iterator[ClientReply[T]]:
-        """Send one message to each client and yield what `check` makes of its reply, or why it refuses it."""
-        started = time.monotonic()
-        deadline = started + seconds
-        waiting = self._waiting
-        try:
-            for client, node in nodes.items():
-                asked = _Asked(client, node, number, round_weights, check, started, seconds, trains.get(client, 0.0))
-                self._send(kind, record, configs[client], asked)
-            round_weights.sent()
-            if round_weights.message_bytes > WASTE_BYTES:
-                gc.collect()
-            paused = time.monotonic()
-            meanwhile()
-            deadline += time.monotonic() - paused  # the clients' answers wait meanwhile
-            while waiting and time.monotonic() < deadline:
-                idle = True
-                for reply in self._arrived(number):
-                    idle = False
-                    yield reply
-                    del reply
-                if idle:
-                    self.rest()
-            for asked in waiting.values():
-                yield ClientReply(asked.client, _silent(seconds), seconds)
-        finally:
-            self.give_up()
-            round_weights.close()
 
     def _send(self, kind: str, record: str, config: dict[str, Any], asked: _Asked[Any]) -> None:
         """Send a message, and wait for its answer from now on."""
@@ -300,25 +248,10 @@ class Messenger:
             self._events.add("foreign", SERVER, f"node {node} answered a message that it was not sent", number)
 
 
-def _update_check(
-    instructions: Mapping[str, Instructions],
-    sent: SentWeights,
-    weights: RoundWeights,
-    *,
-    streams: int,
-    most_pending: int,
-) -> Callable[[str, Message], Update]:
-    """Return the check of the answers to some instructions."""
-
-    def check(client: str, reply: Message) -> Update:
-        asked = instructions[client]
-        return check_reply(reply, asked, sent, weights, streams=streams, most_pending=most_pending)
-
-    return check
-
-
-def _silent(seconds: float) -> RefusedReply:
-    return RefusedReply("silent", f"no answer within {seconds:.0f} s")
+def _metrics_of(_: str, reply: Message) -> ReplyMetrics:
+    if reply.has_error():
+        raise RefusedReply("evaluation", f"the client failed: {reply.error.reason}")
+    return reply.content.config_records.get("evaluateres.metrics", {})
 
 
 def _remember(where: OrderedDict[str, T], message_id: str, value: T) -> None:

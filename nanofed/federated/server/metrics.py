@@ -31,63 +31,40 @@ MAX_NAMED = 8  # clients that a line of the log names
 
 @dataclass
 class MergedUpdate:
-    """A client's part in a round that was merged.
+    """A client's part in a round that was merged."""
 
-    Attributes:
-        report: the client's report, with no more tokens than are counted for it.
-        length: the L2 norms of the update, of the whole and by parameter group.
-        weight: the client's share in the mean; shares need not sum to 1.
-        scale: the factor of the update, below 1 where its norm was clipped.
-        seconds: time from the dispatch to the checked reply, without the time in which the client evaluated the weights.
-        before: time from the client's last reply to the dispatch, infinite where there was none.
-        held: the update waited on disk until the others of its round were known.
-        cosine: the cosine of the update and the merged update, once that is known.
-        age: how many updates were merged between the dispatch and this one, where each is merged when it comes; 0 in rounds.
-        damping: the factor of the update for its age.
-    """
-
-    report: Report
-    length: Length
-    weight: float
+    report: Report  # the client's report, with no more tokens than are counted for it
+    length: Length  # the L2 norms of the update, of the whole and by parameter group
+    weight: float  # the client's share in the mean; shares need not sum to 1
+    # Time from the dispatch to the checked reply, without the time in which the client evaluated the weights.
     seconds: float
-    before: float
-    held: bool
-    scale: float = 1.0
-    cosine: float = 0.0
+    before: float  # time from the client's last reply to the dispatch, infinite where there was none
+    held: bool  # the update waited on disk until the others of its round were known
+    scale: float = 1.0  # the factor of the update, below 1 where its norm was clipped
+    cosine: float = 0.0  # the cosine of the update and the merged update, once that is known
+    # How many updates were merged between the dispatch and this one, where each is merged when it comes; 0 in rounds.
     age: int = 0
-    damping: float = 1.0
+    damping: float = 1.0  # the factor of the update for its age
 
 
 @dataclass
 class RoundMetrics:
-    """What one round came to.
+    """What one round came to."""
 
-    Attributes:
-        round: number of the round, from 1.
-        asked: how many clients were sent the round; of those that are waited for one by one, how many replied or were given up.
-        merged: the merged updates by client.
-        silent: how many clients sent no reply in time; those neither merged nor silent were refused.
-        client_bytes_down: bytes that each client is sent, of weights or of what changed in them, without framing.
-        client_bytes_up: bytes of the weights that each client sends back, without framing.
-        wait: seconds until there was a quorum.
-        encode: seconds in which the weights were encoded and the instructions written.
-        exchange: seconds from the dispatch to the last reply.
-        merge: seconds of folding, of the outer step and of the commit.
-        merged_norm: L2 norm of the pseudo-gradient.
-        in_flight: how many clients train at the same time where each is merged when it comes; 1 in rounds, which merge all.
-    """
-
-    round: int
+    round: int  # number of the round, from 1
+    # How many clients were sent the round; of those that are waited for one by one, how many replied or were given up.
     asked: int
-    merged: dict[str, MergedUpdate] = field(default_factory=dict)
-    silent: int = 0
+    merged: dict[str, MergedUpdate] = field(default_factory=dict)  # the merged updates by client
+    silent: int = 0  # how many clients sent no reply in time; those neither merged nor silent were refused
+    # Bytes that each client is sent, of weights or of what changed in them, without framing.
     client_bytes_down: dict[str, int] = field(default_factory=dict)
-    client_bytes_up: int = 0
-    wait: float = 0.0
-    encode: float = 0.0
-    exchange: float = 0.0
-    merge: float = 0.0
-    merged_norm: float = 0.0
+    client_bytes_up: int = 0  # bytes of the weights that each client sends back, without framing
+    wait: float = 0.0  # seconds until there was a quorum
+    encode: float = 0.0  # seconds in which the weights were encoded and the instructions written
+    exchange: float = 0.0  # seconds from the dispatch to the last reply
+    merge: float = 0.0  # seconds of folding, of the outer step and of the commit
+    merged_norm: float = 0.0  # L2 norm of the pseudo-gradient
+    # How many clients train at the same time where each is merged when it comes; 1 in rounds, which merge all.
     in_flight: int = 1
 
     @property

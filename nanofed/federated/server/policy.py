@@ -9,19 +9,16 @@ MAX_PAUSE_SECONDS = 60.0  # between failed rounds across sites
 
 @dataclass(frozen=True)
 class ClientPolicy:
-    """How the server treats the clients of a runtime; every runtime names one of the two policies below.
+    """How the server treats the clients of a runtime; every runtime names one of the two policies below."""
 
-    Attributes:
-        one_machine: The clients share this machine and train one after another. The server's clock then says nothing of one
-            client's speed, a round's seconds are training time, and a time limit counts for each client's turn. A client that
-            is refused will be refused for ever, so that nobody waits for it. The server's model is that of a trainer in the
-            same process, and is evaluated between rounds; elsewhere it is evaluated while the next round runs.
-        hello_patience: The seconds for which a client that has just come and has not said who it is holds up a round.
-        max_failed_rounds: The failed rounds in a row that end the run where the config sets no limit; None for no limit.
-    """
-
+    # The clients share this machine and train one after another. The server's clock then says nothing of one client's speed, a
+    # round's seconds are training time, and a time limit counts for each client's turn. A client that is refused will be refused
+    # for ever, so that nobody waits for it. The server's model is that of a trainer in the same process, and is evaluated between
+    # rounds; elsewhere it is evaluated while the next round runs.
     one_machine: bool
+    # The seconds for which a client that has just come and has not said who it is holds up a round.
     hello_patience: float
+    # The failed rounds in a row that end the run where the config sets no limit; None for no limit.
     max_failed_rounds: int | None
 
     def time_limit(self, seconds: float, clients: int) -> float:

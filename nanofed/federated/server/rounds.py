@@ -17,7 +17,7 @@ from nanofed.data.rows import RowPlan
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.aggregation import make_aggregator
 from nanofed.federated.aggregation.aggregator import Aggregator
-from nanofed.federated.aggregation.norm_guard import Steps, UnusualNorm
+from nanofed.federated.aggregation.norm_guard import UnusualNorm
 from nanofed.federated.aggregation.outer import damping, outer_strength
 from nanofed.federated.aggregation.update import SentWeights
 from nanofed.federated.config import FederationConfig
@@ -29,7 +29,7 @@ from nanofed.federated.server.events import SERVER
 from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.metrics import FederationMetrics, MergedUpdate, RoundMetrics
 from nanofed.federated.server.policy import ONE_MACHINE, ClientPolicy
-from nanofed.federated.server.scheduling import SPEED_ROUNDS, Scheduler
+from nanofed.federated.server.scheduling import SPEED_ROUNDS, Scheduler, steps_taken
 from nanofed.federated.server.state import State, saved_round
 from nanofed.federated.server.status import StatusFile
 from nanofed.federated.server.validation import RefusedReply, Update
@@ -102,7 +102,8 @@ class RoundLoop:
         self.state = State.new(module, data, config, run)
         model.release()  # the state has the weights
         events = self.state.events
-        self._messenger = Messenger(grid, events, transport)
+        limits = {"streams": data.streams, "most_pending": most_pending(data.sequence_len)}
+        self._messenger = Messenger(grid, events, transport, **limits)
         self._downlink = Downlink(config, self._messenger.transport)
         hello = Hello.of("", module, data)
         self.clients = Clients(grid, hello, config, events, policy, seed=module.seed, admit=self._admit, owners=owners)
@@ -260,19 +261,11 @@ class RoundLoop:
             self._save()
             self._say("training", figures.round)
 
-        replies = self._messenger.round(
-            present,
-            asked,
-            sent,
-            streams=self._data.streams,
-            most_pending=most_pending(self._data.sequence_len),
-            seconds=self._scheduler.time_limit(self.state.clock.tokens, len(present)),
-            requests=self._evaluator.requests(asked),
-            meanwhile=meanwhile,
-        )
+        seconds = self._scheduler.time_limit(self.state.clock.tokens, len(present))
+        self._messenger.send(present, asked, sent, seconds=seconds, requests=self._evaluator.requests(asked))
         figures.client_bytes_down = {client: payload_bytes(sent.payload_for(client)) for client in present}
         figures.client_bytes_up = sent.up.nbytes(sent.weights)
-        for reply in replies:
+        for reply in self._messenger.replies(figures.round, meanwhile):
             folding = time.monotonic()
             try:
                 if isinstance(reply.result, RefusedReply):
@@ -305,8 +298,8 @@ class RoundLoop:
         if not self._policy.one_machine:
             state.speeds.check(update.report, seconds, before)
         report = state.ledger.of(client).believed(update.report, asked)
-        rates = self.rates(asked, update.report.steps)
-        length = state.norms.measure(update.norms, rates, lambda name: l2_norm([state.weights[name]]))
+        steps = steps_taken(self._module.recipe.schedule, asked, update.report.steps)
+        length = state.norms.measure(update.norms, steps, lambda name: l2_norm([state.weights[name]]))
         if report.unwritten:
             state.events.add("disk", client, "its disk took no optimizer state: a restart would lose it", asked.round)
         by_tokens = self._config.weighting == "tokens"
@@ -321,17 +314,6 @@ class RoundLoop:
         evaluating = self._evaluator.take_reply(client, update.metrics, seconds, state)
         figures.merged[client] = MergedUpdate(
             report, length, weight, seconds=seconds - evaluating, before=before, held=held, age=age, damping=damped
-        )
-
-    def rates(self, asked: Instructions, steps: int) -> Steps:
-        """Return the learning rates of a client's first steps of a round."""
-        return Steps.of(
-            self._module.recipe.schedule,
-            steps,
-            clock_tokens=asked.clock_tokens,
-            batch_tokens=asked.batch_tokens,
-            participants=asked.participants,
-            horizon_tokens=asked.horizon_tokens,
         )
 
     def _compare(self, aggregator: Aggregator, figures: RoundMetrics) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nanofed.data.datamodule import TokenDataModule
+from nanofed.federated.aggregation.norm_guard import Steps
 from nanofed.federated.config import FederationConfig
 from nanofed.federated.server.policy import ClientPolicy
 from nanofed.federated.server.validation import RefusedReply
 from nanofed.federated.wire.messages import Instructions, Report
+from nanofed.optim import Schedule
 from nanofed.training.module import GPTModule
 from nanofed.training.recipe import Recipe
 
@@ -28,35 +33,30 @@ LEARN = 0.5  # weight of the newest round in a running mean
 LEAST_SECONDS = 1e-3  # that a client's own clock moves in a round, where no other clock can be asked
 LEAST_SHARE = 0.1  # of a round, for which a client trains however long its messages take
 SPARE_ROWS = {"contiguous": 16, "best_fit": 160}  # rows that a stream reads ahead, beyond what it trains on
+POINTS = 1000  # steps of a round at which the schedule is evaluated, at most
 LEASE_OVER_RATE = 1.25  # tokens of a lease over those that a client trained on in its last round
 
 
 @dataclass
 class ClientSpeeds:
-    """What the server has learnt of each client's speed, by client.
+    """What the server has learnt of each client's speed, by client."""
 
-    Attributes:
-        rate: tokens a second of the client's last merged round, from its dispatch to the reply on the server's clock; on the
-            client's own clock where clients take turns.
-        fastest: the highest rate of the client's merged rounds; what the client claims is held against it.
-        devices: how many devices the client trains on, as its hello says; 1 where it is missing.
-        a_device: tokens that the client's last merged round brought for each of its devices.
-        rounds: how often the client was merged.
-        tokens: how many tokens of the client were merged.
-        overhead: seconds of a round in which the client does not train: transfers, start of a process, others' turns.
-        margin: how much more text the client is leased than it should need.
-        merge_seconds: seconds from the last reply to the commit; the same for all clients.
-    """
-
+    # Tokens a second of the client's last merged round, from its dispatch to the reply on the server's clock; on the client's own
+    # clock where clients take turns.
     rate: dict[str, float] = field(default_factory=dict)
+    # The highest rate of the client's merged rounds; what the client claims is held against it.
     fastest: dict[str, float] = field(default_factory=dict)
+    # How many devices the client trains on, as its hello says; 1 where it is missing.
     devices: dict[str, int] = field(default_factory=dict)
+    # Tokens that the client's last merged round brought for each of its devices.
     a_device: dict[str, float] = field(default_factory=dict)
-    rounds: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    rounds: dict[str, int] = field(default_factory=dict)  # how often the client was merged
+    tokens: dict[str, int] = field(default_factory=dict)  # how many tokens of the client were merged
+    # Seconds of a round in which the client does not train: transfers, start of a process, others' turns.
     overhead: dict[str, float] = field(default_factory=dict)
+    # How much more text the client is leased than it should need.
     margin: dict[str, float] = field(default_factory=dict)
-    merge_seconds: float = 0.0
+    merge_seconds: float = 0.0  # seconds from the last reply to the commit; the same for all clients
 
     def budget(self, client: str, round_seconds: float) -> float:
         """Return the seconds that a client may train, so that the round ends when it should."""
@@ -158,6 +158,16 @@ def client_batch_tokens(config: FederationConfig, recipe: Recipe, data: TokenDat
         return recipe.batch_tokens
     micro = data.device_batch_size * data.sequence_len
     return max(micro, config.global_batch_tokens // clients // micro * micro)
+
+
+def steps_taken(schedule: Schedule, asked: Instructions, steps: int) -> Steps:
+    """Return the rates and the memory with which a client takes its first steps of a round."""
+    step_tokens = asked.batch_tokens * asked.participants  # the steps of all clients move the schedule
+    run = {"step_tokens": step_tokens, "horizon_tokens": asked.horizon_tokens}
+    at = np.linspace(0, steps - 1, min(steps, POINTS))
+    rates = [schedule.multiplier(asked.clock_tokens + float(k) * step_tokens, **run) for k in at]
+    squares = math.fsum(rate**2 for rate in rates) / len(rates)
+    return Steps(steps * math.fsum(rates) / len(rates), math.sqrt(steps * squares), schedule.beta2(asked.batch_tokens))
 
 
 class Scheduler:

@@ -47,31 +47,21 @@ class RoundClock:
 
 @dataclass
 class State:
-    """The global weights and all that decides what the next round does with them.
+    """The global weights and all that decides what the next round does with them."""
 
-    Attributes:
-        weights: the global weights by name, fp32; they are stepped in place. A state that is only checked has none.
-        ledger: who may read which rows.
-        outer: the outer optimizer with its momentum.
-        norms: the usual norms of accepted updates.
-        events: what went wrong.
-        speeds: how fast each client is.
-        clock: where the run is.
-        run_id: the run's id, which stays over resumes.
-        evaluations: client -> `round` and `bpb` of the last weights that the client evaluated, where sites evaluate.
-        held: the weights that the clients of the last round held, in bf16, where they are sent what changed; None elsewhere. It
-            is replaced and never written to.
-    """
-
+    # The global weights by name, fp32; they are stepped in place. A state that is only checked has none.
     weights: dict[str, Array]
-    ledger: Ledger
-    outer: OuterOptimizer
-    norms: NormGuard
-    events: Events
-    speeds: ClientSpeeds = field(default_factory=ClientSpeeds)
-    clock: RoundClock = field(default_factory=RoundClock)
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    ledger: Ledger  # who may read which rows
+    outer: OuterOptimizer  # the outer optimizer with its momentum
+    norms: NormGuard  # the usual norms of accepted updates
+    events: Events  # what went wrong
+    speeds: ClientSpeeds = field(default_factory=ClientSpeeds)  # how fast each client is
+    clock: RoundClock = field(default_factory=RoundClock)  # where the run is
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # the run's id, which stays over resumes
+    # Client -> `round` and `bpb` of the last weights that the client evaluated, where sites evaluate.
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    # The weights that the clients of the last round held, in bf16, where they are sent what changed; None elsewhere. It is
+    # replaced and never written to.
     held: Arrays | None = None
 
     @classmethod

@@ -73,32 +73,21 @@ def read_status_file(run: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        run: the run's folder.
-        round: the last saved round; 0 before the first.
-        tokens: tokens merged by that round.
-        horizon: tokens of the whole run, None where no server has said it.
-        bpb: the last bits per byte by that round.
-        saved: time at which the checkpoint was written, seconds since 1970.
-        server: what the server said last, and `alive`: whether it still runs, None where that cannot be known from here.
-        sites: name -> rounds, tokens, tokens_per_second, overhead_seconds and rows_held. Where sites evaluate the weights, also
-            bpb, the last bits per byte of the site's own text, and bpb_round, the round after which it was measured.
-        shards: name -> how often the shard was merged, and how many of its rows are on lease.
-        events: client -> kind -> count, reason, round, when.
-    """
-
-    run: str
-    round: int
-    tokens: int
-    horizon: int | None
-    bpb: float | None
-    saved: float | None
+    run: str  # the run's folder
+    round: int  # the last saved round; 0 before the first
+    tokens: int  # tokens merged by that round
+    horizon: int | None  # tokens of the whole run, None where no server has said it
+    bpb: float | None  # the last bits per byte by that round
+    saved: float | None  # time at which the checkpoint was written, seconds since 1970
+    # What the server said last, and `alive`: whether it still runs, None where that cannot be known from here.
     server: dict[str, Any] | None
+    # Name -> rounds, tokens, tokens_per_second, overhead_seconds and rows_held. Where sites evaluate the weights, also bpb, the
+    # last bits per byte of the site's own text, and bpb_round, the round after which it was measured.
     sites: dict[str, dict[str, float]]
-    shards: dict[str, dict[str, float]]
-    events: dict[str, dict[str, dict[str, Any]]]
+    shards: dict[str, dict[str, float]]  # name -> how often the shard was merged, and how many of its rows are on lease
+    events: dict[str, dict[str, dict[str, Any]]]  # client -> kind -> count, reason, round, when
 
 
 def read_status(run: Path) -> Status:

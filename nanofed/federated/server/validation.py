@@ -47,19 +47,12 @@ class RefusedReply(Exception):
 
 @dataclass(frozen=True)
 class Update:
-    """An accepted reply.
+    """An accepted reply."""
 
-    Attributes:
-        arrays: The weights, in the up-link's codec.
-        report: What the client says of its training.
-        norms: The L2 norm of what the arrays change in every weight.
-        metrics: All that the client says beside weights, of which only the report is checked.
-    """
-
-    arrays: Arrays
-    report: Report
-    norms: Sequence[float]
-    metrics: ReplyMetrics
+    arrays: Arrays  # the weights, in the up-link's codec
+    report: Report  # what the client says of its training
+    norms: Sequence[float]  # the L2 norm of what the arrays change in every weight
+    metrics: ReplyMetrics  # all that the client says beside weights, of which only the report is checked
 
 
 def check_reply(
@@ -151,7 +144,7 @@ def _check_positions(report: Report, instructions: Instructions, streams: int, m
 
     lease = _Lease(instructions.lease)
     for stream, at in report.data.streams.items():
-        if at.position is not None and not (lease.holds(at.position) or lease.ends_at(at.position)):
+        if at.position is not None and not lease.holds(at.position, end=True):
             raise RefusedReply("position", f"stream {stream} stands at {tuple(at.position)}, outside its lease")
         if len(at.pending) > most_pending or at.offset > MAX_OFFSET:
             raise RefusedReply(
@@ -170,18 +163,14 @@ class _Lease:
     """Tells whether rows are of a lease, of however many ranges that is."""
 
     def __init__(self, ranges: Sequence[RowRange]) -> None:
-        self._ends: dict[tuple[int, str], set[int]] = defaultdict(set)
         self._parts: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
         for part in ranges:
-            self._ends[part.epoch, part.shard].add(part.stop)
             self._parts[part.epoch, part.shard].append((part.start, part.stop))
         for parts in self._parts.values():
             parts.sort()  # ranges of a lease do not overlap
 
-    def holds(self, row: Row) -> bool:
+    def holds(self, row: Row, *, end: bool = False) -> bool:
+        """Tell whether a row is of the lease, or with `end` behind the last row of one of its ranges."""
         parts = self._parts.get((row.epoch, row.shard), [])
         index = bisect.bisect_right(parts, (row.row, math.inf)) - 1
-        return index >= 0 and row.row < parts[index][1]
-
-    def ends_at(self, row: Row) -> bool:
-        return row.row in self._ends.get((row.epoch, row.shard), ())
+        return index >= 0 and row.row < parts[index][1] + end
