@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.summary.writer import event_file_writer
 
 from nanofed import cli
 from nanofed.data.writing import write_shards
@@ -58,6 +59,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture(scope="session")
 def fit_run(corpus: Corpus) -> Path:
     """A run of `nanofed fit`: 4 steps."""
+    # A run has two files of events. TensorBoard sorts those of one second as text, by a counter of the process, and this process
+    # makes many: 10 would stand before 9.
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
     assert cli.main(corpus.start("fit", f"--runs_dir={corpus.folder}/trained")) == 0
     return corpus.folder / "trained" / "fit"
 
