@@ -20,7 +20,7 @@ from nanofed.data.rows import Row, RowPlan, RowRange
 from nanofed.data.shards import Dataset
 from nanofed.data.streams import Batch, DataState, TokenLoader
 from nanofed.errors import DataError
-from nanofed.federated.server.ledger import ABSENT_ROUNDS, FREE, LEASED, MERGED, Ledger, LocalLedger, ledger_figures
+from nanofed.federated.server.ledger import FREE, LEASED, MERGED, UNMERGED_ROUNDS, Ledger, LocalLedger, ledger_figures
 from nanofed.federated.wire.messages import SiteShard
 from tests.data.corpus import Bytes, build, fewer
 from tests.federated.replies import instructions, report
@@ -298,13 +298,13 @@ def test_a_client_that_is_away_for_a_while_goes_on_where_it_stood(dataset: Datas
     lease = ledger.lease("one", 100)
     ledger.commit("one", DataState(0, {stream: StreamState() for stream in range(STREAMS)}))
     for _ in range(2):
-        for _ in range(ABSENT_ROUNDS - 1):
+        for _ in range(UNMERGED_ROUNDS - 1):
             ledger.miss("one")
             ledger = reloaded(ledger, dataset, through="json")
         assert ledger.held("one") == lease
         assert ledger.lease("one", 100) == lease, "it is back"
         ledger.commit("one", DataState(0, {stream: StreamState() for stream in range(STREAMS)}))  # and merged
-    for _ in range(ABSENT_ROUNDS):
+    for _ in range(UNMERGED_ROUNDS):
         ledger.miss("one")
     assert ledger.clients() == () and ledger.lease("two", 100) == lease
 

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import pytest
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
+from nanofed.errors import NanofedError
 from nanofed.federated.server.events import Events
 from nanofed.federated.server.messenger import Messenger
 from nanofed.federated.server.validation import RefusedReply
@@ -87,6 +89,16 @@ def test_what_the_server_does_meanwhile_takes_no_clients_time() -> None:
         Messenger(cast(Grid, grid), Events(), streams=STREAMS, most_pending=1), 1, meanwhile=lambda: time.sleep(0.5)
     )
     assert isinstance(result, RefusedReply) and result.kind == "failed"
+
+
+def test_nobody_is_waited_for_when_the_server_could_not_go_on() -> None:
+    def full() -> None:
+        raise NanofedError("the disk is full")
+
+    messenger = Messenger(cast(Grid, SlowGrid()), Events(), streams=STREAMS, most_pending=1)
+    with pytest.raises(NanofedError, match="the disk is full"):
+        play(messenger, 1, meanwhile=full)
+    assert messenger.waiting_for == set()
 
 
 # --- messages that are waited for one by one

@@ -43,7 +43,10 @@ OBJECT_ID = re.compile("[0-9a-f]{64}")
 
 
 class RefusedCall(HTTPException):
-    """A call is not answered, with a status after which a SuperNode takes the run for over and goes on; the detail says why."""
+    """A call is not answered; the detail says why.
+
+    After 403 a SuperNode takes the run for over and goes on, after 503 it makes the call again.
+    """
 
     def __init__(self, detail: str, status: HTTPStatus = HTTPStatus.FORBIDDEN) -> None:
         super().__init__(status, detail)
@@ -243,7 +246,7 @@ def bind(handlers: Any, rules: FleetRules, name: Callable[[int], str] = str) -> 
             node = rules.of(number)
             with node.lock:
                 try:
-                    if node.calls.take() is None:  # a SuperNode makes this call again
+                    if node.calls.take() is None:
                         detail = f"it makes more than {CALLS:.0f} calls a second"
                         raise RefusedCall(detail, HTTPStatus.SERVICE_UNAVAILABLE)
                     before(node, request, state)

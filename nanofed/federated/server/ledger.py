@@ -1,7 +1,7 @@
 """Who may read which rows: leases of rows, committed with the merge.
 
 Every row of a shard is, in each epoch, free, on lease to one client, or merged; so a training row is merged at most once an
-epoch. A client keeps reading where it stands; one of which nothing was merged for `ABSENT_ROUNDS` gives back what it holds.
+epoch. A client keeps reading where it stands; one of which nothing was merged for `UNMERGED_ROUNDS` gives back what it holds.
 
 Leases are stretches of the least-progressed shard, or with a stride, every n-th stretch of all shards in their order. Where
 every site trains on its own text there is one such ledger a client. What a client reports is held against the text of its
@@ -33,7 +33,7 @@ LEAST_BYTES_PER_TOKEN = 2.0  # fewer than tokenizers make of a lot of text; of a
 # A lease of more parts than these is for text too small, or for a claim too large, to be worth the server's time.
 MAX_EXTENSIONS = 128  # by which one call makes a lease longer
 MAX_RANGES = 1024  # that a client holds where its lease is of stretches
-ABSENT_ROUNDS = 10  # in a row without a merge, after which others may read what a client holds
+UNMERGED_ROUNDS = 10  # in a row without a merge, after which others may read what a client holds
 MAX_SCATTERED = 64  # parts of one call that lack rows of some stream; after them only whole stretches are looked for
 
 
@@ -45,7 +45,7 @@ class _Client:
     ranges: list[RowRange] = field(default_factory=list)  # in reading order; merged ones leave from the front only
     reached: int = 0  # index of the last range that a stream has reached: those after it are unread
     data: DataState | None = None  # where its streams stand, as merged; None: at the begin of its ranges
-    absent: int = 0  # rounds in a row in which nothing of it was merged
+    unmerged: int = 0  # rounds in a row in which nothing of it was merged
 
 
 class Ledger:
@@ -257,7 +257,7 @@ class Ledger:
         The rows before its streams' positions are merged, except those still pending.
         """
         held = self._clients[client]
-        held.data, held.absent = state, 0
+        held.data, held.unmerged = state, 0
         pending = {row for stream in state.streams.values() for row in stream.pending}
         merged = 0
         for at in state.streams.values():
@@ -288,7 +288,7 @@ class Ledger:
             self._epoch[name] = max(self._epoch[name], epoch + 1)
 
     def miss(self, client: str) -> None:
-        """Count a round in which a client was away or not merged; after `ABSENT_ROUNDS` in a row its rows are free for others.
+        """Count a round in which a client was away or not merged; after `UNMERGED_ROUNDS` in a row its rows are free for others.
 
         If they were free at once, the next client would read the documents that this one has begun from their beginning, and
         train again on text that is merged already: a large part of a short round. Who was never merged has begun none.
@@ -296,8 +296,8 @@ class Ledger:
         held = self._clients.get(client)
         if held is None:
             return
-        held.absent += 1
-        if held.data is None or held.absent >= ABSENT_ROUNDS:
+        held.unmerged += 1
+        if held.data is None or held.unmerged >= UNMERGED_ROUNDS:
             self.release(client)
 
     def release(self, client: str) -> int:
@@ -321,7 +321,7 @@ class Ledger:
                     "ranges": [[p.shard, p.start, p.stop, p.epoch] for p in c.ranges],
                     "reached": c.reached,
                     "data": c.data.to_plain() if c.data else None,
-                    **({"absent": c.absent} if c.absent else {}),
+                    **({"absent": c.unmerged} if c.unmerged else {}),
                 }
                 for name, c in self._clients.items()
             },
@@ -350,7 +350,7 @@ class Ledger:
                 [RowRange(*part) for part in saved["ranges"]],
                 saved["reached"],
                 DataState.from_plain(saved["data"]) if saved["data"] else None,
-                saved.get("absent", 0),  # ledgers of before have none
+                saved.get("absent", 0),  # as this was called before; older ledgers have none
             )
             for name, saved in state["clients"].items()
         }

@@ -98,10 +98,9 @@ class Messenger:
         """
         payloads = {client: sent.payload_for(client) for client in nodes}
         weights = self.transport.offer(payloads, sent.up.nbytes(sent.weights), seconds)
-        limits = self._limits
 
         def check(client: str, reply: Message) -> Update:
-            return check_reply(reply, instructions[client], sent, weights, **limits)
+            return check_reply(reply, instructions[client], sent, weights, **self._limits)
 
         for client, node in nodes.items():
             told = instructions[client]
@@ -131,7 +130,7 @@ class Messenger:
         weights.sent()
 
     def replies(self, number: int, meanwhile: Callable[[], None] = lambda: None) -> Iterator[ClientReply[Any]]:
-        """Yield every client that was sent something with what came of it, in the order of arrival.
+        """Yield what comes of each message that is waited for, in the order of arrival, and wait for none of them after that.
 
         Args:
             number: The round under which replies are counted that nobody waits for.
