@@ -90,41 +90,25 @@ class _Impatient:
         return getattr(self._store, name)
 
 
-def give_up_unfinished_answers(start_client_internal: ModuleType) -> None:
-    """Let a SuperNode go on without an answer whose rest does not come.
-
-    Flower waits for it for ever: a worker that is killed while it hands an answer over would end the site's part in the
-    federation, while everything seems to be well.
-    Test: `tests/federated/test_flower_patches.py::test_an_answer_whose_rest_does_not_come_is_given_up`.
-
-    Raises:
-        NanofedError: this version of Flower sends answers in another way.
-    """
-    push = getattr(start_client_internal, "_push_messages", None)
-    _need(push is not None and "object_store" in inspect.signature(push).parameters, "sends answers in another way")
-    assert push is not None
-
-    @functools.wraps(push)
-    def push_messages(*, object_store: Any, **others: Any) -> None:
-        push(object_store=_Impatient(object_store), **others)
-
-    vars(start_client_internal)["_push_messages"] = push_messages
-
-
-class _WithoutTask:
+class _Watched:
     """A SuperNode's state as the sender of answers reads it: a message that no task is left for gets an error as its answer.
 
     Args:
         state: the SuperNode's own.
+        found: answers that were found before, which come first.
         insert: It puts an answer, with all of its content, where the sender finds it.
     """
 
-    def __init__(self, state: Any, insert: Callable[[Message], None]) -> None:
+    def __init__(self, state: Any, found: list[Any], insert: Callable[[Message], None]) -> None:
         self._state = state
+        self._found = found
         self._insert = insert
         self._looked = time.monotonic()
 
     def get_messages_legacy(self, **which: Any) -> list[Any]:
+        if found := self._found.copy():
+            self._found.clear()
+            return found
         look = time.monotonic() - self._looked > TASK_LOOK
         # Before the answers: a worker hands its answer over and ends its task after it.
         lost = look and not self._state.get_tasks(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING])
@@ -144,60 +128,29 @@ class _WithoutTask:
         return getattr(self._state, name)
 
 
-def answer_for_lost_tasks(start_client_internal: ModuleType) -> None:
-    """Let a SuperNode answer for a worker that was gone before it had read the message that it had taken.
+def send_every_answer(start_client_internal: ModuleType) -> None:
+    """Let a SuperNode send every answer that is there, and go on where one will not come.
 
-    Flower answers for a dead worker whose message is read. Where it is not, or where the worker gives its task up, Flower waits
-    for an answer for ever: the site would take part in no round again, while everything seems to be well.
-    Test: `tests/federated/test_flower_patches.py::test_a_message_that_no_task_is_left_for_is_answered`.
+    Flower sends one answer for each message, the next that is there, and waits for it and for all of its content for ever. A
+    site would take part in no round again, while everything seems to be well, in three cases. Here they end:
 
-    Raises:
-        NanofedError: this version of Flower sends answers in another way.
-    """
-    push = getattr(start_client_internal, "_push_messages", None)
-    insert = getattr(start_client_internal, "_insert_message", None)
-    _need(push is not None and insert is not None, "sends answers in another way")
-    assert push is not None and insert is not None
+    - A worker is killed while it hands an answer over: the answer whose rest does not come is given up.
+    - A worker is gone before it has read the message that it had taken, or gives its task up: an error is the answer. (Flower
+      itself answers for a worker that is killed later.)
+    - Flower has answered for a message of an earlier run: the answer to the message that is worked on would wait for the next
+      round's message, and so would every later one. It is sent when it is there.
 
-    @functools.wraps(push)
-    def push_messages(*, state: Any, object_store: Any, **others: Any) -> None:
-        watched = _WithoutTask(state, lambda answer: insert(answer, state, object_store))
-        push(state=watched, object_store=object_store, **others)
-
-    vars(start_client_internal)["_push_messages"] = push_messages
-
-
-class _Found:
-    """A SuperNode's state as the sender of answers reads it: answers that were found before come first."""
-
-    def __init__(self, state: Any, found: list[Any]) -> None:
-        self._state = state
-        self._found = found
-
-    def get_messages_legacy(self, **which: Any) -> list[Any]:
-        found = self._found.copy()
-        self._found.clear()
-        return found or list(self._state.get_messages_legacy(**which))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._state, name)
-
-
-def answer_at_any_time(start_client_internal: ModuleType) -> None:
-    """Let a SuperNode send an answer also where no message was received just before it.
-
-    Flower sends one answer for each message, the next that is there. Where it has answered for a message of an earlier run, the
-    answer to the message that is worked on would wait for the next round's message, and so would every later one.
-    Test: `tests/federated/test_flower_patches.py::test_an_answer_too_many_does_not_hold_up_those_of_later_rounds`.
+    Tests: `test_an_answer_whose_rest_does_not_come_is_given_up`, `test_a_message_that_no_task_is_left_for_is_answered` and
+    `test_an_answer_too_many_does_not_hold_up_those_of_later_rounds` in `tests/federated/test_flower_patches.py`.
 
     Raises:
         NanofedError: this version of Flower sends answers in another way.
     """
-    pull = getattr(start_client_internal, "_pull_and_store_message", None)
-    push = getattr(start_client_internal, "_push_messages", None)
-    same = all(call is not None and "state" in inspect.signature(call).parameters for call in (pull, push))
-    _need(same, "sends answers in another way")
-    assert pull is not None and push is not None
+    names = ("_pull_and_store_message", "_push_messages", "_insert_message")
+    pull, push, insert = (getattr(start_client_internal, name, None) for name in names)
+    known = all(call is not None and "state" in inspect.signature(call).parameters for call in (pull, push, insert))
+    _need(known, "sends answers in another way")
+    assert pull is not None and push is not None and insert is not None
     found: list[Any] = []
 
     @functools.wraps(pull)
@@ -209,11 +162,11 @@ def answer_at_any_time(start_client_internal: ModuleType) -> None:
         return run_id  # None: there is nothing to send
 
     @functools.wraps(push)
-    def push_messages(*, state: Any, **others: Any) -> None:
-        push(state=_Found(state, found), **others)
+    def push_messages(*, state: Any, object_store: Any, **others: Any) -> None:
+        watched = _Watched(state, found, lambda answer: insert(answer, state, object_store))
+        push(state=watched, object_store=_Impatient(object_store), **others)
 
-    vars(start_client_internal)["_pull_and_store_message"] = pull_message
-    vars(start_client_internal)["_push_messages"] = push_messages
+    vars(start_client_internal).update(_pull_and_store_message=pull_message, _push_messages=push_messages)
 
 
 def notice_dead_workers_sooner(in_memory_corestate: ModuleType) -> None:

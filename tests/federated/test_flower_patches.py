@@ -55,10 +55,9 @@ def test_flowers_loop_is_the_one_that_was_made_for(monkeypatch: pytest.MonkeyPat
 
 def test_an_answer_whose_rest_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's own loop over its own store: of two pieces, one never comes, and what is sent next goes through."""
-    monkeypatch.setattr(start_client_internal, "_push_messages", start_client_internal._push_messages)
+    flower_patches.send_every_answer(vars_of(monkeypatch))
     monkeypatch.setattr(start_client_internal, "time", flower_patches.Waits())
     monkeypatch.setattr(flower_patches, "REST_SECONDS", 0.5)
-    flower_patches.give_up_unfinished_answers(start_client_internal)
     store, sent, over = InMemoryObjectStore(verify=False), [], []
 
     def push(name: str, pieces: list[str]) -> None:
@@ -113,7 +112,7 @@ def test_a_message_that_no_task_is_left_for_is_answered(end: str, monkeypatch: p
     module = vars_of(monkeypatch)
     monkeypatch.setattr(module, "time", flower_patches.Waits())
     monkeypatch.setattr(flower_patches, "TASK_LOOK", 0.1)
-    flower_patches.answer_for_lost_tasks(module)
+    flower_patches.send_every_answer(module)
     store, sent = InMemoryObjectStore(), list[Message]()
     state = InMemoryNodeState(store)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, SUPERLINK_NODE_ID  # Message() reads them
@@ -168,8 +167,9 @@ def test_an_answer_too_many_does_not_hold_up_those_of_later_rounds(monkeypatch: 
             raise AssertionError("Flower's would wait here")
         sent.extend(message.metadata.message_id[0] for message in found)
 
-    module: Any = SimpleNamespace(_pull_and_store_message=pull, _push_messages=push)
-    flower_patches.answer_at_any_time(module)
+    insert = start_client_internal._insert_message
+    module: Any = SimpleNamespace(_pull_and_store_message=pull, _push_messages=push, _insert_message=insert)
+    flower_patches.send_every_answer(module)
 
     def look() -> None:
         """One turn of Flower's main loop."""
@@ -186,7 +186,6 @@ def test_an_answer_too_many_does_not_hold_up_those_of_later_rounds(monkeypatch: 
     answer("b")
     look()  # its own is sent when it is there, without another message
     assert sent == ["a", "b"]
-    flower_patches.answer_at_any_time(vars_of(monkeypatch))
 
 
 def vars_of(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -264,10 +263,8 @@ def test_a_reply_is_handed_over_when_all_of_it_is_there(tmp_path: Path, monkeypa
     "patch",
     [
         flower_patches.look_sooner,
-        flower_patches.give_up_unfinished_answers,
+        flower_patches.send_every_answer,
         flower_patches.notice_dead_workers_sooner,
-        flower_patches.answer_for_lost_tasks,
-        flower_patches.answer_at_any_time,
         flower_patches.ask_again_soon,
         lambda module: flower_patches.hold_back_unfinished(module, sql_corestate),
     ],

@@ -24,9 +24,7 @@ def main() -> None:
 
     flower_patches.look_sooner(start_client_internal)
     flower_patches.ask_again_soon(start_client_internal)
-    flower_patches.give_up_unfinished_answers(start_client_internal)
-    flower_patches.answer_for_lost_tasks(start_client_internal)
-    flower_patches.answer_at_any_time(start_client_internal)
+    flower_patches.send_every_answer(start_client_internal)
     flower_patches.notice_dead_workers_sooner(in_memory_corestate)
     threading.excepthook = lambda died: _end(died.exc_value)
     sys.argv[0] = "flower-supernode"
