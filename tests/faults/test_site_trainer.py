@@ -34,6 +34,7 @@ class GivesUp(Turn):
     """A round that is not wanted any more after some micro-batches."""
 
     def __init__(self, after: int) -> None:
+        super().__init__()
         self._left = after
 
     def check(self) -> None:

@@ -29,7 +29,7 @@ from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.rounds import RoundLoop
 from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.site.client import client_app
-from nanofed.federated.site.evaluation import measure
+from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Evaluation, Instructions, Report
 from nanofed.federated.wire.weight_transport import WeightTransport
@@ -184,9 +184,7 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a client's seconds of training nor what its messages are thought to take grow by it."""
-    from nanofed.federated.site import trainer as module
-
-    real, learned = measure, []
+    real, learned = FabricTrainer._measure, []
 
     def slowly(*args: Any, **options: Any) -> Any:
         time.sleep(0.5)
@@ -195,7 +193,7 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(
     def learn(self: Any, report: Report, elapsed: float | None, before: float) -> None:
         learned.append((report.seconds, elapsed))
 
-    monkeypatch.setattr(module, "measure", slowly)
+    monkeypatch.setattr(FabricTrainer, "_measure", slowly)
     monkeypatch.setattr(ClientSpeeds, "learn", learn)
     config = federation(tiny_corpus, tmp_path, "run", **(TEXT | BY_SITES), clients=1, rounds=2)
     site = Site(config.trainer())

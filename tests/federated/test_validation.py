@@ -16,7 +16,7 @@ from nanofed.data.rows import Row
 from nanofed.data.streams import DataState
 from nanofed.federated.server.validation import RefusedReply, Update, check_reply
 from nanofed.federated.site.client import TrainerClient
-from nanofed.federated.site.trainer import LeaseTooShort
+from nanofed.federated.site.trainer import ClientFailure
 from nanofed.federated.wire.codec import hash_arrays
 from nanofed.federated.wire.messages import KEY
 from nanofed.federated.wire.weight_transport import RoundWeights
@@ -241,7 +241,7 @@ def test_no_corruption_reaches_the_model_and_none_raises_anything_else(count: Ca
 def test_a_lease_that_was_too_short_is_told_from_other_failures() -> None:
     class Trainer:
         def fit(self, arrays: Any, asked: Any) -> Any:
-            raise LeaseTooShort("no text")
+            raise ClientFailure("lease", "no text")
 
     asked = instructions()
     client = TrainerClient(cast(Any, Trainer()), asked.client)

@@ -18,7 +18,7 @@ from nanofed.federated.federation import Federation
 from nanofed.federated.round_line import RoundLine
 from nanofed.federated.site.client import client_app
 from nanofed.federated.site.progress import Progress
-from nanofed.federated.site.ranks import ProgressTurn
+from nanofed.federated.site.ranks import Turn
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Evaluate, Evaluation, Hello, Instructions, Report
@@ -54,7 +54,7 @@ class ObservedTrainer:
         progress = self.progress[instructions.client]
         progress.begin(instructions)
         try:
-            return self._trainer.fit(arrays, instructions, ProgressTurn(progress))
+            return self._trainer.fit(arrays, instructions, Turn(progress))
         finally:
             progress.say(state="idle")
 

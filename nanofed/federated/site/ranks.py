@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,12 @@ from nanofed.training.loop import Stopwatch
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=365)  # ranks wait for a round as long as it takes: their connections tell of the dead
+
+
+class _Next(IntEnum):
+    BATCH = 0
+    NO_MORE = 1
+    ERROR = 2
 
 
 class Agreed(NanofedError):
@@ -102,6 +109,34 @@ class Ranks:
             error = caught
         self.agree(error)
 
+    def batches(
+        self, batches: Iterable[Batch], check: Callable[[], None], begun: Callable[[int], None] = lambda number: None
+    ) -> Iterator[Batch]:
+        """Yield this rank's micro-batches until a rank has none; all ranks, which take theirs at once, end at the same one.
+
+        Args:
+            batches: This rank's micro-batches.
+            check: It is called on the first rank before each of them, and raises if the round is not wanted any more.
+            begun: It is called with the number of those that have begun.
+        """
+        own = iter(batches)
+        for number in itertools.count(1):
+            batch, error = None, None
+            try:
+                if self.first:
+                    check()
+                batch = next(own, None)
+            except Exception as caught:
+                error = caught
+            mine = _Next.ERROR if error is not None else _Next.NO_MORE if batch is None else _Next.BATCH
+            outcome = self.greatest(mine)
+            if outcome == _Next.ERROR:
+                self.agree(error)
+            if batch is None or outcome != _Next.BATCH:
+                return
+            begun(number)
+            yield batch
+
 
 class SharedStopwatch(Stopwatch):
     """The first rank's stopwatch on all ranks, which read it at the same points and so decide alike."""
@@ -116,7 +151,10 @@ class SharedStopwatch(Stopwatch):
 
 
 class Turn:
-    """A round under way, as the caller that asked for it sees it.
+    """A stretch of training or evaluation under way, as the caller that asked for it sees it.
+
+    Args:
+        progress: It hears how far the work is.
 
     Attributes:
         arrived: The monotonic time in seconds at which the round's message arrived; None counts from the first step.
@@ -124,71 +162,15 @@ class Turn:
 
     arrived: float | None = None
 
-    def check(self) -> None:
-        """Raise if the round is not wanted any more; called between micro-batches, on the first rank."""
-
-    def progress(self, steps: int) -> None:
-        """Take note that so many full steps of the round are done; called with every micro-batch, on all ranks."""
-
-
-class ProgressTurn(Turn):
-    """A stretch of training that says how far it is."""
-
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress
 
     def check(self) -> None:
-        """Say that something happens."""
-        self._progress.alive()
+        """Raise if the work is not wanted any more; called between micro-batches, on the first rank."""
+        if self._progress is not None:
+            self._progress.alive()
 
     def progress(self, steps: int) -> None:
-        """Say that so many full steps are done."""
-        self._progress.stepped(steps)
-
-
-class _Next(IntEnum):
-    BATCH = 0
-    NO_MORE = 1
-    ERROR = 2
-
-
-class SharedBatches(Iterator[Batch]):
-    """Yields this rank's micro-batches until a rank has none or the round is not wanted; all ranks stop at the same one.
-
-    Args:
-        batches: This rank's micro-batches.
-        ranks: The ranks, all of which take theirs.
-        check: It is called on the first rank before each micro-batch, and raises if the round is not wanted any more.
-        begun: It is called with the number of micro-batches that have begun.
-    """
-
-    def __init__(
-        self,
-        batches: Iterable[Batch],
-        ranks: Ranks,
-        check: Callable[[], None],
-        begun: Callable[[int], None] = lambda number: None,
-    ) -> None:
-        self._batches = iter(batches)
-        self._ranks = ranks
-        self._check = check
-        self._hear = begun
-        self._begun = 0
-
-    def __next__(self) -> Batch:
-        batch, error = None, None
-        try:
-            if self._ranks.first:
-                self._check()
-            batch = next(self._batches, None)
-        except Exception as caught:
-            error = caught
-        mine = _Next.ERROR if error is not None else _Next.NO_MORE if batch is None else _Next.BATCH
-        outcome = self._ranks.greatest(mine)
-        if outcome == _Next.ERROR:
-            self._ranks.agree(error)
-        if batch is None or outcome != _Next.BATCH:
-            raise StopIteration
-        self._begun += 1
-        self._hear(self._begun)
-        return batch
+        """Take note that so many full steps of the round are done; called with every micro-batch, on all ranks."""
+        if self._progress is not None:
+            self._progress.stepped(steps)

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from nanofed.data.datamodule import TokenDataModule
 from nanofed.data.rows import RowPlan, RowRange
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
-from nanofed.federated.site.evaluation import measure
+from nanofed.evaluation.bits_per_byte import BitsPerByte
 from nanofed.federated.site.optimizer_states import Saved, StateFolder
-from nanofed.federated.site.ranks import Agreed, Ranks, SharedBatches, SharedStopwatch, Turn
+from nanofed.federated.site.ranks import Agreed, Ranks, SharedStopwatch, Turn
 from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.changes import changed
 from nanofed.federated.wire.codec import CODECS, Arrays, WireError, hash_arrays, pack_with_feedback
@@ -53,19 +53,9 @@ Residual = dict[str, Tensor]
 class ClientFailure(NanofedError):
     """A round cannot be trained for a reason that the server can do something about; `kind` is that of a `Failure`."""
 
-    kind: ClassVar[Literal["lease", "weights"]]
-
-
-class LeaseTooShort(ClientFailure):
-    """The leased rows ended before the first optimizer step; a longer lease would help."""
-
-    kind = "lease"
-
-
-class WeightsNotHeld(ClientFailure):
-    """The weights that were changed are not here; whole weights would help."""
-
-    kind = "weights"
+    def __init__(self, kind: Literal["lease", "weights"], reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class LocalTrainer(Protocol):
@@ -273,7 +263,7 @@ class FabricTrainer:
         payload: Arrays = []
         with ranks.together():
             if result.steps == 0 or module.data_state is None:
-                raise LeaseTooShort("the leased rows hold too little text for one optimizer step")
+                raise ClientFailure("lease", "the leased rows hold too little text for one optimizer step")
             if not np.isfinite(losses).all():
                 step = int(np.argmin(np.isfinite(losses)))
                 raise NanofedError(f"the training loss is {losses[step]} at step {step + 1} of the round")
@@ -392,7 +382,7 @@ class FabricTrainer:
                 self._fabric,
                 self._fabric_module,
                 self._fabric_optimizer,
-                SharedBatches(batches, ranks, turn.check, begun),
+                ranks.batches(batches, turn.check, begun),
                 accumulation=accumulation,
                 step_tokens=asked.batch_tokens,
                 num_steps=num_steps,
@@ -437,8 +427,7 @@ class FabricTrainer:
             send_weights(self._module.gpt)
         nats, count, failure = 0.0, 0, ""
         try:
-            data, device = self._data_of(asked.client), self._fabric.device
-            nats, count = measure(self._module.gpt, data, asked, device=device, ranks=ranks, turn=turn, watch=watch)
+            nats, count = self._measure(asked, turn, watch)
         except Exception as error:
             if ranks.size > 1 and not isinstance(error, Agreed):
                 raise  # the others wait for this rank
@@ -450,6 +439,40 @@ class FabricTrainer:
         return Evaluation(
             **asked.repeated(), nats=nats, bytes=count, seconds=watch.elapsed(), failure=failure[:MAX_FAILURE]
         )
+
+    @torch.no_grad()
+    def _measure(self, asked: Evaluate, turn: Turn, watch: Stopwatch) -> tuple[float, int]:
+        """Return the sums of nats and of bytes over all ranks.
+
+        Raises:
+            NanofedError: The evaluation took too long, or the loss is not finite: of a part of the text there is no figure.
+        """
+        ranks, data, gpt, device = self.ranks, self._data_of(asked.client), self._module.gpt, self._fabric.device
+        share = {"share": asked.share, "shares": asked.shares, "eval_tokens": asked.eval_tokens}
+        text = data.validation_loader(rank=ranks.number, world_size=ranks.size, **share)
+        metric = BitsPerByte(torch.tensor(data.tokenizer.token_bytes)).to(device)
+        training = gpt.training
+        gpt.eval()
+        try:
+            with closing(iter(text)) as batches:
+                for number, batch in enumerate(ranks.batches(batches, turn.check)):
+                    if watch.elapsed() > asked.seconds:
+                        ranks.agree(
+                            NanofedError(
+                                f"{number} batches took more than {asked.seconds:g} s, which is all that a round leaves for "
+                                "it: lower data.eval_tokens at the server, or raise federation.grace_seconds or eval_every"
+                            )
+                        )
+                    there = batch.to(device)
+                    metric.update(gpt(there.inputs, there.targets, reduction="none"), there.targets)
+                    metric.sum_bytes.item()  # waits for the device: the watch is read in time
+        finally:
+            gpt.train(training)
+        sums = ranks.gather((float(metric.sum_nats), int(metric.sum_bytes)))
+        nats = math.fsum(part for part, _ in sums)
+        if not math.isfinite(nats):
+            ranks.agree(NanofedError(f"the loss on the validation text is {nats}"))
+        return nats, sum(count for _, count in sums)
 
     def _take_weights(self, arrays: Arrays, instructions: WeightsMessage) -> Arrays:
         """Give the model the weights that a message describes, and return them in the codec of whole weights."""
@@ -492,7 +515,8 @@ class FabricTrainer:
         saved = self.states.load(asked.client, asked.run, asked.round) if self._shared else None
         arrays: Arrays = [tensor.view(torch.uint16).numpy() for tensor in saved.get("held", [])] if saved else []
         if not arrays or hash_arrays(arrays) != asked.changed_from:
-            raise WeightsNotHeld("the weights that were changed are not held here any more: they have to be sent whole")
+            lost = "the weights that were changed are not held here any more: they have to be sent whole"
+            raise ClientFailure("weights", lost)
         return HeldWeights(asked.changed_from, arrays)
 
     def _local_weights(self, arrays: Arrays, instructions: Instructions) -> Arrays:

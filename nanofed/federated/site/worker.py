@@ -36,7 +36,7 @@ from nanofed.federated.site.client import client_app
 from nanofed.federated.site.inbox import Inbox, Task
 from nanofed.federated.site.options import WorkerOptions
 from nanofed.federated.site.progress import Progress
-from nanofed.federated.site.ranks import PATIENCE, Agreed, ProgressTurn, Turn
+from nanofed.federated.site.ranks import PATIENCE, Agreed, Turn
 from nanofed.federated.site.trainer import FabricTrainer
 from nanofed.federated.wire.bundle import check_bundle
 from nanofed.federated.wire.codec import Arrays, WireError
@@ -62,7 +62,7 @@ class RoundAborted(NanofedError):
     """The round is not wanted any more; the message says why."""
 
 
-class _Turn(ProgressTurn):
+class _Turn(Turn):
     """A round that a task asks for; `deadline` seconds after its start its answer is worth nothing."""
 
     def __init__(self, task: Task, progress: Progress, deadline: float | None = None) -> None:
@@ -198,7 +198,7 @@ class SiteTrainer:
         self._progress.say(state="training")
         try:
             with self._on_all_ranks(AHEAD):
-                self._trainer.train_ahead(_UntilAsked(self._jobs), ProgressTurn(self._progress))
+                self._trainer.train_ahead(_UntilAsked(self._jobs), Turn(self._progress))
         except Exception as error:
             if self.broken is not None and self.idle.is_set():
                 raise  # else the round before is still on its way to the server, and its thread ends this process then
