@@ -224,18 +224,14 @@ def compiler_fault(compiler: str, language: str, *options: str) -> str | None:
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started, and as which rank.
+    """How this process was started, and as which rank."""
 
-    Attributes:
-        by: `torchrun`, `srun`, `jsrun`, `mpirun`, `lightning` (which starts ranks itself, or whoever sets the variables of
-            its free clusters), `env` (one process a node, torch's `env://` variables: Kubeflow), or nothing: alone.
-        rank: this process's number among all ranks; the node's number where only Lightning knows how many ranks a node has.
-        local_rank: this process's number among the ranks of its node.
-    """
-
+    # `torchrun`, `srun`, `jsrun`, `mpirun`, `lightning` (which starts ranks itself, or whoever sets the variables of its free
+    # clusters), `env` (one process a node, torch's `env://` variables: Kubeflow), or nothing: alone.
     by: str = ""
+    # This process's number among all ranks; the node's number where only Lightning knows how many ranks a node has.
     rank: int = 0
-    local_rank: int = 0
+    local_rank: int = 0  # this process's number among the ranks of its node
 
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")  # that Lightning and torch read whoever has set them

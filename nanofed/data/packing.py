@@ -24,17 +24,11 @@ Read = Callable[[Row], Tokens]  # the tokens of a document, begin-of-sequence to
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where one stream stands.
+    """Where one stream stands."""
 
-    Attributes:
-        position: the next row to look at; None before the first.
-        pending: documents read but not used up, in the order they arrived.
-        offset: tokens of the first pending document that are used up (contiguous packing).
-    """
-
-    position: Row | None = None
-    pending: tuple[Row, ...] = ()
-    offset: int = 0
+    position: Row | None = None  # the next row to look at; None before the first
+    pending: tuple[Row, ...] = ()  # documents read but not used up, in the order they arrived
+    offset: int = 0  # tokens of the first pending document that are used up (contiguous packing)
 
 
 class Exhausted(Exception):

@@ -16,16 +16,12 @@ KINDS = {kind.exit_code: kind for kind in (NanofedError, ConfigError, DataError)
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a process.
+    """The end of a process."""
 
-    Attributes:
-        exit_code: The exit code that the error means to whoever runs nanofed; a launcher in between may end with another one.
-        reason: The error in one line for a person.
-        run_id: Flower's number of the run that ended, which tells it from the one before; 0 where there is no such number.
-    """
-
+    # The exit code that the error means to whoever runs nanofed; a launcher in between may end with another one.
     exit_code: int
-    reason: str
+    reason: str  # the error in one line for a person
+    # Flower's number of the run that ended, which tells it from the one before; 0 where there is no such number.
     run_id: int = 0
 
     @classmethod

@@ -40,42 +40,29 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class Line:
-    """A connection to the internet.
-
-    Attributes:
-        down_mbit: the rate at which it receives, in Mbit/s (10^6 bits).
-        up_mbit: the rate at which it sends, in Mbit/s.
-    """
+    """A connection to the internet."""
 
     __pydantic_config__ = STRICT
-    down_mbit: Positive
-    up_mbit: Positive
+    down_mbit: Positive  # the rate at which it receives, in Mbit/s (10^6 bits)
+    up_mbit: Positive  # the rate at which it sends, in Mbit/s
 
 
 @dataclass(frozen=True)
 class PlannedSite(Line):
-    """A site: its line, and how fast it trains.
+    """A site: its line, and how fast it trains."""
 
-    Attributes:
-        tokens_per_second: tokens a second of all its devices together while they train, as `nanofed fit` logs them.
-        delay_ms: milliseconds to the server and back, as `ping` says them.
-    """
-
+    # Tokens a second of all its devices together while they train, as `nanofed fit` logs them.
     tokens_per_second: Positive
-    delay_ms: Annotated[float, Field(ge=0, le=1e6)]
+    delay_ms: Annotated[float, Field(ge=0, le=1e6)]  # milliseconds to the server and back, as `ping` says them
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a federation is to run.
-
-    Attributes:
-        sites: The sites by name.
-        server: The server's own line, which all sites share; None where it is faster than all of theirs together.
-    """
+    """Where a federation is to run."""
 
     __pydantic_config__ = STRICT
-    sites: Annotated[dict[str, PlannedSite], Field(min_length=1)]
+    sites: Annotated[dict[str, PlannedSite], Field(min_length=1)]  # the sites by name
+    # The server's own line, which all sites share; None where it is faster than all of theirs together.
     server: Line | None = None
 
     @classmethod
@@ -105,25 +92,15 @@ def _problem(error: ValidationError) -> str:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a round that are neither training nor the lines': work of sites and server on weights and messages.
+    """Seconds of a round that are neither training nor the lines': work of sites and server on weights and messages."""
 
-    Attributes:
-        fixed: seconds of any round, however small: messages, and polls for them.
-        round_trips: how often a site waits for its delay in a round.
-        fetch: seconds a GB (10^9 bytes) that weights take down where the line is faster than both its ends.
-        deliver: seconds a GB that an update takes up there.
-        site: seconds for a billion parameters of a site's own work: check, decode and encode.
-        merge: seconds for a billion parameters of the server's work on each update: check and fold.
-        step: seconds for a billion parameters of the server's work once a round: outer step, encode, hash.
-    """
-
-    fixed: float
-    round_trips: float
-    fetch: float
-    deliver: float
-    site: float
-    merge: float
-    step: float
+    fixed: float  # seconds of any round, however small: messages, and polls for them
+    round_trips: float  # how often a site waits for its delay in a round
+    fetch: float  # seconds a GB (10^9 bytes) that weights take down where the line is faster than both its ends
+    deliver: float  # seconds a GB that an update takes up there
+    site: float  # seconds for a billion parameters of a site's own work: check, decode and encode
+    merge: float  # seconds for a billion parameters of the server's work on each update: check and fold
+    step: float  # seconds for a billion parameters of the server's work once a round: outer step, encode, hash
 
 
 # Two sites and the server on two cores of an AMD EPYC beside other work: d12 over loopback and d4 over lines of 1,000 Mbit/s; d2
@@ -133,17 +110,11 @@ MEASURED = Costs(fixed=1.5, round_trips=14.0, fetch=8.0, deliver=15.0, site=13.5
 
 @dataclass(frozen=True)
 class Model:
-    """What travels.
+    """What travels."""
 
-    Attributes:
-        name: What the model is called.
-        parameters: How many it has.
-        payload_bytes: The bytes of its weights on the wire, by codec.
-    """
-
-    name: str
-    parameters: int
-    payload_bytes: Mapping[str, int]
+    name: str  # what the model is called
+    parameters: int  # how many it has
+    payload_bytes: Mapping[str, int]  # the bytes of its weights on the wire, by codec
 
     @classmethod
     def of(cls, config: GPTConfig) -> Self:
@@ -157,21 +128,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be trained.
+    """What is to be trained."""
 
-    Attributes:
-        model: The model.
-        batch_tokens: Tokens of an optimizer step of one site.
-        horizon_tokens: Tokens of the run, over all sites.
-        round_seconds: `federation.round_seconds` as it is set now.
-        notes: What the plan does not count, one sentence each.
-    """
-
-    model: Model
-    batch_tokens: int
-    horizon_tokens: int
-    round_seconds: float
-    notes: Sequence[str] = ()
+    model: Model  # the model
+    batch_tokens: int  # tokens of an optimizer step of one site
+    horizon_tokens: int  # tokens of the run, over all sites
+    round_seconds: float  # `federation.round_seconds` as it is set now
+    notes: Sequence[str] = ()  # what the plan does not count, one sentence each
 
     @classmethod
     def of(cls, arguments: Arguments, sites: int) -> Self:
@@ -195,19 +158,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Overhead:
-    """Seconds of a round in which one site does not train.
+    """Seconds of a round in which one site does not train."""
 
-    Attributes:
-        down: the weights' way to the site.
-        site: the site's own work on them, and on its update.
-        up: the update's way to the server.
-        server: the server's work, messages, and delays.
-    """
-
-    down: float
-    site: float
-    up: float
-    server: float
+    down: float  # the weights' way to the site
+    site: float  # the site's own work on them, and on its update
+    up: float  # the update's way to the server
+    server: float  # the server's work, messages, and delays
 
     @property
     def seconds(self) -> float:
@@ -250,21 +206,13 @@ def shared(rates: Mapping[str, float], whole: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Round:
-    """A round of any length with one pair of codecs.
+    """A round of any length with one pair of codecs."""
 
-    Attributes:
-        down: The codec of the weights.
-        up: The codec of the updates.
-        overheads: What it costs each site beside training.
-        speeds: Tokens a second of each site.
-        batch_tokens: Tokens of an optimizer step of one site.
-    """
-
-    down: str
-    up: str
-    overheads: Mapping[str, Overhead]
-    speeds: Mapping[str, float]
-    batch_tokens: int
+    down: str  # the codec of the weights
+    up: str  # the codec of the updates
+    overheads: Mapping[str, Overhead]  # what it costs each site beside training
+    speeds: Mapping[str, float]  # tokens a second of each site
+    batch_tokens: int  # tokens of an optimizer step of one site
 
     def training(self, length: float) -> dict[str, float]:
         """Return the seconds that each site trains in a round of `length` seconds, at least a tenth, as `Scheduler` has it."""
@@ -304,19 +252,12 @@ class Round:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a federation is to expect, and the options that are recommended for it.
+    """What a federation is to expect, and the options that are recommended for it."""
 
-    Attributes:
-        setting: What is to be trained.
-        rounds: A round with each pair of codecs.
-        recommended: One of them.
-        round_seconds: The length that is recommended for it, in seconds.
-    """
-
-    setting: Setting
-    rounds: Sequence[Round]
-    recommended: Round
-    round_seconds: float
+    setting: Setting  # what is to be trained
+    rounds: Sequence[Round]  # a round with each pair of codecs
+    recommended: Round  # one of them
+    round_seconds: float  # the length that is recommended for it, in seconds
 
     @classmethod
     def of(cls, setting: Setting, places: Places, costs: Costs = MEASURED) -> Self:

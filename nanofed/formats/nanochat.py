@@ -42,17 +42,11 @@ META = "nanochat"  # in the state of an imported checkpoint: the peer's meta, wh
 
 @dataclass(frozen=True)
 class NanochatCheckpoint:
-    """A checkpoint of nanochat's.
+    """A checkpoint of nanochat's."""
 
-    Attributes:
-        model: sizes, weights in fp32 and tokenizer.
-        meta: the content of its `meta_*.json`.
-        optimizer_file: its `optim_*.pt`, which need not be there.
-    """
-
-    model: Pretrained
-    meta: dict[str, Any]
-    optimizer_file: Path
+    model: Pretrained  # sizes, weights in fp32 and tokenizer
+    meta: dict[str, Any]  # the content of its `meta_*.json`
+    optimizer_file: Path  # its `optim_*.pt`, which need not be there
 
     @property
     def step(self) -> int:

@@ -19,21 +19,13 @@ SHOWN = 4  # names that a message lists
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Sizes, weights and tokenizer of a trained model.
+    """Sizes, weights and tokenizer of a trained model."""
 
-    Attributes:
-        config: the sizes of the GPT.
-        weights: the weights by nanochat's names, such as `transformer.h.0.attn.c_q.weight`.
-        tokenizer: the tokenizer that the model was trained with.
-        path: where it was read from.
-        manifest: what a checkpoint of nanofed's says of itself; None of a model in another format.
-    """
-
-    config: GPTConfig
-    weights: Mapping[str, Tensor]
-    tokenizer: Tokenizer
-    path: Path
-    manifest: Manifest | None = None
+    config: GPTConfig  # the sizes of the GPT
+    weights: Mapping[str, Tensor]  # the weights by nanochat's names, such as `transformer.h.0.attn.c_q.weight`
+    tokenizer: Tokenizer  # the tokenizer that the model was trained with
+    path: Path  # where it was read from
+    manifest: Manifest | None = None  # what a checkpoint of nanofed's says of itself; None of a model in another format
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> Pretrained:

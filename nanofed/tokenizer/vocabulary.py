@@ -35,18 +35,13 @@ SPLIT_PATTERN = (
 class Vocabulary:
     """Tokens as bytes; a token's id is its place and its merge priority, special tokens follow.
 
-    Attributes:
-        tokens: the bytes of every token but the special ones; all 256 single bytes are among them.
-        special_tokens: the texts of the special tokens; the first marks the beginning of a document.
-        split_pattern: the regular expression whose matches are merged one by one, never across.
-
     Raises:
         ValueError: a byte is missing, a token occurs twice, or there is no special token.
     """
 
-    tokens: tuple[bytes, ...]
-    special_tokens: tuple[str, ...]
-    split_pattern: str
+    tokens: tuple[bytes, ...]  # the bytes of every token but the special ones; all 256 single bytes are among them
+    special_tokens: tuple[str, ...]  # the texts of the special tokens; the first marks the beginning of a document
+    split_pattern: str  # the regular expression whose matches are merged one by one, never across
 
     def __post_init__(self) -> None:
         if len(set(self.tokens)) != len(self.tokens):

@@ -31,19 +31,12 @@ WIDTH, HEIGHT, MARGIN = 460, 320, 56  # of a plot, in pixels
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run as it is compared.
+    """A run as it is compared."""
 
-    Attributes:
-        folder: The run's folder.
-        summary: What it has come to so far.
-        config: Its saved config.
-        text: The content of its validation shard and its tokenizer, where it has a checkpoint.
-    """
-
-    folder: Path
-    summary: Summary
-    config: dict[str, Any]
-    text: tuple[str, str] | None
+    folder: Path  # the run's folder
+    summary: Summary  # what it has come to so far
+    config: dict[str, Any]  # its saved config
+    text: tuple[str, str] | None  # the content of its validation shard and its tokenizer, where it has a checkpoint
 
     @classmethod
     def read(cls, folder: Path) -> ComparedRun:

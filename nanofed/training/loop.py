@@ -41,21 +41,13 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What a stretch of training did.
+    """What a stretch of training did."""
 
-    Attributes:
-        steps: full optimizer steps.
-        tokens: tokens of those steps, over all ranks.
-        seconds: time on the stopwatch.
-        losses: mean loss of every step, nats a token.
-        exhausted: the data ended before the budget did.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    losses: tuple[float, ...]
-    exhausted: bool
+    steps: int  # full optimizer steps
+    tokens: int  # tokens of those steps, over all ranks
+    seconds: float  # time on the stopwatch
+    losses: tuple[float, ...]  # mean loss of every step, nats a token
+    exhausted: bool  # the data ended before the budget did
 
     def followed_by(self, other: LoopResult) -> LoopResult:
         """Return what this stretch and the one after it did together, in the time of the other one."""

@@ -63,22 +63,14 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an optimizer step is computed.
+    """Where an optimizer step is computed."""
 
-    Attributes:
-        device: the device of this rank.
-        ranks: the ranks that share a step.
-        local_ranks: those of the ranks that run on this machine: on CPU they share its memory.
-        sharded: whether the optimizer's states are divided over the ranks.
-        clients: the clients of a federation that take turns here, each with an optimizer state of its own.
-        forks: whether ranks will be forked from this process (in a notebook), which must not have touched CUDA then.
-    """
-
-    device: torch.device
-    ranks: int = 1
-    local_ranks: int = 1
-    sharded: bool = False
-    clients: int = 1
+    device: torch.device  # the device of this rank
+    ranks: int = 1  # the ranks that share a step
+    local_ranks: int = 1  # those of the ranks that run on this machine: on CPU they share its memory
+    sharded: bool = False  # whether the optimizer's states are divided over the ranks
+    clients: int = 1  # the clients of a federation that take turns here, each with an optimizer state of its own
+    # Whether ranks will be forked from this process (in a notebook), which must not have touched CUDA then.
     forks: bool = False
 
     @classmethod
@@ -98,23 +90,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the memory of a run follows from.
+    """What the memory of a run follows from."""
 
-    Attributes:
-        config: the sizes of the model.
-        device_batch_size: rows of `config.sequence_len` tokens a micro-batch.
-        batch_tokens: tokens an optimizer step, over all ranks.
-        compute_dtype: the dtype of activations and matmuls.
-        compiled: whether the model is compiled.
-        place: the device and the ranks.
-    """
-
-    config: GPTConfig
-    device_batch_size: int
-    batch_tokens: int
-    compute_dtype: torch.dtype
-    compiled: bool
-    place: Place
+    config: GPTConfig  # the sizes of the model
+    device_batch_size: int  # rows of `config.sequence_len` tokens a micro-batch
+    batch_tokens: int  # tokens an optimizer step, over all ranks
+    compute_dtype: torch.dtype  # the dtype of activations and matmuls
+    compiled: bool  # whether the model is compiled
+    place: Place  # the device and the ranks
 
     def estimate(self) -> MemoryEstimate:
         """Return what the run needs on one device.

@@ -50,32 +50,21 @@ class Operator:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What an optimizer step is spent on, on the first rank.
+    """What an optimizer step is spent on, on the first rank."""
 
-    Attributes:
-        steps: The number of steps that were timed; as many were traced.
-        tokens: The tokens of a step, over all ranks.
-        seconds: The median time of a step in seconds, without tracing.
-        phases: The median seconds of each phase of a step, by its name; `rest` is the time of the loop and the callbacks.
-        traced_seconds: The median time of a traced step in seconds; tracing makes steps slower.
-        collectives: The seconds of a traced step in collectives, with the time in which they wait for other ranks. They may
-            overlap with computation and with each other.
-        operators: The operators in which a traced step spends most of its time.
-        ceiling: The FLOP/s that the fastest of the model's matmuls reaches by itself on one rank.
-        share: The part of the ceiling that a step reaches on each rank.
-        trace: The path of the trace.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
+    steps: int  # the number of steps that were timed; as many were traced
+    tokens: int  # the tokens of a step, over all ranks
+    seconds: float  # the median time of a step in seconds, without tracing
+    # The median seconds of each phase of a step, by its name; `rest` is the time of the loop and the callbacks.
     phases: dict[str, float]
-    traced_seconds: float
+    traced_seconds: float  # the median time of a traced step in seconds; tracing makes steps slower
+    # The seconds of a traced step in collectives, with the time in which they wait for other ranks. They may overlap with
+    # computation and with each other.
     collectives: float
-    operators: list[Operator]
-    ceiling: float
-    share: float
-    trace: Path
+    operators: list[Operator]  # the operators in which a traced step spends most of its time
+    ceiling: float  # the FLOP/s that the fastest of the model's matmuls reaches by itself on one rank
+    share: float  # the part of the ceiling that a step reaches on each rank
+    trace: Path  # the path of the trace
 
     def text(self) -> str:
         """Return the profile as a table for a terminal."""

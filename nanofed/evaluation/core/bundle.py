@@ -42,39 +42,25 @@ Kind = Literal["multiple_choice", "schema", "language_modeling"]
 
 @dataclass(frozen=True)
 class Example:
-    """One example: texts of which one is right.
+    """One example: texts of which one is right."""
 
-    Attributes:
-        options: pairs of a context and its continuation. A multiple choice has one context and many continuations, a schema
-            many contexts and one continuation, language modelling one of each.
-        gold: the number of the right pair.
-    """
-
+    # Pairs of a context and its continuation. A multiple choice has one context and many continuations, a schema many contexts
+    # and one continuation, language modelling one of each.
     options: tuple[tuple[str, str], ...]
-    gold: int
+    gold: int  # the number of the right pair
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a bundle.
+    """One task of a bundle."""
 
-    Attributes:
-        label: the task's name.
-        kind: how it is asked and judged.
-        shots: solved examples that stand before each question.
-        delimiter: stands between context and continuation.
-        baseline: accuracy of a random answer, from 0 to 1.
-        published: examples of the whole task, of which a bundle may hold fewer.
-        path: the file of its examples.
-    """
-
-    label: str
-    kind: Kind
-    shots: int
-    delimiter: str
-    baseline: float
-    published: int
-    path: Path
+    label: str  # the task's name
+    kind: Kind  # how it is asked and judged
+    shots: int  # solved examples that stand before each question
+    delimiter: str  # stands between context and continuation
+    baseline: float  # accuracy of a random answer, from 0 to 1
+    published: int  # examples of the whole task, of which a bundle may hold fewer
+    path: Path  # the file of its examples
 
     def examples(self, most: int = 0) -> list[Example]:
         """Return the task's examples in nanochat's order, the first `most` of them; 0 for all.
@@ -101,17 +87,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Bundle:
-    """The tasks of a folder.
+    """The tasks of a folder."""
 
-    Attributes:
-        path: the folder.
-        tasks: its tasks, in the order of `core.yaml`.
-        missing: labels of CORE's tasks that it does not hold.
-    """
-
-    path: Path
-    tasks: tuple[Task, ...]
-    missing: tuple[str, ...]
+    path: Path  # the folder
+    tasks: tuple[Task, ...]  # its tasks, in the order of `core.yaml`
+    missing: tuple[str, ...]  # labels of CORE's tasks that it does not hold
 
     @classmethod
     def read(cls, folder: str | Path | None = None) -> Bundle:

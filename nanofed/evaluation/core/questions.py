@@ -26,32 +26,21 @@ SHOTS_SEED = 1234  # plus the number of the example
 
 @dataclass(frozen=True)
 class Row:
-    """One text to be read.
+    """One text to be read."""
 
-    Attributes:
-        ids: the tokens (n,), int32; the first one begins a document.
-        start: tokens from here on are judged, each by what the model expects after those before it; at least 1.
-    """
-
-    ids: NDArray[np.int32]
-    start: int
+    ids: NDArray[np.int32]  # the tokens (n,), int32; the first one begins a document
+    start: int  # tokens from here on are judged, each by what the model expects after those before it; at least 1
 
 
 @dataclass(frozen=True)
 class Question:
-    """An example as it is put to a model.
+    """An example as it is put to a model."""
 
-    Attributes:
-        number: its number within its task.
-        rows: one row for each option.
-        gold: the number of the option that must be the likeliest; None where the only option's every token must be.
-        shared: tokens that all rows begin with and of which none predicts a judged token: they can be read once.
-    """
-
-    number: int
-    rows: tuple[Row, ...]
+    number: int  # its number within its task
+    rows: tuple[Row, ...]  # one row for each option
+    # The number of the option that must be the likeliest; None where the only option's every token must be.
     gold: int | None
-    shared: int
+    shared: int  # tokens that all rows begin with and of which none predicts a judged token: they can be read once
 
 
 def prompts(task: Task, examples: Sequence[Example], number: int) -> tuple[str, list[str]]:

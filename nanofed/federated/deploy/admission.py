@@ -21,37 +21,26 @@ LOG_SECONDS = 60.0  # between two lines about the same address and reason
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a perimeter lets in, how fast, and how long it waits.
+    """How much a perimeter lets in, how fast, and how long it waits."""
 
-    Attributes:
-        body: The largest body in bytes that holds a piece of weights or an object of Flower's.
-        small_body: The largest of any other body in bytes.
-        head: The largest request head in bytes.
-        connections: The connections at a time, after their TLS handshakes. Where they are used up, or those of an address,
-            the oldest one on which no site has called yet ends for a new one.
-        address_connections: The connections of one address at a time.
-        site_bytes: The bytes of one site's bodies that may be under way at a time; a piece of weights has 16 MB.
-        requests: The requests that one address may make in a second, on average; those that come up to a second early
-            wait, others are refused.
-        request_burst: The requests that one address may make at once.
-        handshake_seconds: The seconds that a TLS handshake may take.
-        head_seconds: The seconds that a head may take, from the connection's start or the head's first byte to its end.
-        idle_seconds: The seconds that a connection may rest between two requests.
-        bytes_per_second: The slowest a body may come or be taken, on average, after `head_seconds`.
-    """
-
-    body: int = 32 << 20
-    small_body: int = 4 << 20
-    head: int = 16 << 10
+    body: int = 32 << 20  # the largest body in bytes that holds a piece of weights or an object of Flower's
+    small_body: int = 4 << 20  # the largest of any other body in bytes
+    head: int = 16 << 10  # the largest request head in bytes
+    # The connections at a time, after their TLS handshakes. Where they are used up, or those of an address, the oldest one on
+    # which no site has called yet ends for a new one.
     connections: int = 256
-    address_connections: int = 64
+    address_connections: int = 64  # the connections of one address at a time
+    # The bytes of one site's bodies that may be under way at a time; a piece of weights has 16 MB.
     site_bytes: int = 256 << 20
+    # The requests that one address may make in a second, on average; those that come up to a second early wait, others are
+    # refused.
     requests: float = 500.0
-    request_burst: int = 1000
-    handshake_seconds: float = 10.0
+    request_burst: int = 1000  # the requests that one address may make at once
+    handshake_seconds: float = 10.0  # the seconds that a TLS handshake may take
+    # The seconds that a head may take, from the connection's start or the head's first byte to its end.
     head_seconds: float = 10.0
-    idle_seconds: float = 75.0
-    bytes_per_second: int = 16 << 10
+    idle_seconds: float = 75.0  # the seconds that a connection may rest between two requests
+    bytes_per_second: int = 16 << 10  # the slowest a body may come or be taken, on average, after `head_seconds`
 
     def body_seconds(self, length: int) -> float:
         """Return how long a body of a length may take."""

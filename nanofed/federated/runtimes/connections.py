@@ -19,17 +19,11 @@ BLOCK = re.compile(rf"\s*{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
 
 @dataclass(frozen=True)
 class Resources:
-    """What a simulation has; its clients take turns, so that a client's time is its own, one on each GPU.
+    """What a simulation has; its clients take turns, so that a client's time is its own, one on each GPU."""
 
-    Attributes:
-        clients: simulated nodes.
-        cpus: cores of the machine that Ray may use.
-        gpus: GPUs of the machine.
-    """
-
-    clients: int
-    cpus: int
-    gpus: int
+    clients: int  # simulated nodes
+    cpus: int  # cores of the machine that Ray may use
+    gpus: int  # GPUs of the machine
 
     @property
     def client_cpus(self) -> int:

@@ -16,44 +16,26 @@ from nanofed.federated.wire.plain_text import SAFE_NAME
 
 @dataclass(frozen=True)
 class SiteOptions:
-    """Who the site is, and where its server is.
+    """Who the site is, and where its server is."""
 
-    Attributes:
-        superlink: `host:port` of the server.
-        name: name of the site, the same as long as it takes part.
-        authority: certificate of the server's CA; without one plain HTTP, on loopback only.
-        key: the site's private key; the server knows the public one.
-        folder: what the site keeps: optimizer state, logs, its lock.
-        devices: devices of this machine that train together.
-        stall_seconds: longest time without a step, while training, before the worker is started anew.
-        worker: module that is run as the worker.
-        threads: CPU threads of each device's process; None as PyTorch chooses.
-    """
-
-    superlink: str
-    name: str
-    authority: Path | None
-    key: Path | None
-    folder: Path
-    devices: int = 1
-    stall_seconds: float = 600.0
-    worker: str = "nanofed.federated.site.worker"
-    threads: int | None = None
+    superlink: str  # `host:port` of the server
+    name: str  # name of the site, the same as long as it takes part
+    authority: Path | None  # certificate of the server's CA; without one plain HTTP, on loopback only
+    key: Path | None  # the site's private key; the server knows the public one
+    folder: Path  # what the site keeps: optimizer state, logs, its lock
+    devices: int = 1  # devices of this machine that train together
+    stall_seconds: float = 600.0  # longest time without a step, while training, before the worker is started anew
+    worker: str = "nanofed.federated.site.worker"  # module that is run as the worker
+    threads: int | None = None  # CPU threads of each device's process; None as PyTorch chooses
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions(SiteOptions):
-    """What the supervisor tells its worker: the site's options, and how the two and the SuperNode meet.
+    """What the supervisor tells its worker: the site's options, and how the two and the SuperNode meet."""
 
-    Attributes:
-        supernode: `host:port` of the SuperNode's runtime API.
-        progress: path of the supervisor's `Page`.
-        supervisor: process id of the supervisor, with which the worker ends; 0 for none.
-    """
-
-    supernode: str
-    progress: str | None = None
-    supervisor: int = 0
+    supernode: str  # `host:port` of the SuperNode's runtime API
+    progress: str | None = None  # path of the supervisor's `Page`
+    supervisor: int = 0  # process id of the supervisor, with which the worker ends; 0 for none
 
     @property
     def secret(self) -> Path:

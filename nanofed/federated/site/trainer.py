@@ -91,22 +91,14 @@ class ClientState:
 
 @dataclass(frozen=True)
 class Ahead:
-    """The steps that were taken after a round and before the next one's weights were there.
+    """The steps that were taken after a round and before the next one's weights were there."""
 
-    Attributes:
-        asked: The round after which they were taken.
-        start: Where the streams stood at its end, as it was reported.
-        change: What the steps have changed of the weights, by name.
-        data: Where the streams stand now.
-        residual: What codecs had rounded off by its end.
-    """
-
-    asked: Instructions
-    start: DataState
-    change: dict[str, Tensor]
+    asked: Instructions  # the round after which they were taken
+    start: DataState  # where the streams stood at its end, as it was reported
+    change: dict[str, Tensor]  # what the steps have changed of the weights, by name
     result: LoopResult
-    data: DataState
-    residual: Residual
+    data: DataState  # where the streams stand now
+    residual: Residual  # what codecs had rounded off by its end
 
     def are_of(self, asked: Instructions) -> bool:
         """Tell whether these steps are the first of a round: what came before them is merged, and the rows go on the same."""

@@ -143,33 +143,19 @@ class SiteShard:
 
 @dataclass(frozen=True)
 class Hello(WireMessage):
-    """What a client says of itself before its first round.
+    """What a client says of itself before its first round."""
 
-    Attributes:
-        name: name of the client.
-        code: hash of the sources of its nanofed.
-        model: sizes of its GPT.
-        tokenizer: fingerprint of its tokenizer.
-        dataset: fingerprint of its dataset.
-        streams: how many streams its data has.
-        training: what else decides the arithmetic of a step: rates, decay, packing.
-        versions: versions of Python and of the packages that matter.
-        devices: how many devices it trains on.
-        tokens_per_second: its speed in its last round, None before it has trained any.
-        shards: the training shards at the site.
-    """
-
-    name: str
-    code: str
-    model: dict[str, Int]
-    tokenizer: str
-    dataset: str
-    streams: Int
-    training: dict[str, str]
-    versions: dict[str, str]
-    devices: Int
-    tokens_per_second: float | None
-    shards: tuple[SiteShard, ...]
+    name: str  # name of the client
+    code: str  # hash of the sources of its nanofed
+    model: dict[str, Int]  # sizes of its GPT
+    tokenizer: str  # fingerprint of its tokenizer
+    dataset: str  # fingerprint of its dataset
+    streams: Int  # how many streams its data has
+    training: dict[str, str]  # what else decides the arithmetic of a step: rates, decay, packing
+    versions: dict[str, str]  # versions of Python and of the packages that matter
+    devices: Int  # how many devices it trains on
+    tokens_per_second: float | None  # its speed in its last round, None before it has trained any
+    shards: tuple[SiteShard, ...]  # the training shards at the site
 
     @classmethod
     def of(
@@ -231,21 +217,13 @@ class Hello(WireMessage):
 
 @dataclass(frozen=True)
 class RoundMessage(WireMessage):
-    """A message of one round to or from one client; the answer repeats these fields of what it answers.
+    """A message of one round to or from one client; the answer repeats these fields of what it answers."""
 
-    Attributes:
-        run: id of the run.
-        round: number of the round, from 1.
-        client: name of the client, so that a reply cannot be taken for another's.
-        nonce: a number of this message alone, in hexadecimal digits.
-        base_hash: hash of the weights that the client has once it has the arrays that the server sends along.
-    """
-
-    run: str
-    round: Int
-    client: str
-    nonce: str
-    base_hash: str
+    run: str  # id of the run
+    round: Int  # number of the round, from 1
+    client: str  # name of the client, so that a reply cannot be taken for another's
+    nonce: str  # a number of this message alone, in hexadecimal digits
+    base_hash: str  # hash of the weights that the client has once it has the arrays that the server sends along
 
     def repeated(self) -> dict[str, Any]:
         """Return what the answer to this message repeats, by field."""
@@ -254,15 +232,12 @@ class RoundMessage(WireMessage):
 
 @dataclass(frozen=True)
 class WeightsMessage(RoundMessage):
-    """A message of one round with which weights go, or what changed in them.
+    """A message of one round with which weights go, or what changed in them."""
 
-    Attributes:
-        down_codec: how weights travel. With `int8` and `int4` the client holds them, in bf16, until others take their place.
-        changed_from: hash of the weights that the client holds and to which the arrays have to be added; empty where the arrays
-            are the weights themselves.
-    """
-
+    # How weights travel. With `int8` and `int4` the client holds them, in bf16, until others take their place.
     down_codec: str
+    # Hash of the weights that the client holds and to which the arrays have to be added; empty where the arrays are the weights
+    # themselves.
     changed_from: str
 
     def described(self) -> dict[str, Any]:
@@ -272,66 +247,41 @@ class WeightsMessage(RoundMessage):
 
 @dataclass(frozen=True)
 class Instructions(WeightsMessage):
-    """What a client is to do in a round.
+    """What a client is to do in a round."""
 
-    Attributes:
-        up_codec: codec of the arrays that are to be sent back.
-        max_steps: optimizer steps at most: the round's, or what is left to the horizon.
-        seconds: training budget on the client's own clock; None in a round of steps.
-        deadline_seconds: seconds from the receipt, on the client's own clock, by which the answer has to be at the server;
-            None where clients have no clock of their own.
-        participants: clients in this round; the learning-rate clock runs so many times faster than one client trains.
-        batch_tokens: tokens of one optimizer step of this client.
-        clock_step: optimizer steps of the run so far.
-        clock_tokens: tokens merged so far.
-        horizon_tokens: tokens of the whole run.
-        lease: the rows that this client may read, in order.
-        data: where the client's streams stand in the lease, as merged; None at its begin. What a client trained that was not
-            merged is leased anew, so the ledger says where to go on, not the client.
-        overlap: train on when the round is over, until the next one is here; those steps are of the next one then.
-    """
-
-    up_codec: str
-    max_steps: Int
-    seconds: float | None
+    up_codec: str  # codec of the arrays that are to be sent back
+    max_steps: Int  # optimizer steps at most: the round's, or what is left to the horizon
+    seconds: float | None  # training budget on the client's own clock; None in a round of steps
+    # Seconds from the receipt, on the client's own clock, by which the answer has to be at the server; None where clients have
+    # no clock of their own.
     deadline_seconds: float | None
+    # Clients in this round; the learning-rate clock runs so many times faster than one client trains.
     participants: Positive
-    batch_tokens: Positive
-    clock_step: Int
-    clock_tokens: Int
-    horizon_tokens: Positive
-    lease: tuple[RowRange, ...]
+    batch_tokens: Positive  # tokens of one optimizer step of this client
+    clock_step: Int  # optimizer steps of the run so far
+    clock_tokens: Int  # tokens merged so far
+    horizon_tokens: Positive  # tokens of the whole run
+    lease: tuple[RowRange, ...]  # the rows that this client may read, in order
+    # Where the client's streams stand in the lease, as merged; None at its begin. What a client trained that was not merged is
+    # leased anew, so the ledger says where to go on, not the client.
     data: Position | None
-    overlap: bool
+    overlap: bool  # train on when the round is over, until the next one is here; those steps are of the next one then
 
 
 @dataclass(frozen=True)
 class Report(RoundMessage):
-    """What a client did in a round.
+    """What a client did in a round."""
 
-    Attributes:
-        payload_hash: hash of the arrays that go with the report.
-        steps: full optimizer steps.
-        tokens: tokens of these steps, over all ranks.
-        seconds: training time on the client's own clock, from the weights' arrival.
-        loss_first: training loss of the first step, nats a token.
-        loss_last: training loss of the last step, nats a token.
-        exhausted: the lease ended before the budget did.
-        data: where every stream stands.
-        unwritten: the site's disk did not take the optimizer state of the round before.
-        ahead: how many of the steps the client had taken before the weights were there.
-    """
-
-    payload_hash: str
-    steps: Int
-    tokens: Int
-    seconds: float
-    loss_first: float
-    loss_last: float
-    exhausted: bool
-    data: Position
-    unwritten: bool
-    ahead: Int
+    payload_hash: str  # hash of the arrays that go with the report
+    steps: Int  # full optimizer steps
+    tokens: Int  # tokens of these steps, over all ranks
+    seconds: float  # training time on the client's own clock, from the weights' arrival
+    loss_first: float  # training loss of the first step, nats a token
+    loss_last: float  # training loss of the last step, nats a token
+    exhausted: bool  # the lease ended before the budget did
+    data: Position  # where every stream stands
+    unwritten: bool  # the site's disk did not take the optimizer state of the round before
+    ahead: Int  # how many of the steps the client had taken before the weights were there
 
     @property
     def training_seconds(self) -> float:
@@ -346,18 +296,14 @@ class Report(RoundMessage):
 
 @dataclass(frozen=True)
 class Failure(RoundMessage):
-    """Why a client sends no update, where the server can do something about it; any other failure is an error of Flower's.
-
-    Attributes:
-        kind: `lease`: the leased rows hold too little text for one optimizer step, and the next lease should be longer; or
-            `weights`: the client does not hold the weights that were changed, and should be sent them whole.
-        reason: the failure in words.
-    """
+    """Why a client sends no update, where the server can do something about it; any other failure is an error of Flower's."""
 
     key: ClassVar[str] = "nanofed.failure"
 
+    # `lease`: the leased rows hold too little text for one optimizer step, and the next lease should be longer; or `weights`:
+    # the client does not hold the weights that were changed, and should be sent them whole.
     kind: Literal["lease", "weights"]
-    reason: str
+    reason: str  # the failure in words
 
 
 @dataclass(frozen=True)
@@ -367,20 +313,14 @@ class Evaluate(WeightsMessage):
     The text is that of the server's own evaluation, of the client's validation shard: its first `eval_tokens` targets in document
     order. Forward pass f of it (`nanofed.data.validation`) is this client's where f mod `shares` is `share`. So shares of one
     shard are disjoint and together all of it, and a pass gives the same sums wherever it is computed on the same hardware.
-
-    Attributes:
-        eval_tokens: The number of targets to score, all shares together.
-        share: The number of this client's share, from 0.
-        shares: The number of shares.
-        seconds: The seconds after which the client gives the evaluation up, on its own clock.
     """
 
     key: ClassVar[str] = "nanofed.evaluate"
 
-    eval_tokens: Int
-    share: Int
-    shares: Int
-    seconds: float
+    eval_tokens: Int  # the number of targets to score, all shares together
+    share: Int  # the number of this client's share, from 0
+    shares: Int  # the number of shares
+    seconds: float  # the seconds after which the client gives the evaluation up, on its own clock
 
     def check(self) -> None:
         """Refuse a share that there is not."""
@@ -392,39 +332,27 @@ class Evaluate(WeightsMessage):
 
 @dataclass(frozen=True)
 class Evaluation(RoundMessage):
-    """What a client measured: sums, since the sums of several sites pool exactly and their means do not.
-
-    Attributes:
-        nats: The sum of the losses, in nats, of all targets that have bytes.
-        bytes: The sum of these targets' UTF-8 lengths; 0 where the text has fewer forward passes than there are shares.
-        seconds: The seconds that the evaluation took, on the client's own clock.
-        failure: The reason why there are no sums; empty where there are.
-    """
+    """What a client measured: sums, since the sums of several sites pool exactly and their means do not."""
 
     key: ClassVar[str] = "nanofed.evaluation"
 
-    nats: float
+    nats: float  # the sum of the losses, in nats, of all targets that have bytes
+    # The sum of these targets' UTF-8 lengths; 0 where the text has fewer forward passes than there are shares.
     bytes: Int
-    seconds: float
-    failure: Reason
+    seconds: float  # the seconds that the evaluation took, on the client's own clock
+    failure: Reason  # the reason why there are no sums; empty where there are
 
 
 @dataclass(frozen=True)
 class StoredWeights(WireMessage):
-    """Where the weights of a round are stored at the server, and the file there that takes one site's answer.
-
-    Attributes:
-        ticket: The name of the file that holds the weights.
-        layout: The dtype and shape of each array in it; their bytes follow each other.
-        answer: The name of the file for the answer; empty where no weights are to be sent back.
-        answer_bytes: The size of the answer.
-        seconds: The seconds, from the arrival of the message, for which both files exist.
-    """
+    """Where the weights of a round are stored at the server, and the file there that takes one site's answer."""
 
     key: ClassVar[str] = "stored_weights"
 
-    ticket: Ticket
+    ticket: Ticket  # the name of the file that holds the weights
+    # The dtype and shape of each array in it; their bytes follow each other.
     layout: Annotated[list[ArrayLayout], Field(max_length=MAX_ARRAYS)]
-    answer: Ticket | Literal[""]
-    answer_bytes: Annotated[Int, Field(ge=0)]
+    answer: Ticket | Literal[""]  # the name of the file for the answer; empty where no weights are to be sent back
+    answer_bytes: Annotated[Int, Field(ge=0)]  # the size of the answer
+    # The seconds, from the arrival of the message, for which both files exist.
     seconds: Annotated[float, Field(gt=0, lt=1e9)]

@@ -59,28 +59,17 @@ _SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """What a checkpoint says of itself."""
 
-    Attributes:
-        kind: `fit` or `federated`; `weights` is one to start from, and not to go on with.
-        model: the sizes of the GPT.
-        step: optimizer steps (fit) or rounds (federated).
-        tokens: tokens trained so far.
-        tokenizer: the tokenizer's fingerprint.
-        metrics: the last measured figures, such as `val/bpb`.
-        files: size and SHA-256 of every file.
-        format_version: the version of this layout.
-        data: the text that the run trains on and validates with; None in one that was imported, or of an older nanofed.
-    """
-
-    kind: str
-    model: GPTConfig
-    step: int
-    tokens: int
-    tokenizer: str
-    metrics: Mapping[str, float]
-    files: Mapping[str, Mapping[str, Any]]
-    format_version: int = FORMAT_VERSION
+    kind: str  # `fit` or `federated`; `weights` is one to start from, and not to go on with
+    model: GPTConfig  # the sizes of the GPT
+    step: int  # optimizer steps (fit) or rounds (federated)
+    tokens: int  # tokens trained so far
+    tokenizer: str  # the tokenizer's fingerprint
+    metrics: Mapping[str, float]  # the last measured figures, such as `val/bpb`
+    files: Mapping[str, Mapping[str, Any]]  # size and SHA-256 of every file
+    format_version: int = FORMAT_VERSION  # the version of this layout
+    # The text that the run trains on and validates with; None in one that was imported, or of an older nanofed.
     data: DataIdentity | None = None
 
 
