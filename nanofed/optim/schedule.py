@@ -51,7 +51,8 @@ class Schedule:
             return self.lr_scale
         if step_tokens >= FULL_BATCH:
             return 1.0
-        return min(1.0, math.sqrt(step_tokens / enough_tokens(horizon_tokens)))
+        enough = FULL_BATCH * math.sqrt(horizon_tokens / FULL_HORIZON)
+        return min(1.0, math.sqrt(step_tokens / enough))
 
     def explain_scale(self, step_tokens: int, horizon_tokens: int) -> str:
         """Return the factor on all learning rates and where it comes from, in a line."""
@@ -97,22 +98,6 @@ class Schedule:
         """Return Muon's momentum at an optimizer step, counted from 0."""
         fraction = min(step / self.muon_momentum_steps, 1.0) if self.muon_momentum_steps else 1.0
         return (1.0 - fraction) * self.muon_momentum_start + fraction * self.muon_momentum
-
-
-def enough_tokens(horizon_tokens: int) -> float:
-    """Return the tokens of a step from which on rates need not grow with the batch."""
-    return FULL_BATCH * math.sqrt(horizon_tokens / FULL_HORIZON)
-
-
-def least_tokens(horizon_tokens: int) -> int:
-    """Return the tokens that a step of each of several clients should have, a power of two.
-
-    The mean of many clients does not make up for steps that are too noisy by themselves. With 4.9 million tokens in all, four
-    clients of 1,024 tokens a step end 3 % behind data parallel training, and of 2,048 tokens, with half the steps, 0.7 %
-    (notebooks/LOG.md). That is about a fifth of `enough_tokens`; it was measured with one small model and `adamw_beta2` at 0.95.
-    With `auto` the four clients of 1,024 tokens are 2 % ahead there, and 3.5 % behind with 18.4 million tokens.
-    """
-    return 1 << max(0, math.floor(math.log2(enough_tokens(horizon_tokens) / 5)))
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from nanofed.optim import Clock, Schedule
-from nanofed.optim.schedule import least_tokens
 
 OCTOBER = Schedule()
 WARMED = Schedule(warmup_ratio=0.1, warmdown_ratio=0.5, final_lr_frac=0.2)
@@ -74,8 +73,3 @@ def test_short_steps_are_remembered_longer(batch_tokens: int, beta2: float) -> N
     assert automatic.explain_beta2(batch_tokens) == f"AdamW's beta2 {beta2:.4g} (steps of {batch_tokens:,} tokens)"
     assert Schedule().beta2(batch_tokens) == 0.95
     assert Schedule(adamw_beta2=0.9).explain_beta2(batch_tokens) == "AdamW's beta2 0.9 (as configured)"
-
-
-def test_the_least_batch_of_a_client_grows_with_the_horizon() -> None:
-    assert [least_tokens(horizon) for horizon in (819_200, 4_915_200, 11_219_763_200)] == [512, 2048, 65_536]
-    assert least_tokens(1) == 1

@@ -37,7 +37,6 @@ from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import payload_bytes
 from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.federated.wire.weight_transport import WeightTransport
-from nanofed.optim.schedule import least_tokens
 from nanofed.training.checkpoint.atomic import SaveError
 from nanofed.training.checkpoint.folder import prune_checkpoints
 from nanofed.training.event_files import cut_events
@@ -417,16 +416,9 @@ class RoundLoop:
 
     def _tell_batch(self, asked: Instructions) -> None:
         """Log what follows from the tokens of a step, of one client and of all that train at the same time."""
-        clients, most, least = asked.participants, asked.batch_tokens, least_tokens(self._horizon)
         schedule = self._module.recipe.schedule
-        self._tell(asked.round, schedule.explain_scale(most * clients, self._horizon))
-        self._tell(asked.round, schedule.explain_beta2(most))
-        if clients > 1 and most < least:
-            self._tell(
-                asked.round,
-                f"steps of {most:,} tokens of each client are noisy: fewer of {least:,} end better, by "
-                f"federation.global_batch_tokens={least * clients} or model.recipe.batch_tokens={least}",
-            )
+        self._tell(asked.round, schedule.explain_scale(asked.batch_tokens * asked.participants, self._horizon))
+        self._tell(asked.round, schedule.explain_beta2(asked.batch_tokens))
 
     def _tell_utilisation(self, figures: RoundMetrics) -> None:
         """Log once, when the first rounds of this start are over, which part of their seconds sites train."""
