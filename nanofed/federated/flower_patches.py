@@ -32,6 +32,12 @@ def _need(holds: bool, what: str) -> None:
         raise NanofedError(f"flwr {package_version} {what}: nanofed knows 1.41 and 1.42")
 
 
+def _takes(module: ModuleType, name: str, *parameters: str) -> bool:
+    """Tell whether a module has a function of that name with these parameters."""
+    call = getattr(module, name, None)
+    return call is not None and set(parameters) <= inspect.signature(call).parameters.keys()
+
+
 class Waits:
     """Python's `time` for a SuperNode's main loop, whose `sleep` waits no longer than it needs to.
 
@@ -90,7 +96,7 @@ class _Impatient:
         return getattr(self._store, name)
 
 
-class _Watched:
+class _WatchedTasks:
     """A SuperNode's state as the sender of answers reads it: a message that no task is left for gets an error as its answer.
 
     Args:
@@ -146,11 +152,14 @@ def send_every_answer(start_client_internal: ModuleType) -> None:
     Raises:
         NanofedError: this version of Flower sends answers in another way.
     """
-    names = ("_pull_and_store_message", "_push_messages", "_insert_message")
-    pull, push, insert = (getattr(start_client_internal, name, None) for name in names)
-    known = all(call is not None and "state" in inspect.signature(call).parameters for call in (pull, push, insert))
-    _need(known, "sends answers in another way")
-    assert pull is not None and push is not None and insert is not None
+    flower = start_client_internal
+    same = (
+        _takes(flower, "_pull_and_store_message", "state")
+        and _takes(flower, "_push_messages", "state", "object_store")
+        and _takes(flower, "_insert_message", "msg", "state", "store")
+    )
+    _need(same, "sends answers in another way")
+    pull, push, insert = flower._pull_and_store_message, flower._push_messages, flower._insert_message
     found: list[Any] = []
 
     @functools.wraps(pull)
@@ -163,10 +172,10 @@ def send_every_answer(start_client_internal: ModuleType) -> None:
 
     @functools.wraps(push)
     def push_messages(*, state: Any, object_store: Any, **others: Any) -> None:
-        watched = _Watched(state, found, lambda answer: insert(answer, state, object_store))
+        watched = _WatchedTasks(state, found, lambda answer: insert(msg=answer, state=state, store=object_store))
         push(state=watched, object_store=_Impatient(object_store), **others)
 
-    vars(start_client_internal).update(_pull_and_store_message=pull_message, _push_messages=push_messages)
+    vars(flower).update(_pull_and_store_message=pull_message, _push_messages=push_messages)
 
 
 def notice_dead_workers_sooner(in_memory_corestate: ModuleType) -> None:

@@ -260,6 +260,23 @@ def test_a_reply_is_handed_over_when_all_of_it_is_there(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("_pull_and_store_message", lambda other: None),
+        ("_push_messages", lambda state, other: None),
+        ("_insert_message", lambda msg, state: None),
+    ],
+)
+def test_a_flower_whose_functions_take_something_else_is_refused(
+    name: str, lacking: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = vars_of(monkeypatch)
+    monkeypatch.setattr(module, name, lacking)
+    with pytest.raises(NanofedError, match="sends answers in another way"):
+        flower_patches.send_every_answer(module)
+
+
+@pytest.mark.parametrize(
     "patch",
     [
         flower_patches.look_sooner,

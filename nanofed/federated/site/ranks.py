@@ -23,6 +23,8 @@ PATIENCE = timedelta(days=365)  # ranks wait for a round as long as it takes: th
 
 
 class _Next(IntEnum):
+    """What a rank finds where its next micro-batch should be; all ranks do what the greatest of them says."""
+
     BATCH = 0
     NO_MORE = 1
     ERROR = 2
@@ -166,7 +168,10 @@ class Turn:
         self._progress = progress
 
     def check(self) -> None:
-        """Raise if the work is not wanted any more; called between micro-batches, on the first rank."""
+        """Say that something happens, and where a caller so wants end the work by an error; called between micro-batches.
+
+        With several ranks it is called on the first one.
+        """
         if self._progress is not None:
             self._progress.alive()
 
