@@ -130,7 +130,7 @@ class Model:
 class Setting:
     """What is to be trained."""
 
-    model: Model  # the model
+    model: Model
     batch_tokens: int  # tokens of an optimizer step of one site
     horizon_tokens: int  # tokens of the run, over all sites
     round_seconds: float  # `federation.round_seconds` as it is set now

@@ -33,7 +33,7 @@ WIDTH, HEIGHT, MARGIN = 460, 320, 56  # of a plot, in pixels
 class ComparedRun:
     """A run as it is compared."""
 
-    folder: Path  # the run's folder
+    folder: Path
     summary: Summary  # what it has come to so far
     config: dict[str, Any]  # its saved config
     text: tuple[str, str] | None  # the content of its validation shard and its tokenizer, where it has a checkpoint

@@ -64,7 +64,7 @@ class StepProfile:
     operators: list[Operator]  # the operators in which a traced step spends most of its time
     ceiling: float  # the FLOP/s that the fastest of the model's matmuls reaches by itself on one rank
     share: float  # the part of the ceiling that a step reaches on each rank
-    trace: Path  # the path of the trace
+    trace: Path
 
     def text(self) -> str:
         """Return the profile as a table for a terminal."""

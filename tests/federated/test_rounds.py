@@ -208,11 +208,15 @@ def test_another_client_gets_its_chance_after_one_failed(tiny_corpus: Path, tmp_
     assert loop.metrics.summary.tokens == BATCH * sum(report.client == "client-0" for _, report in site.answered) > 0
 
 
-def test_a_global_batch_is_split_over_the_clients(tiny_corpus: Path, tmp_path: Path) -> None:
+def test_a_global_batch_is_split_over_the_clients(
+    tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     config = federation(tiny_corpus, tmp_path, "run", global_batch_tokens=2 * BATCH, round_steps=2)
     loop, site = train(config)
     assert {asked.batch_tokens for asked in site.asked} == {BATCH}
     assert loop.metrics.summary.tokens == 2 * 2 * 2 * BATCH
+    assert caplog.text.count("clients take turns on this machine") == 1
     half = federation(tiny_corpus, tmp_path, "half", global_batch_tokens=BATCH, round_steps=2)
     loop, site = train(half)
     assert {asked.batch_tokens for asked in site.asked} == {BATCH // 2} and loop.metrics.summary.tokens == 4 * BATCH

@@ -415,10 +415,15 @@ class RoundLoop:
             logger.info("round %3d  %s", number, rates)
 
     def _tell_batch(self, asked: Instructions) -> None:
-        """Log what follows from the tokens of a step, of one client and of all that train at the same time."""
+        """Log what follows from the tokens of a step, of one client and of all, and what the seconds of a round mean."""
         schedule = self._module.recipe.schedule
         self._tell(asked.round, schedule.explain_scale(asked.batch_tokens * asked.participants, self._horizon))
         self._tell(asked.round, schedule.explain_beta2(asked.batch_tokens))
+        if self._policy.one_machine and asked.participants > 1:
+            self._tell(
+                asked.round,
+                "clients take turns on this machine: seconds are counted as if they trained at the same time",
+            )
 
     def _tell_utilisation(self, figures: RoundMetrics) -> None:
         """Log once, when the first rounds of this start are over, which part of their seconds sites train."""
