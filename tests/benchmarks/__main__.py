@@ -21,6 +21,7 @@ BENCHMARKS = {
     "link": "rounds over lines of given rates, in network namespaces: utilisation by codec, against FedAvg and the plan",
     "speeds": "bits per byte and time of clients of several speeds, in rounds and merged when they come",
     "engine": "bits per byte at equal tokens: fit, clients in one process, clients over real SuperLink and SuperNodes",
+    "repeats": "bits per byte of runs on what their context has said before, and on what is new",
     "time_to_bpb": "seconds to a given bits per byte, against the plain path on the same batches",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 import socket
 import subprocess
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 
+import nanofed
 from nanofed.errors import ConfigError
 from nanofed.federated.planning import GOODPUT
 from nanofed.model import GPTConfig
 from nanofed.training import gemm
 from nanofed.training.laps import PHASES
-from tests.benchmarks import link
+from tests.benchmarks import link, repeats
 from tests.benchmarks.__main__ import BENCHMARKS
+from tests.benchmarks.corpus import tokenizer_folder
 from tests.benchmarks.machine import ROOT
 from tests.benchmarks.sides import Setting
 from tests.benchmarks.time_to_bpb import seconds_to
@@ -218,6 +221,29 @@ def test_a_far_link_holds_each_byte_back_and_loses_none() -> None:
                 sender.join()
     far.close()
     assert arrived == sent and 0.1 <= seconds < in_time(2)
+
+
+def test_a_target_repeats_a_pair_or_a_token_of_its_row_or_is_new() -> None:
+    rows = torch.tensor([[1, 2, 3, 1, 2, 4, 2], [5, 5, 5, 6, 7, 8, 9]])
+    found = repeats.kinds(rows[:, :-1], rows[:, 1:])
+    assert [[repeats.KINDS[kind] for kind in row] for row in found] == [
+        ["new", "new", "token", "pair", "new", "token"],
+        ["token", "pair", "new", "new", "new", "new"],
+    ]
+
+
+@pytest.mark.slow
+def test_repeats_scores_every_byte_as_one_kind(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.depth=1", "--model.sequence_len=32", "--model.compile=false", "--data.device_batch_size=8"]
+    data = [f"--data.path={corpus}", f"--data.tokenizer={tokenizer_folder(corpus, 300)}", "--data.eval_tokens=1024"]
+    steps = ["--model.recipe.batch_tokens=256", "--model.recipe.num_steps=2", f"--runs_dir={tmp_path}", "--name=two"]
+    summary = nanofed.fit(args=[*options, *data, *steps])
+    (found,) = run(capsys, "repeats", str(tmp_path / "two"), f"--data={corpus}", "--eval_tokens=1024").values()
+    assert found["all"]["bits_per_byte"] == pytest.approx(summary.bpb_end, rel=1e-5)
+    shares = [found[kind]["bytes"] for kind in repeats.KINDS]
+    assert sum(shares) == pytest.approx(1) and all(shares)
+    scores = [found[kind]["bits_per_byte"] for kind in repeats.KINDS]
+    assert sum(map(math.prod, zip(shares, scores, strict=True))) == pytest.approx(found["all"]["bits_per_byte"])
 
 
 def test_link_says_why_it_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
