@@ -216,8 +216,8 @@ def export(
         output: the folder to make (`hf`, `nanochat`) or the file (`torch`); nothing may be there yet.
         to: `hf` is what transformers' `AutoModelForCausalLM` and `AutoTokenizer` load; `nanochat` a `NANOCHAT_BASE_DIR` with its
             checkpoint, optimizer state included where the checkpoint has one; `torch` one safetensors file.
-        dtype: the dtype in which weights are written. `nanochat` has its own rule and ignores it: fp32, but bf16 for an embedding
-            that loses nothing by it.
+        dtype: the dtype in which weights are written. `nanochat` has its own rule: fp32, but bf16 for an embedding that loses
+            nothing by it.
         licence: the licence that the model card names, an identifier of the Hugging Face Hub's such as `apache-2.0`.
         push: `OWNER/NAME` of a repository on the Hugging Face Hub to upload the folder to as well; a new one is private.
 
@@ -424,6 +424,8 @@ def evaluate(
     from nanofed.training.evaluate import Evaluation, measure_bits_per_byte, write_into_run
 
     bundle = Bundle.read(core_data) if core else None
+    if bundle is not None:
+        bundle.check(core_examples)  # rather now than after hours of other tasks
     loaded = load(checkpoint, device=device, compute_dtype=compute_dtype)
     manifest = loaded.manifest  # a run that trains meanwhile may have removed the file
     figure = score = None

@@ -24,7 +24,10 @@ def main(argv: list[str]) -> int:
     # On a terminal the progress bar tells; in a log every finished shard does.
     level = logging.WARNING if terminal.on_terminal() else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    return int(args.run(args))
+    from nanofed.training.signals import Signals
+
+    with Signals():  # a signal ends a command as an error does: no half of a dataset is left
+        return int(args.run(args))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -107,7 +107,7 @@ def _of_a_file(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
     batches = {"batch_size": args.batch_size, "device": device(args.device)}
     for done in api.complete(args.checkpoint, prompts, **_sampled(options), **batches):
-        _write(f"{json.dumps(asdict(done), ensure_ascii=False) if args.jsonl else done.prompt + done.text}\n")
+        _write(f"{json.dumps(asdict(done)) if args.jsonl else done.prompt + done.text}\n")
     return 0
 
 
@@ -125,14 +125,14 @@ def _standard_input(option: str) -> str:
     if sys.stdin is None:
         raise ConfigError(f"{option} -: standard input is closed")
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{option} -: standard input is not UTF-8 text ({error})") from error
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the first prompt
     except OSError as error:
         raise DataError(f"--prompts {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -111,7 +111,6 @@ def wanted_shards(num_shards: int) -> list[str]:
         num_shards = LAST_SHARD
     if not 1 <= num_shards <= LAST_SHARD:
         raise ConfigError(f"{num_shards} shards cannot be downloaded: from 1 to {LAST_SHARD}, or -1 for all")
-    # The one for validation first: a folder that is still filling must not take another for it.
     return [shard_name(LAST_SHARD), *map(shard_name, range(num_shards))]
 
 
@@ -169,11 +168,11 @@ def _record_all(folder: Path, known: dict[str, Recorded]) -> dict[str, Recorded]
 def _estimate(source: Source, names: Sequence[str], retry: Retry) -> int | None:
     """Return about how many bytes the shards have; None where the server does not say.
 
-    The first one's size stands for all: the last, which is for validation, is what was left of the text.
+    The last one's size stands for all: the first is for validation, and that is what was left of the text.
     """
     for failures in range(1, _PROBES + 1):
         try:
-            headers, url = {"Accept-Encoding": "identity"}, f"{source.base}/{names[0]}"
+            headers, url = {"Accept-Encoding": "identity"}, f"{source.base}/{names[-1]}"
             answer = requests.head(url, headers=headers, auth=source.auth, allow_redirects=True, timeout=TIMEOUT)
             break
         except requests.RequestException as error:
@@ -218,10 +217,13 @@ def _fetch(
 
         executor = ThreadPoolExecutor(workers, thread_name_prefix="download")
         try:
-            futures = {executor.submit(fetch, name): name for name in names}
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                logger.info("%s is there (%d of %d)", futures[future], len(done), len(names))
+            # The one for validation before the others: a folder that is still filling must not take another for it.
+            validation = [name for name in names if name == shard_name(LAST_SHARD)]
+            for some in (validation, [name for name in names if name not in validation]):
+                futures = {executor.submit(fetch, name): name for name in some}
+                for future in as_completed(futures):
+                    done[futures[future]] = future.result()
+                    logger.info("%s is there (%d of %d)", futures[future], len(done), len(names))
         finally:
             stop.set()
             executor.shutdown(wait=True, cancel_futures=True)

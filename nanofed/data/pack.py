@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from nanofed.data.manifest import MANIFEST, read_manifest
 from nanofed.data.shards import Dataset, all_texts, read_shard
-from nanofed.data.writing import check_output, write_shards
+from nanofed.data.writing import MAX_SHARDS_WRITTEN, check_output, write_shards
 from nanofed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ SUPPORTED = f"{' '.join((*sorted(PLAIN), *sorted(LINES)))} (also as {' '.join(CO
 KINDS_NAMED = 12  # at most, of the files that are left out
 MAX_DOCUMENT_BYTES = 1 << 30
 SOURCE = "packed: "  # how the source of a pack begins in `dataset.json`
+BUFFERED_CHARACTERS = 256 << 20  # at most, of all documents in the buffer that shuffles them
 SHARD_BYTES = 200_000_000  # of input, when nobody says how many shards: FineWeb-Edu's have about as much text
 
 
@@ -50,11 +51,11 @@ def pack(
         paths: files, and folders to search for files of these kinds (by name). A dataset of nanofed's is packed anew where
             it is named itself.
         output: the folder for the shards.
-        num_shards: training shards, one more is for validation; by default one for every 200 MB, at least 8.
+        num_shards: training shards, one more is for validation; by default one for every 200 MB, from 8 to 500.
         rows_per_group: the most documents in a row group.
         key: the key of jsonl objects, and the column of parquet files, that holds the text; `a.b` is the entry b of a.
-        shuffle_buffer: documents are drawn at random from a buffer of so many (0: order of the files), so that a
-            shard is no single file and the validation shard is like the others.
+        shuffle_buffer: documents are drawn at random from a buffer of so many (0: order of the files; fewer where they are
+            long), so that a shard is no single file and the validation shard is like the others.
         seed: the seed of that draw.
         force: whether the shards that an earlier `pack` has written to `output` are replaced.
 
@@ -72,7 +73,8 @@ def pack(
     try:
         files = _files(paths, output.resolve())
         if num_shards is None:
-            num_shards = max(8, sum(path.stat().st_size for path in files) // SHARD_BYTES)
+            size = sum(path.stat().st_size for path in files)
+            num_shards = min(max(8, size // SHARD_BYTES), MAX_SHARDS_WRITTEN)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
     blank, textless = 0, list[str]()
@@ -110,16 +112,17 @@ def pack(
 
 
 def _shuffled(documents: Iterable[str], size: int, seed: int) -> Iterator[str]:
-    draw, buffer = random.Random(seed), list[str]()
+    draw, buffer, characters = random.Random(seed), list[str](), 0
     for text in documents:
-        if len(buffer) < size:
-            buffer.append(text)
-        elif size:
-            index = draw.randrange(size)
-            buffer[index], text = text, buffer[index]
-            yield text
-        else:
-            yield text
+        buffer.append(text)
+        characters += len(text)
+        while len(buffer) > size or characters > BUFFERED_CHARACTERS:
+            drawn = buffer.pop()
+            if buffer:
+                index = draw.randrange(len(buffer))
+                buffer[index], drawn = drawn, buffer[index]
+            characters -= len(drawn)
+            yield drawn
     draw.shuffle(buffer)
     yield from buffer
 
@@ -191,7 +194,7 @@ def _search(folder: Path, output: Path) -> Iterator[Path]:
                 left_out["hidden"] += 1
             elif _kind(path) is None:
                 left_out[_ending(path) or "without an ending"] += 1
-            elif path.suffix.lower() in CODECS and path.stem in files:
+            elif path.suffix.lower() in CODECS and path.stem in files and _kind(path.with_suffix("")):
                 left_out["compressed, with the same file uncompressed beside it"] += 1
             elif listed and here == folder and file not in listed:
                 raise DataError(

@@ -332,7 +332,7 @@ def _most_bytes(path: Path) -> int:
 
 
 def _replaced(path: Path) -> str:
-    return f"{path} is damaged or was replaced: its sha256 is not the one in {MANIFEST}"
+    return f"{path} is damaged or was replaced: its sha256 is not the one in {MANIFEST}; delete it and make it anew"
 
 
 def verify_shard(path: Path, recorded: Recorded | None = None) -> str | None:

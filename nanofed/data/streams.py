@@ -231,14 +231,14 @@ class TokenLoader:
         Raises:
             ConfigError: the state has other streams, or is of shards that the training set no longer has.
         """
+        if not self.state.streams.keys() <= state.streams.keys() <= {*range(self.streams)}:
+            raise ConfigError(
+                f"the saved data position is of other streams: it has {len(state.streams)} of them, and this run has "
+                f"data.streams={self.streams}"
+            )
         own = {}
         for stream in self.state.streams:
-            saved = state.streams.get(stream)
-            if saved is None:
-                raise ConfigError(
-                    f"the saved data position has no stream {stream}: it was made with data.streams={len(state.streams)}, "
-                    f"this run has data.streams={self.streams}"
-                )
+            saved = state.streams[stream]
             found = saved.position is not None and self.plan.locate(saved.position) is not None
             if self.plan.repeat and saved.position is not None and not found:
                 raise ConfigError(

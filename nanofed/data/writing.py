@@ -19,7 +19,7 @@ from nanofed.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 MAX_SHARDS_WRITTEN = 500  # every shard being written holds a file open
-_FLUSH_CHARACTERS = 64 << 20  # a row group of very long documents is closed early
+_FLUSH_CHARACTERS = 256 << 20  # of all row groups that are being filled: one of very long documents is closed early
 
 
 def write_shards(
@@ -131,7 +131,10 @@ def _write(documents: Iterator[str], folder: Path, total: int, rows_per_group: i
 
     first = list(islice(documents, total))
     if len(first) < 2:
-        raise DataError(f"{len(first)} documents make no dataset: at least 2 are needed, one of them for validation")
+        raise DataError(
+            f"{len(first)} documents make no dataset: at least 2 are needed, one of them for validation (a txt or md file is one "
+            "document, a line of a jsonl file is one)"
+        )
     names = [f"shard_{index:05d}.parquet" for index in range(len(first))]
     schema = pa.schema([pa.field("text", pa.string(), nullable=False)])
     buffers: list[list[str]] = [[] for _ in names]
@@ -154,7 +157,7 @@ def _write(documents: Iterator[str], folder: Path, total: int, rows_per_group: i
         for index, text in zip(cycle(range(len(names))), chain(first, documents), strict=False):
             buffers[index].append(text)
             characters[index] += len(text)
-            if len(buffers[index]) == rows_per_group or characters[index] >= _FLUSH_CHARACTERS:
+            if len(buffers[index]) == rows_per_group or characters[index] >= _FLUSH_CHARACTERS // len(names):
                 flush(index)
         for index, buffer in enumerate(buffers):
             if buffer:

@@ -16,7 +16,7 @@ from nanofed.formats import huggingface, nanochat, single_file
 from nanofed.formats.model_card import model_card
 from nanofed.formats.nanochat_optimizers import IncompleteError
 from nanofed.formats.pretrained import Pretrained
-from nanofed.formats.provenance import Provenance
+from nanofed.formats.provenance import WEIGHTS_ONLY, Provenance
 from nanofed.training.checkpoint.folder import FOLDER, MANIFEST, candidates
 from nanofed.training.checkpoint.format import find_checkpoint, local_path, read_state, write_checkpoint
 from nanofed.training.run_folder import Marker, Reached
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 Target = Literal["hf", "nanochat", "torch"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WEIGHTS_ONLY = "weights"  # the kind of a checkpoint that a run can start from, and not go on with
 
 
 def read(where: str | Path) -> Pretrained:
@@ -57,6 +56,8 @@ def export(checkpoint: Path, output: Path, target: Target, *, dtype: str, licenc
     if target not in get_args(Target):
         raise ConfigError(f"export: there is no target {target!r}: choose one of {', '.join(get_args(Target))}")
     written = to_dtype(dtype)
+    if target == "nanochat" and written != torch.float32:
+        raise ConfigError(f"export: nanochat's checkpoints have dtypes of their own: leave out dtype {dtype}")
     model, provenance = Pretrained.from_checkpoint(checkpoint), Provenance.of(checkpoint)
     try:
         with Signals(), created(output) as temporary:  # a signal ends it as an error does, and nothing is left

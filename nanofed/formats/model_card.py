@@ -48,11 +48,14 @@ def model_card(provenance: Provenance, licence: str, address: str) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["nanochat", "nanofed", *(["federated-learning"] if federated else [])],
     }
-    how = "across clients with federated averaging of its steps" if federated else "on one machine or cluster"
+    if federated:
+        how = ", pretrained across clients with federated averaging of its steps by nanofed"
+    else:  # a checkpoint without a config of its run was imported, or lies alone: who trained it is not known
+        how = ", pretrained on one machine or cluster by nanofed" if provenance.options else ", in transformers' format"
     return CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
         name=provenance.name,
         address=address,
-        intro=f"The nanochat GPT of October 2025, pretrained {how} by nanofed.",
+        intro=f"The nanochat GPT of October 2025{how}.",
         facts="\n".join(f"| {what} | {said} |" for what, said in provenance.facts().items()),
     )

@@ -13,6 +13,8 @@ from nanofed.training.checkpoint.folder import FOLDER
 from nanofed.training.checkpoint.format import Manifest, read_manifest, read_state
 from nanofed.training.summary import CONFIG, SUMMARY, Summary
 
+WEIGHTS_ONLY = "weights"  # the kind of a checkpoint that a run can start from, and not go on with
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -23,6 +25,7 @@ class Provenance:
         manifest: what the checkpoint says of itself.
         options: the run's resolved config; empty where the checkpoint lies outside of a run.
         bits_per_byte: the figure of these weights on the run's validation text; None where it was not measured.
+        continued: whether the run began with the weights of another.
         rounds: rounds of a federation; None where one machine or cluster trained.
         clients: clients whose updates were merged; None as `rounds`.
     """
@@ -31,6 +34,7 @@ class Provenance:
     manifest: Manifest
     options: dict[str, Any]
     bits_per_byte: float | None
+    continued: bool = False
     rounds: int | None = None
     clients: int | None = None
 
@@ -49,7 +53,11 @@ class Provenance:
         if manifest.kind == "federated":
             state = read_state(checkpoint)
             rounds, clients = int(state["clock"]["round"]), len(state["pace"]["rounds"])
-        return cls(name, manifest, _options(run), _bits_per_byte(manifest, run), rounds, clients)
+        summary = Summary.read(run) if run is not None and (run / SUMMARY).is_file() else None
+        # The figure that was measured after as many tokens as the checkpoint has seen, if there is one.
+        figures = [point.bpb for point in summary.curve if point.tokens == manifest.tokens] if summary else []
+        bpb = figures[-1] if figures else manifest.metrics.get("val/bpb")
+        return cls(name, manifest, _options(run), bpb, bool(summary and summary.init_from), rounds, clients)
 
     def option(self, *keys: str) -> Any:
         """Return an option of the run by its keys, `option("model", "recipe", "num_steps")`; None where it is not known."""
@@ -62,15 +70,16 @@ class Provenance:
         """Return what is to be said of the training, by what it is: only what is known."""
         manifest, config = self.manifest, self.manifest.model
         recipe = self.option("model", "recipe") or {}
-        federated = self.rounds is not None
+        federated, trained = self.rounds is not None, manifest.kind != WEIGHTS_ONLY
         data = manifest.data.fingerprint() if manifest.data else None
         known = {
             "parameters": f"{config.num_parameters:,}",
             "layers, width, heads": f"{config.n_layer}, {config.n_embd}, {config.n_head} of {config.head_dim}",
             "vocabulary, tokens in a row": f"{config.vocab_size:,}, {config.sequence_len:,}",
             "trained": f"across {self.clients} clients in {self.rounds:,} rounds" if federated else None,
-            "optimizer steps": f"{manifest.step:,}" + " on every client's path" * federated,
-            "tokens": f"{manifest.tokens:,}",
+            "began with": "the weights of another run or model" if self.continued else None,
+            "optimizer steps": f"{manifest.step:,}" + " on every client's path" * federated if trained else None,
+            "tokens": f"{manifest.tokens:,}" if trained else None,
             "tokens in a step": f"{recipe['batch_tokens']:,}" if "batch_tokens" in recipe else None,
             "recipe": ", ".join(
                 f"{key} {recipe[key]}" for key in recipe if key.endswith(("_lr", "_scale", "_ratio", "clip"))
@@ -91,10 +100,3 @@ def _options(run: Path | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{run / CONFIG} cannot be read: {error}") from error
     return options if isinstance(options, dict) else {}
-
-
-def _bits_per_byte(manifest: Manifest, run: Path | None) -> float | None:
-    """Return the figure that was measured after as many tokens as the checkpoint has seen, if there is one."""
-    curve = Summary.read(run).curve if run is not None and (run / SUMMARY).is_file() else []
-    figures = [point.bpb for point in curve if point.tokens == manifest.tokens]
-    return figures[-1] if figures else manifest.metrics.get("val/bpb")

@@ -60,20 +60,25 @@ class Engine:
         """
         check_number("generate: max_tokens", max_tokens, CountOrZero)
         for prompt in prompts:
-            self._check(prompt, max_tokens)
+            self.check(prompt, max_tokens)
         return self._generate([list(prompt) for prompt in prompts], sampling, max_tokens, frozenset(stop_ids))
 
-    def _check(self, prompt: Sequence[int], max_tokens: int) -> None:
+    def check(self, prompt: Sequence[int], max_tokens: int, name: str = "the prompt") -> None:
+        """Refuse a prompt that the model cannot read together with what is to follow it.
+
+        Raises:
+            ConfigError: it is empty, too long, or has a token that the model does not know; the error has its name.
+        """
         if not prompt:
-            raise ConfigError("generate: the prompt is empty; begin with the tokenizer's bos token")
+            raise ConfigError(f"generate: {name} is empty; begin with the tokenizer's bos token")
         vocab_size, positions = self.model.config.vocab_size, self.model.max_positions
         outside = [i for i in prompt if not 0 <= i < vocab_size]
         if outside:
             raise ConfigError(f"generate: token {outside[0]} is outside the model's vocabulary of {vocab_size}")
         if len(prompt) + max_tokens > positions:
             raise ConfigError(
-                f"generate: {len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the {positions} "
-                "positions the model can read; ask for fewer"
+                f"generate: {name} has {len(prompt)} tokens, and with max_tokens {max_tokens} they exceed the {positions} "
+                "positions the model can read; shorten it, or ask for fewer"
             )
 
     def _generate(

@@ -73,6 +73,8 @@ def complete(
     """
     check_number("generate: batch_size", batch_size, Count)
     rows, stop_ids = [_tokens(tokenizer, prompt) for prompt in prompts], _stop_ids(tokenizer, stop)
+    for number, row in enumerate(rows, start=1):
+        engine.check(row, max_tokens, f"prompt {number} of {len(rows)}")
     batches = [
         (
             prompts[n : n + batch_size],

@@ -97,8 +97,7 @@ def check_samples(options: RunOptions, data: TokenDataModule, module: GPTModule)
 def check_tasks(options: RunOptions) -> None:
     """Refuse a bundle of CORE's tasks that is not there or damaged, and say what its score will lack."""
     bundle = Bundle.read(options.core_data)
-    for task in bundle.tasks:
-        task.examples(options.core_examples)
+    bundle.check(options.core_examples)
     if bundle.missing:
         logger.info("CORE will be partial: %s lacks %s", bundle.path, ", ".join(bundle.missing))
 

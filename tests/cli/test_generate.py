@@ -143,13 +143,14 @@ def test_standard_input_that_is_not_text(
 
 def test_a_file_of_prompts_in_its_order(fit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = [PROMPT, "fox", "", "lazy wizards mix"]
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8-sig")  # as Windows writes it
     file = ["--checkpoint", str(fit_run), "--prompts", str(tmp_path / "prompts.txt"), "--device", "cpu"]
     options = ["--max_tokens", "9", "--temperature", "0", "--batch_size", "3"]
     expected = list(api.complete(fit_run, prompts, max_tokens=9, temperature=0, batch_size=3))
     assert [one.prompt for one in expected] == prompts
     assert said(capsys, *file, *options) == "".join(f"{one.prompt}{one.text}\n" for one in expected)
     lines = said(capsys, *file, *options, "--jsonl").splitlines()
+    assert all(line.isascii() for line in lines)  # JSON whatever the terminal's encoding is
     assert [json.loads(line) for line in lines] == [asdict(one) for one in expected]
 
 

@@ -78,6 +78,19 @@ def test_download(hub: Hub, tmp_path: Path) -> None:
     assert len(hub.requests) == before  # all is there: the network is not needed
 
 
+def test_the_validation_shard_is_there_before_the_others_begin(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[VALIDATION] = deque(["500"])
+    get(hub, tmp_path / "data")
+    asked = [request.path.rsplit("/", 1)[-1] for request in hub.requests if request.method == "GET"]
+    assert asked[:2] == [VALIDATION] * 2 and sorted(asked[2:]) == [FIRST, "shard_00001.parquet"]
+
+
+def test_what_the_shards_need_is_told_by_one_that_is_no_rest(hub: Hub, tmp_path: Path) -> None:
+    get(hub, tmp_path / "data")
+    (head,) = (request.path for request in hub.requests if request.method == "HEAD")
+    assert head.endswith("shard_00001.parquet")
+
+
 def test_more_shards_later(hub: Hub, tmp_path: Path) -> None:
     get(hub, tmp_path / "data", 1)
     dataset = get(hub, tmp_path / "data", 3)
@@ -373,7 +386,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_download_goes_on(hub: Hub, tmp_path: Path, number: signal.Signals) -> None:
     hub.bytes_per_second = 200_000
     part = tmp_path / "data" / f"{VALIDATION}.part"
@@ -381,7 +394,7 @@ def test_an_interrupted_download_goes_on(hub: Hub, tmp_path: Path, number: signa
         _until(lambda: part.exists() and part.stat().st_size > 100_000)
         os.kill(process.pid, number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -signal.SIGKILL)
     assert "Traceback" not in errors
     kept = part.stat().st_size
     assert part.read_bytes() == hub.files[VALIDATION][:kept]

@@ -3,14 +3,18 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanofed import cli
 from nanofed.data.manifest import read_manifest
-from nanofed.data.pack import pack
+from nanofed.data.pack import _shuffled, pack
 from nanofed.data.shards import Dataset, all_texts, open_dataset
 from nanofed.data.writing import write_shards
 from nanofed.errors import ConfigError, DataError
@@ -72,6 +76,38 @@ def test_shuffling(source: Path, tmp_path: Path, buffer: int) -> None:
     assert in_order == (buffer <= 1)
 
 
+def test_few_long_documents_fill_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanofed.data.pack.BUFFERED_CHARACTERS", 100)
+    drawn = list(_shuffled((str(n) * 40 for n in range(9)), 10_000, 0))
+    assert sorted(drawn) == [str(n) * 40 for n in range(9)] and drawn != sorted(drawn)
+    held, most = 0, 0
+
+    def documents() -> Iterator[str]:
+        nonlocal held
+        for _ in range(20):
+            held += 40
+            yield "a" * 40
+
+    for text in _shuffled(documents(), 10_000, 0):
+        most, held = max(most, held), held - len(text)
+    assert most <= 140
+
+
+def test_as_many_shards_as_can_be_written_are_enough(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanofed.data.pack.SHARD_BYTES", 1)  # as with more than 100 GB
+    assert len(pack([source], tmp_path / "out").train) == 81  # fewer documents than 500
+
+
+def test_a_signal_leaves_no_half_of_a_dataset(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanofed.data.writing.record", lambda path: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "pack", str(source), "--output", str(tmp_path / "out")])
+    assert ended.value.code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_another_key(source: Path, tmp_path: Path) -> None:
     (source / "f.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
     assert sorted(texts(pack([source / "f.jsonl"], tmp_path / "out", key="body"))) == ["one", "two"]
@@ -120,6 +156,7 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
     (folder / "b.jsonl.zst").write_bytes(zstd(lines["b"]) + zstd(b""))
     (folder / "c.json.gz").write_bytes(gzip.compress(lines["c"]))
     (folder / "d.ndjson.BZ2").write_bytes(bz2.compress(lines["d"]))
+    (folder / "c.json").write_bytes(lines["c"])  # of a kind that is not packed, so that it is no copy in its place
     (folder / "e.txt.gz").write_bytes(gzip.compress("\ufeffplain é".encode()))
     expected = [f"{name} {i}" for name in "abcd" for i in range(40)]
     assert sorted(texts(pack([folder], tmp_path / "out"))) == sorted([*expected, "plain é"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import nanofed
 from nanofed.errors import ConfigError, DataError, NanofedError
 from nanofed.evaluation.core.bundle import CORE_TASKS, Bundle, Example, Task
 from nanofed.evaluation.core.questions import prompts, question
@@ -155,6 +156,20 @@ def test_what_is_judged(tokenizer: Tokenizer) -> None:
     options = [("the lazy dog", "jumps over"), ("the quick fox", "jumps over")]
     assert judged("schema", options, tokenizer) == [" jumps over"] * 2
     assert judged("language_modeling", [("the quick", "brown fox")], tokenizer) == [" brown fox"]
+
+
+def test_options_that_are_all_alike_are_answered_with_the_first(tokenizer: Tokenizer) -> None:
+    for gold in range(2):
+        examples = [Example((("the quick", "fox"),) * 2, gold)]
+        asked = question(task("multiple_choice", 0, " "), examples, 0, tokenizer, max_positions=999)
+        assert judge(small_model(tokenizer), [asked]) == [gold == 0]
+
+
+def test_a_bad_task_is_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    for examples in (0, 3):  # 5 are shown before each question of the last task
+        with pytest.raises((ConfigError if not examples else DataError), match=r"no checkpoint|5 before each question"):
+            nanofed.evaluate(tmp_path / "nothing", core=True, core_data=bundle, core_examples=examples)
 
 
 def test_what_cannot_be_judged_is_named(tokenizer: Tokenizer) -> None:

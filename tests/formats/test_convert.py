@@ -43,11 +43,15 @@ def test_a_run_starts_from_a_model_of_elsewhere(to: Any, fit_run: Path, corpus: 
     made = nanofed.export(fit_run, tmp_path / "made", to=to)
     imported = nanofed.import_model(made, "theirs", runs_dir=tmp_path / "runs")
     assert (read_manifest(imported).kind, read_manifest(imported).step) == ("weights", 0)
+    card = (nanofed.export(imported, tmp_path / "again") / "README.md").read_text()
+    assert "by nanofed" not in card and "| tokens |" not in card and "| optimizer steps |" not in card
     newest = max((fit_run / "checkpoints").iterdir())
     theirs, ours = read_weights(imported), read_weights(newest)
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
     options = {"runs_dir": tmp_path / "runs", "name": "on", "init_from": imported, "model.recipe.num_steps": 1}
     started = nanofed.fit(corpus.fit, overrides=options)
+    card = (nanofed.export(tmp_path / "runs" / "on", tmp_path / "on") / "README.md").read_text()
+    assert "| began with | the weights of another run or model |" in card and "by nanofed" in card
     assert started.bpb_start == nanofed.evaluate(fit_run, str(corpus.data), eval_tokens=1024).bpb
 
 
@@ -87,6 +91,11 @@ def test_a_signal_leaves_nothing(
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         nanofed.export(wild, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_that_nanochat_does_not_take_is_refused(wild: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtypes of their own: leave out dtype bfloat16"):
+        nanofed.export(wild, tmp_path / "out", to="nanochat", dtype="bfloat16")
 
 
 def test_a_damaged_checkpoint_is_not_exported(wild: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_many_prompts_are_completed_in_order_and_say_how_they_ended(model: GPT) 
 
 
 def test_all_prompts_are_checked_before_the_first_is_read(model: GPT) -> None:
-    with pytest.raises(ConfigError, match="exceed the 160 positions"):
+    with pytest.raises(ConfigError, match=r"prompt 2 of 2 has 161 tokens.* exceed the 160 positions"):
         complete(Engine(model), Bytes(), ["a", "b" * 160], GREEDY, max_tokens=1, batch_size=1)
 
 

@@ -76,7 +76,7 @@ class Task:
                 except (ValueError, KeyError, TypeError, IndexError) as error:
                     raise DataError(f"{self.path}, line {number}: no example of {self.kind} ({error})") from error
         random.Random(SHUFFLE_SEED).shuffle(found)
-        asked = found[:most] if most else found
+        asked = found[:most] if most > 0 else found
         if len(asked) <= self.shots:
             more = f"; there are {len(found)}: ask for more of them" if len(asked) < len(found) else ""
             raise DataError(
@@ -119,14 +119,14 @@ class Bundle:
             raise DataError(f"{path} holds no examples of any task, or those of one task twice")
         return cls(path, tasks, tuple(label for label in CORE_TASKS if label not in labels))
 
-    def check(self) -> None:
-        """Read every example.
+    def check(self, most: int = 0) -> None:
+        """Read every example, or the first `most` of each task.
 
         Raises:
             DataError: one cannot be used.
         """
         for task in self.tasks:
-            task.examples()
+            task.examples(most)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the files: scores can be held against each other where it is the same."""

@@ -87,7 +87,9 @@ def question(
                 f"{task.path}: {len(ids) - start:,} tokens are to be judged, and this model reads {max_positions:,} positions"
             )
         rows.append(Row(ids[cut:], start - cut))
-    alike = min(_common([row.ids for row in rows]), *(row.start for row in rows)) if len(rows) > 1 else 0
+    read = [row.ids for row in rows]
+    # Where all options are alike no token is judged; one is left to be read even so.
+    alike = min(_common(read), max(map(len, read)) - 1, *(row.start for row in rows)) if len(rows) > 1 else 0
     return Question(
         number, tuple(rows), None if task.kind == "language_modeling" else examples[number].gold, max(0, alike - 1)
     )
