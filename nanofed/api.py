@@ -142,6 +142,8 @@ def profile(
     path = runtime.user_path(trace)
     if not path.parent.is_dir():
         raise ConfigError(f"the trace cannot be written: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"the trace cannot be written: {path} is a folder, name a file")
     with Signals() as signals:
         from nanofed.training.lightning_cli import FitCLI
         from nanofed.training.profile import run_profile

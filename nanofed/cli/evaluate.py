@@ -23,8 +23,12 @@ def main(argv: list[str]) -> int:
 
     from nanofed import api
     from nanofed.files import write_atomically
+    from nanofed.training.checkpoint.format import find_checkpoint
     from nanofed.training.evaluate import process_group
 
+    for run in args.runs:
+        if not runtime.user_path(run).exists():
+            find_checkpoint(run)  # says that it is not there, before hours with the others
     found = []
     with process_group(device(args.device)) as place:
         for run in args.runs:
@@ -43,8 +47,8 @@ def main(argv: list[str]) -> int:
             found.append(evaluation.to_plain())
             if runtime.is_first_rank():
                 print(evaluation.text())
-    if output is not None and runtime.is_first_rank():
-        write_atomically(output, json.dumps(found, indent=1) + "\n")
+                if output is not None:
+                    write_atomically(output, json.dumps(found, indent=1) + "\n")
     return 0
 
 

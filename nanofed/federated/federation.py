@@ -30,6 +30,7 @@ from nanofed.training.config_errors import resolved
 from nanofed.training.lightning_errors import lightning_errors
 from nanofed.training.memory import Place
 from nanofed.training.preflight import check_identity, check_start
+from nanofed.training.recipe import accumulation_steps
 from nanofed.training.run_folder import check_usable, open_run, resume_checkpoint
 from nanofed.training.summary import CONFIG, SUMMARY, Summary
 
@@ -152,11 +153,15 @@ class Federation(Arguments):
         module, data = self.build()
         batch_tokens = module.recipe.batch_tokens
         if config.global_batch_tokens is not None:
-            batch_tokens, rest = divmod(config.global_batch_tokens, config.clients)
-            if rest:
-                raise ConfigError(
-                    f"federation.global_batch_tokens={config.global_batch_tokens:,} is no multiple of {config.clients} clients"
-                )
+            accumulation_steps(
+                config.global_batch_tokens,
+                device_batch_size=data.device_batch_size,
+                sequence_len=data.sequence_len,
+                world_size=config.clients,
+                option="federation.global_batch_tokens",
+                of="clients",
+            )
+            batch_tokens = config.global_batch_tokens // config.clients
         for own in self.client_data(data).values():
             next(iter(own.validation_loader()))
             next(own.loader().take(1))

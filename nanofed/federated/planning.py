@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -73,9 +73,18 @@ class Places:
             ConfigError: There is no such file, or a key is missing, unknown or out of range; the error names it.
         """
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(read_yaml(path), default=str))
+            return TypeAdapter(cls).validate_json(json.dumps(_plain(read_yaml(path))))
         except ValidationError as error:
             raise ConfigError(f"{path}: {_problem(error)}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return what YAML has read with dates as text, as values and as names of sites."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def _problem(error: ValidationError) -> str:

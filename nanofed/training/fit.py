@@ -98,6 +98,7 @@ def _fit(cli: FitCLI) -> Summary:
         raise
     finally:
         if cli.opening.done:
+            summary.tokens = module.clock.tokens
             with suppress(OSError):  # on a disk that is full, the error that is under way says so
                 summary.write(options.folder)
             if isinstance(trainer.logger, RunLogger):

@@ -158,7 +158,7 @@ class FitCLI(LightningCLI):
                 self.opening,
                 self.dashboard,
                 Progress(self.dashboard, self.startup),
-                TextSamples(options),
+                TextSamples(options, self.dashboard),
                 CoreEvaluation(options, self.dashboard, self.watchdog),
                 self.saver,
                 Stopping(self.signals, self.saver),

@@ -162,7 +162,10 @@ def check_identity(
         possible = use == "init_from" and manifest.model.vocab_size == data.vocab_size
         if not (possible and force):
             other = ", or start from the weights all the same with --force true" if possible else ""
-            raise ConfigError(f"{problem}: take the checkpoint's own, --data.tokenizer {path / TOKENIZER}{other}")
+            raise ConfigError(
+                f"{problem}: copy the checkpoint's own, {path / TOKENIZER}, to a folder that stays, and name it with "
+                f"--data.tokenizer{other}"
+            )
         say_once(logging.WARNING, f"forced: {problem}")
     check_model(manifest, module.config, path)
     if use != "resume":

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.profilers import Profiler
 
 from nanofed import runtime
-from nanofed.errors import ConfigError
+from nanofed.errors import ConfigError, NanofedError
 from nanofed.training.callbacks.stopping import take_signals
 from nanofed.training.gemm import ceiling
 from nanofed.training.laps import Laps
@@ -200,7 +200,13 @@ def run_profile(cli: FitCLI, trace: Path, *, warm_up: int, steps: int) -> StepPr
         raise ConfigError(f"the Trainer ended before {warm_up + 2 * steps} steps were done: leave its limits out")
     if not runtime.is_first_rank():
         return None
-    profiler.trace.export_chrome_trace(str(trace))
+    try:
+        trace.unlink(missing_ok=True)
+        profiler.trace.export_chrome_trace(str(trace))
+    except OSError as error:
+        raise NanofedError(f"the trace cannot be written to {trace}: {error.strerror or error}") from error
+    if not trace.is_file():  # PyTorch only logs why
+        raise NanofedError(f"the trace cannot be written to {trace}")
     events = profiler.trace.key_averages()
     on_cpu = place.device.type == "cpu"
 

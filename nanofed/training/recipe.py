@@ -101,8 +101,24 @@ class Recipe:
 OCTOBER = Recipe()
 
 
-def accumulation_steps(batch_tokens: int, *, device_batch_size: int, sequence_len: int, world_size: int) -> int:
+def accumulation_steps(
+    batch_tokens: int,
+    *,
+    device_batch_size: int,
+    sequence_len: int,
+    world_size: int,
+    option: str = "model.recipe.batch_tokens",
+    of: str = "ranks",
+) -> int:
     """Return the micro-batches an optimizer step, so that few ranks train exactly as many would ("8 GPUs on 1").
+
+    Args:
+        batch_tokens: tokens of a step, over all ranks.
+        device_batch_size: rows of a micro-batch.
+        sequence_len: tokens of a row.
+        world_size: the ranks, or others that share a step.
+        option: the name of the option that `batch_tokens` is.
+        of: what those are that share a step.
 
     Raises:
         ConfigError: the batch is no whole number of micro-batches over all ranks; names the nearest batches that are.
@@ -113,7 +129,7 @@ def accumulation_steps(batch_tokens: int, *, device_batch_size: int, sequence_le
     below = batch_tokens // per_micro_batch * per_micro_batch
     nearest = [n for n in (below, below + per_micro_batch) if n]
     raise ConfigError(
-        f"model.recipe.batch_tokens={batch_tokens:,} is no multiple of {world_size} ranks x {device_batch_size} rows x "
+        f"{option}={batch_tokens:,} is no multiple of {world_size} {of} x {device_batch_size} rows x "
         f"{sequence_len} tokens = {per_micro_batch:,}: use {' or '.join(f'{n:,}' for n in nearest)}"
         + _other_rows(batch_tokens, device_batch_size, sequence_len * world_size)
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,33 @@ import yaml
 
 from nanofed.training.summary import CONFIG, UNITS, Point
 
+logger = logging.getLogger(__name__)
+
 LAYOUT = {"bits per byte": {UNITS[by]: ["Multiline", [f"^bpb/by_{by}$"]] for by in UNITS}}
+
+
+class Attempts:
+    """Writes figures of a run. Where they cannot be written, on a full disk say, that is said once and ends no run.
+
+    Args:
+        run: The run's folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._failed = False
+
+    def __call__(self, write: Callable[[], object]) -> bool:
+        """Write, and tell whether it was possible; TensorBoard's writer is of no use after an error, its thread has ended."""
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                logger.warning("the figures of %s cannot be written: %s", self._run, error.strerror or error)
+            self._failed = True
+            return False
+        self._failed = False
+        return True
 
 
 def write_point(writer: Any, point: Point, step: int) -> None:

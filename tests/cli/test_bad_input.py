@@ -164,6 +164,7 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
     ("--federation.client_data=[a,b]", "set federation.sharding to local, not shards", ["federate"]),
     ("--federation.outer_momentum=2", "outer_momentum", ["federate"]),
     ("--federation.global_batch_tokens=513", "global_batch_tokens=513 is no multiple of 2 clients", ["federate"]),
+    ("--federation.global_batch_tokens=1000", "global_batch_tokens=1,000 is no multiple of 2 clients x", ["federate"]),
     ("--fabric.devices=2", "a client trains on one device", ["federate"]),
 ]
 

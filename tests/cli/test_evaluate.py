@@ -81,6 +81,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(
     for code, words, command in [
         (3, "nanofed data download --core", [str(run), "--core"]),
         (2, "there is no checkpoint in", [str(tmp_path)]),
+        (2, "there is no checkpoint in", [str(run), str(tmp_path / "typo")]),
         (2, "name a text with --data", [str(lone)]),
         (2, "there is no folder", [str(run), f"--json={tmp_path}/none/out.json"]),
         (2, "is a folder: name a file", [str(run), f"--json={tmp_path}"]),

@@ -28,6 +28,7 @@ class Probe(Callback):
     to: str = "self"  # or `parent` (torchrun, or the first rank under Lightning's launcher), `terminal` (process group)
     rank: int = -1  # the one that sends; -1 for all
     error: bool = False  # raise OSError there instead
+    stop: bool = False  # set the Trainer's `should_stop` there instead, as a limit of its own does
     nan: bool = False  # multiply the loss of that micro-batch's step by NaN instead
     seconds: float = 0.0  # of sleep in every micro-batch
     late: float = 0.0  # send the signals up to so many seconds later, at random
@@ -45,6 +46,7 @@ class Probe(Callback):
             return
         if self.error:
             raise OSError("the probe's error")
+        trainer.should_stop = trainer.should_stop or self.stop
         if self._signals:
             number = self._signals.pop(0)
             if self.late:

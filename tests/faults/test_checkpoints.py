@@ -19,14 +19,17 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nanofed import cli
 from nanofed.errors import ConfigError
 from nanofed.training.checkpoint.atomic import CheckpointError, NoSpaceError, SaveError
 from nanofed.training.checkpoint.folder import MANIFEST, checkpoints, prune_checkpoints
 from nanofed.training.checkpoint.format import _checksum, find_checkpoint, read_manifest, read_state, read_weights
+from nanofed.training.summary import Summary
 from tests.faults.children import call, mount_disk, start
-from tests.faults.fits import arguments
+from tests.faults.fits import arguments, fit, probe
 from tests.faults.saves import die_everywhere, reported, save_forever, step
 from tests.parity.test_paths import corpus
 from tests.small_checkpoint import number_in, save_small
@@ -236,6 +239,45 @@ def test_a_run_on_a_full_disk_tells_and_goes_on_and_fails_at_its_end(corpus: Pat
     disk = tmp_path / "disk"
     disk.mkdir()
     call(_fit_on_a_small_disk, corpus, disk)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's writing thread ends so
+def test_figures_that_cannot_be_written_end_no_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_later(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*args: Any, **kwargs: Any) -> Any:
+            if step(tmp_path / "run", 4).exists():  # until the third checkpoint takes its place
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args, **kwargs)
+
+        return write
+
+    args = arguments(corpus, tmp_path, "whole", sample_every=4, save_every=4, keep_checkpoints=2)
+    assert _fit(args)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", full_later(RecordWriter.write))
+        patch.setattr(Summary, "write", full_later(Summary.write))
+        code, said = _fit([*args, "--name=run"])
+    assert code == 0 and said.count(f"the figures of {tmp_path / 'run'} cannot be written: No space left") >= 1, said
+    figures = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("val/bpb")
+    assert [figure.step for figure in figures] == [0, 12], (
+        "written until the disk was full, and when there was room again"
+    )
+    weights = [read_weights(find_checkpoint(tmp_path / name)) for name in ("whole", "run")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_run_that_went_back_stays_there_though_it_dies_before_it_saves(corpus: Path, tmp_path: Path) -> None:
+    args, run = arguments(corpus, tmp_path, "run", save_every=4, keep_checkpoints=0), tmp_path / "run"
+    fit(args, tmp_path)
+    killed = probe(at="micro", number=3, signals=[signal.SIGKILL])
+    fit([*args, f"--ckpt_path={step(run, 4)}", killed], tmp_path, code=-signal.SIGKILL)
+    assert checkpoints(run) == [step(run, 4)]
+    assert {path.name for path in (run / "checkpoints" / "superseded").iterdir()} == {"step_00000008", "step_00000012"}
+    assert f"resuming from {step(run, 4)}" in fit([*args, "--ckpt_path=last"], tmp_path)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "tokenizer.json", "manifest.json"])

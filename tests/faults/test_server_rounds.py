@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanofed.federated.deploy.server import _open
 from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.events import SERVER
@@ -169,6 +171,46 @@ def _serve_on_a_small_disk(corpus: Path, change: str) -> None:
     assert find_checkpoint(config.folder).name == "round_00000004"
     assert read_manifest(find_checkpoint(config.folder)).tokens == whole.state.clock.tokens
     assert [point.step for point in Summary.read(config.folder).curve] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_went_back_stays_there_though_it_dies_before_it_saves(tiny_corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rounds": 3, "save_every": 1}
+    whole, _, _ = play(federation(tiny_corpus, tmp_path, "run", **options))
+    run = tmp_path / "run"
+    first = run / "checkpoints" / "round_00000001"
+    loop = _loop(federation(tiny_corpus, tmp_path, "run", ckpt_path=str(first), **options))
+
+    def dying() -> None:
+        assert Summary.read(run).ended is None, "it says that it has ended while it goes on"
+        raise KeyboardInterrupt
+
+    loop._rounds = dying  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        loop.train()
+    loop.metrics.close()
+    assert checkpoints(run) == [first]
+    again = _loop(federation(tiny_corpus, tmp_path, "run", ckpt_path="last", **options))
+    again.train()
+    again.metrics.close()
+    for name, array in again.state.weights.items():
+        assert array.tobytes() == whole.state.weights[name].tobytes()
+
+
+def test_a_server_goes_back_to_the_checkpoint_that_it_is_given(tiny_corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rounds": 3, "save_every": 1}
+    play(federation(tiny_corpus, tmp_path, "run", **options))
+    saved = checkpoints(tmp_path / "run")
+    started = federation(tiny_corpus, tmp_path, "run", **options)
+    _open(started)
+    assert started.config.ckpt_path == "last" and checkpoints(tmp_path / "run") == saved
+    back = federation(tiny_corpus, tmp_path, "run", ckpt_path=str(saved[0]), **options)
+    _open(back)
+    assert back.config.ckpt_path == "last" and checkpoints(tmp_path / "run") == saved[:1]
+    other = tmp_path / "other"
+    shutil.copytree(saved[0], other)
+    begun = federation(tiny_corpus, tmp_path, "run", ckpt_path=str(other), **options)  # where it once began
+    _open(begun)
+    assert begun.config.ckpt_path == "last" and checkpoints(tmp_path / "run") == saved[:1]
 
 
 @pytest.mark.parametrize("change", ["full", "ro"])

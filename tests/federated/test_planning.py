@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -177,6 +178,7 @@ def places(tmp_path: Path, content: object) -> Places:
 def test_the_file_is_read(tmp_path: Path) -> None:
     read = places(tmp_path, GOOD)
     assert read.sites == {"berlin": PlannedSite(1000, 200, 9e5, 30)} and read.server is None
+    assert list(places(tmp_path, {"sites": {date(2026, 12, 1): GOOD["sites"]["berlin"]}}).sites) == ["2026-12-01"]
     read = Places.read(str(REPOSITORY / "configs" / "sites.yaml"))
     assert list(read.sites) == ["berlin", "oslo"] and read.server == Line(1000, 1000)
 

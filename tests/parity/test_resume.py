@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanofed import api
+from nanofed.training.checkpoint.format import find_checkpoint, read_manifest
 from nanofed.training.summary import Summary
 from tests.faults.fits import STEPS, arguments, curve, fit, losses, probe, state
 from tests.parity.test_paths import arguments as path_arguments
@@ -70,6 +71,29 @@ def test_a_run_stopped_three_times_is_the_run_never_stopped(
     assert any(key.startswith("optimizer_states") for key in first) and "rng" in first and "data/rows" in first
     assert curve(tmp_path / name) == curve(whole / "whole"), name
     assert Summary.read(tmp_path / name).tokens == Summary.read(whole / "whole").tokens
+
+
+@pytest.mark.parametrize("number", [1, 5, 6])
+def test_a_limit_within_an_accumulation_leaves_no_row_out(
+    corpus: Path, tmp_path: Path, whole: Path, ranks: int, number: int
+) -> None:
+    options = {"save_every": 0, "data.packing": PACKING[ranks]}
+    args = [*arguments(corpus, tmp_path, "run", ranks=ranks, **options), "--ckpt_path=last"]
+    fit([*args, probe(at="micro", number=number, stop=True)], tmp_path, ranks=ranks)
+    said = fit(args, tmp_path, ranks=ranks)
+    assert ("resuming from" in said) == (number > 1)
+    first, second = state(whole / "whole"), state(tmp_path / "run")
+    curves = [key for key in {*first, *second} if key.startswith("callbacks/Dashboard/curve")]  # one point more
+    assert curves and all(first[key] == second[key] for key in first if key not in curves)
+
+
+def test_a_limit_of_time_counts_from_each_start(corpus: Path, tmp_path: Path) -> None:
+    args = [*arguments(corpus, tmp_path, "run", save_every=0), "--ckpt_path=last", "--trainer.max_time=00:00:00:01"]
+    steps = [0]
+    for _ in range(3):
+        said = fit([*args, probe(seconds=0.2)], tmp_path)
+        steps.append(read_manifest(find_checkpoint(tmp_path / "run")).step)
+        assert steps[-1] > steps[-2], said
 
 
 def test_either_path_starts_from_the_weights_of_the_other(corpus: Path, tmp_path: Path) -> None:

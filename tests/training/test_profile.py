@@ -40,5 +40,9 @@ def test_a_trace_without_a_folder_is_refused_at_once(
     corpus: Corpus,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    assert cli.main(corpus.start("profile", f"--output={corpus.data}")) == 2
+    assert f"the trace cannot be written: {corpus.data} is a folder, name a file" in capsys.readouterr().err
+    assert cli.main(corpus.start("profile", "--output=/proc/seen.json", "--steps=1", "--warm_up=1")) == 1
+    assert "the trace cannot be written to /proc/seen.json" in capsys.readouterr().err
     assert cli.main(corpus.start("profile", "--output=nowhere/seen.json.gz")) == 2
     assert "the trace cannot be written: there is no folder nowhere" in capsys.readouterr().err

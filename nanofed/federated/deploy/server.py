@@ -20,7 +20,9 @@ from nanofed.federated.deploy.superlink import DATABASE, FOLDER, LINK, SuperLink
 from nanofed.federated.federation import Federation, Start
 from nanofed.federated.flower import host_port, is_loopback
 from nanofed.files import keep_short
-from nanofed.training.checkpoint.folder import checkpoints
+from nanofed.training.checkpoint.folder import FOLDER as CHECKPOINTS
+from nanofed.training.checkpoint.folder import checkpoints, set_aside_later
+from nanofed.training.checkpoint.format import find_checkpoint
 from nanofed.training.run_folder import has_saved, hold_run, is_used
 from nanofed.training.summary import Summary
 
@@ -90,12 +92,25 @@ def _usable(listen: str, keys: str | Path | None) -> Keys | None:
 
 
 def _open(federation: Federation) -> Path:
-    """Open the run: a new one, or one that goes on, from its last checkpoint or, where it has none yet, from its beginning."""
+    """Open the run: a new one, or one that goes on, from its last checkpoint or, where it has none yet, from its beginning.
+
+    One that is to go back to an earlier checkpoint of its own has no later ones from here on: its round loops, however often they
+    are started, go on from the last. A checkpoint of another run is where it began, before it had any.
+    """
     options = federation.options
-    if is_used(options.folder) and not options.overwrite and (has_saved(options.folder) or not options.ckpt_path):
+    run, back = options.folder, None
+    if is_used(run) and not options.overwrite and (has_saved(run) or not options.ckpt_path):
+        if options.ckpt_path not in (None, "last"):
+            named = find_checkpoint(options.ckpt_path)
+            back = named if named.resolve().parent == (run / CHECKPOINTS).resolve() else None
+        if back is None:
+            federation.config.ckpt_path = "last"
+        logger.info("%s is there already: going on from %s", run, back or "its last checkpoint")
+    federation.open()
+    if back is not None:
+        set_aside_later(back)
         federation.config.ckpt_path = "last"
-        logger.info("%s is there already: going on from its last checkpoint", options.folder)
-    return federation.open()
+    return run
 
 
 class _Service:

@@ -19,7 +19,7 @@ from nanofed.federated.wire.plain_text import plain
 from nanofed.training.evaluate import write_scalars
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
-from nanofed.training.tensorboard import describe, write_point
+from nanofed.training.tensorboard import Attempts, describe, write_point
 from nanofed.training.wandb_run import MirroredWriter, WandbRun
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class FederationMetrics:
         self._run = options.folder
         self._wandb: WandbRun | None = None
         self._writers: dict[str, SummaryWriter] = {}
-        self._is_full = False
+        self._attempt = Attempts(self._run)
 
     def merged(self, figures: RoundMetrics, *, step: int, tokens: int, rows: int, events: Events) -> None:
         """Write what a round came to, with the run's steps, tokens, rows and events so far; scalars stand at the step."""
@@ -286,14 +286,8 @@ class FederationMetrics:
 
     def _try(self, write: Callable[[], object]) -> None:
         """Write, and where that fails say so once; the next round opens the files anew."""
-        try:
-            write()
-            self._is_full = False
-        except OSError as error:
-            if not self._is_full:
-                logger.warning("the figures of %s cannot be written: %s", self._run, error.strerror or error)
-            self._is_full = True
-            self._writers.clear()  # the error has ended TensorBoard's writing thread
+        if not self._attempt(write):
+            self._writers.clear()
 
     def save(self) -> None:
         """Write events and summary to disk."""

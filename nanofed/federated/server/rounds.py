@@ -38,7 +38,7 @@ from nanofed.federated.wire.codec import payload_bytes
 from nanofed.federated.wire.messages import Hello, Instructions
 from nanofed.federated.wire.weight_transport import WeightTransport
 from nanofed.training.checkpoint.atomic import SaveError
-from nanofed.training.checkpoint.folder import prune_checkpoints
+from nanofed.training.checkpoint.folder import prune_checkpoints, set_aside_later
 from nanofed.training.event_files import cut_events
 from nanofed.training.gc_control import FrozenObjects
 from nanofed.training.module import GPTModule
@@ -127,6 +127,9 @@ class RoundLoop:
             SaveError: The last checkpoint cannot be written.
         """
         clock, summary = self.state.clock, self.metrics.summary
+        summary.ended = None
+        if (resumed := self.state.path(self._run)).exists():
+            set_aside_later(resumed)
         cut_events(self._run, clock.step if clock.round else -1)
         self.metrics.describe()
         if clock.round:

@@ -22,7 +22,7 @@ from nanofed.federated.server.ledger import Ledger, make_ledger
 from nanofed.federated.server.scheduling import ClientSpeeds
 from nanofed.federated.wire.blocks import l2_norm
 from nanofed.federated.wire.codec import Array, Arrays
-from nanofed.training.checkpoint.folder import checkpoints, set_aside
+from nanofed.training.checkpoint.folder import FOLDER, checkpoints, set_aside
 from nanofed.training.checkpoint.format import read_manifest, read_state, read_weights, write_checkpoint
 from nanofed.training.module import GPTModule
 from nanofed.training.preflight import check_identity
@@ -78,6 +78,10 @@ class State:
             events=Events(run),
         )
 
+    def path(self, run: Path) -> Path:
+        """Return where the checkpoint of this round is, or would be."""
+        return run / FOLDER / f"round_{self.clock.round:08d}"
+
     def checkpoint(self, run: Path, module: GPTModule, data: TokenDataModule, summary: Summary) -> Callable[[], None]:
         """Return a function that writes the checkpoint of this round, all of it or nothing.
 
@@ -87,7 +91,7 @@ class State:
         The function raises:
             SaveError: The checkpoint cannot be written; those before it are whole.
         """
-        path = run / "checkpoints" / f"round_{self.clock.round:08d}"
+        path = self.path(run)
         write = partial(
             write_checkpoint,
             path,

@@ -6,6 +6,8 @@ import contextlib
 import io
 import logging
 import os
+import shutil
+import time
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -18,6 +20,7 @@ from nanofed.files import sync_folder
 logger = logging.getLogger(__name__)
 
 KEPT = 3  # a server that lost the round before the one that sites have trained goes back to the state before both
+FORGOTTEN_SECONDS = 14 * 86_400  # without a new state, after which those of a run are deleted when another one begins
 Saved = dict[str, Any]
 
 
@@ -44,6 +47,8 @@ class StateFolder:
     def save(self, client: str, run: str, number: int, state: Saved) -> None:
         """Keep a client's state after round `number`, and drop what no round can ask for any more."""
         folder = self._folder / client / run
+        if not folder.exists():
+            self._forget_old_runs(folder.parent)
         saved = {"client": client, "run": run, "round": number, "state": state}
         try:
             self._write(folder, number, saved)
@@ -64,6 +69,15 @@ class StateFolder:
                 self._file(folder, n).unlink(missing_ok=True)
             except OSError as error:
                 logger.warning("%s cannot be removed: %s", self._file(folder, n), error.strerror)
+
+    def _forget_old_runs(self, folder: Path) -> None:
+        """Delete a client's states of runs that have ended long ago: a site takes part in one run after the other."""
+        with contextlib.suppress(OSError):  # it is tried again with the next run
+            for run in folder.iterdir() if folder.exists() else ():
+                newest = max((path.stat().st_mtime for path in run.iterdir()), default=0.0)
+                if time.time() - newest > FORGOTTEN_SECONDS:
+                    logger.info("%s is deleted: its run has not gone on for %d days", run, FORGOTTEN_SECONDS // 86_400)
+                    shutil.rmtree(run)
 
     def newest(self, client: str, run: str, before: int) -> int:
         """Return the newest round before `before` that has a state, 0 if none has."""

@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from nanofed import terminal
 from nanofed.evaluation.core.bundle import Bundle
 from nanofed.evaluation.core.score import evaluate_core
-from nanofed.training.callbacks.dashboard import Dashboard, writer_of
+from nanofed.training.callbacks.dashboard import Dashboard
 from nanofed.training.callbacks.watchdog import Watchdog
 from nanofed.training.evaluate import write_scalars
 from nanofed.training.module import GPTModule
@@ -53,6 +53,6 @@ class CoreEvaluation(Callback):
             )
         if trainer.is_global_zero:
             logger.info("step %s  %s", f"{module.clock.step:,}", score.line())
-        if (writer := writer_of(trainer)) is not None:
-            write_scalars(writer, score, module.clock.step, module.clock.tokens)
-            writer.flush()
+        at = (module.clock.step, module.clock.tokens)
+        self._dashboard.write(trainer, lambda writer: write_scalars(writer, score, *at))
+        self._dashboard.write(trainer, lambda writer: writer.flush())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
@@ -20,7 +20,7 @@ from nanofed.training.losses import LossWindow, SmoothedLoss
 from nanofed.training.module import GPTModule
 from nanofed.training.run_options import RunOptions
 from nanofed.training.summary import Point, Summary
-from nanofed.training.tensorboard import describe, write_point
+from nanofed.training.tensorboard import Attempts, describe, write_point
 from nanofed.training.wandb_run import MirroredWriter, WandbRun
 
 
@@ -61,17 +61,24 @@ class RunLogger(TensorBoardLogger):
             self._wandb.finish(summary)
 
     def save(self) -> None:
-        """Write what was logged."""
+        """Write what was logged, as far as the disk takes it."""
         if self.is_open:
-            super().save()
+            with contextlib.suppress(OSError):  # whoever has written the figures says so
+                super().save()
 
     def finalize(self, status: str) -> None:
         """Close the writer; where a signal ends the run in the middle of that, Lightning asks again, and it is left as it is."""
         try:
             super().finalize(status)
+        except OSError:
+            self.reopen()
         except BaseException:
-            self._experiment = None
+            self.reopen()
             raise
+
+    def reopen(self) -> None:
+        """Have what is written next begin a file of its own."""
+        self._experiment = None
 
 
 class Dashboard(Callback):
@@ -103,6 +110,24 @@ class Dashboard(Callback):
         self._mark: float | None = None  # when training time was last counted, None while it stands still
         self._window: tuple[float, int] = (0.0, 0)
         self._waited = 0.0
+        self._attempt = Attempts(options.folder)
+
+    def write(self, trainer: Trainer, action: Callable[[Any], object]) -> None:
+        """Have the first rank write figures, and go on where the disk takes none.
+
+        Args:
+            trainer: whose logger is written to.
+            action: is given TensorBoard's SummaryWriter; it is not called where there is none.
+        """
+
+        def write() -> None:
+            if (writer := writer_of(trainer)) is not None:  # to open its file may fail as well
+                action(writer)
+
+        if not self._attempt(write):
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.reopen()
 
     @property
     def last_loss(self) -> float | None:
@@ -128,8 +153,7 @@ class Dashboard(Callback):
         module = cast(GPTModule, pl_module)
         self._step = module.clock.step
         self._losses.start(module.data_state)
-        if (writer := writer_of(trainer)) is not None:
-            describe(writer, self._options.folder)
+        self.write(trainer, lambda writer: describe(writer, self._options.folder))
         due = self._step > 0 and self._step * trainer.accumulate_grad_batches % int(trainer.val_check_interval) == 0
         missing = due and all(point.step != self._step for point in self.summary.curve)
         if trainer.strategy.broadcast(missing, src=0):
@@ -190,11 +214,11 @@ class Dashboard(Callback):
         self._window = (self.summary.seconds, tokens)
         waited, self._waited = self._waited, trainer.datamodule.wait.seconds  # type: ignore[attr-defined]
         self.summary.tokens = tokens
-        writer = writer_of(trainer)
-        if writer is None or self.last_loss is None:
+        loss = self.last_loss
+        if loss is None:
             return
         scalars = {
-            "train/loss": self.last_loss,
+            "train/loss": loss,
             "train/tokens": tokens,
             "train/seconds": self.summary.seconds,
             "train/lr_multiplier": lr_multiplier,
@@ -207,9 +231,13 @@ class Dashboard(Callback):
             if peak is not None:
                 flops = module.config.flops_per_token() * self.tokens_per_second
                 scalars["train/mfu"] = flops / (peak * trainer.world_size)
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, step)
-        writer.add_scalar("train/loss_by_tokens", self.last_loss, tokens)
+
+        def write(writer: Any) -> None:
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+            writer.add_scalar("train/loss_by_tokens", loss, tokens)
+
+        self.write(trainer, write)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write bits per byte against steps and tokens, and the summary; the clock goes on if training does."""
@@ -218,12 +246,10 @@ class Dashboard(Callback):
         clock = module.clock
         self.summary.add(Point(clock.step, clock.tokens, round(self.summary.seconds, 3), value))
         self.summary.tokens = clock.tokens
-        writer = writer_of(trainer)
-        if writer is not None:
-            write_point(writer, self.summary.curve[-1], clock.step)
-            writer.flush()
+        self.write(trainer, lambda writer: write_point(writer, self.summary.curve[-1], clock.step))
+        self.write(trainer, lambda writer: writer.flush())
         if trainer.is_global_zero:
-            self.summary.write(self._options.folder)
+            self._attempt(lambda: self.summary.write(self._options.folder))
         self._mark = time.monotonic() if trainer.state.fn == TrainerFn.FITTING else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,19 +262,24 @@ class Dashboard(Callback):
 class TextSamples(Callback):
     """Writes what the model says to a few prompts into TensorBoard, every n optimizer steps."""
 
-    def __init__(self, options: RunOptions) -> None:
+    def __init__(self, options: RunOptions, dashboard: Dashboard) -> None:
         self._options = options
+        self._dashboard = dashboard
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample after a validation, where the model stands still anyway."""
         module = cast(GPTModule, pl_module)
-        writer = writer_of(trainer)
         every = self._options.sample_every
-        if writer is None or not every or module.clock.step % every:
+        seen = trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger)
+        if not seen or not every or module.clock.step % every:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         engine, prompts = Engine(module.gpt), self._options.sample_prompts
-        for done in complete(
-            engine, datamodule.tokenizer, prompts, Sampling(temperature=0.0), max_tokens=SAMPLE_TOKENS
-        ):
-            writer.add_text(f"sample/{done.prompt[:40]}", done.prompt + done.text, module.clock.step)
+        greedy = Sampling(temperature=0.0)
+        texts = list(complete(engine, datamodule.tokenizer, prompts, greedy, max_tokens=SAMPLE_TOKENS))
+
+        def write(writer: Any) -> None:
+            for done in texts:
+                writer.add_text(f"sample/{done.prompt[:40]}", done.prompt + done.text, module.clock.step)
+
+        self._dashboard.write(trainer, write)

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from nanofed import runtime
 from nanofed.training.callbacks.dashboard import RunLogger
+from nanofed.training.checkpoint.folder import FOLDER, set_aside_later
 from nanofed.training.event_files import cut_events
 from nanofed.training.module import GPTModule
 from nanofed.training.run_folder import Reached, open_run, reach
@@ -38,13 +39,15 @@ class Opening(Callback):
         self._step: int | None = None
 
     def open(self, trainer: Trainer, module: GPTModule) -> None:
-        """Open the folder, once, and cut its curves at the step that the module is at."""
+        """Open the folder, once, and cut its curves and its checkpoints at the step that the module is at."""
         if self.done or not runtime.is_first_rank():
             return
         run = self._options.folder
         open_run(self._options, "fit", self._config)
         cut_events(run, module.clock.step or -1)
         if module.clock.step:
+            if (resumed := run / FOLDER / f"step_{module.clock.step:08d}").exists():
+                set_aside_later(resumed)
             self._summary.tokens = module.clock.tokens
             self._summary.write(run)
         for logger in trainer.loggers:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 
 from nanofed.data.streams import DataState
 from nanofed.errors import NanofedError
@@ -55,9 +56,11 @@ class SaveCheckpoint(Callback):
         """Put the Trainer's counters where the optimizer's clock stands.
 
         The saved counters are of micro-batches, which mean something else at another number of ranks, and in the middle of
-        an accumulation after an error.
+        an accumulation after an error. The time of `trainer.max_time` counts from each start anew: a run that goes on from where
+        one such limit has ended it would have no time left.
         """
         checkpoint.pop("loops", None)
+        checkpoint.get("callbacks", {}).pop(Timer.__qualname__, None)
         step = int(checkpoint["optimizer_states"][0]["clock"]["step"])
         loop = trainer.fit_loop.epoch_loop
         loop.batch_progress.total.ready = step * trainer.accumulate_grad_batches
@@ -99,9 +102,12 @@ class SaveCheckpoint(Callback):
             self.save(trainer, module, last=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, if the data ended before the steps did."""
+        """Save the last full step, if data or a limit have ended before the steps did: that may be within an accumulation."""
         self._training = False
-        self.save(trainer, cast(GPTModule, pl_module))
+        module = cast(GPTModule, pl_module)
+        module.data_state = self._data
+        module.pop_losses()
+        self.save(trainer, module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect garbage where the training stands still anyway."""

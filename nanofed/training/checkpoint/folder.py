@@ -62,15 +62,14 @@ def prune_checkpoints(run: Path, keep: int, every: int = 0) -> None:
 def set_aside_later(path: Path) -> None:
     """Move the checkpoints beside `path` that are of a later step or round into `superseded`.
 
-    Later checkpoints are there when a run has gone on from an earlier one, because the later ones are damaged or by choice. The
-    checkpoint that is being saved is to be the newest of the run.
+    Later checkpoints are there when a run goes on from an earlier one, because the later ones are damaged or by choice. The one
+    that it goes on from, or that it saves, is to be the newest of the run: `last` means that.
     """
     for later in path.parent.iterdir() if _NAME.fullmatch(path.name) else ():
         if not _NAME.fullmatch(later.name) or number_of(later) <= number_of(path):
             continue
-        logger.warning(
-            "%s is of a later step than %s, which is saved now: moved to %s", later, path.name, _move_aside(later)
-        )
+        aside = _move_aside(later)
+        logger.warning("%s is of a later step than %s, where the run is now: moved to %s", later, path.name, aside)
 
 
 def set_aside(path: Path) -> None:

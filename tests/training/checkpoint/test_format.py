@@ -197,7 +197,7 @@ def test_a_run_that_goes_on_from_an_earlier_one_has_no_later_ones(
     prune_checkpoints(folder.parent, 2)
     assert [path.name for path in checkpoints(folder.parent)] == ["step_00000010", "step_00000015"]
     assert sorted(path.name for path in (folder / "superseded").iterdir()) == ["step_00000020", "step_00000030"]
-    assert "step_00000030 is of a later step than step_00000015, which is saved now: moved to" in caplog.text
+    assert "step_00000030 is of a later step than step_00000015, where the run is now: moved to" in caplog.text
     for step in (20, 12):
         save(f"step_{step:08d}")
     assert find_checkpoint(folder.parent).name == "step_00000012"
