@@ -119,7 +119,8 @@ def test_another_tokenizer_of_the_same_size_is_refused(use: str, started: Starte
     }
     again = partial(ways[use], f"--data.tokenizer={other_tokenizer}")
     code, _, error = again()
-    assert code == 2 and "another tokenizer" in error and f"--data.tokenizer {find_checkpoint(started.run)}" in error
+    own = find_checkpoint(started.run) / "tokenizer"
+    assert code == 2 and "another tokenizer" in error and f"copy the checkpoint's own, {own}, to a folder" in error
     assert not (started.runs / "new").exists()
     code, said, error = again("--force=true")
     assert code == (0 if use == "--init_from" else 2)
