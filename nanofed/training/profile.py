@@ -201,11 +201,12 @@ def run_profile(cli: FitCLI, trace: Path, *, warm_up: int, steps: int) -> StepPr
     if not runtime.is_first_rank():
         return None
     try:
-        trace.unlink(missing_ok=True)
+        if trace.is_file():  # and not /dev/null
+            trace.unlink()
         profiler.trace.export_chrome_trace(str(trace))
     except OSError as error:
         raise NanofedError(f"the trace cannot be written to {trace}: {error.strerror or error}") from error
-    if not trace.is_file():  # PyTorch only logs why
+    if not trace.exists():  # PyTorch only logs why
         raise NanofedError(f"the trace cannot be written to {trace}")
     events = profiler.trace.key_averages()
     on_cpu = place.device.type == "cpu"
