@@ -206,11 +206,17 @@ def test_a_server_goes_back_to_the_checkpoint_that_it_is_given(tiny_corpus: Path
     back = federation(tiny_corpus, tmp_path, "run", ckpt_path=str(saved[0]), **options)
     _open(back)
     assert back.config.ckpt_path == "last" and checkpoints(tmp_path / "run") == saved[:1]
+    play(federation(tiny_corpus, tmp_path, "run", ckpt_path="last", **options))
+    went_on = checkpoints(tmp_path / "run")
+    assert [path.name for path in went_on] == [path.name for path in saved]
+    restarted = federation(tiny_corpus, tmp_path, "run", ckpt_path=str(saved[0]), **options)  # with the same arguments
+    _open(restarted)
+    assert restarted.config.ckpt_path == "last" and checkpoints(tmp_path / "run") == went_on
     other = tmp_path / "other"
     shutil.copytree(saved[0], other)
     begun = federation(tiny_corpus, tmp_path, "run", ckpt_path=str(other), **options)  # where it once began
     _open(begun)
-    assert begun.config.ckpt_path == "last" and checkpoints(tmp_path / "run") == saved[:1]
+    assert begun.config.ckpt_path == "last" and checkpoints(tmp_path / "run") == went_on
 
 
 @pytest.mark.parametrize("change", ["full", "ro"])

@@ -19,16 +19,16 @@ from nanofed.federated.deploy.process import LOG_BYTES, ended_by_signals, kill_m
 from nanofed.federated.deploy.superlink import DATABASE, FOLDER, LINK, SuperLink, write_app
 from nanofed.federated.federation import Federation, Start
 from nanofed.federated.flower import host_port, is_loopback
-from nanofed.files import keep_short
+from nanofed.files import keep_short, write_atomically
 from nanofed.training.checkpoint.folder import FOLDER as CHECKPOINTS
 from nanofed.training.checkpoint.folder import checkpoints, set_aside_later
-from nanofed.training.checkpoint.format import find_checkpoint
 from nanofed.training.run_folder import has_saved, hold_run, is_used
 from nanofed.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
 LAUNCHER, LOOP = "flower-superexec", "flwr-serverapp"  # of a SuperLink, by words of their command lines
+WENT_BACK = "went_back"  # the file that says to which checkpoint
 WATCH_SECONDS = 0.5
 GONE_SECONDS = 5.0  # an ended round loop has told Flower how by then
 LEAST_FREE = 4 << 20  # bytes, without which the SuperLink's database is at its end
@@ -95,20 +95,27 @@ def _open(federation: Federation) -> Path:
     """Open the run: a new one, or one that goes on, from its last checkpoint or, where it has none yet, from its beginning.
 
     One that is to go back to an earlier checkpoint of its own has no later ones from here on: its round loops, however often they
-    are started, go on from the last. A checkpoint of another run is where it began, before it had any.
+    are started, go on from the last. It goes back once: started again with the same arguments it goes on, and a checkpoint of
+    another run is where it began, before it had any.
     """
     options = federation.options
-    run, back = options.folder, None
-    if is_used(run) and not options.overwrite and (has_saved(run) or not options.ckpt_path):
-        if options.ckpt_path not in (None, "last"):
-            named = find_checkpoint(options.ckpt_path)
-            back = named if named.resolve().parent == (run / CHECKPOINTS).resolve() else None
+    run, named, back = options.folder, options.ckpt_path, None
+    done = run / FOLDER / WENT_BACK
+    if is_used(run) and not options.overwrite and (has_saved(run) or not named):
+        where = "its last checkpoint"
+        if named is not None and Path(named).resolve().parent == (run / CHECKPOINTS).resolve():
+            if done.exists() and done.read_text(encoding="utf-8") == named:
+                where += f"; it went back to {named} before, and does so again where {done} is removed"
+            else:
+                where, back = named, Path(named)
         if back is None:
             federation.config.ckpt_path = "last"
-        logger.info("%s is there already: going on from %s", run, back or "its last checkpoint")
+        logger.info("%s is there already: going on from %s", run, where)
     federation.open()
     if back is not None:
         set_aside_later(back)
+        done.parent.mkdir(exist_ok=True)
+        write_atomically(done, str(back))
         federation.config.ckpt_path = "last"
     return run
 
