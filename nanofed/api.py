@@ -488,16 +488,13 @@ def _federation_arguments(
     return [*arguments(config, overrides or {}), *args]
 
 
-def plan(
-    places: str | Path,
-    *,
-    args: Sequence[str] = (),
-) -> Plan:
+def plan(places: str | Path, *, args: Sequence[str] = (), serving: bool = False) -> Plan:
     """Return how long rounds should be at given sites, and how weights should travel; nothing is trained.
 
     Args:
         places: YAML file of the sites' speeds and lines, such as `configs/sites.yaml`.
         args: command-line arguments, as `nanofed federate` takes them.
+        serving: the run is one of `serve`'s, which takes no config where none is named, and not `federate`'s.
 
     Raises:
         ConfigError: a wrong option, or a wrong key in the file of the sites.
@@ -507,7 +504,7 @@ def plan(
     from nanofed.federated.planning import Places, Plan, Setting
 
     known = Places.read(str(places))
-    arguments_of_run = Arguments.from_args(_federation_arguments(None, args, None))
+    arguments_of_run = Arguments.from_args(list(args) if serving else _federation_arguments(None, args, None))
     return Plan.of(Setting.of(arguments_of_run, len(known.sites)), known)
 
 

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
 
     show_progress()
     if own.plan is not None:
-        print(api.plan(own.plan, args=rest).text(), flush=True)
+        print(api.plan(own.plan, args=rest, serving=True).text(), flush=True)
     print(describe(api.serve(args=rest, listen=own.listen, keys=own.keys)))
     return 0
 

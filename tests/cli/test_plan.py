@@ -36,6 +36,10 @@ def test_a_plan_says_what_to_set_and_starts_nothing(
     command = ["server", *corpus.start("federate", "--plan=sites.yaml")[1:], "--listen=127.0.0.1:1", "--keys=none"]
     assert cli.main(command) == 2
     assert "--federation.down_codec=" in capsys.readouterr().out
+    # Without a config it is d20 that a server serves.
+    given = [f"--data.path={corpus.data}", f"--data.tokenizer={corpus.tokenizer}", "--keys=none"]
+    assert cli.main(["server", "--plan=sites.yaml", *given, "--listen=127.0.0.1:1"]) == 2
+    assert capsys.readouterr().out.startswith("d20, ")
     assert [path.name for path in tmp_path.iterdir()] == ["sites.yaml"]
 
 
