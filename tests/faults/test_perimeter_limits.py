@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -215,6 +216,24 @@ def test_keys_are_read_again(start: Start, tmp_path: Path) -> None:
     init(own.folder, [], [], force=True)
     wait_until(lambda: certificate(client) != first, 5, "the new certificate is used")
     assert served(client, own)
+
+
+def test_keys_are_followed_after_a_moment_without_file_handles(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = init(tmp_path / "own", [], ["lab-a", "lab-b"])
+    client, failed = start(own), []
+
+    def no_handles(folder: Path) -> None:
+        failed.append(folder)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nanofed.federated.deploy.signatures.read_sites", no_handles)
+        wait_until(lambda: len(failed) > 2, 5, "they are looked at and looked at again")
+        assert served(client, own), "whoever had a key has it"
+    own.public_key("lab-a").unlink()
+    wait_until(lambda: client.send(Site(own, "lab-a").request("pull-messages")).status == 401, 5, "lab-a is shut out")
 
 
 def certificate(client: Client) -> bytes | None:

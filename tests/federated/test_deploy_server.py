@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,26 @@ def test_the_bundle_is_written_anew_for_each_run(service: _Service) -> None:
         assert 'serverapp = "nanofed.federated.runtimes.flower_app:server"' in settings
         (app / "nanofed" / "errors.py").write_text("torn")
         (app / "stray.py").write_text("print('run beside the keys')")
+
+
+def test_a_run_is_given_up_after_crashes_and_not_while_the_disk_is_full(
+    service: _Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[int] = []
+
+    def watch(run_id: int) -> None:
+        watched.append(run_id)
+        raise NanofedError("the SuperLink died")
+
+    monkeypatch.setattr(service, "_start_link", lambda: None)
+    monkeypatch.setattr(service._link, "submit", lambda app: 1)
+    monkeypatch.setattr(service, "_watch", watch)
+    pauses: list[float] = []
+    monkeypatch.setattr("nanofed.federated.deploy.server.time.sleep", pauses.append)
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0 if len(watched) <= 20 else 1 << 40))
+    service._link.home.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(NanofedError, match=f"the run ended {server.CRASHES} times without a round between"):
+        service.serve()
+    assert len(watched) == 20 + server.CRASHES
+    assert max(pauses) <= 60 and pauses[:4] == sorted(pauses[:4]) and pauses[19] == 60

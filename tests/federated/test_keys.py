@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.deploy import keys as keys_module
 from nanofed.federated.deploy.keys import Keys, init, load, read_sites
+from nanofed.federated.site.options import site_options
 
 HOSTS = ["fed.example.org", "10.1.2.3", "2001:db8::7"]
 
@@ -201,6 +203,26 @@ def test_keys_that_cannot_be_used_are_named_and_keep_nobody_in_or_out(tmp_path: 
     with pytest.raises(ConfigError, match=r"no site's key that can be used: .*lab-d.pub cannot be read"):
         load(tmp_path)
     assert read_sites(tmp_path / "missing") == ({}, [])
+
+
+def test_a_disk_that_is_away_takes_no_key_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = init(tmp_path, HOSTS, ["lab-a", "lab-b"])
+
+    def away(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_sites(keys.sites)
+
+
+def test_a_site_s_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    keys = init(tmp_path, HOSTS, ["lab-a"])
+    folder = keys.private_key("lab-a").parent
+    assert site_options("server.example.org:9092", "lab-a", keys=folder).key == keys.private_key("lab-a")
+    keys.private_key("lab-a").chmod(0o644)
+    with pytest.raises(ConfigError, match=r"site.key can be read by others: chmod 600"):
+        site_options("server.example.org:9092", "lab-a", keys=folder)
 
 
 def test_a_site_s_key_is_renewed_alone_and_a_certificate_for_its_hosts(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
@@ -59,3 +61,20 @@ def test_an_answer_that_it_does_not_know_ends_the_process(call: str, code: int, 
             assert supernode.wait(60) == 1
             assert f"'{code} " in supernode.output and call in supernode.output
             assert "the SuperNode cannot go on: " in supernode.output.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_it_ends_with_the_site_that_started_it(tmp_path: Path) -> None:
+    """A site that is killed cannot stop it, and its server would wait in every round for an answer that nobody trains."""
+    told = tmp_path / "pid"
+    with server("", 200) as superlink:
+        own = ["--insecure", "--superlink", superlink, "--isolation", "process", "--port", str(free_port())]
+        command = [sys.executable, "-P", "-m", "nanofed.federated.deploy.supernode", *own]
+        site = f"import pathlib, subprocess, time; p = subprocess.Popen({command!r}); "
+        site += f"pathlib.Path({str(told)!r}).write_text(str(p.pid)); time.sleep(600)"
+        with Started(["-c", site], tmp_path / "log") as parent:
+            parent.wait_until(lambda: "Starting Flower SuperNode" in parent.output, "SuperNode")
+            supernode = psutil.Process(int(told.read_text()))
+            parent.process.kill()
+            supernode.wait(20)
+            assert "the SuperNode cannot go on: " in parent.output.splitlines()[-1]

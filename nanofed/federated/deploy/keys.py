@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import ipaddress
 import re
 import stat
@@ -25,6 +26,8 @@ DAYS = 365  # of the server certificate
 CA_DAYS = 3650
 WARN_DAYS = 30.0
 KEY_BYTES = 64 << 10  # of a public key's file
+# Errors that say nothing of a key's file: no handle or memory left, a disk or a network disk that is away for a moment.
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 _CLOCKS = datetime.timedelta(hours=1)  # a site's clock may be behind by so much
 
 
@@ -174,6 +177,9 @@ def read_sites(folder: Path) -> tuple[dict[bytes, str], list[str]]:
 
     Returns:
         The sites' keys; and for each file that is no key of an elliptic curve, or holds another site's, a line that says so.
+
+    Raises:
+        OSError: they cannot be read just now, which says nothing of them.
     """
     found: dict[bytes, str] = {}
     unusable: list[str] = []
@@ -185,6 +191,8 @@ def read_sites(folder: Path) -> tuple[dict[bytes, str], list[str]]:
         except FileNotFoundError:  # taken away just now
             continue
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            if getattr(error, "errno", None) in PASSING:
+                raise
             unusable.append(f"{plain(path)} cannot be read as a public key of OpenSSH's form: {plain(error)}")
             continue
         if not isinstance(key, ec.EllipticCurvePublicKey) or not SAFE_NAME.fullmatch(path.stem):

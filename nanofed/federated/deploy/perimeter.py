@@ -344,14 +344,18 @@ class Perimeter:
         await self._app(scope, receive_body, send_parts)
 
     async def _keep(self) -> None:
-        """Follow the files of keys, and say what was counted."""
+        """Follow the files of keys, and say what was counted, through errors: there is another look."""
         while True:
-            gone = self._signatures.read()
-            for connection in self.connections:
-                if connection.site in gone:
-                    connection.transport.abort()
-            self._renew_certificate()
-            self._write_status()
+            try:
+                gone = self._signatures.read()
+                for connection in self.connections:
+                    if connection.site in gone:
+                        connection.transport.abort()
+                self._renew_certificate()
+                await asyncio.to_thread(self._write_status)  # a disk that is busy must not hold connections up
+            except Exception as error:  # no file handle left, a network disk that is away
+                if self._faults.due(self._keys.folder):
+                    logger.error("the files of keys cannot be followed just now: %s", error)
             await asyncio.sleep(self._tick)
 
     def _renew_certificate(self) -> None:

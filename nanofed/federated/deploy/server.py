@@ -136,7 +136,7 @@ class _Service:
 
     def serve(self) -> None:
         """Run to the end."""
-        crashes, before, ran = 0, self._round(), False
+        crashes, pauses, before, ran = 0, 0, self._round(), False
         while True:
             try:
                 self._start_link()
@@ -150,17 +150,19 @@ class _Service:
                 if not ran:
                     raise
                 reason = in_one_line(error)
+            full = False
             with suppress(OSError):  # somebody has removed the folder
-                if (free := shutil.disk_usage(self._folder).free) < LEAST_FREE:  # it may have room again
+                if full := (free := shutil.disk_usage(self._folder).free) < LEAST_FREE:  # it may have room again
                     reason += f"; the disk of {self._folder} is full: {free:,} bytes are left"
             now = self._round()
-            crashes = 1 if now > before else crashes + 1
+            crashes = 1 if now > before else crashes + (not full)
+            pauses = 1 if now > before else pauses + 1
             before = now
             if crashes >= CRASHES:
                 raise NanofedError(
                     f"the run ended {crashes} times without a round between ({reason}); see {self._link.log}"
                 )
-            pause = pause_after(crashes)
+            pause = pause_after(pauses)
             logger.warning("the run ended (%s); it goes on from round %d in %.0f s", reason, now, pause)
             time.sleep(pause)
             kill_marked(self._link.marker, LOOP)  # now: one that was being started when the run ended has its name
@@ -194,7 +196,10 @@ class _Service:
         """Say which sites may take part from now on, which may not any more, and which keys cannot be used."""
         if self._keys is None:
             return
-        now = read_sites(self._keys.sites)
+        try:
+            now = read_sites(self._keys.sites)
+        except OSError:  # of the moment, and whoever faces the network says so
+            return
         (before, unusable), self._said = self._said, now
         for reason in now[1]:
             if reason not in unusable:

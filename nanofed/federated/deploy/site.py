@@ -63,7 +63,7 @@ class Site:
             ) from None
         (folder / "flower").mkdir(exist_ok=True)
         self._page = Page(folder)
-        self._ready = False
+        self._ready = self._was_ready = False
         self._unwritten = 0  # states that the worker could not write so far
         told = WorkerOptions(
             **vars(self._options),
@@ -99,7 +99,8 @@ class Site:
         ended = self._worker.keep()
         if ended is not None:
             self._ready = False
-            if ended.exit_code in (ConfigError.exit_code, DataError.exit_code):
+            # What ends a worker that had worked before may pass: a GPU that is being reset, a network disk that is away.
+            if not self._was_ready and ended.exit_code in (ConfigError.exit_code, DataError.exit_code):
                 raise replace(ended, reason=f"the worker cannot start: {ended.reason}").error()
         self._supernode.keep()
         if self._worker.running:
@@ -121,7 +122,7 @@ class Site:
             )
         self._unwritten = figures["unwritten"]
         if figures["state"] != "starting" and not self._ready:
-            self._ready = True
+            self._ready = self._was_ready = True
             logger.info("the %s is ready after %.1f s", self._worker.name, now - self._worker.started)
         # A first step may compile for minutes.
         stall = self._options.stall_seconds

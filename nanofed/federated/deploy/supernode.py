@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ def main() -> None:
     flower_patches.ask_again_soon(start_client_internal)
     flower_patches.send_every_answer(start_client_internal)
     flower_patches.notice_dead_workers_sooner(in_memory_corestate)
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="nanofed-orphan", daemon=True).start()
     threading.excepthook = lambda died: _end(died.exc_value)
     sys.argv[0] = "flower-supernode"
     try:
@@ -33,6 +35,13 @@ def main() -> None:
     except Exception as error:
         _end(error)
     _end(None)
+
+
+def _end_with(parent: int) -> None:
+    """End when the site that started this is gone: its server would go on waiting for answers that nobody trains."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    _end(RuntimeError("the process that started it is gone"))
 
 
 def _end(error: BaseException | None) -> NoReturn:

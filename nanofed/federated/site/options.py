@@ -93,6 +93,8 @@ def site_options(
                 raise ConfigError(
                     f"{path} is missing: --keys names the folder that `nanofed server init` made for this site"
                 )
+        if key.stat().st_mode & 0o077:
+            raise ConfigError(f"{key} can be read by others: chmod 600 {key}")
     elif not is_loopback(host):
         raise ConfigError(
             f"--superlink {superlink} is reached over the network: that needs --keys, the folder that the server handed out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -559,6 +560,9 @@ class FabricTrainer:
                 if kept is not None and (kept.run != run or not newest <= kept.round < number):
                     kept = None
                 saved = self.states.load(client, run, number) if kept is None else None
+                if kept is None and saved is None and self.states.newest(client, run, sys.maxsize):
+                    older = f"round {number}: the server has gone back, and no optimizer state from before that is kept"
+                    logger.warning("client %s, %s: its momentum begins anew", client, older)
         self._residual = kept.residual if kept is not None else saved.pop("residual", {}) if saved else {}
         if self.ranks.from_first(kept is not None):
             assert kept is not None
