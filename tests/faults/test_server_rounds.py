@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from nanofed.errors import NanofedError
 from nanofed.federated.deploy.server import _open
 from nanofed.federated.federation import Federation
 from nanofed.federated.runtimes.in_process import InProcessGrid
 from nanofed.federated.server.events import SERVER
+from nanofed.federated.server.policy import SITES
 from nanofed.federated.server.rounds import RoundLoop
+from nanofed.federated.server.state import State
 from nanofed.federated.site.client import client_app
 from nanofed.federated.wire.codec import Arrays
 from nanofed.federated.wire.messages import Instructions, Report
@@ -194,6 +197,26 @@ def test_a_run_that_went_back_stays_there_though_it_dies_before_it_saves(tiny_co
     again.metrics.close()
     for name, array in again.state.weights.items():
         assert array.tobytes() == whole.state.weights[name].tobytes()
+
+
+def test_a_last_round_that_cannot_be_measured_is_not_lost(tiny_corpus: Path, tmp_path: Path) -> None:
+    loop = _loop(federation(tiny_corpus, tmp_path, "run", rounds=2, save_every=0))
+    start = loop._evaluator.start
+
+    def failing(state: State, *, last: bool = False) -> None:
+        if last:
+            raise NanofedError("the validation shard is gone")
+        start(state, last=last)
+
+    loop._evaluator.start = failing  # type: ignore[method-assign]
+    with pytest.raises(NanofedError, match="the validation shard is gone"):
+        loop.train()
+    loop.metrics.close()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["round_00000002"]
+
+
+def test_nobody_pauses_for_longer_than_a_minute() -> None:
+    assert [SITES.pause(failed) for failed in (0, 1, 3, 6, 1024, 10**6)] == [0, 2, 8, 60, 60, 60]
 
 
 def test_a_server_goes_back_to_the_checkpoint_that_it_is_given(tiny_corpus: Path, tmp_path: Path) -> None:

@@ -72,6 +72,17 @@ def test_a_figure_is_of_the_round_that_was_measured(setup: Setup) -> None:
     assert model.released == 2
 
 
+def test_a_figure_that_is_ready_holds_up_no_other(setup: Setup) -> None:
+    evaluator, model, written, state = setup
+    model.go.set()
+    for number in range(3, 7):
+        state.clock = RoundClock(number, 10 * number, 3 * number)
+        evaluator.start(state)
+        evaluator._pool.submit(lambda: None).result()  # behind it: it has been measured
+    evaluator.collect(state)
+    assert [step for step, *_ in written] == [3, 4, 5, 6]
+
+
 def test_a_failure_is_counted_and_the_run_goes_on(setup: Setup) -> None:
     evaluator, model, written, state = setup
     model.fails = True

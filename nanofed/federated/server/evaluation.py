@@ -225,6 +225,7 @@ class ServerEvaluator(RoundEvaluator):
         Raises:
             NanofedError: the weights are evaluated at once and cannot be.
         """
+        self.collect(state)
         every, wanted = self._options.sample_every, self._wanted(state)
         prompts = self._options.sample_prompts if every and state.clock.round % every == 0 else ()
         due = self._bundle is not None and state.clock.round % self._options.core_every == 0

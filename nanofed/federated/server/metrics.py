@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from nanofed.errors import NanofedError
 from nanofed.evaluation.core.score import CoreScore
 from nanofed.federated.aggregation.norm_guard import Length
 from nanofed.federated.server.events import KINDS, Events
@@ -169,6 +170,7 @@ class FederationMetrics:
         self._options = options
         self._run = options.folder
         self._wandb: WandbRun | None = None
+        self._wandb_is_lost = False
         self._writers: dict[str, SummaryWriter] = {}
         self._attempt = Attempts(self._run)
 
@@ -278,11 +280,22 @@ class FederationMetrics:
     def _writer(self, client: str) -> SummaryWriter:
         if client not in self._writers:
             writer: Any = SummaryWriter(str(self._run / SITES / client if client else self._run))
-            if not client and self._options.wandb_project:
-                self._wandb = self._wandb or WandbRun(self._options)
-                writer = MirroredWriter(writer, self._wandb)
+            if not client and (wandb := self._wandb_run()) is not None:
+                writer = MirroredWriter(writer, wandb)
             self._writers[client] = writer
         return self._writers[client]
+
+    def _wandb_run(self) -> WandbRun | None:
+        """Return the run at Weights & Biases; a federation that goes on does so without, where it cannot be reached."""
+        if self._wandb is None and self._options.wandb_project and not self._wandb_is_lost:
+            try:
+                self._wandb = WandbRun(self._options)
+            except NanofedError as error:
+                if not self.summary.curve:
+                    raise
+                self._wandb_is_lost = True
+                logger.warning("the figures do not go to Weights & Biases until the next start: %s", error)
+        return self._wandb
 
     def _try(self, write: Callable[[], object]) -> None:
         """Write, and where that fails say so once; the next round opens the files anew."""

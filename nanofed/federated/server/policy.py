@@ -27,7 +27,7 @@ class ClientPolicy:
 
     def pause(self, failed: int) -> float:
         """Return the seconds to wait after so many failed rounds in a row."""
-        return min(MAX_PAUSE_SECONDS, 2.0**failed) if failed and not self.one_machine else 0.0
+        return min(MAX_PAUSE_SECONDS, 2.0 ** min(failed, 10)) if failed and not self.one_machine else 0.0
 
 
 # Runs of one seed take the same course each time: every client is waited for and nothing happens beside a round. A fresh Ray

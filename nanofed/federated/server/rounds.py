@@ -175,6 +175,8 @@ class RoundLoop:
         state, config = self.state, self._config
         started = time.monotonic()
         present = self._participants(number, attempt)
+        for client in set(state.ledger.clients()) - set(present) - self._messenger.waiting_for:
+            state.ledger.of(client).miss(client)
         if len(present) < config.quorum:
             logger.info("round %3d  %d of %d clients take part: nothing changes", number, len(present), config.quorum)
             state.events.add("quorum", SERVER, f"{len(present)} clients take part, {config.quorum} are needed", number)
@@ -195,6 +197,8 @@ class RoundLoop:
         last = self._finished()
         if number % self._options.eval_every == 0 or last:
             self._say("validating", number)
+            if last:
+                self._save_later()  # its round is not lost where the weights cannot be measured
             self._evaluator.start(state, last=last)
         due = bool(self._options.save_every) and number % self._options.save_every == 0
         if due or self._unsaved:
@@ -205,7 +209,7 @@ class RoundLoop:
     # --- who takes part
 
     def _participants(self, number: int, attempt: int) -> dict[str, int]:
-        """Wait for a quorum, and return the clients that take part, with their nodes; the ledger counts who is away."""
+        """Wait for a quorum, and return the clients that take part, with their nodes."""
         self._say("waiting", number)
         self.clients.round = number
 
@@ -214,10 +218,7 @@ class RoundLoop:
             self._evaluator.collect(self.state)
             self._say("waiting", number, waiting_for=waiting)
 
-        present = self.clients.draw(self.clients.wait(number, meanwhile), number, attempt)
-        for client in set(self.state.ledger.clients()) - set(present) - self._messenger.waiting_for:
-            self.state.ledger.of(client).miss(client)
-        return present
+        return self.clients.draw(self.clients.wait(number, meanwhile), number, attempt)
 
     def _there(self) -> Mapping[str, int]:
         return self.clients.draw(self.clients.connected(), self.state.clock.round + 1, 0)
