@@ -6,6 +6,7 @@ import collections
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_a_run_is_given_up_after_crashes_and_not_while_the_disk_is_full(
     monkeypatch.setattr(service._link, "submit", lambda app: 1)
     monkeypatch.setattr(service, "_watch", watch)
     pauses: list[float] = []
-    monkeypatch.setattr("nanofed.federated.deploy.server.time.sleep", pauses.append)
+    monkeypatch.setattr(server, "time", SimpleNamespace(sleep=pauses.append))  # not the sleep of other threads
     usage = collections.namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0 if len(watched) <= 20 else 1 << 40))
     service._link.home.mkdir(parents=True, exist_ok=True)

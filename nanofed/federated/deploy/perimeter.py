@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import h11
 import uvicorn
@@ -352,7 +353,8 @@ class Perimeter:
                     if connection.site in gone:
                         connection.transport.abort()
                 self._renew_certificate()
-                await asyncio.to_thread(self._write_status)  # a disk that is busy must not hold connections up
+                # In a thread: a disk that is busy must not hold connections up.
+                await asyncio.to_thread(self._write_status, self._figures())
             except Exception as error:  # no file handle left, a network disk that is away
                 if self._faults.due(self._keys.folder):
                     logger.error("the files of keys cannot be followed just now: %s", error)
@@ -375,13 +377,16 @@ class Perimeter:
             return [path.read_bytes() for path in (self._keys.certificate, self._keys.key)]
         return []
 
-    def _write_status(self) -> None:
+    def _figures(self) -> dict[str, Any]:
         figures = {**self.admission.figures(), "connections": len(self.connections), "port": self.port}
         figures |= {"pid": os.getpid(), "written": round(time.time(), 3)}
         with contextlib.suppress(ConfigError):  # just being replaced
             figures["certificate_ends"] = self._keys.expiry().isoformat()
             if (warning := self._keys.warning()) and self._warnings.due(self._keys.certificate):
                 logger.warning("%s", warning)
+        return figures
+
+    def _write_status(self, figures: dict[str, Any]) -> None:
         try:
             write_atomically(self._status, json.dumps(figures))
         except OSError as error:  # a full disk must not end the perimeter
