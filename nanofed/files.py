@@ -46,6 +46,16 @@ def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> 
     sync_folder(path.parent)
 
 
+def check_private(path: Path) -> None:
+    """Refuse a key that others than its owner may read.
+
+    Raises:
+        ConfigError: they may; says what to do.
+    """
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path} can be read by others: chmod 600 {path}")
+
+
 @contextlib.contextmanager
 def created(path: Path) -> Iterator[Path]:
     """Make a new file or folder whole or not at all: the body writes it under the name that it is given, beside `path`.

@@ -73,18 +73,14 @@ class Places:
             ConfigError: There is no such file, or a key is missing, unknown or out of range; the error names it.
         """
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(_plain(read_yaml(path))))
+            return TypeAdapter(cls).validate_json(json.dumps(_plain(read_yaml(path)), default=str))
         except ValidationError as error:
             raise ConfigError(f"{path}: {_problem(error)}") from error
 
 
 def _plain(value: Any) -> Any:
-    """Return what YAML has read with dates as text, as values and as names of sites."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+    """Return what YAML has read with text for all keys: a site's name may look like a date."""
+    return {str(key): _plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def _problem(error: ValidationError) -> str:

@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nanofed.errors import ConfigError, NanofedError
 from nanofed.federated.wire.plain_text import SAFE_NAME, plain
-from nanofed.files import write_atomically
+from nanofed.files import check_private, write_atomically
 
 HOST_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 LOOPBACK = ("localhost", "127.0.0.1")  # sites on the same machine call there
@@ -150,8 +150,7 @@ def load(folder: Path) -> Keys:
     for path in (keys.ca, keys.certificate, keys.key):
         if not path.is_file():
             raise ConfigError(f"{path} is missing: `nanofed server init` writes it")
-    if keys.key.stat().st_mode & 0o077:
-        raise ConfigError(f"{keys.key} can be read by others: chmod 600 {keys.key}")
+    check_private(keys.key)
     sites, unusable = read_sites(keys.sites)
     if not sites:
         said = "; ".join(unusable) or "add one with `nanofed server init`"

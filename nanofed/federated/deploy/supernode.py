@@ -12,6 +12,8 @@ from typing import NoReturn
 from nanofed.errors import in_one_line
 from nanofed.federated import flower_patches
 
+PARENT = os.getppid()  # on import, right after the start: it lives then
+
 
 def main() -> None:
     """Run `flower-supernode`; the process ends with its loop, and with any of its threads.
@@ -27,7 +29,7 @@ def main() -> None:
     flower_patches.ask_again_soon(start_client_internal)
     flower_patches.send_every_answer(start_client_internal)
     flower_patches.notice_dead_workers_sooner(in_memory_corestate)
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="nanofed-orphan", daemon=True).start()
+    threading.Thread(target=_end_with_parent, name="nanofed-orphan", daemon=True).start()
     threading.excepthook = lambda died: _end(died.exc_value)
     sys.argv[0] = "flower-supernode"
     try:
@@ -37,9 +39,9 @@ def main() -> None:
     _end(None)
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """End when the site that started this is gone: its server would go on waiting for answers that nobody trains."""
-    while os.getppid() == parent:
+    while os.getppid() == PARENT:
         time.sleep(1.0)
     _end(RuntimeError("the process that started it is gone"))
 

@@ -12,6 +12,7 @@ from nanofed import runtime
 from nanofed.errors import ConfigError
 from nanofed.federated.flower import host_port, is_loopback
 from nanofed.federated.wire.plain_text import SAFE_NAME
+from nanofed.files import check_private
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def site_options(
                 raise ConfigError(
                     f"{path} is missing: --keys names the folder that `nanofed server init` made for this site"
                 )
-        if key.stat().st_mode & 0o077:
-            raise ConfigError(f"{key} can be read by others: chmod 600 {key}")
+        check_private(key)
     elif not is_loopback(host):
         raise ConfigError(
             f"--superlink {superlink} is reached over the network: that needs --keys, the folder that the server handed out"

@@ -120,11 +120,11 @@ class Dashboard(Callback):
             action: is given TensorBoard's SummaryWriter; it is not called where there is none.
         """
 
-        def write() -> None:
+        def act() -> None:
             if (writer := writer_of(trainer)) is not None:  # to open its file may fail as well
                 action(writer)
 
-        if not self._attempt(write):
+        if not self._attempt(act):
             for logger in trainer.loggers:
                 if isinstance(logger, RunLogger):
                     logger.reopen()
