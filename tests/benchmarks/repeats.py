@@ -62,4 +62,9 @@ def main(argv: Sequence[str]) -> int:
     rows = [[run, *(f"{found[kind]['bits_per_byte']:.4f}" for kind in found)] for run, found in result.items()]
     shares = next(iter(result.values()))
     show(result, rows, ["run", *(f"{kind} ({shares[kind]['bytes']:.0%})" for kind in shares)], as_json=args.json)
+    if not args.json:
+        print(
+            "\nbits per byte (share of the bytes) of targets that, in their row, follow what they have followed before: a pair;"
+        )
+        print("that stand in it behind others: a token; and that are new to it")
     return 0
